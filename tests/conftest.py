@@ -1,0 +1,89 @@
+"""Eight simulated CPU devices for every test, and the fixtures that several rooms share."""
+
+import dataclasses
+import os
+
+# Before jax starts its backend. Programs that ask for no mesh still run on one device.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    # Tests compile hundreds of small programs and run each once or twice: compiling fast beats running fast.
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+
+import numpy as np
+import pytest
+
+from crosslmm_jax import presets
+from crosslmm_jax.config import ModelConfig
+
+
+@pytest.fixture
+def tiny_config() -> ModelConfig:
+    """The tiny preset with gates open, so that cross-attention matters."""
+    return presets.tiny()
+
+
+@pytest.fixture
+def replace_config():
+    """`replace_config(config, merge={"grid": 2})`: a copy with fields of its parts replaced."""
+
+    def replace(config: ModelConfig, **parts) -> ModelConfig:
+        changed = {
+            name: dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
+            for name, value in parts.items()
+        }
+        return dataclasses.replace(config, **changed)
+
+    return replace
+
+
+@pytest.fixture(scope="session")
+def make_batch():
+    """A factory of random batches in the layout that the data room makes."""
+    return random_batch
+
+
+def random_batch(
+    config: ModelConfig,
+    *,
+    batch: int = 2,
+    frames: int = 4,
+    text: int = 10,
+    before: int = 3,
+    valid_frames: tuple[int, ...] | None = None,
+    valid_text: tuple[int, ...] | None = None,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Rows of `before` text tokens, one video, then text; padding (frames, then text) at the end."""
+    rng = np.random.default_rng(seed)
+    size, compact = config.vision.image_size, config.merge.tokens_per_frame
+    valid_frames = valid_frames or (frames,) * batch
+    valid_text = valid_text or (text,) * batch
+    total = text + frames * compact
+    visual_slots = np.zeros((batch, frames * compact), np.int32)
+    text_slots = np.zeros((batch, text), np.int32)
+    visible = np.zeros((batch, total), np.int32)
+    loss_mask = np.zeros((batch, total), np.float32)
+    for b, (f, t) in enumerate(zip(valid_frames, valid_text, strict=True)):
+        end = before + f * compact
+        real = end + t - before
+        pad_visual = np.arange(real, real + (frames - f) * compact)
+        visual_slots[b] = np.r_[np.arange(before, end), pad_visual]
+        text_slots[b] = np.setdiff1d(np.arange(total), visual_slots[b])
+        visible[b, before:real] = f
+        loss_mask[b, end + 1 : real] = 1
+    draw = np.random.default_rng(seed + 1)
+    pixels = draw.integers(0, 256, (batch, 64, size, size, 3), dtype=np.uint8)[:, :frames]
+    tokens = rng.integers(0, config.decoder.vocab_size, (batch, 4096)).astype(np.int32)[:, :total]
+    return {
+        "frames": pixels,
+        "frame_mask": np.arange(frames) < np.array(valid_frames)[:, None],
+        "frame_times": np.tile(np.arange(frames, dtype=np.float32), (batch, 1)),
+        "tokens": tokens,
+        "positions": np.tile(np.arange(total, dtype=np.int32), (batch, 1)),
+        "loss_mask": loss_mask,
+        "visual_slots": visual_slots,
+        "text_slots": text_slots,
+        "visible_frames": visible,
+        "row_index": np.arange(batch, dtype=np.int32),
+    }

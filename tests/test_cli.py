@@ -1,0 +1,182 @@
+"""The `crosslmm` command: answers at once, calls the right room, and reports a mistake in one line."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import crosslmm_jax
+from crosslmm_jax.cli import build_parser, main
+from crosslmm_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "crosslmm_jax.cli", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_help_answers_in_under_a_second() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = run("--help")
+        seconds.append(time.perf_counter() - start)
+        assert result.returncode == 0
+        assert all(f"    {name} " in result.stdout for name in ("demo", "params", "train", "ask", "chat"))
+    assert min(seconds) < 1, f"{seconds} s; a busy machine may slow one run, not each of three"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["ask", "--help"], ["--version"], []])
+def test_parsing_imports_nothing_heavy(words: list[str]) -> None:
+    program = f"""
+import sys
+from crosslmm_jax.cli import main
+try:
+    main({words!r})
+except SystemExit:
+    pass
+heavy = {{"jax", "numpy", "flax", "grain", "av", "tyro", "transformers", "rich"}} & set(sys.modules)
+sys.exit(f"imported {{heavy}}" if heavy else 0)
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"crosslmm_jax {crosslmm_jax.__version__}\n"
+
+
+MISTAKES = [
+    ([], "required: COMMAND; see `crosslmm --help`"),
+    (["fly"], "invalid choice: 'fly'"),
+    (["demo", "--seed", "x"], "argument --seed: invalid int value: 'x'; see `crosslmm demo --help`"),
+    (["demo", "--fast"], "unrecognized arguments: --fast"),
+    (["params"], "the following arguments are required: --preset"),
+    (["params", "--preset", "3b"], "--preset '3b' is unknown; choose one of tiny"),
+    (["params", "--preset", "tiny", "--json", "no/such/folder/x.json"], "--json no/such/folder/x.json: No"),
+    (["train"], "the following arguments are required: CONFIG.py"),
+    (["train", "configs/nope.py"], "configs/nope.py: no such config file"),
+    (["train", "configs/tiny_stage1.py", "--stage.stepz", "1"], "unknown override --stage.stepz; did you"),
+    (["train", "configs/tiny_stage1.py", "--stage.steps", "many"], "--stage.steps takes an integer"),
+    (["train", "configs/tiny_stage1.py", "--stage.steps", "0"], "StageConfig.steps is 0; it must be greater"),
+    (["ask", "m", "v.mp4"], "the following arguments are required: QUESTION"),
+    (["ask", "m", "v.mp4", ""], "the question is empty"),
+    (["ask", "m", "v.mp4", "  \n"], "the question is empty"),
+    (["ask", "no_model", "v.mp4", "What?"], "no_model"),
+    (["chat", "no_model", "v.mp4"], "no_model"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES, ids=lambda value: " ".join(value)[:40])
+def test_a_mistake_is_one_line_and_exit_code_2(
+    words: list[str], message: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(words) == 2
+    out, err = capfd.readouterr()
+    assert err.startswith("crosslmm: error: ")
+    assert message in err
+    assert err.count("\n") == 1 and err.endswith("\n")
+    assert out == "" or words[0] == "params", "nothing else is said"
+
+
+def test_exit_code_of_the_process() -> None:
+    result = run("train", "configs/nope.py")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("crosslmm: error: configs/nope.py: no such config file")
+
+
+def fail(error: BaseException) -> Any:
+    def call(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return call
+
+
+def put_demo(monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
+    """Replaces the room `demo` by one whose `run` is `call`."""
+    monkeypatch.setitem(sys.modules, "crosslmm_jax.demo", SimpleNamespace(run=call))
+
+
+def test_messages_of_several_lines_are_joined(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_demo(monkeypatch, fail(UserError("a.json: field x\n   is bad; mend it\n")))
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err == "crosslmm: error: a.json: field x is bad; mend it\n"
+
+
+@pytest.mark.parametrize("words", [["demo", "--debug"], ["--debug", "demo"]])
+def test_debug_shows_the_traceback(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_demo(monkeypatch, fail(UserError("bad")))
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert err.endswith("crosslmm: error: bad\n")
+
+
+def test_debug_reaches_train_wherever_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "nope.py", "--debug"]) == 2
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+def test_our_own_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_demo(monkeypatch, fail(ZeroDivisionError("not the user's")))
+    with pytest.raises(ZeroDivisionError):
+        main(["demo"])
+
+
+@pytest.mark.parametrize(("words", "said"), [((), ""), (("step 3 is saved",), "crosslmm: step 3 is saved\n")])
+def test_ctrl_c(
+    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_demo(monkeypatch, fail(KeyboardInterrupt(*words)))
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == said
+
+
+def test_demo_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    put_demo(monkeypatch, lambda out, **options: calls.append((out, options)))
+    assert main(["demo"]) == main(["demo", "--out", "x", "--seed", "3", "--quick"]) == 0
+    assert calls == [("runs/demo", {"seed": 0, "quick": False}), ("x", {"seed": 3, "quick": True})]
+
+
+def test_overrides_reach_the_config_in_order() -> None:
+    words = ["train", "c.py", "--mesh.data", "-1", "--run.init-from", "None", "--data.text-buckets", "1", "2"]
+    args = build_parser().parse_args(words)
+    assert (args.config, args.overrides) == ("c.py", words[2:])
+
+
+def test_ask_takes_options_on_any_side() -> None:
+    front = build_parser().parse_args(["ask", "--frames", "8", "m", "v", "Why?", "--json", "-"])
+    back = build_parser().parse_args(["ask", "m", "v", "Why?", "--json", "-", "--frames", "8"])
+    assert vars(front) == vars(back)
+    assert (front.model, front.video, front.question, front.frames, front.json) == ("m", "v", "Why?", 8, "-")
+
+
+def test_params_prints_a_table_or_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["params", "--preset", "tiny"]) == 0
+    assert "encoder" in capsys.readouterr().out
+    assert main(["params", "--preset", "tiny", "--json", "-"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert set(counts) == {"parts", "trainable"}
+    assert set(counts["parts"]) == {"encoder", "projector", "v2v", "t2v", "decoder", "embeddings"}
+    assert counts["trainable"]["stage1"] == counts["parts"]["projector"] + counts["parts"]["v2v"]
+    assert counts["trainable"]["stage2"] == sum(counts["parts"].values())
+    path = tmp_path / "counts.json"
+    assert main(["params", "--preset", "tiny", "--json", os.fspath(path)]) == 0
+    assert json.loads(path.read_text()) == counts
