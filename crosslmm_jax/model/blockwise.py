@@ -1,0 +1,209 @@
+"""Attention by blocks with an online softmax: portable, exact, no T x S array, forward or backward.
+
+The scheme is FlashAttention's (Dao 2023): the forward pass keeps one running maximum and sum a query, the
+backward pass recomputes the probabilities of a block from the saved log-sum-exp. Key blocks that no query
+of a block may see are skipped at run time.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Finite, so that maxima over nothing stay free of NaN; far below any score.
+MASKED = -1e30
+
+
+class BlockSizes(NamedTuple):
+    """Queries and keys handled at once: the largest score array is [B, N, query, key] in float32."""
+
+    query: int = 512
+    key: int = 1024
+
+
+def blockwise_attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    kv_start: Int[Array, "b t"],
+    kv_stop: Int[Array, "b t"],
+    scale: float,
+    blocks: BlockSizes = BlockSizes(),
+) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]:
+    """Attention of query `t` over keys `kv_start[t] <= s < kv_stop[t]`, and its log-sum-exp.
+
+    Returns:
+      float[B, T, N, H] in the dtype of `q`, 0 for a query with no key, and float32[B, T, N]
+      log-sum-exp of the scaled scores (`MASKED` for a query with no key). Both are differentiable.
+    """
+    result: Any = _differentiable(q, k, v, kv_start, kv_stop, scale, blocks)
+    return result
+
+
+def _forward(
+    q: Array, k: Array, v: Array, kv_start: Array, kv_stop: Array, scale: float, blocks: BlockSizes
+) -> tuple[Array, Array]:
+    batch, length, heads, size = q.shape
+    q_blocks, start_blocks, stop_blocks = _split_queries(q, kv_start, kv_stop, k.shape[2], blocks.query)
+    attend = functools.partial(_attend_block, k=k, v=v, scale=scale, block=min(blocks.key, k.shape[1]))
+    if len(q_blocks) == 1:
+        out, lse = attend((q_blocks[0], start_blocks[0], stop_blocks[0]))
+        out, lse = out[None], lse[None]
+    else:
+        out, lse = jax.lax.map(attend, (q_blocks, start_blocks, stop_blocks))
+    out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, size)[:, :length]
+    lse = jnp.moveaxis(lse, 0, 1).reshape(batch, -1, heads)[:, :length]
+    return out.astype(q.dtype), lse
+
+
+def _split_queries(q: Array, kv_start: Array, kv_stop: Array, kv_heads: int, block: int) -> tuple[Array, ...]:
+    """Queries by blocks, heads by the key head they read: [blocks, B, block, K, G, H]."""
+    batch, length, heads, size = q.shape
+    count = -(-length // block)
+    block = -(-length // count)
+    pad = count * block - length
+    q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    q = q.reshape(batch, count, block, kv_heads, heads // kv_heads, size)
+    # Padded queries see no key: start 0, stop 0.
+    ranges = [jnp.pad(x, ((0, 0), (0, pad))).reshape(batch, count, block) for x in (kv_start, kv_stop)]
+    return tuple(jnp.moveaxis(x, 1, 0) for x in (q, *ranges))
+
+
+def _key_blocks(length: int, block: int) -> Array:
+    return jnp.arange(-(-length // block))
+
+
+def _key_block(k: Array, v: Array, index: Array, block: int) -> tuple[Array, Array, Array, Array]:
+    """Keys and values of a block. The last one is moved back to end at S: `fresh` marks keys not yet read."""
+    begin = jnp.minimum(index * block, k.shape[1] - block)
+    k_block = jax.lax.dynamic_slice_in_dim(k, begin, block, axis=1)
+    v_block = jax.lax.dynamic_slice_in_dim(v, begin, block, axis=1)
+    positions = begin + jnp.arange(block)
+    return k_block, v_block, positions, positions >= index * block
+
+
+def _visible(kv_start: Array, kv_stop: Array, positions: Array, fresh: Array) -> Array:
+    """bool[B, 1, 1, T, S] of one pair of blocks."""
+    inside = (positions >= kv_start[:, :, None]) & (positions < kv_stop[:, :, None]) & fresh
+    return inside[:, None, None]
+
+
+def _any_visible(kv_start: Array, kv_stop: Array, index: Array, block: int) -> Array:
+    return jnp.any((kv_start < (index + 1) * block) & (kv_stop > index * block) & (kv_stop > kv_start))
+
+
+def _scores(q: Array, k: Array, scale: float) -> Array:
+    """float32[B, K, G, T, S]."""
+    return scale * jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+
+
+def _attend_block(
+    queries: tuple[Array, ...], *, k: Array, v: Array, scale: float, block: int
+) -> tuple[Array, Array]:
+    """One block of queries over all keys: float32[B, t, N, H] and log-sum-exp float32[B, t, N]."""
+    q, kv_start, kv_stop = queries
+    batch, length, kv_heads, groups, size = q.shape
+
+    def add_block(carry: Any, index: Array) -> Any:
+        maximum, total, out = carry
+        k_block, v_block, positions, fresh = _key_block(k, v, index, block)
+        visible = _visible(kv_start, kv_stop, positions, fresh)
+        scores = jnp.where(visible, _scores(q, k_block, scale), MASKED)
+        new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
+        p = jnp.where(visible, jnp.exp(scores - new_maximum[..., None]), 0.0)
+        decay = jnp.exp(maximum - new_maximum)
+        values = jnp.einsum(
+            "bkgts,bskh->bkgth", p.astype(v.dtype), v_block, preferred_element_type=jnp.float32
+        )
+        return new_maximum, total * decay + jnp.sum(p, axis=-1), out * decay[..., None] + values
+
+    def body(carry: Any, index: Array) -> tuple[Any, None]:
+        seen = _any_visible(kv_start, kv_stop, index, block)
+        return jax.lax.cond(seen, add_block, lambda carry, _: carry, carry, index), None
+
+    shape = (batch, kv_heads, groups, length)
+    carry = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, size)))
+    if k.shape[1] <= block:
+        carry = add_block(carry, jnp.int32(0))
+    else:
+        carry, _ = jax.lax.scan(body, carry, _key_blocks(k.shape[1], block))
+    maximum, total, out = carry
+    seen = total > 0
+    out = jnp.where(seen[..., None], out / jnp.where(seen, total, 1.0)[..., None], 0.0)
+    lse = jnp.where(seen, maximum + jnp.log(jnp.where(seen, total, 1.0)), MASKED)
+    out = jnp.einsum("bkgth->btkgh", out).reshape(batch, length, kv_heads * groups, size)
+    return out, jnp.einsum("bkgt->btkg", lse).reshape(batch, length, kv_heads * groups)
+
+
+_differentiable = jax.custom_vjp(_forward, nondiff_argnums=(5, 6))
+
+
+def _forward_rule(
+    q: Array, k: Array, v: Array, kv_start: Array, kv_stop: Array, scale: float, blocks: BlockSizes
+) -> tuple[Any, Any]:
+    out, lse = _forward(q, k, v, kv_start, kv_stop, scale, blocks)
+    return (out, lse), (q, k, v, kv_start, kv_stop, out, lse)
+
+
+def _backward_rule(scale: float, blocks: BlockSizes, saved: Any, cotangents: Any) -> tuple[Any, ...]:
+    q, k, v, kv_start, kv_stop, out, lse = saved
+    d_out, d_lse = cotangents
+    # With p = exp(s - lse): ds = p * (d_out . v - d_out . out + d_lse).
+    offset = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
+    kv_heads, block = k.shape[2], min(blocks.key, k.shape[1])
+    split = functools.partial(_split_queries, kv_heads=kv_heads, block=blocks.query)
+    q_blocks, starts, stops = split(q, kv_start, kv_stop)
+    d_out_blocks, _, _ = split(d_out, kv_start, kv_stop)
+    rows, _, _ = split(jnp.stack([lse, offset], axis=-1), kv_start, kv_stop)
+    queries = (q_blocks, d_out_blocks, rows, starts, stops)
+
+    def body(carry: Any, index: Array) -> tuple[Any, None]:
+        d_q, d_k, d_v = carry
+        k_block, v_block, positions, fresh = _key_block(k, v, index, block)
+        begin = positions[0]
+        step = functools.partial(
+            _backward_block, k=k_block, v=v_block, positions=positions, fresh=fresh, scale=scale
+        )
+        zero = jnp.zeros(k_block.shape, jnp.float32)
+        (dk_block, dv_block), d_q = jax.lax.scan(step, (zero, zero), (d_q, queries))
+        return (d_q, _add_slice(d_k, dk_block, begin), _add_slice(d_v, dv_block, begin)), None
+
+    carry = (jnp.zeros(q_blocks.shape, jnp.float32), jnp.zeros_like(k), jnp.zeros_like(v))
+    (d_q, d_k, d_v), _ = jax.lax.scan(body, carry, _key_blocks(k.shape[1], block))
+    d_q = jnp.moveaxis(d_q, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]]
+    return d_q.astype(q.dtype), d_k, d_v, None, None
+
+
+def _add_slice(x: Array, update: Array, begin: Array) -> Array:
+    """Adds to the slice of `x` that starts at `begin`: only the moved last block meets written keys."""
+    current = jax.lax.dynamic_slice_in_dim(x, begin, update.shape[1], axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(x, current + update.astype(x.dtype), begin, axis=1)
+
+
+def _backward_block(
+    carry: Any, inputs: Any, *, k: Array, v: Array, positions: Array, fresh: Array, scale: float
+) -> tuple[Any, Array]:
+    """Gradients of one block of queries against one block of keys."""
+    d_q, (q, d_out, rows, kv_start, kv_stop) = inputs
+
+    def add(carry: Any, d_q: Array) -> tuple[Any, Array]:
+        d_k, d_v = carry
+        lse, offset = (jnp.einsum("btkg->bkgt", rows[..., i])[..., None] for i in range(2))
+        visible = _visible(kv_start, kv_stop, positions, fresh)
+        scores = jnp.where(visible, _scores(q, k, scale), MASKED)
+        p = jnp.where(visible, jnp.exp(scores - lse), 0.0)
+        d_p = jnp.einsum("btkgh,bskh->bkgts", d_out, v, preferred_element_type=jnp.float32)
+        d_s = (scale * p * (d_p - offset)).astype(q.dtype)
+        p = p.astype(v.dtype)
+        d_v = d_v + jnp.einsum("bkgts,btkgh->bskh", p, d_out, preferred_element_type=jnp.float32)
+        d_k = d_k + jnp.einsum("bkgts,btkgh->bskh", d_s, q, preferred_element_type=jnp.float32)
+        d_q = d_q + jnp.einsum("bkgts,bskh->btkgh", d_s, k, preferred_element_type=jnp.float32)
+        return (d_k, d_v), d_q
+
+    seen = jnp.any((kv_start <= positions[-1]) & (kv_stop > positions[0]) & (kv_stop > kv_start))
+    return jax.lax.cond(seen, add, lambda carry, d_q: (carry, d_q), carry, d_q)
+
+
+_differentiable.defvjp(_forward_rule, _backward_rule)
