@@ -1,0 +1,1 @@
+"""Files on disk to numpy batches: annotations, decoding, prompts, collation and the input pipeline."""

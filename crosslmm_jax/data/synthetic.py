@@ -1,0 +1,264 @@
+"""A small set of real mp4 files whose questions can only be answered by looking closely.
+
+A video shows four scenes. Each of eight colours appears once in the video, as one of four shapes of equal
+area, in one cell of a 4 x 4 grid; grey shapes fill more cells and mean nothing. A question names a colour,
+the answer is its shape. Averaging all patches of a frame keeps the colours but blurs which shape goes with
+which colour, so compact tokens alone are a poor source. For every question each answer occurs equally
+often, so that no guess without the video beats 25%.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from crosslmm_jax.errors import UserError
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (230, 25, 25),
+    "green": (20, 200, 40),
+    "blue": (30, 60, 255),
+    "yellow": (245, 235, 20),
+    "purple": (170, 20, 220),
+    "orange": (255, 140, 0),
+    "cyan": (0, 220, 230),
+    "pink": (255, 150, 190),
+}
+SHAPES = ("ring", "square", "triangle", "cross")
+CHANCE = 1 / len(SHAPES)
+GREY = (130, 130, 130)
+SCENES = 4
+GRID = 4  # cells along one side of a frame
+CELL = 16  # pixels; a frame is 64 x 64
+FRAMES_PER_SCENE = 2
+FRAMES_PER_SECOND = 4
+_MANIFEST = "synthetic.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SyntheticSet:
+    """Where a written set lies. Media paths in the annotations are relative to `folder`."""
+
+    folder: Path
+    captions: Path  # LLaVA rows, one caption a training video (stage 1)
+    train: Path  # LLaVA rows, one question each (stage 2)
+    heldout: Path  # the same on videos that no training row shows
+    heldout_videos: tuple[Path, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Glyph:
+    """One shape on the screen: `colour` is a key of COLOURS, or None for a grey one."""
+
+    scene: int
+    row: int
+    column: int
+    colour: str | None
+    shape: str
+
+
+def question_of(colour: str) -> str:
+    """The question about one colour."""
+    return f"What shape is the {colour} object?"
+
+
+def caption_of(shapes: Sequence[str]) -> str:
+    """A caption that names every coloured object; `shapes` follow the order of COLOURS."""
+    return ", ".join(f"{colour} {shape}" for colour, shape in zip(COLOURS, shapes, strict=True))
+
+
+def balanced_shapes(num_videos: int, rng: np.random.Generator) -> np.ndarray:
+    """int[num_videos, 8]: the shape of each colour, every shape equally often in every column."""
+    column = np.arange(num_videos) % len(SHAPES)
+    return np.stack([rng.permutation(column) for _ in COLOURS], axis=1)
+
+
+def place_glyphs(shapes: Sequence[str], rng: np.random.Generator, *, distractors: int) -> list[Glyph]:
+    """Spreads the coloured glyphs evenly over the scenes, and `distractors` grey ones in each scene."""
+    colours = list(COLOURS)
+    per_scene = len(colours) // SCENES
+    order = rng.permutation(len(colours))
+    glyphs = []
+    for scene in range(SCENES):
+        cells = rng.permutation(GRID * GRID)[: per_scene + distractors]
+        for position, cell in enumerate(cells):
+            row, column = divmod(int(cell), GRID)
+            if position < per_scene:
+                index = int(order[scene * per_scene + position])
+                glyphs.append(Glyph(scene, row, column, colours[index], shapes[index]))
+            else:
+                glyphs.append(Glyph(scene, row, column, None, SHAPES[rng.integers(len(SHAPES))]))
+    return glyphs
+
+
+def shape_mask(shape: str) -> np.ndarray:
+    """float[CELL, CELL] in 0..1: the coverage of each pixel. All shapes cover the same area."""
+    fine = 8  # sub-pixels a side, averaged to smooth the edge
+    axis = (np.arange(CELL * fine) + 0.5) / (CELL * fine) * 2 - 1
+    y, x = np.meshgrid(axis, axis, indexing="ij")
+    area = 1.8  # of the cell's 4 square units
+    if shape == "ring":
+        outer = 0.95
+        inside = (x**2 + y**2 <= outer**2) & (x**2 + y**2 >= outer**2 - area / np.pi)
+    elif shape == "square":
+        inside = np.maximum(abs(x), abs(y)) <= np.sqrt(area) / 2
+    elif shape == "triangle":  # as wide as high, tip at the top
+        side = np.sqrt(2 * area)
+        inside = (abs(y) <= side / 2) & (abs(x) <= (y + side / 2) / 2)
+    else:  # a plus whose arms are a third of its width
+        width = np.sqrt(area * 9 / 5)
+        arm, reach = width / 6, width / 2
+        inside = ((abs(x) <= arm) & (abs(y) <= reach)) | ((abs(y) <= arm) & (abs(x) <= reach))
+    return inside.reshape(CELL, fine, CELL, fine).mean(axis=(1, 3))
+
+
+_MASKS = {shape: shape_mask(shape) for shape in SHAPES}
+
+
+def draw_scenes(glyphs: Sequence[Glyph]) -> np.ndarray:
+    """uint8[SCENES, 64, 64, 3]: the scenes, on black."""
+    scenes = np.zeros((SCENES, GRID * CELL, GRID * CELL, 3))
+    for glyph in glyphs:
+        colour = COLOURS[glyph.colour] if glyph.colour else GREY
+        top, left = glyph.row * CELL, glyph.column * CELL
+        scenes[glyph.scene, top : top + CELL, left : left + CELL] = _MASKS[glyph.shape][..., None] * colour
+    return np.round(scenes).astype(np.uint8)
+
+
+def write_video(path: Path, scenes: np.ndarray) -> None:
+    """Encodes `scenes` (uint8[scenes, height, width, 3]) as h264 in mp4, FRAMES_PER_SCENE frames each."""
+    import av
+
+    with av.open(str(path), "w", format="mp4", options={"fflags": "bitexact"}) as container:
+        stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
+        stream.height, stream.width = scenes.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1  # the same bytes on every machine
+        stream.options = {"preset": "ultrafast", "crf": "8"}
+        for scene in scenes:
+            for _ in range(FRAMES_PER_SCENE):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(scene, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def write_dataset(
+    folder: str | os.PathLike[str],
+    *,
+    num_train: int,
+    num_heldout: int,
+    seed: int,
+    distractors: int = 4,
+    num_threads: int = 2,
+) -> SyntheticSet:
+    """Writes videos and annotations; the content depends on the numbers and the seed alone.
+
+    Everything is written beside `folder` and renamed at the end. A set that was written before with the
+    same arguments is kept as it is; another synthetic set in `folder` is replaced.
+
+    Args:
+        folder: of the set; its parent is created when missing.
+        num_train: training videos, a multiple of 4; each has one caption and eight questions.
+        num_heldout: held-out videos, a multiple of 4; each has eight questions.
+        seed: of shapes and places.
+        distractors: grey glyphs in each scene.
+        num_threads: videos encoded at once.
+
+    Raises:
+        UserError: a number that is not a multiple of 4, or a folder that holds something else.
+    """
+    target = Path(folder)
+    manifest = {
+        "num_train": num_train, "num_heldout": num_heldout, "seed": seed, "distractors": distractors,
+        "version": 1,
+    }  # fmt: skip
+    for name in ("num_train", "num_heldout"):
+        if manifest[name] <= 0 or manifest[name] % len(SHAPES):
+            raise UserError(f"{name} is {manifest[name]}; it must be a positive multiple of {len(SHAPES)}")
+    if _already_written(target, manifest):
+        return _describe(target, num_heldout)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        (staging / "videos").mkdir()
+        options = {"distractors": distractors, "num_threads": num_threads}
+        train = _write_split(staging, "train", num_videos=num_train, seed=[seed, 0], **options)
+        heldout = _write_split(staging, "heldout", num_videos=num_heldout, seed=[seed, 1], **options)
+        _write_json(staging / "captions.json", [_caption_row(*video) for video in train])
+        _write_json(staging / "train.json", [row for video in train for row in _question_rows(*video)])
+        _write_json(staging / "heldout.json", [row for video in heldout for row in _question_rows(*video)])
+        _write_json(staging / _MANIFEST, manifest)
+        staging.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return _describe(target, num_heldout)
+
+
+def _already_written(target: Path, manifest: dict[str, int]) -> bool:
+    """Whether `target` holds this very set. Raises UserError when it holds anything but a synthetic set."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return False
+    try:
+        return json.loads((target / _MANIFEST).read_text(encoding="utf-8")) == manifest
+    except (OSError, ValueError):
+        raise UserError(f"{target}: exists and is no synthetic set; name another folder") from None
+
+
+def _describe(folder: Path, num_heldout: int) -> SyntheticSet:
+    return SyntheticSet(
+        folder=folder,
+        captions=folder / "captions.json",
+        train=folder / "train.json",
+        heldout=folder / "heldout.json",
+        heldout_videos=tuple(folder / _video_name("heldout", index) for index in range(num_heldout)),
+    )
+
+
+def _video_name(split: str, index: int) -> str:
+    return f"videos/{split}_{index:05d}.mp4"
+
+
+def _write_split(
+    folder: Path, split: str, *, num_videos: int, seed: Sequence[int], distractors: int, num_threads: int
+) -> list[tuple[str, list[str]]]:
+    """Writes the videos of one split; returns (name, shape of each colour) for each."""
+    table = balanced_shapes(num_videos, np.random.default_rng(seed))
+    videos = [
+        (_video_name(split, index), [SHAPES[shape] for shape in row]) for index, row in enumerate(table)
+    ]
+
+    def write(index: int) -> None:
+        name, shapes = videos[index]
+        rng = np.random.default_rng([*seed, index])
+        write_video(folder / name, draw_scenes(place_glyphs(shapes, rng, distractors=distractors)))
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        list(pool.map(write, range(num_videos)))
+    return videos
+
+
+def _row(video: str, question: str, *, answer: str, suffix: str) -> dict[str, object]:
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    return {"id": f"{Path(video).stem}_{suffix}", "video": video, "conversations": turns}
+
+
+def _caption_row(video: str, shapes: Sequence[str]) -> dict[str, object]:
+    return _row(video, "Describe the video.", answer=caption_of(shapes), suffix="caption")
+
+
+def _question_rows(video: str, shapes: Sequence[str]) -> list[dict[str, object]]:
+    pairs = zip(COLOURS, shapes, strict=True)
+    return [_row(video, question_of(colour), answer=shape, suffix=colour) for colour, shape in pairs]
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

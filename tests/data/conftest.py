@@ -1,0 +1,37 @@
+"""The default tokenizer and a small synthetic set, made once for all tests of this room."""
+
+from pathlib import Path
+
+import pytest
+
+from crosslmm_jax.data.synthetic import SyntheticSet, write_dataset
+from crosslmm_jax.data.tokenizer import Tokenizer, load_tokenizer, write_default_tokenizer
+
+QWEN = Path(__file__).resolve().parents[3] / "shared" / "tokenizer" / "qwen2.5"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_default_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> Tokenizer:
+    return load_tokenizer(tokenizer_folder)
+
+
+@pytest.fixture(scope="session", params=["default", "qwen"])
+def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    """The default tokenizer, and the real one of Qwen2.5 where it is at hand."""
+    if request.param == "default":
+        return request.getfixturevalue("tokenizer")
+    if not QWEN.is_dir():
+        pytest.skip("the Qwen2.5 tokenizer is not here")
+    return load_tokenizer(QWEN)
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> SyntheticSet:
+    return write_dataset(tmp_path_factory.mktemp("data") / "set", num_train=16, num_heldout=8, seed=3)

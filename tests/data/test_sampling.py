@@ -1,0 +1,86 @@
+"""Frame choice against the rule in the index and the time domain."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crosslmm_jax.config import SamplingConfig
+from crosslmm_jax.data.sampling import choose_frames
+
+TICKS = 12800  # a second; 512 ticks a frame at 25 frames a second, as ffmpeg writes mp4
+
+
+def choose(times: np.ndarray, end: int, ticks: float, sampling: SamplingConfig) -> np.ndarray:
+    return choose_frames(times, sampling, end=end, ticks_per_second=ticks)
+
+
+def times_of(total: int, gap: int = 512) -> np.ndarray:
+    return np.arange(total, dtype=np.int64) * gap
+
+
+@settings(max_examples=300, deadline=None)
+@given(total=st.integers(1, 4000), wanted=st.integers(1, 512), first=st.integers(0, 99999))
+def test_uniform_is_the_truncated_linspace(total: int, wanted: int, first: int) -> None:
+    times = times_of(total) + first
+    chosen = choose(times, int(times[-1]) + 512, TICKS, SamplingConfig(frames=wanted))
+    assert chosen.min() >= 0 and chosen.max() < total
+    exact = [(total - 1) * k // max(wanted - 1, 1) for k in range(wanted)]
+    assert chosen.tolist() == exact
+    # numpy's float version differs by rounding alone
+    llava = np.linspace(0, total - 1, wanted, dtype=int)
+    assert np.abs(chosen - llava).max() <= 1
+
+
+def test_uniform_repeats_the_frames_of_a_short_clip() -> None:
+    chosen = choose(times_of(3), 3 * 512, TICKS, SamplingConfig(frames=6))
+    assert chosen.tolist() == [0, 0, 0, 1, 1, 2]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    gaps=st.lists(st.integers(20, 3000), min_size=1, max_size=60),
+    fps=st.sampled_from([0.5, 1.0, 2.0, 8.0]),
+    cap=st.integers(1, 40),
+)
+def test_fps_takes_the_frame_on_display(gaps: list[int], fps: float, cap: int) -> None:
+    times = np.concatenate([[0], np.cumsum(gaps)]).astype(np.int64)
+    end = int(times[-1]) + gaps[-1]
+    chosen = choose(times, end, 1000, SamplingConfig(policy="fps", fps=fps, frames=cap))
+    moments = [k * 1000 / fps for k in range(10_000) if k * 1000 / fps < end]
+    if len(moments) > cap:
+        uniform = choose(times, end, 1000, SamplingConfig(frames=cap))
+        assert chosen.tolist() == uniform.tolist()
+    else:
+        # Within a tick of a change of frame either may be taken.
+        for index, moment in zip(chosen, moments, strict=True):
+            assert times[index] <= moment + 1.001
+            assert index == len(times) - 1 or times[index + 1] > moment
+
+
+@settings(max_examples=200, deadline=None)
+@given(gaps=st.lists(st.integers(20, 3000), min_size=2, max_size=60), wanted=st.integers(1, 40))
+def test_uniform_of_a_variable_rate_is_even_in_time(gaps: list[int], wanted: int) -> None:
+    times = np.concatenate([[0], np.cumsum(gaps)]).astype(np.int64)
+    if np.ptp(gaps) <= 4:
+        return
+    chosen = choose(times, int(times[-1]) + 1, 1000, SamplingConfig(frames=wanted))
+    for k, index in enumerate(chosen):
+        moment = int(times[-1]) * k // max(wanted - 1, 1)
+        assert times[index] <= moment
+        assert index == len(times) - 1 or times[index + 1] > moment
+
+
+def test_fps_of_a_constant_rate() -> None:
+    chosen = choose(times_of(75), 75 * 512, TICKS, SamplingConfig(policy="fps", fps=1, frames=64))
+    assert chosen.tolist() == [0, 25, 50]
+
+
+def test_times_rounded_to_milliseconds() -> None:
+    times = np.round(np.arange(90) * 1000 / 30).astype(np.int64)
+    assert choose(times, 3000, 1000, SamplingConfig(frames=5)).tolist() == [0, 22, 44, 66, 89]
+    every_second = choose(times, 3000, 1000, SamplingConfig(policy="fps", fps=1, frames=5))
+    assert every_second.tolist() == [0, 30, 60]
+
+
+def test_one_tick_a_frame() -> None:
+    assert choose(times_of(10, gap=1), 10, 10, SamplingConfig(frames=4)).tolist() == [0, 3, 6, 9]
