@@ -1,0 +1,120 @@
+"""`crosslmm ask` and `crosslmm chat`: what is printed, and where it goes."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from crosslmm_jax.data.conversation import check_question
+from crosslmm_jax.errors import UserError
+from crosslmm_jax.inference.assistant import load
+from crosslmm_jax.inference.figure import draw_attention
+from crosslmm_jax.inference.generate import Sampling
+
+
+def ask(
+    model: str,
+    video: str,
+    question: str,
+    *,
+    frames: int | None,
+    json_path: str | None,
+    attention_path: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> None:
+    """Prints the answer to one question.
+
+    Args:
+      model: MODEL folder.
+      video: a file.
+      question: what to ask.
+      frames: how many to read; None: as in training.
+      json_path: "-" prints JSON instead of the answer; a path writes it there too.
+      attention_path: a PNG of where the answer looked.
+      max_new_tokens: longest answer.
+      temperature: of sampling; 0 is greedy.
+      top_p: of sampling.
+      seed: of sampling.
+
+    Raises:
+      UserError: anything the user has to mend.
+    """
+    check_question(question)
+    for option, path in (("--json", json_path), ("--attention", attention_path)):
+        _check_target(option, path)
+    watched = load(model).watch(video, frames=frames)
+    sampling = Sampling(temperature, top_p)
+    answer = watched.answer(question, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
+    if attention_path is not None:
+        maps = watched.attention(question)
+        draw_attention(
+            attention_path, watched.frames, watched.frame_times, maps, title=f"{question} {answer.text}"
+        )
+    report = {
+        "question": question,
+        "answer": answer.text,
+        "video": str(video),
+        "frame_times": [round(float(t), 3) for t in watched.frame_times],
+        "tokens": answer.num_tokens,
+        "seconds": round(answer.seconds, 3),
+        "tokens_per_second": round(answer.tokens_per_second, 2),
+    }
+    if json_path != "-":
+        print(answer.text)
+    if json_path is not None:
+        _write_json(json_path, report)
+
+
+def chat(
+    model: str,
+    video: str,
+    *,
+    frames: int | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> None:
+    """Reads questions line by line and streams answers, until an empty line or the end of the input."""
+    watched = load(model).watch(video, frames=frames)
+    conversation = watched.chat(
+        max_new_tokens=max_new_tokens, sampling=Sampling(temperature, top_p), seed=seed
+    )
+    if sys.stdin.isatty():
+        print(f"{len(watched.frames)} frames read. Ask away; an empty line ends.")
+    while (question := _read_question()).strip():
+        for piece in conversation.ask(question):
+            print(piece, end="", flush=True)
+        print()
+
+
+def _read_question() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return ""
+
+
+def _check_target(option: str, path: str | None) -> None:
+    """Finds an output that cannot be written before the model is loaded."""
+    if path in (None, "-"):
+        return
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"{option} {path}: the folder {folder} does not exist; make it or name another")
+    if Path(path).is_dir():
+        raise UserError(f"{option} {path}: this is a folder; name a file")
+
+
+def _write_json(path: str, value: dict[str, Any]) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if path == "-":
+        print(text)
+        return
+    try:
+        Path(path).write_text(text + "\n")
+    except OSError as error:
+        raise UserError(f"--json {path}: {error.strerror}; name a file that can be written") from error

@@ -1,0 +1,152 @@
+"""The few compiled programs that answering takes, and the static shapes they are compiled for.
+
+Text and cache are padded to multiples of a bucket, so that a growing conversation compiles a handful of
+programs. The T2V part of a cache belongs to the video and is shared by all questions: it is never donated.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from crosslmm_jax.config import ModelConfig
+from crosslmm_jax.inference.generate import Generation, Sampling, generate, start
+from crosslmm_jax.model import Cache, CrossLMM, Visual
+from crosslmm_jax.parallel.rules import activation_rules
+
+TEXT_BUCKET = 32  # tokens
+CACHE_BUCKET = 256  # tokens
+
+
+def round_up(size: int, bucket: int) -> int:
+    """The smallest multiple of `bucket` that holds `size`."""
+    return -(-size // bucket) * bucket
+
+
+class _FrozenRules(dict):
+    """Rules as a hashable value, so that a model can be a static argument."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(sorted(self.items(), key=str)))
+
+
+class Compiled:
+    """The programs of one model on one mesh."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+        """One device runs without sharding requests; several follow the table of logical axes."""
+        rules = _FrozenRules(activation_rules()) if mesh.size > 1 else None
+        self.model = CrossLMM(config, rules)
+        self.mesh = mesh
+
+    def encode(self, params: Any, frames: np.ndarray) -> Visual:
+        """uint8[B, F, R, R, 3] to compact and original tokens."""
+        with jax.set_mesh(self.mesh):
+            return _encode(self.model, params, frames)
+
+    def prefill(self, params: Any, visual: Visual, batch: dict[str, np.ndarray]) -> Cache:
+        """Runs a prompt without padding; the cache has room for just that."""
+        counts = np.full(batch["tokens"].shape[0], batch["tokens"].shape[1], np.int32)
+        with jax.set_mesh(self.mesh):
+            return _prefill(self.model, params, visual, batch, counts)
+
+    def begin(
+        self, params: Any, cache: Cache, ids: np.ndarray, *, room: int, key: Array, sampling: Sampling,
+        vocab_size: int, end: int, fresh: bool,
+    ) -> Generation:  # fmt: skip
+        """Adds a question to what `cache` holds and draws the first token of the answer.
+
+        Args:
+          params: the model's.
+          cache: of one row; reused unless `fresh` or too small.
+          ids: int32[n], the question.
+          room: tokens that question and answer need at most.
+          key: of sampling.
+          sampling: how tokens are drawn.
+          vocab_size: the tokenizer's.
+          end: the token that ends an answer.
+          fresh: leave `cache` as it is and go on with a copy.
+        """
+        # Padding of the question is written too, before it is overwritten.
+        needed = int(cache.lengths[0]) + max(room, round_up(len(ids), TEXT_BUCKET))
+        size = max(round_up(needed, CACHE_BUCKET), cache.keys.shape[2])
+        with jax.set_mesh(self.mesh):
+            own = cache._replace(t2v=None)
+            if fresh or size > cache.keys.shape[2]:
+                own = _copy(own, size)
+            logits, own = _extend(self.model, params, cache.t2v, own, *_padded(ids))
+            return _start(logits, own, key, sampling, vocab_size=vocab_size, end=end)
+
+    def observe(self, params: Any, cache: Cache, ids: np.ndarray) -> Float[Array, "x b f p"]:
+        """T2V attention of the last token of `ids` behind what `cache` holds."""
+        tokens, counts = _padded(ids)
+        needed = int(cache.lengths[0]) + tokens.shape[1]
+        with jax.set_mesh(self.mesh):
+            own = _copy(cache._replace(t2v=None), round_up(needed, CACHE_BUCKET))
+            return _observe(self.model, params, cache.t2v, own, tokens, counts)
+
+    def generate(
+        self, params: Any, t2v: Any, state: Generation, limit: int, sampling: Sampling, *, steps: int,
+        vocab_size: int, end: int,
+    ) -> tuple[list[int], int, Generation]:  # fmt: skip
+        """Up to `limit` tokens of the one row: their ids, their number, and where to go on."""
+        with jax.set_mesh(self.mesh):
+            tokens, counts, state = generate(
+                self.model, params, t2v, state, jnp.int32(limit), sampling,
+                steps=steps, vocab_size=vocab_size, end=end,
+            )  # fmt: skip
+        count = int(counts[0])
+        return np.asarray(tokens)[0, :count].tolist(), count, state
+
+
+def _padded(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int32[1, T] in a bucket, and int32[1] how many count."""
+    tokens = np.zeros((1, round_up(len(ids), TEXT_BUCKET)), np.int32)
+    tokens[0, : len(ids)] = ids
+    return tokens, np.array([len(ids)], np.int32)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _encode(model: CrossLMM, params: Any, frames: Array) -> Visual:
+    visual: Any = model.apply({"params": params}, frames, method="encode")
+    return visual
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _prefill(model: CrossLMM, params: Any, visual: Visual, batch: dict[str, Array], counts: Array) -> Cache:
+    size = batch["tokens"].shape[1]
+    result: Any = model.apply({"params": params}, visual, batch, counts, cache_size=size, method="prefill")
+    return result[1]
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _copy(cache: Cache, size: int) -> Cache:
+    """The same contents in a cache with room for `size` tokens."""
+    more = ((0, 0), (0, 0), (0, size - cache.keys.shape[2]), (0, 0), (0, 0))
+    return cache._replace(keys=jnp.pad(cache.keys, more), values=jnp.pad(cache.values, more))
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def _extend(
+    model: CrossLMM, params: Any, t2v: Any, cache: Cache, tokens: Array, counts: Array
+) -> tuple[Array, Cache]:
+    whole = cache._replace(t2v=t2v)
+    result: Any = model.apply({"params": params}, whole, tokens, counts, method="extend")
+    logits, whole = result
+    return logits, whole._replace(t2v=None)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _observe(
+    model: CrossLMM, params: Any, t2v: Any, cache: Cache, tokens: Array, counts: Array
+) -> Float[Array, "x b f p"]:
+    whole = cache._replace(t2v=t2v)
+    maps: Any = model.apply({"params": params}, whole, tokens, counts, method="observe")
+    return maps
+
+
+_start = jax.jit(start, static_argnames=("vocab_size", "end"), donate_argnames="cache")
