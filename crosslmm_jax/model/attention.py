@@ -12,9 +12,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from crosslmm_jax.config import AttentionBackend
-from crosslmm_jax.model.blockwise import MASKED, blockwise_attention
+from crosslmm_jax.model.blockwise import MASKED, BlockSizes, blockwise_attention
 
 logger = logging.getLogger(__name__)
+
+# Without a GPU, scores up to this size are simply held: several times faster to run and to compile.
+SMALL_SCORE_BYTES = 32 * 2**20
+# A GPU is idle on small blocks: there, scores of one block may take this many bytes.
+GPU_SCORE_BYTES = 64 * 2**20
+# Up to this many queries over many keys, cuDNN leaves most of a GPU idle: it splits work by queries only.
+FEW_QUERIES, MANY_KEYS = 128, 8192
 
 
 def attention(
@@ -36,7 +43,8 @@ def attention(
       causal: query t reads keys 0..t (T = S). Excludes `kv_start` and `kv_stop`.
       kv_start: int32[B, T], first key a query reads (default 0).
       kv_stop: int32[B, T], one past the last key a query reads (default S).
-      backend: "auto" takes cuDNN on a GPU where it applies and `blockwise` elsewhere.
+      backend: "auto" takes cuDNN on a GPU where it applies, `blockwise` for many keys, and
+        `reference` elsewhere.
 
     Returns:
       float[B, T, N, H] in the dtype of `q`. Scores and sums are float32 in every backend.
@@ -46,17 +54,27 @@ def attention(
     """
     if causal and (kv_start is not None or kv_stop is not None or q.shape[1] != k.shape[1]):
         raise ValueError("causal attention takes as many keys as queries, and no ranges")
-    chosen = _choose(backend, q, kv_start)
+    chosen = _choose(backend, q, k, kv_start)
     logger.debug("attention of %s over %s keys: %s", q.shape, k.shape[1], chosen)
     if chosen == "cudnn":
         return _cudnn(q, k, v, causal=causal, kv_stop=kv_stop)
     start, stop = _ranges(q, k, causal=causal, kv_start=kv_start, kv_stop=kv_stop)
     if chosen == "reference":
         return reference_attention(q, k, v, start, stop)
-    return blockwise_attention(q, k, v, start, stop, q.shape[-1] ** -0.5)[0]
+    return blockwise_attention(q, k, v, start, stop, q.shape[-1] ** -0.5, _block_sizes(q))[0]
 
 
-def _choose(backend: AttentionBackend, q: Array, kv_start: Array | None) -> AttentionBackend:
+def _block_sizes(q: Array) -> BlockSizes:
+    """The default blocks, or on a GPU blocks of keys that grow as queries get fewer."""
+    if jax.default_backend() != "gpu":
+        return BlockSizes()
+    batch, length, heads, _ = q.shape
+    query = min(length, BlockSizes().query)
+    key = GPU_SCORE_BYTES // (4 * batch * heads * query) // 1024 * 1024
+    return BlockSizes(query, max(1024, key))
+
+
+def _choose(backend: AttentionBackend, q: Array, k: Array, kv_start: Array | None) -> AttentionBackend:
     applies = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and kv_start is None
     if backend == "cudnn" and not applies:
         raise ValueError(
@@ -65,8 +83,12 @@ def _choose(backend: AttentionBackend, q: Array, kv_start: Array | None) -> Atte
         )
     if backend != "auto":
         return backend
+    starved = q.shape[1] <= FEW_QUERIES and k.shape[1] >= MANY_KEYS
     on_gpu = jax.default_backend() == "gpu"
-    return "cudnn" if on_gpu and applies else "blockwise"
+    batch, length, heads, _ = q.shape
+    if not on_gpu and batch * length * heads * k.shape[1] * 4 <= SMALL_SCORE_BYTES:
+        return "reference"
+    return "cudnn" if on_gpu and applies and not starved else "blockwise"
 
 
 def _ranges(
@@ -117,6 +139,7 @@ def _cudnn(q: Array, k: Array, v: Array, *, causal: bool, kv_stop: Array | None)
         return jnp.where((kv_stop > 0)[:, :, None, None], out, 0)
 
     def by_query(q: Array, k: Array, v: Array) -> Array:
-        return blockwise_attention(q, k, v, jnp.zeros_like(kv_stop), kv_stop, q.shape[-1] ** -0.5)[0]
+        start, scale = jnp.zeros_like(kv_stop), q.shape[-1] ** -0.5
+        return blockwise_attention(q, k, v, start, kv_stop, scale, _block_sizes(q))[0]
 
     return jax.lax.cond(uniform, by_length, by_query, q, k, v)

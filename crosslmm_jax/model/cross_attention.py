@@ -48,6 +48,7 @@ def cross_attention_weights(config: ModelConfig) -> WeightTable:
     return stack(len(config.cross_attention_layers), table)
 
 
+@jax.named_scope("keys_values")
 def keys_values(
     weights: dict[str, Array], tokens: Float[Array, "b f p d"], *, config: ModelConfig
 ) -> KeysValues:

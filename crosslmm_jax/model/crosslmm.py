@@ -262,23 +262,26 @@ class CrossLMM(nn.Module):
             return x, None
         visible, out, t2v = batch["visible_frames"], x, None
         if "v2v" in cross:
-            slots = batch["visual_slots"]
-            frame = jnp.repeat(jnp.arange(frames), c.merge.tokens_per_frame)
-            update = cross_attend(
-                cross["v2v"], gather_tokens(x, slots), keys_values(cross["v2v"], visual.originals, config=c),
-                visible_frames=jnp.take_along_axis(visible, slots, axis=1),
-                times=jnp.broadcast_to(frame, slots.shape), config=c, scoped=True, rules=self.rules,
-            )  # fmt: skip
-            out = add_at(out, slots, update)
+            with jax.named_scope("v2v"):
+                slots = batch["visual_slots"]
+                frame = jnp.repeat(jnp.arange(frames), c.merge.tokens_per_frame)
+                v2v = keys_values(cross["v2v"], visual.originals, config=c)
+                update = cross_attend(
+                    cross["v2v"], gather_tokens(x, slots), v2v,
+                    visible_frames=jnp.take_along_axis(visible, slots, axis=1),
+                    times=jnp.broadcast_to(frame, slots.shape), config=c, scoped=True, rules=self.rules,
+                )  # fmt: skip
+                out = add_at(out, slots, update)
         if "t2v" in cross:
-            slots = batch["text_slots"]
-            t2v = keys_values(cross["t2v"], visual.originals, config=c)
-            seen = jnp.take_along_axis(visible, slots, axis=1)
-            update = cross_attend(
-                cross["t2v"], gather_tokens(x, slots), t2v,
-                visible_frames=seen, times=seen, config=c, rules=self.rules,
-            )  # fmt: skip
-            out = add_at(out, slots, update)
+            with jax.named_scope("t2v"):
+                slots = batch["text_slots"]
+                t2v = keys_values(cross["t2v"], visual.originals, config=c)
+                seen = jnp.take_along_axis(visible, slots, axis=1)
+                update = cross_attend(
+                    cross["t2v"], gather_tokens(x, slots), t2v,
+                    visible_frames=seen, times=seen, config=c, rules=self.rules,
+                )  # fmt: skip
+                out = add_at(out, slots, update)
         return out, t2v
 
     def _text_to_visual(

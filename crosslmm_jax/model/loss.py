@@ -54,6 +54,7 @@ def chunk_loss(
     return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked))
 
 
+@jax.named_scope("head")
 def logits_of(hidden: Float[Array, "b t d"], head: Float[Array, "d v"]) -> Float[Array, "b t v"]:
     """float32[B, T, V] logits of hidden states that the final norm has seen."""
     return jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)

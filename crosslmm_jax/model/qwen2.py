@@ -119,6 +119,7 @@ def self_attention(
     return x + jnp.einsum("btnh,nhd->btd", out, w["wo"]), cache
 
 
+@jax.named_scope("mlp")
 def mlp(
     weights: dict[str, Array], x: Float[Array, "b t d"], *, config: DecoderConfig
 ) -> Float[Array, "b t d"]:

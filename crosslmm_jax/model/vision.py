@@ -53,10 +53,15 @@ def encode_in_chunks(
 
     def one_chunk(frames: Array) -> tuple[Array, Array]:
         frames = constrain(frames, rules, "act_frames", None, None, None)
-        features = checkpoint_name(encode(frames), FEATURES)
-        compact = project(pool(features, config.merge.grid, config.merge.pooling))
+        with jax.named_scope("encoder"):
+            features = checkpoint_name(encode(frames), FEATURES)
+        with jax.named_scope("pool"):
+            pooled = pool(features, config.merge.grid, config.merge.pooling)
         projected = config.cross_attention.kv_source == "projected"
-        originals = rms_normalise(project(features) if projected else features, config.decoder.rms_norm_eps)
+        with jax.named_scope("projector"):
+            compact = project(pooled)
+            originals = project(features) if projected else features
+            originals = rms_normalise(originals, config.decoder.rms_norm_eps)
         return compact, originals
 
     policy = jax.checkpoint_policies.save_only_these_names(FEATURES) if config.vision.keep_features else None

@@ -1,0 +1,45 @@
+"""The model on eight simulated devices against one."""
+
+import jax
+import numpy as np
+import pytest
+
+from crosslmm_jax.config import MeshConfig
+from crosslmm_jax.model import CrossLMM, init_params, logical_axes
+from crosslmm_jax.parallel.mesh import make_mesh
+from crosslmm_jax.parallel.rules import activation_rules
+from crosslmm_jax.parallel.sharding import param_shardings
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"data": 1, "context": 8},
+        {"data": 2, "context": 2, "tensor": 2},
+        {"data": 1, "fsdp": 2, "context": 4},
+        {"data": 8},
+        {"data": 1, "tensor": 8},
+    ],
+    ids=str,
+)
+def test_loss_and_gradients_on_any_mesh_equal_one_device(tiny_config, replace_config, make_batch, mesh):
+    """Frames over `context` are merged by log-sum-exp; rows with padded frames leave whole devices idle."""
+    config = replace_config(tiny_config, vision={"frame_chunk": 2})
+    params = init_params(config, jax.random.key(0))
+    batch = make_batch(config, batch=8, frames=8, text=8, valid_frames=(8, 1, 5, 8, 2, 3, 8, 4))
+
+    def loss(params, batch, model):
+        return model.apply({"params": params}, batch, method="loss")[0]
+
+    value, gradients = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, batch, CrossLMM(config))
+    devices = make_mesh(MeshConfig(**mesh))
+    shardings = param_shardings(logical_axes(config), params, devices)
+    model = CrossLMM(config, activation_rules())
+    with jax.set_mesh(devices):
+        step = jax.jit(jax.value_and_grad(lambda p, b: loss(p, b, model)))
+        placed = jax.device_put(params, shardings)
+        other, other_gradients = step(placed, batch)
+    np.testing.assert_allclose(other, value, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), gradients, other_gradients
+    )
