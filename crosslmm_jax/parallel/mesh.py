@@ -1,0 +1,76 @@
+"""The device mesh, and the start of a process of a multi-process run."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from crosslmm_jax.config import MeshConfig
+from crosslmm_jax.errors import ConfigError
+
+MESH_AXES: tuple[str, ...] = ("data", "fsdp", "tensor", "context")
+_PROCESS_VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of axes `data`, `fsdp`, `tensor`, `context` over all devices (or over `devices`).
+
+    Axes are of type Auto: the compiler places every array from the constraints that the model gives it.
+    Enter the mesh with `jax.set_mesh`.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = _fill(config, len(devices))
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+
+
+def _fill(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """Sizes of the mesh axes with the -1 replaced by the devices that are left."""
+    wanted = dataclasses.asdict(config)
+    fixed = math.prod(size for size in wanted.values() if size != -1)
+    left, rest = divmod(num_devices, fixed)
+    fits = rest == 0 if -1 in wanted.values() else fixed == num_devices
+    if not fits or left == 0:
+        shown = " x ".join(f"{name}={size}" for name, size in wanted.items())
+        raise ConfigError(
+            f"MeshConfig {shown} does not fit {num_devices} device(s): they must multiply to {num_devices};"
+            " one of them may be -1, which takes the devices that are left"
+        )
+    return tuple(left if wanted[name] == -1 else wanted[name] for name in MESH_AXES)
+
+
+def initialize_processes() -> None:
+    """Joins the processes of one run, before any other use of jax; does nothing for a single process.
+
+    A launcher sets COORDINATOR_ADDRESS (host:port of process 0), NUM_PROCESSES and PROCESS_ID.
+
+    Raises:
+      ConfigError: some of the three are set but not all, or the counts are not numbers.
+    """
+    present = [name for name in _PROCESS_VARIABLES if os.environ.get(name)]
+    if not present or jax.distributed.is_initialized():
+        return
+    missing = [name for name in _PROCESS_VARIABLES if name not in present]
+    if missing:
+        raise ConfigError(
+            f"environment variable {', '.join(present)} is set but {', '.join(missing)} is not;"
+            " set all three, or none for a single process"
+        )
+    count, index = _whole_number("NUM_PROCESSES"), _whole_number("PROCESS_ID")
+    if index >= max(count, 1):
+        raise ConfigError(f"environment variable PROCESS_ID is {index}; must be below NUM_PROCESSES={count}")
+    if count > 1:
+        jax.distributed.initialize(os.environ["COORDINATOR_ADDRESS"], num_processes=count, process_id=index)
+
+
+def _whole_number(name: str) -> int:
+    value = os.environ[name]
+    if not value.isdigit():
+        raise ConfigError(f"environment variable {name} is {value!r}; it must be a whole number")
+    return int(value)

@@ -1,0 +1,110 @@
+"""Shardings of parameters and batches, and the way of a host's rows onto the devices."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from crosslmm_jax.errors import ConfigError
+from crosslmm_jax.parallel.rules import RULES, MeshAxes, partition_spec
+
+# Logical axes of the leading dimensions of each array of a batch; the other dimensions are whole.
+_BATCH_AXES: Mapping[str, tuple[str, ...]] = {
+    "frames": ("act_batch", "act_context"),
+    "frame_mask": ("act_batch", "act_context"),
+    "frame_times": ("act_batch", "act_context"),
+}
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def param_shardings(axes: Any, shapes: Any, mesh: Mesh, *, rules: Mapping[str, MeshAxes] = RULES) -> Any:
+    """One `NamedSharding` a parameter.
+
+    Args:
+      axes: tree of tuples of logical axis names (`model.logical_axes`).
+      shapes: the same tree of arrays or `jax.ShapeDtypeStruct` (`jax.eval_shape` of `init_params`).
+      mesh: devices to lay them on.
+      rules: logical axis to mesh axes.
+
+    Raises:
+      KeyError, ValueError: as `partition_spec`, with the parameter's path.
+    """
+
+    def sharding(path: Any, leaf_axes: tuple[str | None, ...], leaf: Any) -> NamedSharding:
+        try:
+            spec = partition_spec(leaf_axes, leaf.shape, mesh.shape, rules=rules)
+        except (KeyError, ValueError) as error:
+            raise type(error)(f"parameter {jax.tree_util.keystr(path)}: {error.args[0]}") from error
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(
+        sharding, axes, shapes, is_leaf=lambda node: isinstance(node, tuple)
+    )
+
+
+def batch_shardings(shapes: Mapping[str, tuple[int, ...]], mesh: Mesh) -> dict[str, NamedSharding]:
+    """One `NamedSharding` an array of a batch: rows over `data` and `fsdp`, frames over `context`."""
+
+    def sharding(name: str, shape: tuple[int, ...]) -> NamedSharding:
+        leading = _BATCH_AXES.get(name, ("act_batch",))
+        axes = leading + (None,) * (len(shape) - len(leading))
+        return NamedSharding(mesh, partition_spec(axes, shape, mesh.shape))
+
+    return {name: sharding(name, shape) for name, shape in shapes.items()}
+
+
+def row_shard(mesh: Mesh) -> tuple[int, int]:
+    """Which rows of a global batch this process reads: (index, count), contiguous shares in equal parts.
+
+    Processes that differ only along `tensor` or `context` read the same rows.
+
+    Raises:
+      ConfigError: the devices of a process do not form one share of rows.
+    """
+    rows = int(mesh.shape["data"] * mesh.shape["fsdp"])
+    # One row a device along (data, fsdp): the rows that each process holds follow from where devices sit.
+    order = NamedSharding(mesh, PartitionSpec(("data", "fsdp"))).devices_indices_map((rows,))
+    held: dict[int, set[int]] = {}
+    for device, index in order.items():
+        held.setdefault(device.process_index, set()).update(range(rows)[index[0]])
+    shares = sorted({tuple(sorted(share)) for share in held.values()})
+    if sorted(row for share in shares for row in share) != list(range(rows)):
+        raise ConfigError(
+            "MeshConfig: processes hold overlapping rows of a batch; make data x fsdp a multiple of the"
+            " processes, or tensor x context a multiple of the devices of a process"
+        )
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, *, microbatches: int = 1) -> None:
+    """Raises a `ConfigError` unless each microbatch spreads evenly over the `data` and `fsdp` devices."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (devices * microbatches):
+        raise ConfigError(
+            f"DataConfig.batch_size is {batch_size}; it must be a multiple of data x fsdp = {devices} devices"
+            f" times StageConfig.microbatches = {microbatches}, that is of {devices * microbatches}"
+        )
+
+
+def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh, *, num_shards: int = 1) -> dict[str, jax.Array]:
+    """The global batch on the devices, from the rows that this process read.
+
+    Args:
+      batch: numpy arrays with this process's rows, `1 / num_shards` of the batch.
+      mesh: devices to lay it on.
+      num_shards: the count that `row_shard` returned.
+    """
+    shapes = {name: (rows.shape[0] * num_shards, *rows.shape[1:]) for name, rows in batch.items()}
+    shardings = batch_shardings(shapes, mesh)
+    if jax.process_count() == 1:  # several times faster, which small models notice
+        return jax.device_put(dict(batch), shardings)
+    return {
+        name: jax.make_array_from_process_local_data(shardings[name], np.asarray(rows), shapes[name])
+        for name, rows in batch.items()
+    }

@@ -1,0 +1,102 @@
+"""The mesh from its config, and the start of processes from the environment."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import pytest
+
+from crosslmm_jax.config import MeshConfig
+from crosslmm_jax.errors import ConfigError
+from crosslmm_jax.parallel import initialize_processes, make_mesh
+
+
+def test_axes_and_fill() -> None:
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+    assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+
+
+def test_any_axis_may_fill() -> None:
+    assert make_mesh(MeshConfig(data=2, context=-1)).shape["context"] == 4
+
+
+def test_some_devices() -> None:
+    assert make_mesh(MeshConfig(data=-1), jax.devices()[:2]).size == 2
+
+
+@pytest.mark.parametrize(
+    "config", [MeshConfig(data=3), MeshConfig(data=-1, tensor=3), MeshConfig(data=2), MeshConfig(fsdp=16)]
+)
+def test_sizes_that_do_not_fit(config: MeshConfig) -> None:
+    with pytest.raises(ConfigError, match=r"MeshConfig data=.*8 device"):
+        make_mesh(config)
+
+
+def test_one_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    initialize_processes()
+    assert jax.process_count() == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"NUM_PROCESSES": "2"}, "COORDINATOR_ADDRESS, PROCESS_ID is not"),
+        ({"COORDINATOR_ADDRESS": "x:1", "NUM_PROCESSES": "two", "PROCESS_ID": "0"}, "NUM_PROCESSES is 'two'"),
+        ({"COORDINATOR_ADDRESS": "x:1", "NUM_PROCESSES": "2", "PROCESS_ID": "2"}, "PROCESS_ID is 2"),
+    ],
+)
+def test_bad_environment(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str) -> None:
+    for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        initialize_processes()
+
+
+# Each process reads its own rows; with context=4 over two processes of two devices, both read the same.
+TWO_PROCESSES = """
+    import sys
+    import jax, numpy as np
+    from crosslmm_jax.config import MeshConfig
+    from crosslmm_jax.parallel import initialize_processes, make_mesh, row_shard, to_global
+    initialize_processes()
+    cases = (dict(data=2, fsdp=2), 2), (dict(data=2, tensor=2), 2), (dict(data=1, context=4), 1)
+    for sizes, shares in cases:
+        mesh = make_mesh(MeshConfig(**sizes))
+        index, count = row_shard(mesh)
+        assert count == shares, (sizes, count)
+        tokens = np.arange(4 * 3, dtype=np.int32).reshape(4, 3)
+        frames = np.arange(4 * 8 * 2, dtype=np.uint8).reshape(4, 8, 2)
+        mine = slice(index * 4 // count, (index + 1) * 4 // count)
+        batch = to_global({"tokens": tokens[mine], "frames": frames[mine]}, mesh, num_shards=count)
+        for name, whole in (("tokens", tokens), ("frames", frames)):
+            assert batch[name].shape == whole.shape
+            for shard in batch[name].addressable_shards:
+                assert np.array_equal(shard.data, whole[shard.index]), (sizes, name)
+    print("ok")
+"""
+
+
+@pytest.mark.multihost
+def test_two_processes_share_a_batch() -> None:
+    port = 20000 + os.getpid() % 20000
+    processes = []
+    for index in range(2):
+        environment = os.environ | {
+            "COORDINATOR_ADDRESS": f"localhost:{port}", "NUM_PROCESSES": "2", "PROCESS_ID": str(index),
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        }  # fmt: skip
+        command = [sys.executable, "-c", textwrap.dedent(TWO_PROCESSES)]
+        processes.append(
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [output.strip().splitlines()[-1:] for output in outputs] == [["ok"], ["ok"]], outputs

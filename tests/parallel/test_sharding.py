@@ -1,0 +1,38 @@
+"""Batches on the devices."""
+
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from crosslmm_jax.config import MeshConfig
+from crosslmm_jax.errors import ConfigError
+from crosslmm_jax.parallel import batch_shardings, make_mesh, row_shard, to_global
+from crosslmm_jax.parallel.sharding import check_batch_size
+
+
+def test_batch_shardings() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, context=2))
+    shardings = batch_shardings({"frames": (8, 4, 6, 6, 3), "tokens": (8, 10), "row_index": (8,)}, mesh)
+    rows = ("data", "fsdp")
+    assert shardings["frames"].spec == PartitionSpec(rows, ("context",), None, None, None)
+    assert shardings["tokens"].spec == PartitionSpec(rows, None)
+    assert shardings["row_index"].spec == PartitionSpec(rows)
+
+
+def test_values_arrive(tiny_config, make_batch) -> None:
+    mesh = make_mesh(MeshConfig(data=2, tensor=2, context=2))
+    batch = make_batch(tiny_config, batch=4, frames=3)  # 3 frames do not divide among 2 devices
+    for name, value in to_global(batch, mesh).items():
+        assert value.dtype == batch[name].dtype
+        assert np.array_equal(np.asarray(value), batch[name]), name
+
+
+def test_one_process_reads_all_rows() -> None:
+    assert row_shard(make_mesh(MeshConfig(data=4, fsdp=2))) == (0, 1)
+
+
+def test_batch_size_must_divide() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    check_batch_size(8, mesh, microbatches=2)
+    with pytest.raises(ConfigError, match="batch_size is 12; .* of 8"):
+        check_batch_size(12, mesh, microbatches=2)
