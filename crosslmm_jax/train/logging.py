@@ -1,0 +1,110 @@
+"""What a run reports: metrics.jsonl, TensorBoard scalars, and a progress bar or plain lines."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of the `metrics.jsonl` in `folder`; a last line that was cut off is left out."""
+    path = Path(folder) / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break  # the process died while it wrote this one
+    return lines
+
+
+def flatten_scalars(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested metrics under names joined by "/", as TensorBoard groups them."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten_scalars(value, f"{prefix}{name}/"))
+        else:
+            flat[prefix + name] = float(value)
+    return flat
+
+
+class MetricsLog:
+    """Writes one line of metrics at a time; in a run of several processes, only the first has one.
+
+    A run that goes on from step n first drops the lines after n, so that the file reads like that of a run
+    that was never interrupted.
+    """
+
+    def __init__(self, folder: Path, *, resumed_step: int, tensorboard: bool) -> None:
+        """Opens the files in `folder` for a run that has done `resumed_step` steps."""
+        kept = [line for line in read_metrics(folder) if line["step"] <= resumed_step]
+        path = folder / METRICS_FILE
+        temporary = path.with_suffix(".incomplete")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.rename(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._writer = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Appends one line, which has a "step"."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in flatten_scalars(line).items():
+                if name != "step":
+                    self._writer.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines elsewhere, nothing when quiet. Writes to stderr."""
+
+    def __init__(self, title: str, *, total: int, done: int, quiet: bool) -> None:
+        """Starts at `done` of `total` steps."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._title, self._total, self._quiet = title, total, quiet
+        self._bar = None
+        console = Console(stderr=True)
+        if console.is_terminal and not quiet:
+            self._bar = RichProgress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[report]}"), console=console,
+            )  # fmt: skip
+            self._task = self._bar.add_task(title, total=total, completed=done, report="")
+            self._bar.start()
+
+    def advance(self, step: int) -> None:
+        """`step` steps are done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def report(self, line: Mapping[str, Any]) -> None:
+        """Shows a line of metrics."""
+        text = f"loss {line['loss']:.4f}  {line['step_seconds'] * 1e3:.0f} ms/step"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=line["step"], report=text)
+        elif not self._quiet:
+            print(f"{self._title}: step {line['step']}/{self._total}  {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.stop()

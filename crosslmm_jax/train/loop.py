@@ -1,0 +1,221 @@
+"""The training loop: no maths, only what happens when.
+
+    runs/x/checkpoints/   Orbax, one folder a step
+    runs/x/metrics.jsonl  one line every `run.log_every` steps; runs/x/tensorboard/ the same
+    runs/x/model/         MODEL folder, written at the end
+
+The command that started a run also continues it: after a kill, a crash, or on another mesh.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from crosslmm_jax.config import ExperimentConfig
+from crosslmm_jax.config_io import to_dict
+from crosslmm_jax.convert.folder import check_replaceable, is_model_folder, load_weights, save_model_folder
+from crosslmm_jax.data.pipeline import BatchIterator, Source, make_iterator
+from crosslmm_jax.errors import ConfigError, UserError
+from crosslmm_jax.model import logical_axes
+from crosslmm_jax.parallel.mesh import initialize_processes, make_mesh
+from crosslmm_jax.parallel.sharding import check_batch_size, param_shardings, row_shard, to_global
+from crosslmm_jax.train.checkpoint import Checkpoints, check_room, state_bytes
+from crosslmm_jax.train.interrupt import Interrupted, StopRequest
+from crosslmm_jax.train.logging import MetricsLog, Progress, read_metrics
+from crosslmm_jax.train.optimizer import learning_rates
+from crosslmm_jax.train.stages import model_of_stage
+from crosslmm_jax.train.state import TrainState, abstract_state, random_state, state_of_params
+from crosslmm_jax.train.step import compile_train_step
+from crosslmm_jax.train.window import NonFiniteStep, Window
+
+_POSITION = "global_next_index"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """A finished run."""
+
+    model_folder: Path
+    resumed_step: int  # 0: it started anew
+    metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
+    bad_rows: Mapping[int, str]  # row number -> why its media could not be read, on this host
+
+
+def train(config: ExperimentConfig, *, quiet: bool = False) -> TrainResult:
+    """Trains one stage to its end, from where an earlier call with the same `run.out` stopped.
+
+    Args:
+      config: the experiment.
+      quiet: no progress on stderr.
+
+    Raises:
+      UserError: settings that do not fit, an output folder that cannot be used, a checkpoint of another
+        config, data that cannot be read, or a loss that is not finite; checkpoints stay as they were.
+      Interrupted: SIGTERM or Ctrl-C; the state is saved.
+    """
+    initialize_processes()
+    mesh = make_mesh(config.mesh)
+    abstract = abstract_state(config.model, config.stage, mesh)
+    out = Path(config.run.out)
+    _check(config, mesh, abstract, out)
+    checkpoints = Checkpoints(out / "checkpoints", keep=config.run.keep_checkpoints, config=to_dict(config))
+    try:
+        if checkpoints.is_complete(config.stage.steps) and is_model_folder(out / "model"):
+            return TrainResult(out / "model", config.stage.steps, read_metrics(out), {})
+        source = _open_data(config)
+        restored = checkpoints.restore(abstract)
+        state, position = restored or (_first_state(config, mesh), 0)
+        resumed_step = int(state.step)
+        index, count = row_shard(mesh)
+        iterator = make_iterator(source, global_next_index=position, shard_index=index, shard_count=count)
+        run = _Run(config, mesh, checkpoints, iterator, count, quiet)
+        with jax.set_mesh(mesh):
+            state = run.steps(state, resumed_step)
+        checkpoints.wait()
+        _write_model(config, out / "model", state)
+        return TrainResult(out / "model", resumed_step, read_metrics(out), dict(iterator.bad_rows))
+    finally:
+        checkpoints.close()
+
+
+def _check(config: ExperimentConfig, mesh: Mesh, abstract: TrainState, out: Path) -> None:
+    """Finds what would fail later, before anything is compiled or written."""
+    check_batch_size(config.data.batch_size, mesh, microbatches=config.stage.microbatches)
+    frames = max(config.data.frame_buckets or (config.data.sampling.frames,))
+    longest = max(config.data.text_buckets) + frames * config.model.merge.tokens_per_frame
+    if longest > config.model.decoder.max_positions:
+        raise ConfigError(
+            f"DataConfig: text_buckets and {frames} frames make rows of up to {longest} tokens; the decoder's"
+            f" max_positions is {config.model.decoder.max_positions}: lower the largest bucket or the frames"
+        )
+    check_replaceable(out / "model")
+    saves = -(-config.stage.steps // config.run.save_every)
+    present = len(list((out / "checkpoints").glob("[0-9]*")))
+    # One more than is kept: the oldest goes when the newest is complete.
+    more = max(min(saves, config.run.keep_checkpoints + 1) - present, 0)
+    check_room(out, more * state_bytes(abstract) + state_bytes(abstract.params))
+
+
+def _open_data(config: ExperimentConfig) -> Source:
+    model = config.model
+    source = Source(
+        config.data, tokens_per_frame=model.merge.tokens_per_frame, image_size=model.vision.image_size
+    )
+    size = len(source.tokenizer.hf_tokenizer)
+    if size > model.decoder.vocab_size:
+        raise ConfigError(
+            f"DecoderConfig.vocab_size is {model.decoder.vocab_size}; it must be at least {size},"
+            f" the tokens of {config.data.tokenizer}"
+        )
+    return source
+
+
+def _first_state(config: ExperimentConfig, mesh: Mesh) -> TrainState:
+    """Random parameters, or those of the MODEL folder `run.init_from`."""
+    if config.run.init_from is None:
+        return random_state(config.model, config.stage, mesh, seed=config.run.seed)
+    shapes = abstract_state(config.model, config.stage, mesh).params
+    shardings = param_shardings(logical_axes(config.model), shapes, mesh)
+    params = load_weights(config.run.init_from, config.model, shardings=shardings, dtype="float32")
+    return state_of_params(params, config.model, config.stage, mesh)
+
+
+def _write_model(config: ExperimentConfig, folder: Path, state: TrainState) -> None:
+    save_model_folder(
+        folder,
+        config=model_of_stage(config.model, config.stage),
+        params=state.params,
+        tokenizer_folder=config.data.tokenizer,
+        sampling=config.data.sampling,
+        system_prompt=config.data.system_prompt,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What stays the same during a run."""
+
+    config: ExperimentConfig
+    mesh: Mesh
+    checkpoints: Checkpoints
+    iterator: BatchIterator
+    shard_count: int
+    quiet: bool
+
+    def steps(self, state: TrainState, resumed_step: int) -> TrainState:
+        """All steps that are left."""
+        run, stage, writes = self.config.run, self.config.stage, jax.process_index() == 0
+        out = Path(run.out)
+        progress = Progress(stage.name, total=stage.steps, done=resumed_step, quiet=self.quiet or not writes)
+        log = MetricsLog(out, resumed_step=resumed_step, tensorboard=run.tensorboard) if writes else None
+        try:
+            with StopRequest(enabled=jax.process_count() == 1) as stop:
+                return self._steps(state, resumed_step, progress=progress, log=log, stop=stop)
+        except NonFiniteStep as error:
+            raise self._explain(error) from error
+        finally:
+            self.iterator.close()
+            progress.close()
+            if log is not None:
+                log.close()
+
+    def _steps(
+        self, state: TrainState, done: int, *, progress: Progress, log: MetricsLog | None, stop: StopRequest
+    ) -> TrainState:
+        run, stage = self.config.run, self.config.stage
+        train_step, window = compile_train_step(self.config.model, stage, self.mesh), Window()
+        for step in range(done + 1, stage.steps + 1):
+            position = self.iterator.get_state()[_POSITION]
+            batch = window.next_batch(self.iterator)
+            state, metrics = train_step(state, to_global(batch, self.mesh, num_shards=self.shard_count))
+            tokens = batch["tokens"].size * self.shard_count
+            window.add(step, metrics, position=position, tokens=tokens)
+            last = step == stage.steps
+            if last or step == 1 or step % run.log_every == 0:
+                self._report(step, window, progress=progress, log=log)
+            progress.advance(step)
+            stopped = stop.signal_name or self.checkpoints.preempted(step)
+            if last or stopped or step % run.save_every == 0:
+                self._save(step, state, window)
+            if stopped and not last:
+                self.checkpoints.wait()
+                raise Interrupted(f"stopped after step {step}, which is saved; the same command goes on")
+        return state
+
+    def _report(self, step: int, window: Window, *, progress: Progress, log: MetricsLog | None) -> None:
+        report = window.report()
+        layers = self.config.model.cross_attention_layers
+        gates = report.pop("gate")
+        line = {"step": step, **report, "learning_rate": learning_rates(self.config.stage, step - 1)}
+        line["gate"] = {
+            direction: {str(layer): float(gate) for layer, gate in zip(layers, values, strict=True)}
+            for direction, values in gates.items()
+        }
+        if log is not None:
+            log.write(line)
+        progress.report(line)
+
+    def _save(self, step: int, state: TrainState, window: Window) -> None:
+        window.check()  # what is not finite is never saved
+        begin = time.perf_counter()
+        self.checkpoints.save(step, state, position=self.iterator.get_state()[_POSITION])
+        window.leave_out(time.perf_counter() - begin)
+
+    def _explain(self, error: NonFiniteStep) -> UserError:
+        """Reads the batch again, which the position alone determines, and saves it for inspection."""
+        self.iterator.set_state({_POSITION: error.position})
+        batch = next(self.iterator)
+        suffix = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
+        path = Path(self.config.run.out) / f"nonfinite_step_{error.step}{suffix}.npz"
+        np.savez(path, **batch)  # type: ignore[arg-type]
+        rows = [int(row) for row in batch["row_index"]]
+        return UserError(
+            f"loss or gradient is not finite at step {error.step}, rows {rows} of the annotations; the"
+            f" batch is in {path}, checkpoints are as before: look at these rows or lower stage.learning_rate"
+        )

@@ -1,0 +1,102 @@
+"""One pure training step, and the loss of a batch without one."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from crosslmm_jax.config import ModelConfig, StageConfig
+from crosslmm_jax.model import CrossLMM
+from crosslmm_jax.parallel.rules import activation_rules
+from crosslmm_jax.parallel.sharding import replicated
+from crosslmm_jax.train.optimizer import make_optimizer
+from crosslmm_jax.train.stages import merge, model_of_stage
+from crosslmm_jax.train.state import TrainState, abstract_state, shardings_of
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, Any]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+EvalStep = Callable[[Any, Batch], tuple[Array, Array]]
+
+
+def make_train_step(config: ModelConfig, stage: StageConfig) -> TrainStep:
+    """The pure function `train_step(state, batch) -> (state, metrics)` of a stage.
+
+    The loss is the mean over the targets of the whole batch, whatever row, device or microbatch they are in.
+    Metrics, all scalars but the gates:
+
+        loss        nats a target, before the update
+        grad_norm   global norm of the gradient, before clipping
+        weight      targets in the batch
+        finite      whether loss and grad_norm are
+        gate        direction -> float32[layers], tanh of the gates after the update
+    """
+    config = model_of_stage(config, stage)
+    model, optimizer = CrossLMM(config, rules=activation_rules()), make_optimizer(stage)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def objective(trainable: Any, batch: Batch) -> tuple[Array, Array]:
+            params = merge(trainable, state.frozen)
+            return model.apply({"params": params}, batch, method="loss")  # type: ignore[return-value]
+
+        loss_sum, weight, grads = _accumulate(objective, state.trainable, batch, stage.microbatches)
+        count = jnp.maximum(weight, 1)  # a batch without a target changes nothing
+        grads = jax.tree.map(lambda grad: grad / count, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        new = TrainState(state.step + 1, trainable, state.frozen, opt_state)
+        loss, grad_norm = loss_sum / count, optax.tree.norm(grads)
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "weight": weight,
+            "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
+            "gate": {direction: jnp.tanh(new.params[direction]["gate"]) for direction in stage.directions},
+        }
+        return new, metrics
+
+    return train_step
+
+
+def _accumulate(
+    objective: Callable[[Any, Batch], tuple[Array, Array]], trainable: Any, batch: Batch, microbatches: int
+) -> tuple[Array, Array, Any]:
+    """Sum of the losses, of their weights and of the gradients of the losses over all microbatches."""
+    gradient = jax.value_and_grad(objective, has_aux=True)
+    if microbatches == 1:
+        (loss_sum, weight), grads = gradient(trainable, batch)
+        return loss_sum, weight, grads
+
+    def interleaved(x: Array) -> Array:
+        # Microbatch j takes rows j, m+j, ...: rows stay on the devices that hold them.
+        return jnp.swapaxes(x.reshape(-1, microbatches, *x.shape[1:]), 0, 1)
+
+    def add(sums: Any, microbatch: Batch) -> tuple[Any, None]:
+        (loss_sum, weight), grads = gradient(trainable, microbatch)
+        return jax.tree.map(jnp.add, sums, (loss_sum, weight, grads)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable))
+    return jax.lax.scan(add, start, jax.tree.map(interleaved, dict(batch)))[0]
+
+
+def compile_train_step(config: ModelConfig, stage: StageConfig, mesh: Mesh) -> TrainStep:
+    """`make_train_step` under `jax.jit`, to be called within `jax.set_mesh(mesh)`; uses up its state."""
+    shardings = shardings_of(abstract_state(config, stage, mesh))
+    return jax.jit(
+        make_train_step(config, stage), donate_argnums=0, out_shardings=(shardings, replicated(mesh))
+    )
+
+
+def compile_eval_step(config: ModelConfig, mesh: Mesh) -> EvalStep:
+    """`eval_step(params, batch) -> (sum of the losses in nats, targets)`, within `jax.set_mesh(mesh)`."""
+    model = CrossLMM(config, rules=activation_rules())
+
+    def eval_step(params: Any, batch: Batch) -> tuple[Array, Array]:
+        return model.apply({"params": params}, batch, method="loss")  # type: ignore[return-value]
+
+    return jax.jit(eval_step, out_shardings=replicated(mesh))

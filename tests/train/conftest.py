@@ -1,0 +1,47 @@
+"""A model so small that a test can afford to compile it, and stages for it."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import pytest
+
+from crosslmm_jax import presets
+from crosslmm_jax.config import PARTS, MeshConfig, ModelConfig, StageConfig
+from crosslmm_jax.parallel import make_mesh
+
+
+@pytest.fixture(scope="session")
+def micro_config() -> ModelConfig:
+    """Two layers of width 16; cross-attention in the first."""
+    tiny = presets.tiny()
+    return dataclasses.replace(
+        tiny,
+        vision=dataclasses.replace(
+            tiny.vision, image_size=16, width=16, num_layers=2, num_heads=2, mlp_width=16
+        ),
+        decoder=dataclasses.replace(
+            tiny.decoder, vocab_size=32, width=16, num_layers=2, head_dim=4, mlp_width=32
+        ),
+        attention="reference",
+    )
+
+
+@pytest.fixture(scope="session")
+def make_stage() -> Callable[..., StageConfig]:
+    """`make_stage(...)`: everything learns, at a different rate in each group, unless said otherwise."""
+
+    def stage(**changes) -> StageConfig:
+        fields = {
+            "name": "test", "trainable": PARTS, "directions": ("v2v", "t2v"), "steps": 10,
+            "learning_rate": 1e-2, "vision_lr_scale": 0.2, "cross_attn_lr_scale": 2.0, "gate_lr_scale": 3.0,
+            "warmup_ratio": 0.2, "weight_decay": 0.1,
+        }  # fmt: skip
+        return StageConfig(**(fields | changes))
+
+    return stage
+
+
+@pytest.fixture(scope="session")
+def one_device() -> jax.sharding.Mesh:
+    return make_mesh(MeshConfig(), jax.devices()[:1])

@@ -1,0 +1,209 @@
+"""Checkpoints: what comes back, on any mesh, and what happens when some are damaged or of another run."""
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from crosslmm_jax.config import MeshConfig
+from crosslmm_jax.errors import ConfigError, UserError
+from crosslmm_jax.parallel import make_mesh
+from crosslmm_jax.train.checkpoint import Checkpoints, check_room, check_same_config, state_bytes
+from crosslmm_jax.train.checksum import _on_device, checksums
+from crosslmm_jax.train.state import TrainState
+
+CONFIG = {"stage": {"learning_rate": 1e-4, "steps": 9}, "run": {"out": "a", "seed": 0}, "mesh": {"data": 8}}
+
+
+def make_state(step: int, mesh: jax.sharding.Mesh, spec: PartitionSpec) -> TrainState:
+    """A state whose values follow from `step`; large enough that a file holds real data."""
+    rng = np.random.default_rng(step)
+
+    def array(*shape: int) -> jax.Array:
+        places = NamedSharding(mesh, spec if len(shape) > 1 else PartitionSpec())
+        return jax.device_put(rng.normal(size=shape).astype(np.float32), places)
+
+    count = jax.device_put(jnp.int32(step), NamedSharding(mesh, PartitionSpec()))
+    moments = ({"decoder": {"w": array(64, 256)}}, count)
+    return TrainState(count, {"decoder": {"w": array(64, 256)}}, {"encoder": {"w": array(8, 16)}}, moments)
+
+
+def abstract(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+@pytest.fixture
+def mesh() -> jax.sharding.Mesh:
+    return make_mesh(MeshConfig(data=1, fsdp=8))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, mesh: jax.sharding.Mesh) -> Path:
+    """Checkpoints of steps 3 and 6."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, config=CONFIG)
+    for step in (3, 6):
+        checkpoints.save(step, make_state(step, mesh, PartitionSpec("fsdp")), position=10 * step)
+    checkpoints.close()
+    return tmp_path / "checkpoints"
+
+
+def restore(folder: Path, target: TrainState, config=CONFIG) -> Any:
+    checkpoints = Checkpoints(folder, keep=2, config=config)
+    try:
+        return checkpoints.restore(abstract(target))
+    finally:
+        checkpoints.close()
+
+
+def assert_equal(left: TrainState, right: TrainState) -> None:
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.sharding == b.sharding
+
+
+def test_newest_comes_back(folder, mesh) -> None:
+    expected = make_state(6, mesh, PartitionSpec("fsdp"))
+    state, position = restore(folder, expected)
+    assert_equal(state, expected)
+    assert position == 60
+
+
+def test_onto_another_mesh(folder) -> None:
+    other = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    expected = make_state(6, other, PartitionSpec("tensor", "data"))
+    assert_equal(restore(folder, expected)[0], expected)
+
+
+def test_nothing_saved(tmp_path, mesh) -> None:
+    assert restore(tmp_path / "checkpoints", make_state(0, mesh, PartitionSpec())) is None
+
+
+def test_oldest_are_removed(folder, mesh) -> None:
+    checkpoints = Checkpoints(folder, keep=2, config=CONFIG)
+    checkpoints.save(9, make_state(9, mesh, PartitionSpec("fsdp")), position=90)
+    checkpoints.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["6", "9"]
+
+
+def largest_file(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def truncate(step: Path) -> None:
+    file = largest_file(step)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_bits(step: Path) -> None:
+    """Flips one bit in the middle of the largest file, which Orbax reads without complaint."""
+    file = largest_file(step)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(bytes(content))
+
+
+def remove_item(step: Path) -> None:
+    shutil.rmtree(step / "data")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_bits, remove_item])
+def test_damaged_newest_is_reported_and_the_one_before_used(folder, mesh, caplog, damage) -> None:
+    damage(folder / "6")
+    expected = make_state(3, mesh, PartitionSpec("fsdp"))
+    state, position = restore(folder, expected)
+    assert_equal(state, expected)
+    assert position == 30
+    assert f"{folder}/6 is damaged" in caplog.text
+    assert (folder.parent / "checkpoints_damaged" / "6").is_dir(), "it is kept for inspection"
+    checkpoints = Checkpoints(folder, keep=2, config=CONFIG)
+    checkpoints.save(6, make_state(6, mesh, PartitionSpec("fsdp")), position=60)
+    checkpoints.close()
+    assert restore(folder, expected)[1] == 60
+
+
+def test_all_damaged(folder, mesh) -> None:
+    truncate(folder / "3")
+    truncate(folder / "6")
+    with pytest.raises(UserError, match=r"no checkpoint of \[6, 3\] can be read"):
+        restore(folder, make_state(3, mesh, PartitionSpec()))
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "6"]
+
+
+def test_half_written_checkpoint_is_not_seen(folder, mesh) -> None:
+    shutil.copytree(folder / "6", folder / "9.orbax-checkpoint-tmp-1")
+    assert restore(folder, make_state(6, mesh, PartitionSpec()))[1] == 60
+
+
+def test_another_config_is_refused(folder, mesh) -> None:
+    changed = CONFIG | {"stage": {"learning_rate": 2e-4, "steps": 9}}
+    with pytest.raises(ConfigError, match=r"stage\.learning_rate was 0\.0001 and is 0\.0002"):
+        restore(folder, make_state(6, mesh, PartitionSpec()), config=changed)
+
+
+def test_settings_that_may_differ() -> None:
+    free = {"stage": CONFIG["stage"], "run": {"out": "b", "seed": 0}, "mesh": {"data": 4}}
+    check_same_config(free, CONFIG, where="x")
+    with pytest.raises(ConfigError, match=r"x: .*run\.seed was 0 and is 1"):
+        check_same_config({**free, "run": {"out": "b", "seed": 1}}, CONFIG, where="x")
+    with pytest.raises(ConfigError, match=r"mesh\.new was '\(no such field\)' and is 1"):
+        check_same_config({**free, "mesh": {"data": 8, "new": 1}}, CONFIG, where="x")
+
+
+def test_state_may_change_while_it_is_written(tmp_path) -> None:
+    """The buffers of a donated state are reused at once."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    state = make_state(0, mesh, PartitionSpec())
+    state = state._replace(frozen={"encoder": {"w": jnp.ones((512, 1024))}}, opt_state=())
+    before = jax.tree.map(np.array, state)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, config=CONFIG)
+    checkpoints.save(1, state, position=1)
+    add = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    for _ in range(20):
+        state = add(state)
+    jax.block_until_ready(state)
+    checkpoints.close()
+    restored, _ = restore(tmp_path / "checkpoints", state)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_too_little_room(tmp_path, monkeypatch) -> None:
+    check_room(tmp_path / "new", 10**6)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 5 * 10**6, 5 * 10**6))
+    with pytest.raises(UserError, match=r"0\.0 GB are free; .* need 2\.0 GB"):
+        check_room(tmp_path / "new", 2 * 10**9)
+
+
+def test_folder_that_cannot_be_written(tmp_path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"run\.out .*file/run: .*can be written"):
+        check_room(tmp_path / "file" / "run", 1)
+
+
+def test_state_bytes(mesh) -> None:
+    assert state_bytes(make_state(0, mesh, PartitionSpec())) == 4 * (2 * 64 * 256 + 8 * 16 + 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4, 8)])
+def test_checksums_do_not_depend_on_where_they_are_made(shape, dtype, mesh) -> None:
+    value = np.random.default_rng(0).normal(size=shape).astype(jnp.dtype(dtype))
+    spec = PartitionSpec(None, None, "fsdp") if len(shape) == 3 else PartitionSpec()
+    array = jax.device_put(value, NamedSharding(mesh, spec))
+    (host,) = checksums([array]).values()
+    assert host == int(_on_device([array])[0])
+    changed = value.copy()
+    changed.reshape(-1).view(np.uint8)[0] ^= 1
+    assert checksums([jnp.asarray(changed)]) != checksums([jnp.asarray(value)])
+
+
+def test_checksum_sees_swapped_elements() -> None:
+    assert checksums([jnp.array([1.0, 2.0])]) != checksums([jnp.array([2.0, 1.0])])

@@ -1,0 +1,58 @@
+"""metrics.jsonl reads like one run, also after an interruption."""
+
+import json
+
+from crosslmm_jax.train.logging import METRICS_FILE, MetricsLog, Progress, flatten_scalars, read_metrics
+
+
+def write(folder, *, resumed_step: int, steps, tensorboard: bool = False) -> None:
+    log = MetricsLog(folder, resumed_step=resumed_step, tensorboard=tensorboard)
+    for step in steps:
+        log.write({"step": step, "loss": 1.0 / step, "gate": {"v2v": {"0": 0.5}}})
+    log.close()
+
+
+def test_lines_after_the_restored_step_are_dropped(tmp_path) -> None:
+    write(tmp_path, resumed_step=0, steps=(10, 20, 30))
+    write(tmp_path, resumed_step=20, steps=(30, 40))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [10, 20, 30, 40]
+
+
+def test_a_cut_line_is_dropped(tmp_path) -> None:
+    write(tmp_path, resumed_step=0, steps=(10, 20))
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"step": 30, "lo')
+    write(tmp_path, resumed_step=20, steps=(30,))
+    lines = (tmp_path / METRICS_FILE).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 20, 30]
+
+
+def test_a_new_run_starts_a_new_file(tmp_path) -> None:
+    write(tmp_path, resumed_step=0, steps=(10,))
+    write(tmp_path, resumed_step=0, steps=(5,))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [5]
+
+
+def test_tensorboard_events(tmp_path) -> None:
+    write(tmp_path, resumed_step=0, steps=(10,), tensorboard=True)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"gate/v2v/0" in events.read_bytes()
+
+
+def test_flatten() -> None:
+    assert flatten_scalars({"loss": 1, "gate": {"v2v": {"0": 0.5}}}) == {"loss": 1.0, "gate/v2v/0": 0.5}
+
+
+def test_plain_lines_without_a_terminal(capsys) -> None:
+    progress = Progress("stage1", total=20, done=0, quiet=False)
+    progress.advance(10)
+    progress.report({"step": 10, "loss": 0.25, "step_seconds": 0.02})
+    progress.close()
+    assert capsys.readouterr().err == "stage1: step 10/20  loss 0.2500  20 ms/step\n"
+
+
+def test_quiet(capsys) -> None:
+    progress = Progress("stage1", total=20, done=0, quiet=True)
+    progress.report({"step": 10, "loss": 0.25, "step_seconds": 0.02})
+    progress.close()
+    assert capsys.readouterr().err == ""

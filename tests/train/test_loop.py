@@ -1,0 +1,258 @@
+"""Whole runs on real files: interrupted at any moment, they end with the same bits."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crosslmm_jax.config import DataConfig, ExperimentConfig, RunConfig, SamplingConfig
+from crosslmm_jax.config_io import to_dict
+from crosslmm_jax.data.synthetic import write_dataset
+from crosslmm_jax.data.tokenizer import write_default_tokenizer
+from crosslmm_jax.errors import UserError
+from crosslmm_jax.train import loop
+from crosslmm_jax.train.logging import METRICS_FILE, read_metrics
+
+STEPS, SAVE_EVERY = 80, 10
+CONFIG_FILE = """
+import json
+from pathlib import Path
+from crosslmm_jax.config import ExperimentConfig
+from crosslmm_jax.config_io import from_dict
+
+def get_config():
+    path = Path(__file__).with_suffix(".json")
+    return from_dict(ExperimentConfig, json.loads(path.read_text()), source=path)
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """Videos, annotations and a tokenizer."""
+    folder = tmp_path_factory.mktemp("files")
+    write_dataset(folder / "data", num_train=4, num_heldout=4, seed=0)
+    write_default_tokenizer(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def experiment(files, micro_config, make_stage):
+    """`experiment(out, steps=..., ...)`: a run; further arguments are fields of its `RunConfig`."""
+
+    def make(out: Path, *, stage: dict | None = None, **run) -> ExperimentConfig:
+        decoder = dataclasses.replace(micro_config.decoder, vocab_size=512)
+        return ExperimentConfig(
+            model=dataclasses.replace(micro_config, decoder=decoder),
+            data=DataConfig(
+                annotations=(str(files / "data" / "train.json"),), media_root=str(files / "data"),
+                tokenizer=str(files / "tokenizer"), batch_size=8, text_buckets=(96,),
+                sampling=SamplingConfig(frames=4), frame_cache_mb=16,
+            ),
+            stage=make_stage(**({"steps": 6} | (stage or {}))),
+            run=RunConfig(**({"out": str(out), "log_every": 2, "save_every": 2, "tensorboard": False} | run)),
+        )  # fmt: skip
+
+    return make
+
+
+# ---- interrupted runs, as processes of their own ----
+
+
+@pytest.fixture(scope="module")
+def start(experiment, tmp_path_factory):
+    """`start(name)`: begins or continues the run `name` by the command line, on one device."""
+    folder = tmp_path_factory.mktemp("runs")
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiling takes longer than running here
+        # Every process of this module compiles the same programs.
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+    def begin(name: str) -> tuple[subprocess.Popen, Path]:
+        config = experiment(folder / name, stage={"steps": STEPS}, save_every=SAVE_EVERY, log_every=1)
+        (folder / f"{name}.json").write_text(json.dumps(to_dict(config)))
+        (folder / f"{name}.py").write_text(CONFIG_FILE)
+        command = [sys.executable, "-m", "crosslmm_jax.cli", "train", str(folder / f"{name}.py")]
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        return process, folder / name
+
+    return begin
+
+
+def finish(process: subprocess.Popen) -> str:
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
+    """Returns as soon as `step` was reported."""
+    limit = time.monotonic() + 240
+    while not any(line["step"] >= step for line in read_metrics(out)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+
+
+def weights_of(out: Path) -> bytes:
+    return (out / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(start) -> Path:
+    process, out = start("uninterrupted")
+    finish(process)
+    return out
+
+
+def untimed(out: Path) -> list[dict]:
+    """Lines of metrics without what a clock says."""
+    timed = ("step_seconds", "input_wait_seconds", "tokens_per_second")
+    return [{key: value for key, value in line.items() if key not in timed} for line in read_metrics(out)]
+
+
+@pytest.mark.slow
+def test_killed_twice_ends_with_the_same_bits(start, uninterrupted) -> None:
+    for step in (25, 52):
+        process, out = start("killed")
+        wait_for_step(process, out, step)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not (out / "model").exists()
+    process, out = start("killed")
+    finish(process)
+    assert weights_of(out) == weights_of(uninterrupted)
+    assert untimed(out) == untimed(uninterrupted)
+    assert [line["step"] for line in untimed(out)] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_damage_is_survived(start, uninterrupted) -> None:
+    process, out = start("terminated")
+    wait_for_step(process, out, 33)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    newest = max(int(path.name) for path in (out / "checkpoints").iterdir())
+    assert newest >= 33, "the step it was stopped at is saved"
+    for file in (out / "checkpoints" / str(newest) / "state").rglob("*"):
+        if file.is_file():
+            os.truncate(file, file.stat().st_size // 2)
+    output = finish(start("terminated")[0])
+    assert f"checkpoints/{newest} is damaged" in output
+    assert weights_of(out) == weights_of(uninterrupted)
+
+
+# ---- runs in this process, on eight devices ----
+
+
+@pytest.fixture(scope="module")
+def finished(experiment, tmp_path_factory):
+    config = experiment(tmp_path_factory.mktemp("finished") / "run")
+    return config, loop.train(config, quiet=True)
+
+
+def test_what_a_run_leaves(finished) -> None:
+    config, result = finished
+    out = Path(config.run.out)
+    assert result.model_folder == out / "model"
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoints", METRICS_FILE, "model"]
+    assert [line["step"] for line in result.metrics] == [1, 2, 4, 6]
+    line = result.metrics[-1]
+    assert line["gate"].keys() == {"v2v", "t2v"}
+    assert line["gate"]["v2v"].keys() == {"0"}
+    assert line["learning_rate"].keys() == {"base", "encoder", "cross_attention", "gate"}
+    for name in ("loss", "grad_norm", "targets", "step_seconds", "tokens_per_second"):
+        assert line[name] > 0, name
+    assert line["input_wait_seconds"] >= 0
+    assert result.bad_rows == {}
+
+
+def test_repeating_a_finished_run_does_nothing(finished, monkeypatch) -> None:
+    config, result = finished
+    monkeypatch.setattr(loop, "compile_train_step", None)
+    again = loop.train(config, quiet=True)
+    assert again.resumed_step == config.stage.steps
+    assert again.metrics == result.metrics
+
+
+def test_another_config_in_the_same_folder(finished) -> None:
+    config, _ = finished
+    changed = dataclasses.replace(config, stage=dataclasses.replace(config.stage, learning_rate=0.5))
+    with pytest.raises(UserError, match=r"stage\.learning_rate was 0\.01 and is 0\.5"):
+        loop.train(changed, quiet=True)
+
+
+def test_next_stage_starts_from_a_model_folder(finished, experiment, tmp_path) -> None:
+    _, result = finished
+    stage = {"steps": 1, "warmup_ratio": 0.5, "trainable": ("decoder",), "directions": ()}
+    config = experiment(tmp_path / "next", stage=stage, init_from=str(result.model_folder))
+    after = loop.train(config, quiet=True)  # the only step is warm-up, with rate 0
+    assert weights_of(after.model_folder.parent) == weights_of(result.model_folder.parent)
+    written = json.loads((after.model_folder / "config.json").read_text())
+    assert written["cross_attention"]["directions"] == []
+
+
+def test_loss_that_is_not_finite(experiment, tmp_path) -> None:
+    """Checkpoints from before it stay, the batch is dumped, and nothing is written after it."""
+    config = experiment(tmp_path / "run", stage={"learning_rate": 1e30, "warmup_ratio": 0.5}, save_every=1)
+    with pytest.raises(UserError, match="not finite at step") as error:
+        loop.train(config, quiet=True)
+    out = Path(config.run.out)
+    (dump,) = out.glob("nonfinite_step_*.npz")
+    bad = int(dump.stem.split("_")[-1])
+    steps = [int(path.name) for path in (out / "checkpoints").iterdir()]
+    assert max(steps) == bad - 1
+    assert not (out / "model").exists()
+    assert all(np.isfinite(line["loss"]) for line in read_metrics(out))
+    with np.load(dump) as batch:
+        assert batch["frames"].shape == (8, 4, 16, 16, 3)
+        assert str([int(row) for row in batch["row_index"]]) in str(error.value)
+
+
+def small_room(path: object):
+    """Like `shutil.disk_usage` of a disk that is almost full."""
+    return type("Usage", (), {"free": 1000})
+
+
+def test_full_disk_is_noticed_before_the_first_step(experiment, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", small_room)
+    with pytest.raises(UserError, match=r"run\.out .*make room"):
+        loop.train(experiment(tmp_path / "run"), quiet=True)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("data", {"batch_size": 12}, "batch_size is 12"),
+        ("data", {"text_buckets": (4096,)}, "max_positions is 2048"),
+        ("data", {"annotations": ("missing.json",)}, "missing.json"),
+        ("run", {"init_from": "no/such/model"}, "no/such/model"),
+    ],
+)
+def test_mistakes_are_found_early(experiment, tmp_path, part: str, changes: dict, message: str) -> None:
+    config = experiment(tmp_path / "run")
+    changed = dataclasses.replace(getattr(config, part), **changes)
+    with pytest.raises(UserError, match=message):
+        loop.train(dataclasses.replace(config, **{part: changed}), quiet=True)
+
+
+def test_vocabulary_must_hold_the_tokenizer(experiment, tmp_path) -> None:
+    config = experiment(tmp_path / "run")
+    decoder = dataclasses.replace(config.model.decoder, vocab_size=64)
+    model = dataclasses.replace(config.model, decoder=decoder)
+    with pytest.raises(UserError, match="vocab_size is 64; it must be at least"):
+        loop.train(dataclasses.replace(config, model=model), quiet=True)

@@ -1,0 +1,157 @@
+"""One training step: the same on any mesh and for any split, and frozen means frozen."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crosslmm_jax.config import MeshConfig
+from crosslmm_jax.model import CrossLMM
+from crosslmm_jax.parallel import make_mesh, to_global
+from crosslmm_jax.train.state import random_state
+from crosslmm_jax.train.step import compile_eval_step, compile_train_step
+
+
+def run(config, stage, mesh, batches):
+    """State and metrics of each step, on the host."""
+    state = random_state(config, stage, mesh, seed=3)
+    step, reports = compile_train_step(config, stage, mesh), []
+    with jax.set_mesh(mesh):
+        for batch in batches:
+            state, metrics = step(state, to_global(batch, mesh))
+            reports.append(jax.device_get(metrics))
+    return state, reports
+
+
+def assert_close(actual, expected, atol: float) -> None:
+    for (path, left), right in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(left, right, atol=atol, rtol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope="module")
+def stage(make_stage):
+    """No warm-up, so that the first step changes parameters too.
+
+    A large epsilon, since gradients that are zero but for rounding (key biases) would otherwise become steps
+    of full size in a random direction.
+    """
+    return make_stage(warmup_ratio=0.0, eps=1e-2)
+
+
+@pytest.fixture(scope="module")
+def reference(micro_config, stage, one_device, random_batches):
+    """Three steps on one device."""
+    return run(micro_config, stage, one_device, random_batches)
+
+
+@pytest.fixture(scope="module")
+def random_batches(micro_config, make_batch):
+    """Rows with different numbers of frames and targets."""
+    frames, text = (4, 3, 2, 1, 4, 4, 3, 2), (10, 8, 5, 6, 7, 9, 4, 10)
+    return [
+        make_batch(micro_config, batch=8, frames=4, seed=seed, valid_frames=frames, valid_text=text)
+        for seed in range(3)
+    ]
+
+
+def test_first_loss_is_the_mean_over_all_targets(
+    micro_config, reference, random_batches, one_device, make_stage
+):
+    params = random_state(micro_config, make_stage(), one_device, seed=3).params
+    logits = CrossLMM(micro_config).apply({"params": params}, random_batches[0])
+    log_p = jax.nn.log_softmax(np.asarray(logits, np.float64)[:, :-1])
+    batch = random_batches[0]
+    picked = np.take_along_axis(np.asarray(log_p), batch["tokens"][:, 1:, None], axis=-1)[..., 0]
+    weights = batch["loss_mask"][:, 1:]
+    report = reference[1][0]
+    assert report["weight"] == weights.sum()
+    assert report["loss"] == pytest.approx(-(picked * weights).sum() / weights.sum(), rel=1e-5)
+    assert report["finite"]
+    assert report["grad_norm"] > 0
+
+
+def test_training_changes_every_part(reference, micro_config, make_stage, one_device) -> None:
+    before = random_state(micro_config, make_stage(), one_device, seed=3).params
+    for part, params in reference[0].params.items():
+        moved = [
+            bool(jnp.any(a != b)) for a, b in zip(*map(jax.tree.leaves, (params, before[part])), strict=True)
+        ]
+        assert any(moved), part
+
+
+def test_gates_are_reported(reference) -> None:
+    state, reports = reference
+    for direction in ("v2v", "t2v"):
+        gate = np.tanh(state.params[direction]["gate"])
+        np.testing.assert_allclose(reports[-1]["gate"][direction], gate, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(data=8),
+        MeshConfig(data=1, fsdp=4, tensor=2),
+        MeshConfig(data=2, fsdp=2, context=2),
+    ],
+    ids=str,
+)
+def test_any_mesh_gives_the_same(mesh, reference, random_batches, micro_config, stage) -> None:
+    state, reports = run(micro_config, stage, make_mesh(mesh), random_batches)
+    assert_close(reports, reference[1], atol=1e-5)
+    assert_close(state.params, reference[0].params, atol=2e-6)
+
+
+def test_moments_lie_with_their_parameters(micro_config, make_stage) -> None:
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    state = random_state(micro_config, make_stage(), mesh, seed=0)
+    shardings = {
+        jax.tree_util.keystr(path): leaf.sharding.spec
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+    }
+    mu = {path: spec for path, spec in shardings.items() if ".mu" in path}
+    assert len(mu) == len(jax.tree.leaves(state.trainable))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.trainable):
+        name = jax.tree_util.keystr(path)
+        assert [spec for key, spec in mu.items() if key.endswith(name)] == [leaf.sharding.spec]
+    spec = state.params["decoder"]["layers"]["w_up"].sharding.spec
+    assert spec == jax.sharding.PartitionSpec(None, ("fsdp",), ("tensor",))
+
+
+def test_random_state_is_the_same_on_any_mesh(micro_config, make_stage, one_device) -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    one, many = (random_state(micro_config, make_stage(), m, seed=1) for m in (one_device, mesh))
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (one, many)), strict=True))
+
+
+def test_microbatches_equal_the_whole_batch(
+    reference, random_batches, micro_config, stage, one_device
+) -> None:
+    stage = dataclasses.replace(stage, microbatches=4)
+    state, reports = run(micro_config, stage, one_device, random_batches)
+    assert_close(reports, reference[1], atol=1e-5)
+    assert_close(state.params, reference[0].params, atol=2e-6)
+
+
+def test_frozen_parts_stay_bit_identical(random_batches, micro_config, make_stage, one_device) -> None:
+    stage = make_stage(trainable=("projector", "v2v"), directions=("v2v",), warmup_ratio=0.0)
+    before = jax.device_get(random_state(micro_config, stage, one_device, seed=3).params)
+    state, reports = run(micro_config, stage, one_device, random_batches)
+    assert set(reports[0]["gate"]) == {"v2v"}
+    for part in ("encoder", "t2v", "decoder"):
+        pairs = zip(jax.tree.leaves(before[part]), jax.tree.leaves(state.params[part]), strict=True)
+        assert all(np.array_equal(a, b) for a, b in pairs), part
+    for part in ("projector", "v2v"):
+        pairs = zip(jax.tree.leaves(before[part]), jax.tree.leaves(state.params[part]), strict=True)
+        assert any(not np.array_equal(a, b) for a, b in pairs), part
+
+
+def test_eval_step(reference, random_batches, micro_config, make_stage, one_device) -> None:
+    params = random_state(micro_config, make_stage(), one_device, seed=3).params
+    with jax.set_mesh(one_device):
+        batch = to_global(random_batches[0], one_device)
+        loss_sum, weight = compile_eval_step(micro_config, one_device)(params, batch)
+    assert float(loss_sum / weight) == pytest.approx(float(reference[1][0]["loss"]), rel=1e-5)
