@@ -1,0 +1,20 @@
+"""Stage 1 of CrossLMM-7B: `stage1_align.py` with the larger language model (sec. 4.1).
+
+Run: crosslmm train configs/stage1_align_7b.py
+"""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+from crosslmm_jax.config import ExperimentConfig
+from crosslmm_jax.presets import crosslmm_7b
+
+
+def get_config() -> ExperimentConfig:
+    """The 2B recipe; the paper names no other values for 7B."""
+    small: ExperimentConfig = runpy.run_path(str(Path(__file__).with_name("stage1_align.py")))["get_config"]()
+    model = dataclasses.replace(crosslmm_7b(), vision=small.model.vision)
+    data = dataclasses.replace(small.data, tokenizer="models/crosslmm_7b")
+    run = dataclasses.replace(small.run, out="runs/stage1_align_7b", init_from="models/crosslmm_7b")
+    return dataclasses.replace(small, model=model, data=data, run=run)

@@ -1,0 +1,1 @@
+"""Sizes, FLOPs, memory and timing of the model."""
