@@ -10,13 +10,23 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import crosslmm_jax
 from crosslmm_jax.errors import UserError
 
 USER_MISTAKE = 2  # exit code, as argparse uses
+DIFFERENT = 1  # exit code of `convert verify` when the models disagree, as diff uses
 INTERRUPTED = 130  # exit code, 128 + SIGINT, as shells use
+# What a conversion may choose: all that weights do not settle.
+MODEL_FIELDS = (
+    "merge.grid", "merge.pooling", "merge.projector-input-norm", "cross-attention.cross-attn-every",
+    "cross-attention.cross-attn-offset", "cross-attention.directions", "cross-attention.kv-source",
+    "cross-attention.cross-attn-init", "cross-attention.gate-init", "cross-attention.v2v-scope",
+    "cross-attention.v2v-window", "cross-attention.cross-attn-rope", "vision.feature-layer",
+    "vision.post-layernorm", "vision.frame-chunk", "vision.keep-features", "decoder.vocab-size",
+    "decoder.remat", "compute-dtype", "attention",
+)  # fmt: skip
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -41,6 +51,20 @@ def _params(args: argparse.Namespace) -> None:
         print(params.table(args.preset, config))
     if args.json is not None:
         _write_json(args.json, params.count(config))
+
+
+def _profile(args: argparse.Namespace) -> None:
+    from crosslmm_jax.profiling.suite import Outputs, profile
+
+    profile(
+        args.task, presets=args.preset, peer_names=args.peer,
+        tokens_per_frame=args.tokens_per_frame or [None],
+        options={
+            "frames": tuple(args.frames), "text": args.text_tokens, "repeats": args.repeats,
+            "compile_jobs": args.compile_jobs, "trace": args.trace,
+        },
+        outputs=Outputs(json=args.json, markdown=args.markdown, figure=args.figure), timeout=args.timeout,
+    )  # fmt: skip
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -73,6 +97,48 @@ def _chat(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+def _convert_from_hf(args: argparse.Namespace) -> None:
+    from crosslmm_jax.convert.from_hf import Request, convert_from_hf
+
+    words = []
+    for field in MODEL_FIELDS:
+        values = getattr(args, field)
+        words += [f"--{field}", *values] if values is not None else []
+    request = Request(
+        vision=args.vision, llm=args.llm, llava=args.llava, projector=args.projector, preset=args.preset,
+        overrides=words, dtype=args.dtype, seed=args.seed,
+    )  # fmt: skip
+    report = convert_from_hf(request, args.out, tokenizer=args.tokenizer)
+    _tell(args, report)
+
+
+def _convert_to_hf(args: argparse.Namespace) -> None:
+    from crosslmm_jax.convert.to_hf import convert_to_hf
+
+    _tell(args, convert_to_hf(args.model, args.out, dtype=args.dtype, torch_reference=args.torch_reference))
+
+
+def _convert_verify(args: argparse.Namespace) -> int:
+    from crosslmm_jax.convert.verify import verify
+
+    result = verify(
+        args.model, vision=args.vision, llm=args.llm, llava=args.llava, projector=args.projector,
+        tolerance=args.tolerance, seed=args.seed,
+    )  # fmt: skip
+    if args.json != "-":
+        print("\n".join(result.lines()))
+    if args.json is not None:
+        _write_json(args.json, result.as_dict())
+    return 0 if result.diverging is None else DIFFERENT
+
+
+def _tell(args: argparse.Namespace, report: Any) -> None:
+    if args.json != "-":
+        print("\n".join([*report.lines(), f"written: {args.out}"]))
+    if args.json is not None:
+        _write_json(args.json, report.as_dict())
+
+
 def _write_json(target: str, payload: object) -> None:
     """Prints `payload` when `target` is "-", else writes it to that file."""
     text = json.dumps(payload, indent=2)
@@ -86,6 +152,36 @@ def _write_json(target: str, payload: object) -> None:
         raise UserError(f"--json {target}: {reason}; give a file in a folder that can be written") from error
 
 
+def _add_profile(commands: Any) -> None:
+    profile = commands.add_parser("profile", help="time, FLOPs and peak memory at real size, random weights")
+    profile.add_argument("task", choices=("prefill", "decode", "train", "encoder", "attention"))
+    profile.add_argument(
+        "--preset", nargs="+", default=[], metavar="NAME", help="e.g. crosslmm_2b crosslmm_7b"
+    )
+    profile.add_argument(
+        "--peer", nargs="+", default=[], metavar="NAME",
+        help="measured behind ours: llava-onevision-7b, llava-onevision-0.5b (prefill), siglip (encoder);"
+        " with -compiled behind the name under torch.compile",
+    )  # fmt: skip
+    profile.add_argument("--frames", type=int, nargs="+", default=[32, 64, 128, 256], metavar="N")
+    profile.add_argument(
+        "--tokens-per-frame", type=int, nargs="+", metavar="N", help="1, 9 or 16 (default: the preset's)"
+    )
+    profile.add_argument(
+        "--text-tokens", type=int, default=64, metavar="N", help="of the prompt; default: 64"
+    )
+    profile.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs; default: 5")
+    profile.add_argument("--compile-jobs", type=int, default=1, metavar="N", help="programs compiled at once")
+    profile.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="for each system; what is there is kept"
+    )
+    profile.add_argument("--json", metavar="PATH")
+    profile.add_argument("--markdown", metavar="PATH")
+    profile.add_argument("--figure", metavar="PATH", help=".png, .svg or .pdf")
+    profile.add_argument("--trace", metavar="DIR", help="a profile of one call each, for XProf")
+    profile.set_defaults(run=_profile)
+
+
 def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="folder that `crosslmm train` or `crosslmm demo` wrote"
@@ -96,6 +192,58 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1, no cut")
     parser.add_argument("--seed", type=int, default=0, help="of sampling, when the temperature is above 0")
+
+
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser("convert", help="Hugging Face weights in and out, exactly")
+    directions = convert.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    come = directions.add_parser(
+        "from-hf", help="SigLIP and Qwen2, or LLaVA-OneVision / LLaVA-Video, to a MODEL folder"
+    )  # fmt: skip
+    come.add_argument(
+        "--vision",
+        metavar="DIR",
+        help="SigLIP or SigLIP2 folder, or big_vision's .npz; with --llava: sizes",
+    )
+    come.add_argument("--llm", metavar="DIR", help="Qwen2 or Qwen2.5 folder")
+    come.add_argument("--llava", metavar="DIR", help="LLaVA-OneVision or LLaVA-Video folder, any layout")
+    come.add_argument("--projector", metavar="FILE", help="mm_projector.bin; without one it starts fresh")
+    come.add_argument("--preset", metavar="NAME", help="sizes are checked against it, e.g. crosslmm_2b")
+    come.add_argument("--out", required=True, metavar="MODEL", help="folder to write")
+    come.add_argument("--tokenizer", metavar="DIR", help="default: the language model's folder")
+    come.add_argument("--seed", type=int, default=0, help="of parameters that no source fills; default: 0")
+    fields = come.add_argument_group("fields of the model that weights do not settle")
+    for field in MODEL_FIELDS:
+        fields.add_argument(f"--{field}", dest=field, nargs="+", metavar="VALUE")
+    come.set_defaults(run=_convert_from_hf)
+    go = directions.add_parser("to-hf", help="a MODEL folder to safetensors that torch users load")
+    go.add_argument("model", metavar="MODEL", help="folder that `crosslmm` wrote")
+    go.add_argument("--out", required=True, metavar="DIR", help="gets vision/, llm/ and crosslmm/")
+    go.add_argument(
+        "--torch-reference", action="store_true", help="also write a PyTorch module that runs the export"
+    )
+    go.set_defaults(run=_convert_to_hf)
+    _add_convert_verify(directions)
+    for parser in (come, go):
+        parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default: as is")
+        parser.add_argument("--json", metavar="-|PATH", help="the report as JSON; - for only JSON on stdout")
+
+
+def _add_convert_verify(directions: Any) -> None:
+    check = directions.add_parser(
+        "verify", help="a MODEL folder against its source in torch, block by block; needs torch",
+        epilog="Exit code 1 and the name of the first block when an output differs by more than --tolerance"
+        " (times the root mean square of the source's output, where that is above 1).",
+    )  # fmt: skip
+    check.add_argument("model", metavar="MODEL", help="folder that `crosslmm convert from-hf` wrote")
+    check.add_argument("--vision", metavar="DIR", help="the SigLIP folder it was made from")
+    check.add_argument("--llm", metavar="DIR", help="the Qwen2 folder it was made from")
+    check.add_argument("--llava", metavar="DIR", help="or the LLaVA folder it was made from, any layout")
+    check.add_argument("--projector", metavar="FILE", help="mm_projector.bin, if it was made from one")
+    check.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="default: 1e-4")
+    check.add_argument("--seed", type=int, default=0, help="of the random frames and tokens; default: 0")
+    check.add_argument("--json", metavar="-|PATH", help="the table as JSON; - for only JSON on stdout")
+    check.set_defaults(run=_convert_verify)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -115,6 +263,9 @@ def build_parser() -> argparse.ArgumentParser:
     params.add_argument("--preset", required=True, metavar="NAME", help="e.g. crosslmm_2b")
     params.add_argument("--json", metavar="-|PATH", help="write JSON to a file, or - for only JSON on stdout")
     params.set_defaults(run=_params)
+
+    _add_convert(commands)
+    _add_profile(commands)
 
     train = commands.add_parser(
         "train", help="train one stage; the same command resumes",
@@ -151,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = _take_debug(words)
     try:
         args = build_parser().parse_args(words)
-        args.run(args)
+        return args.run(args) or 0
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -163,7 +314,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if str(stop):  # training says what it saved
             print(f"crosslmm: {stop}", file=sys.stderr)
         return INTERRUPTED
-    return 0
 
 
 if __name__ == "__main__":

@@ -43,6 +43,11 @@ ALLOWED = {
 # Packages that take seconds to import, or that a machine may lack.
 HEAVY = {"av", "grain", "tensorflow_datasets", "tyro", "torch", "transformers", "matplotlib"}
 MAY_IMPORT_AT_TOP = {"data": {"av", "grain"}}
+# A single file of PyTorch that `crosslmm convert to-hf --torch-reference` copies into exports. Nothing here
+# imports it, which a test below sees to, so it may import at its top what the package must do without.
+STANDS_ALONE = PACKAGE / "convert" / "torch_reference.py"
+# Needed by some commands only, and asked for with the extra that brings it: no dependency.
+OPTIONAL = {"torch"}
 # Arrays in, arrays out: these work where nothing that reads files is installed.
 ARRAY_MODULES = ("model", "parallel", "train.step", "profiling.params")
 
@@ -124,6 +129,7 @@ def test_flax_stays_in_the_model(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_heavy_packages_are_imported_late(path: Path) -> None:
     late = HEAVY - MAY_IMPORT_AT_TOP.get(room_of(dotted(path)), set())
+    late -= {"torch"} if path == STANDS_ALONE else set()
     early = {name.split(".")[0] for name in imports_of(path, run_on_import(parse(path)))}
     assert early & late == set()
     if room_of(dotted(path)) in {"config", "cli", "package"}:
@@ -139,7 +145,17 @@ def test_every_package_that_is_imported_is_declared() -> None:
     imported = {name.split(".")[0] for path in MODULES for name in imports_of(path, parse(path))}
     imported -= sys.stdlib_module_names | {"crosslmm_jax"}
     names = {distribution.get(name, brought.get(name, name)).lower() for name in imported}
-    assert names - declared == set()
+    assert names - declared - OPTIONAL == set()
+
+
+def test_the_torch_module_is_data() -> None:
+    """Exports carry it to where this package is not: it imports nothing of ours, and nothing imports it."""
+    own = {name.split(".")[0] for name in imports_of(STANDS_ALONE, parse(STANDS_ALONE))}
+    assert own - sys.stdlib_module_names == {"torch", "safetensors"}
+    for path in MODULES:
+        assert dotted(STANDS_ALONE) not in imports_of(path, parse(path))
+        names = [node.name for node in ast.walk(parse(path)) if isinstance(node, ast.alias)]
+        assert STANDS_ALONE.stem not in names
 
 
 def functions_of(tree: ast.Module) -> Iterator[tuple[str, int]]:

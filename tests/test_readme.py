@@ -58,7 +58,9 @@ def test_glossary_is_the_models() -> None:
 
 
 def test_every_command_is_shown() -> None:
-    assert {words[0] for words in commands()} == {"demo", "params", "train", "ask", "chat"}
+    assert {words[0] for words in commands()} == {
+        "demo", "params", "train", "ask", "chat", "convert", "profile",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)

@@ -4,12 +4,13 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from crosslmm_jax.errors import UserError
 
+Resampling = Literal["bicubic", "bilinear"]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -33,17 +34,17 @@ def is_image(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() in IMAGE_SUFFIXES
 
 
-def resize(image: Any, size: int) -> np.ndarray:
-    """uint8[size, size, 3] of a PIL image: RGB, squeezed to a square, bicubic."""
+def resize(image: Any, size: int, resampling: Resampling = "bicubic") -> np.ndarray:
+    """uint8[size, size, 3] of a PIL image: RGB, squeezed to a square, as `SiglipImageProcessor` does."""
     from PIL import Image
 
     image = image.convert("RGB")
     if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
+        image = image.resize((size, size), Image.Resampling[resampling.upper()])
     return np.asarray(image, np.uint8)
 
 
-def read_image(path: str | os.PathLike[str], size: int) -> Clip:
+def read_image(path: str | os.PathLike[str], size: int, resampling: Resampling = "bicubic") -> Clip:
     """A still image as one frame at time 0. Raises UserError when it is missing or damaged."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -51,7 +52,7 @@ def read_image(path: str | os.PathLike[str], size: int) -> Clip:
         raise UserError(f"{path}: no such file; give the path of an image")
     try:
         with Image.open(path) as image:
-            pixels = resize(ImageOps.exif_transpose(image), size)
+            pixels = resize(ImageOps.exif_transpose(image), size, resampling)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be read as an image ({reason}); replace the file") from error

@@ -1,6 +1,6 @@
 """A small set of real mp4 files whose questions can only be answered by looking closely.
 
-A video shows four scenes. Each of eight colours appears once in the video, as one of four shapes of equal
+A video shows four scenes. Each of four colours appears once in the video, as one of four shapes of equal
 area, in one cell of a 4 x 4 grid; grey shapes fill more cells and mean nothing. A question names a colour,
 the answer is its shape. Averaging all patches of a frame keeps the colours but blurs which shape goes with
 which colour, so compact tokens alone are a poor source. For every question each answer occurs equally
@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,10 +26,6 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "green": (20, 200, 40),
     "blue": (30, 60, 255),
     "yellow": (245, 235, 20),
-    "purple": (170, 20, 220),
-    "orange": (255, 140, 0),
-    "cyan": (0, 220, 230),
-    "pink": (255, 150, 190),
 }
 SHAPES = ("ring", "square", "triangle", "cross")
 CHANCE = 1 / len(SHAPES)
@@ -47,8 +44,9 @@ class SyntheticSet:
 
     folder: Path
     captions: Path  # LLaVA rows, one caption a training video (stage 1)
-    train: Path  # LLaVA rows, one question each (stage 2)
-    heldout: Path  # the same on videos that no training row shows
+    train: Path  # LLaVA rows, one question each
+    dialogues: Path  # the same questions, all four about a video as the turns of one row (stage 2)
+    heldout: Path  # one question each, on videos that no training row shows
     heldout_videos: tuple[Path, ...]
 
 
@@ -74,7 +72,7 @@ def caption_of(shapes: Sequence[str]) -> str:
 
 
 def balanced_shapes(num_videos: int, rng: np.random.Generator) -> np.ndarray:
-    """int[num_videos, 8]: the shape of each colour, every shape equally often in every column."""
+    """int[num_videos, 4]: the shape of each colour, every shape equally often in every column."""
     column = np.arange(num_videos) % len(SHAPES)
     return np.stack([rng.permutation(column) for _ in COLOURS], axis=1)
 
@@ -163,8 +161,9 @@ def write_dataset(
 
     Args:
         folder: of the set; its parent is created when missing.
-        num_train: training videos, a multiple of 4; each has one caption and eight questions.
-        num_heldout: held-out videos, a multiple of 4; each has eight questions.
+        num_train: training videos, a multiple of 4; each has one caption and four questions, which come
+            one by one and as one dialogue.
+        num_heldout: held-out videos, a multiple of 4; each has four questions.
         seed: of shapes and places.
         distractors: grey glyphs in each scene.
         num_threads: videos encoded at once.
@@ -175,7 +174,7 @@ def write_dataset(
     target = Path(folder)
     manifest = {
         "num_train": num_train, "num_heldout": num_heldout, "seed": seed, "distractors": distractors,
-        "version": 1,
+        "version": 2,
     }  # fmt: skip
     for name in ("num_train", "num_heldout"):
         if manifest[name] <= 0 or manifest[name] % len(SHAPES):
@@ -191,6 +190,7 @@ def write_dataset(
         heldout = _write_split(staging, "heldout", num_videos=num_heldout, seed=[seed, 1], **options)
         _write_json(staging / "captions.json", [_caption_row(*video) for video in train])
         _write_json(staging / "train.json", [row for video in train for row in _question_rows(*video)])
+        _write_json(staging / "dialogues.json", _dialogues(train, np.random.default_rng([seed, 2])))
         _write_json(staging / "heldout.json", [row for video in heldout for row in _question_rows(*video)])
         _write_json(staging / _MANIFEST, manifest)
         staging.chmod(0o755)
@@ -218,6 +218,7 @@ def _describe(folder: Path, num_heldout: int) -> SyntheticSet:
         folder=folder,
         captions=folder / "captions.json",
         train=folder / "train.json",
+        dialogues=folder / "dialogues.json",
         heldout=folder / "heldout.json",
         heldout_videos=tuple(folder / _video_name("heldout", index) for index in range(num_heldout)),
     )
@@ -246,18 +247,30 @@ def _write_split(
     return videos
 
 
-def _row(video: str, question: str, *, answer: str, suffix: str) -> dict[str, object]:
+def _row(video: str, question: str, *, answer: str, suffix: str) -> dict[str, Any]:
     turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
     return {"id": f"{Path(video).stem}_{suffix}", "video": video, "conversations": turns}
 
 
-def _caption_row(video: str, shapes: Sequence[str]) -> dict[str, object]:
+def _caption_row(video: str, shapes: Sequence[str]) -> dict[str, Any]:
     return _row(video, "Describe the video.", answer=caption_of(shapes), suffix="caption")
 
 
-def _question_rows(video: str, shapes: Sequence[str]) -> list[dict[str, object]]:
+def _question_rows(video: str, shapes: Sequence[str]) -> list[dict[str, Any]]:
     pairs = zip(COLOURS, shapes, strict=True)
     return [_row(video, question_of(colour), answer=shape, suffix=colour) for colour, shape in pairs]
+
+
+def _dialogues(videos: Sequence[tuple[str, list[str]]], rng: np.random.Generator) -> list[dict[str, Any]]:
+    """One row a video: its questions in random order; the video comes before the first."""
+    rows = []
+    for video, shapes in videos:
+        single = _question_rows(video, shapes)
+        turns = [turn for index in rng.permutation(len(single)) for turn in single[index]["conversations"]]
+        for turn in turns[2::2]:
+            turn["value"] = turn["value"].removeprefix("<image>\n")
+        rows.append({"id": f"{Path(video).stem}_dialogue", "video": video, "conversations": turns})
+    return rows
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.data.clip import Clip, is_image, read_image, resize
+from crosslmm_jax.data.clip import Clip, Resampling, is_image, read_image, resize
 from crosslmm_jax.data.sampling import choose_frames
 from crosslmm_jax.errors import UserError
 
@@ -78,8 +78,9 @@ def read_frames(
     size: int,
     bounds: tuple[float, float] | None = None,
     num_threads: int = 1,
+    resampling: Resampling = "bicubic",
 ) -> Clip:
-    """Reads the frames that `sampling` chooses, each resized to `size` x `size` (bicubic, as PIL does).
+    """Reads the frames that `sampling` chooses, each resized to `size` x `size` as PIL does.
 
     Args:
         path: a video, or a still image, which is one frame at time 0.
@@ -87,12 +88,14 @@ def read_frames(
         size: R, pixels along each side; the aspect ratio is not kept, as in SigLIP.
         bounds: seconds (start, end) of the part to read; None for all.
         num_threads: of the decoder; 0 lets it choose.
+        resampling: of the resizing.
 
     Raises:
         UserError: no such file, no video in it, no frames within the bounds, or damaged.
     """
     if is_image(path):
-        return read_image(path, size)
+        return read_image(path, size, resampling)
+    shape: dict[str, Any] = {"size": size, "resampling": resampling}
     with _open(path, num_threads) as (container, stream):
         index = _read_index(container, stream, path=path)
         order = np.argsort(index.times, kind="stable")
@@ -110,10 +113,10 @@ def read_frames(
         chosen = choose_frames(times, sampling, end=end, ticks_per_second=1 / index.tick)
         wanted = np.unique(chosen)
         if index.packets is not None:
-            images = _decode(stream, index, wanted=order[wanted], size=size, path=path)
+            images = _decode(stream, index, wanted=order[wanted], path=path, **shape)
         else:
             with _open(path, num_threads) as (_, again):
-                images = _decode(again, index, wanted=order[wanted], size=size, path=path)
+                images = _decode(again, index, wanted=order[wanted], path=path, **shape)
     frames = images[np.searchsorted(wanted, chosen)]
     seconds = ((times[chosen] - first) * index.tick).astype(np.float32)
     return Clip(frames, seconds, (end - int(times[0])) * index.tick)
@@ -194,7 +197,13 @@ def _read_index(container: Any, stream: Any, *, path: str | os.PathLike[str]) ->
 
 
 def _decode(
-    stream: Any, index: _Index, *, wanted: np.ndarray, size: int, path: str | os.PathLike[str]
+    stream: Any,
+    index: _Index,
+    *,
+    wanted: np.ndarray,
+    size: int,
+    resampling: Resampling,
+    path: str | os.PathLike[str],
 ) -> np.ndarray:
     """Decodes the packets `wanted` (int[n], positions in decoding order, ascending in time).
 
@@ -213,13 +222,13 @@ def _decode(
         while time is not None and done < len(targets) and targets[done] <= time:
             done += 1
         if done > first:
-            images[first:done] = _to_square(frame, size)
+            images[first:done] = _to_square(frame, size, resampling)
         if done == len(targets):
             return images
     tail = np.sort(index.times)[-min(_LOST_TAIL + 1, len(index.times)) :]
     if last is None or targets[done] < tail[0]:
         raise UserError(f"{path}: is cut off or damaged; fetch or encode it again")
-    images[done:] = _to_square(last, size)
+    images[done:] = _to_square(last, size, resampling)
     return images
 
 
@@ -254,7 +263,7 @@ def _packets_again(stream: Any) -> Iterator[Any]:
             yield packet
 
 
-def _to_square(frame: Any, size: int) -> np.ndarray:
+def _to_square(frame: Any, size: int, resampling: Resampling = "bicubic") -> np.ndarray:
     """uint8[size, size, 3] of a video frame, turned as its metadata says."""
     from PIL import Image
 
@@ -262,4 +271,4 @@ def _to_square(frame: Any, size: int) -> np.ndarray:
     quarter_turns = round(frame.rotation / 90) % 4  # anticlockwise
     if quarter_turns:
         pixels = np.ascontiguousarray(np.rot90(pixels, quarter_turns))
-    return resize(Image.fromarray(pixels), size)
+    return resize(Image.fromarray(pixels), size, resampling)

@@ -89,7 +89,10 @@ class VideoModel:
         most = (self.config.decoder.max_positions - 256) // self.config.merge.tokens_per_frame
         if sampling.frames > most:
             raise UserError(f"--frames is {sampling.frames}; this model's positions hold at most {most}")
-        clip = read_frames(path, sampling, size=self.processor.image_size, num_threads=0)
+        clip = read_frames(
+            path, sampling, size=self.processor.image_size, num_threads=0,
+            resampling=self.processor.resampling,
+        )  # fmt: skip
         return Video(self, clip.frames, clip.times)
 
     def watch_frames(self, frames: np.ndarray, times: np.ndarray) -> "Video":

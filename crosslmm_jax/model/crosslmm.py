@@ -295,8 +295,9 @@ class CrossLMM(nn.Module):
             token = gather_tokens(x, observed[:, None])[:, 0]
             seen = visible_frames[:, 0]
             maps = attention_map(cross["t2v"], token, cross["kv"], visible_frames=seen, config=self.config)
-        update = cross_attend(
-            cross["t2v"], x, cross["kv"], visible_frames=visible_frames, times=visible_frames,
-            config=self.config, rules=self.rules,
-        )  # fmt: skip
+        with jax.named_scope("t2v"):
+            update = cross_attend(
+                cross["t2v"], x, cross["kv"], visible_frames=visible_frames, times=visible_frames,
+                config=self.config, rules=self.rules,
+            )  # fmt: skip
         return x + update, maps

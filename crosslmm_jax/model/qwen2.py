@@ -78,6 +78,7 @@ class LayerCache(NamedTuple):
         return self.keys[self.layer], self.values[self.layer]
 
 
+@jax.named_scope("self_attention")
 def self_attention(
     weights: dict[str, Array],
     x: Float[Array, "b t d"],

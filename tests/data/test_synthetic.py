@@ -44,6 +44,22 @@ def test_no_guess_without_the_video_beats_chance(synthetic: SyntheticSet, split:
     assert best / len(pairs) == CHANCE == 0.25
 
 
+def test_dialogues_hold_the_training_questions(synthetic: SyntheticSet) -> None:
+    single, order = Counter(), Counter()
+    for row in json.loads(synthetic.train.read_text()):
+        human, gpt = row["conversations"]
+        single[row["video"], human["value"].removeprefix("<image>\n"), gpt["value"]] += 1
+    dialogues = json.loads(synthetic.dialogues.read_text())
+    for row in dialogues:
+        turns = row["conversations"]
+        assert [turn["value"].count("<image>") for turn in turns] == [1] + [0] * 7
+        order[turns[0]["value"]] += 1
+        for human, gpt in zip(turns[::2], turns[1::2], strict=True):
+            single[row["video"], human["value"].removeprefix("<image>\n"), gpt["value"]] -= 1
+    assert len(dialogues) == 16 and not any(single.values())
+    assert len(order) > 2  # no colour always comes first
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_other_answers_of_a_video_tell_nothing(seed: int) -> None:
     """Knowing the shape of one colour, the best guess of another's stays near chance."""
@@ -112,7 +128,7 @@ def test_shapes_differ_at_the_size_the_tiny_model_sees() -> None:
 def test_same_arguments_same_bytes(tmp_path: Path, synthetic: SyntheticSet) -> None:
     again = write_dataset(tmp_path / "again", num_train=16, num_heldout=8, seed=3, num_threads=1)
     files = sorted(path.relative_to(again.folder) for path in again.folder.rglob("*") if path.is_file())
-    assert len(files) == 24 + 4
+    assert len(files) == 24 + 5
     for file in files:
         assert (again.folder / file).read_bytes() == (synthetic.folder / file).read_bytes(), file
     other = write_dataset(tmp_path / "other", num_train=16, num_heldout=8, seed=4)
@@ -134,7 +150,7 @@ def test_existing_folders(tmp_path: Path) -> None:
     write_dataset(tmp_path / "set", num_train=4, num_heldout=4, seed=0)
     assert first.train.stat().st_mtime_ns == stamp  # kept
     write_dataset(tmp_path / "set", num_train=8, num_heldout=4, seed=0)
-    assert len(questions_and_answers(first.train)) == 8 * 8  # replaced
+    assert len(questions_and_answers(first.train)) == 8 * len(COLOURS)  # replaced
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     with pytest.raises(UserError, match="mine: exists and is no synthetic set"):

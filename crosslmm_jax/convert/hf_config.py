@@ -1,0 +1,223 @@
+"""Sizes of other projects' checkpoints, from their config.json.
+
+Hugging Face writes every size of a model's own config, but leaves out of a nested one (`vision_config`,
+`text_config`) what equals the class's default. So nested configs are completed by those classes, and a size
+that is missing anywhere else is an error.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from crosslmm_jax import presets
+from crosslmm_jax.config import DecoderConfig, VisionConfig
+from crosslmm_jax.errors import ConfigError, UserError
+
+Mapped = Mapping[str, Any]
+LLAVA_TYPES = ("llava_onevision", "llava", "llava_qwen")
+_NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_NEEDED_VISION = (*_NEEDED, "image_size", "patch_size")
+_NEEDED_TEXT = (*_NEEDED, "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "vocab_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a source says about the parts that it holds."""
+
+    vision: VisionConfig | None = None
+    decoder: DecoderConfig | None = None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises `UserError` when there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; give a checkpoint's whole folder") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is no readable JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no JSON object; download it again")
+    return value
+
+
+def vision_sizes(folder: Path) -> VisionConfig:
+    """Sizes of a SigLIP tower, from a vision-only or a two-tower folder."""
+    path = folder / "config.json"
+    config = read_json(path)
+    kind = config.get("model_type")
+    if kind == "siglip":
+        return _siglip(_nested(config, "vision_config", path), path, nested=True)
+    if kind == "siglip_vision_model":
+        return _siglip(config, path, nested=False)
+    fix = "give the fixed-resolution one, e.g. siglip2-so400m-patch14-384" if kind == "siglip2" else (
+        "give it as --llm" if kind == "qwen2" else "give a SigLIP or SigLIP2 folder"
+    )  # fmt: skip
+    raise UserError(f"{path}: field model_type is {kind!r}, which is no SigLIP vision tower; {fix}")
+
+
+def decoder_sizes(folder: Path) -> DecoderConfig:
+    """Sizes of a Qwen2 or Qwen2.5 causal language model."""
+    path = folder / "config.json"
+    config = read_json(path)
+    kind = config.get("model_type")
+    if kind != "qwen2" or "mm_vision_tower" in config:
+        fix = "give it as --vision" if str(kind).startswith("siglip") else (
+            "give it as --llava" if kind in LLAVA_TYPES or kind == "qwen2" else "give a Qwen2 folder"
+        )  # fmt: skip
+        raise UserError(f"{path}: field model_type is {kind!r}, which is no Qwen2 language model; {fix}")
+    return _qwen2(config, path, nested=False)
+
+
+def llava_sizes(folder: Path, *, has_head: bool, tower: VisionConfig | None = None) -> Sizes:
+    """Sizes of a LLaVA-OneVision or LLaVA-Video checkpoint, in any layout.
+
+    Args:
+      folder: the checkpoint.
+      has_head: it holds an `lm_head.weight`, which settles what its two configs say differently.
+      tower: of a vision tower that the original layout only names, when it is none of the released ones.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    if config.get("model_type") == "llava_onevision":
+        return _hf_llava(config, path, has_head)
+    if "mm_vision_tower" in config:
+        return _original_llava(config, path, tower)
+    kind = config.get("model_type")
+    raise UserError(
+        f"{path}: field model_type is {kind!r}, no LLaVA-OneVision or LLaVA-Video; give --vision and --llm"
+    )
+
+
+def _hf_llava(config: Mapped, path: Path, has_head: bool) -> Sizes:
+    vision = _siglip(_nested(config, "vision_config", path), path, nested=True)
+    decoder = _qwen2(_nested(config, "text_config", path), path, nested=True)
+    _expect(config, path, "projector_hidden_act", ("gelu",), default="gelu")
+    _expect(config, path, "multimodal_projector_bias", (True,), default=True)
+    # The class's default, "full", reads all patches; "default" would drop the first.
+    _expect(config, path, "vision_feature_select_strategy", ("full",), default="full")
+    layer = config.get("vision_feature_layer", -1)
+    if not isinstance(layer, int):
+        raise UserError(f"{path}: field vision_feature_layer is {layer!r}; it must be one number")
+    if layer >= 0:
+        layer -= vision.num_layers + 1
+    said = {decoder.tie_embeddings, config.get("tie_word_embeddings", decoder.tie_embeddings)}
+    tied = (False not in said) if has_head else (True in said)
+    decoder = dataclasses.replace(decoder, tie_embeddings=tied, vocab_size=_unpadded(decoder.vocab_size))
+    return Sizes(dataclasses.replace(vision, feature_layer=layer), decoder)
+
+
+def _unpadded(rows: int) -> int:
+    """Rows of the embedding of a released Qwen2 before Hugging Face's LLaVA added two and rounded up."""
+    known = {presets.get_preset(name).decoder.vocab_size for name in ("crosslmm_2b", "crosslmm_7b")}
+    return next((size for size in known if rows == -(-(size + 2) // 64) * 64), rows)
+
+
+def _original_llava(config: Mapped, path: Path, tower: VisionConfig | None) -> Sizes:
+    _expect(config, path, "mm_projector_type", ("mlp2x_gelu",))
+    name = str(config["mm_vision_tower"])
+    if tower is None:
+        tower = _released_tower(name)
+    if tower is None:
+        raise UserError(
+            f"{path}: field mm_vision_tower is {name!r}, whose sizes are unknown; add --vision with it"
+        )
+    width = config.get("mm_hidden_size")
+    if width != tower.width:
+        raise UserError(
+            f"{path}: field mm_hidden_size is {width}, but the tower {name!r} is {tower.width} wide"
+        )
+    # LLaVA builds the tower without its last layer and reads the output of the one below.
+    vision = dataclasses.replace(tower, num_layers=tower.num_layers - 1, feature_layer=-1)
+    return Sizes(vision, _qwen2(config, path, nested=False))
+
+
+def _released_tower(name: str) -> VisionConfig | None:
+    base = name.rstrip("/").split("/")[-1]
+    if re.fullmatch(r"siglip2?-so400m-patch14-384", base):
+        return presets.so400m()
+    return presets.giant_opt() if base == "siglip2-giant-opt-patch16-384" else None
+
+
+def _nested(config: Mapped, name: str, path: Path) -> dict[str, Any]:
+    if not isinstance(config.get(name), dict):
+        raise ConfigError(f"{path}: field {name} is missing; download the config.json again")
+    return config[name]
+
+
+def _check_stated(config: Mapped, path: Path, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if config.get(name) is None]
+    if missing:
+        raise ConfigError(f"{path}: field {', '.join(missing)} is missing; add it as the model was trained")
+
+
+def _expect(config: Mapped, path: Path, name: str, known: tuple, *, default: object = None) -> None:
+    value = config.get(name, default)
+    if value not in known:
+        choices = " or ".join(repr(choice) for choice in known)
+        raise ConfigError(f"{path}: field {name} is {value!r}; only {choices} can be converted")
+
+
+def _build(make: Any, *, path: Path, **fields: Any) -> Any:
+    """A config of ours; a value that it rejects is blamed on the file."""
+    try:
+        return make(**fields)
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _siglip(config: Mapped, path: Path, *, nested: bool) -> VisionConfig:
+    if nested:
+        _expect(config, path, "model_type", ("siglip_vision_model", "siglip"), default="siglip_vision_model")
+        from transformers import SiglipVisionConfig
+
+        config = SiglipVisionConfig(**config).to_dict()
+    _check_stated(config, path, _NEEDED_VISION)
+    _expect(config, path, "hidden_act", ("gelu_pytorch_tanh",), default="gelu_pytorch_tanh")
+    _expect(config, path, "num_channels", (3,), default=3)
+    extra = {}
+    if "vision_feature_layer" in config:  # our own export holds the layers that were read, and says so
+        extra["feature_layer"] = config["vision_feature_layer"]
+    return _build(
+        VisionConfig, path=path, image_size=config["image_size"], patch_size=config["patch_size"],
+        width=config["hidden_size"], num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"], mlp_width=config["intermediate_size"],
+        layer_norm_eps=config.get("layer_norm_eps", 1e-6), **extra,
+    )  # fmt: skip
+
+
+def _qwen2(config: Mapped, path: Path, *, nested: bool) -> DecoderConfig:
+    if nested:
+        _expect(config, path, "model_type", ("qwen2",), default="qwen2")
+        from transformers import Qwen2Config
+
+        config = Qwen2Config(**config).to_dict()
+    _check_stated(config, path, _NEEDED_TEXT)
+    _expect(config, path, "hidden_act", ("silu",), default="silu")
+    _expect(config, path, "use_sliding_window", (False,), default=False)
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    return _build(
+        DecoderConfig, path=path, vocab_size=config["vocab_size"], width=width,
+        num_layers=config["num_hidden_layers"], num_heads=heads, num_kv_heads=config["num_key_value_heads"],
+        head_dim=config.get("head_dim") or width // heads, mlp_width=config["intermediate_size"],
+        rope_theta=_rope_theta(config, path), rms_norm_eps=config["rms_norm_eps"],
+        tie_embeddings=config.get("tie_word_embeddings", False),
+        max_positions=config["max_position_embeddings"],
+    )  # fmt: skip
+
+
+def _rope_theta(config: Mapped, path: Path) -> float:
+    """Base of the rotary embedding: a field of its own, or since transformers 5 inside `rope_parameters`."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ConfigError(
+            f"{path}: rotary positions are scaled by {kind!r}; only unscaled ones can be converted"
+        )
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    if theta is None:
+        raise ConfigError(f"{path}: field rope_theta is missing; add it as the model was trained")
+    return float(theta)

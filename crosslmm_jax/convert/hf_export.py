@@ -1,0 +1,107 @@
+"""The settings files of an export: config.json and what lies beside it, as Hugging Face reads them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from crosslmm_jax.config import ModelConfig
+from crosslmm_jax.config_io import to_dict
+from crosslmm_jax.convert.folder import Processor, write_json
+
+_RESAMPLE = {"bicubic": 3, "bilinear": 2}  # PIL's numbers
+
+
+def vision_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """config.json of a `SiglipVisionModel` that ends with the layer features are read from."""
+    vision = config.vision
+    return {
+        "architectures": ["SiglipVisionModel"],
+        "model_type": "siglip_vision_model",
+        "hidden_size": vision.width,
+        "intermediate_size": vision.mlp_width,
+        "num_hidden_layers": vision.depth,
+        "num_attention_heads": vision.num_heads,
+        "num_channels": 3,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "layer_norm_eps": vision.layer_norm_eps,
+        "hidden_act": "gelu_pytorch_tanh",
+        "attention_dropout": 0.0,
+        "vision_use_head": False,
+        "vision_feature_layer": -1,  # no field of the class: tells `from-hf` that nothing lies above
+        "torch_dtype": dtype,
+    }
+
+
+def text_config(config: ModelConfig, dtype: str, tokens: dict[str, int]) -> dict[str, Any]:
+    """config.json of a `Qwen2ForCausalLM`."""
+    decoder = config.decoder
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": decoder.width,
+        "intermediate_size": decoder.mlp_width,
+        "num_hidden_layers": decoder.num_layers,
+        "num_attention_heads": decoder.num_heads,
+        "num_key_value_heads": decoder.num_kv_heads,
+        "head_dim": decoder.head_dim,
+        "vocab_size": decoder.vocab_size,
+        "max_position_embeddings": decoder.max_positions,
+        "rms_norm_eps": decoder.rms_norm_eps,
+        "rope_theta": decoder.rope_theta,
+        "tie_word_embeddings": decoder.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "use_cache": True,
+        "bos_token_id": tokens.get("<|endoftext|>"),
+        "eos_token_id": tokens.get("<|im_end|>"),
+        "torch_dtype": dtype,
+    }
+
+
+def crosslmm_config(
+    config: ModelConfig, processor: Processor, vision: dict[str, Any], text: dict[str, Any]
+) -> dict[str, Any]:
+    """config.json of the whole: both parts as Hugging Face has them, and ours under "crosslmm"."""
+    return {
+        "architectures": ["CrossLMM"],
+        "model_type": "crosslmm",
+        "vision_config": vision,
+        "text_config": text,
+        "crosslmm": to_dict(config),
+        "processor": to_dict(processor),
+    }
+
+
+def preprocessor_config(processor: Processor) -> dict[str, Any]:
+    """preprocessor_config.json of a `SiglipImageProcessor`."""
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "size": {"height": processor.image_size, "width": processor.image_size},
+        "resample": _RESAMPLE[processor.resampling],
+        "image_mean": list(processor.image_mean),
+        "image_std": list(processor.image_std),
+        "rescale_factor": 1 / 255,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+    }
+
+
+def special_tokens(folder: Path) -> dict[str, int]:
+    """Ids of the tokens that end and pad a text; none when the folder's tokenizer has no such tokens."""
+    described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = {token["content"]: token["id"] for token in described.get("added_tokens", [])}
+    return {name: ids[name] for name in ("<|endoftext|>", "<|im_end|>") if name in ids}
+
+
+def write_generation_config(folder: Path, tokens: dict[str, int]) -> None:
+    """generation_config.json: a chat model stops at either end, and pads with the end of a text."""
+    if len(tokens) == 2:
+        end, im_end = tokens["<|endoftext|>"], tokens["<|im_end|>"]
+        write_json(
+            folder / "generation_config.json",
+            {"bos_token_id": end, "pad_token_id": end, "eos_token_id": [im_end, end], "do_sample": False},
+        )

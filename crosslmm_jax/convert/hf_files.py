@@ -1,0 +1,264 @@
+"""Tensors of other projects' checkpoints, read one at a time: safetensors, torch's .bin, numpy's .npz.
+
+No pickle is ever executed: `.bin` and `.pt` go through torch's `weights_only` loader (where torch is
+installed; it is no dependency), `.npz` through numpy with `allow_pickle=False`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import pickle
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from crosslmm_jax.convert.safetensors_file import Reader
+from crosslmm_jax.errors import UserError
+
+FLOATS = ("float32", "bfloat16", "float16")
+_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+_TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: str  # numpy's name
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory."""
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+
+class Source(Protocol):
+    """Tensors by name."""
+
+    path: Path
+    tensors: dict[str, Info]
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor `name`."""
+        ...
+
+    def close(self) -> None:
+        """Closes its files."""
+        ...
+
+
+@contextlib.contextmanager
+def open_source(path: str | Path) -> Iterator[Source]:
+    """The tensors of a folder or of one file.
+
+    A folder is read through its index (`*.safetensors`, else `pytorch_model*.bin`), or is one file.
+
+    Raises:
+      UserError: nothing to read, a file is missing, cut short, or holds anything but tensors.
+    """
+    source = _open(Path(path))
+    try:
+        yield source
+    finally:
+        source.close()
+
+
+def _open(path: Path) -> Source:
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; give a checkpoint")
+    files = [path] if path.is_file() else _files_of(path)
+    suffix = files[0].suffix
+    if suffix == ".safetensors":
+        return SafetensorsSource(path, files)
+    if suffix in _TORCH_SUFFIXES:
+        return TorchSource(path, files)
+    if suffix == ".npz":
+        return NpzSource(files[0])
+    raise UserError(f"{path}: is no .safetensors, .bin, .pt or .npz; give a checkpoint in one of these")
+
+
+def _files_of(folder: Path) -> list[Path]:
+    for name in _INDEX_FILES:
+        if (folder / name).is_file():
+            return _indexed_files(folder / name)
+    for name in _SINGLE_FILES:
+        if (folder / name).is_file():
+            return [folder / name]
+    for pattern in ("*.safetensors", "*.npz"):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found
+        if found:
+            names = ", ".join(file.name for file in found)
+            raise UserError(
+                f"{folder}: has {names} but no index of them; add {_INDEX_FILES[0]} or name a file"
+            )
+    raise UserError(f"{folder}: has no {' or '.join(_SINGLE_FILES)} and no index; give a checkpoint's folder")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """The files that `index` names; raises `UserError` naming all that are missing."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index}: is no index of weights ({error}); download it again") from error
+    if outside or not names:
+        raise UserError(f"{index}: field weight_map names {outside}; it must name files beside it")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise UserError(f"{index}: names {', '.join(missing)}, which are missing; copy the whole folder")
+    return [index.parent / name for name in names]
+
+
+def _add(tensors: dict[str, Info], name: str, info: Info, path: Path) -> None:
+    if name in tensors:
+        raise UserError(f"{path}: holds {name}, which another file of this checkpoint holds too; keep one")
+    tensors[name] = info
+
+
+class SafetensorsSource:
+    """One or several safetensors files."""
+
+    def __init__(self, path: Path, files: Sequence[Path]) -> None:
+        """Reads the headers; raises `UserError` naming every file that is damaged."""
+        self.path = path
+        self.tensors: dict[str, Info] = {}
+        self._reader_of: dict[str, Reader] = {}
+        self._readers: list[Reader] = []
+        problems = []
+        for file in files:
+            try:
+                reader = Reader(file)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            self._readers.append(reader)
+            for name, entry in reader.entries.items():
+                _add(self.tensors, name, Info(entry.shape, entry.dtype), file)
+                self._reader_of[name] = reader
+        if problems:
+            self.close()
+            raise UserError("; ".join(problems))
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor `name`."""
+        return self._reader_of[name].read(name)
+
+    def close(self) -> None:
+        """Closes the files."""
+        for reader in self._readers:
+            reader.close()
+
+
+class TorchSource:
+    """One or several files of `torch.save`, mapped into memory."""
+
+    def __init__(self, path: Path, files: Sequence[Path]) -> None:
+        """Raises `UserError` when torch is not installed or a file holds anything but tensors."""
+        self.path = path
+        self.tensors: dict[str, Info] = {}
+        self._values: dict[str, Any] = {}
+        for file in files:
+            for name, value in _load_torch(file).items():
+                _add(self.tensors, name, Info(tuple(value.shape), str(value.dtype).split(".")[1]), file)
+                self._values[name] = value
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor `name`."""
+        import torch
+
+        value = self._values[name].contiguous()
+        if value.dtype == torch.bfloat16:  # numpy knows it only through ml_dtypes
+            return value.view(torch.int16).numpy().view(jnp.dtype("bfloat16"))
+        return value.numpy()
+
+    def close(self) -> None:
+        """Lets the tensors go."""
+        self._values.clear()
+
+
+def _load_torch(file: Path) -> dict[str, Any]:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"{file}: torch is needed to read this format; pip install torch, or save it as safetensors"
+        ) from error
+    try:
+        # Mapping works for the zip format only, which torch has written since 1.6.
+        mapped = zipfile.is_zipfile(file)
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{file}: holds something else than tensors and is not opened; save its state_dict() instead"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: cannot be read ({reason}); copy or download it again") from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise UserError(f"{file}: is no state dict (names and tensors only); save its state_dict() instead")
+    return loaded
+
+
+class NpzSource:
+    """big_vision's `.npz`; layers stacked by its scan are shown one by one, under the unstacked names."""
+
+    _STACKED = "/encoderblock/"
+
+    def __init__(self, path: Path) -> None:
+        """Reads the headers of the arrays; raises `UserError` on damage and on pickled objects."""
+        self.path = path
+        self.tensors: dict[str, Info] = {}
+        self._member: dict[str, tuple[str, int | None]] = {}
+        self._last: tuple[str, np.ndarray] | None = None
+        try:
+            self._file = np.load(path, allow_pickle=False)
+            for name in self._file.files:
+                self._declare(name, *self._header(name))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: is no whole .npz of arrays ({error}); download it again") from error
+
+    def _header(self, name: str) -> tuple[tuple[int, ...], str]:
+        with self._file.zip.open(f"{name}.npy") as member:
+            version = np.lib.format.read_magic(member)
+            read = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
+            shape, _, dtype = read(member)
+        if dtype.hasobject:
+            raise ValueError(f"{name} is a pickled object")
+        # numpy writes bfloat16 as two nameless bytes.
+        return shape, "bfloat16" if dtype == np.dtype("V2") else dtype.name
+
+    def _declare(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
+        full = name if name.startswith(("params/", "opt/")) else f"params/{name}"
+        if self._STACKED not in full:
+            self.tensors[full], self._member[full] = Info(shape, dtype), (name, None)
+            return
+        for row in range(shape[0]):
+            single = full.replace(self._STACKED, f"/encoderblock_{row}/")
+            self.tensors[single], self._member[single] = Info(shape[1:], dtype), (name, row)
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor `name`."""
+        member, row = self._member[name]
+        if self._last is None or self._last[0] != member:  # layers of a stack are asked for in turn
+            value = self._file[member]
+            self._last = (member, value.view(jnp.dtype("bfloat16")) if value.dtype.kind == "V" else value)
+        value = self._last[1]
+        return value if row is None else value[row]
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._last = None
+        self._file.close()

@@ -1,0 +1,97 @@
+"""What a source says about pictures and text: image processor settings and the tokenizer's files."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from crosslmm_jax.convert.hf_config import read_json
+from crosslmm_jax.errors import ConfigError, UserError
+
+Resampling = Literal["bicubic", "bilinear"]
+# PIL's numbers, which Hugging Face writes.
+_RESAMPLING: dict[int, Resampling] = {3: "bicubic", 2: "bilinear"}
+# Tokens that prompts are made of.
+NEEDED_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings:
+    """How a picture becomes pixels."""
+
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    resampling: Resampling = "bicubic"
+    source: str = "the defaults of SiglipImageProcessor, since no preprocessor_config.json is there"
+
+
+def image_settings(folder: Path | None, image_size: int) -> ImageSettings:
+    """Settings from `preprocessor_config.json`, or `processor_config.json` of newer checkpoints.
+
+    Raises:
+      UserError: the file is damaged, asks for another size than the tower's, or for something that this
+        project does not do.
+    """
+    if folder is None or not folder.is_dir():
+        return ImageSettings()
+    path, settings = folder / "preprocessor_config.json", None
+    if path.is_file():
+        settings = read_json(path)
+    elif (folder / "processor_config.json").is_file():
+        path = folder / "processor_config.json"
+        settings = read_json(path).get("image_processor")
+    if not settings:
+        return ImageSettings()
+    _check(settings, path, image_size)
+    mean, std = settings.get("image_mean", [0.5] * 3), settings.get("image_std", [0.5] * 3)
+    for name, value in (("image_mean", mean), ("image_std", std)):
+        numbers = (
+            isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
+        )
+        if not numbers or (name == "image_std" and 0 in value):
+            raise ConfigError(f"{path}: field {name} is {value!r}; it must be three numbers")
+    return ImageSettings(
+        tuple(float(x) for x in mean), tuple(float(x) for x in std),
+        _RESAMPLING[settings.get("resample", 3)], path.name,
+    )  # fmt: skip
+
+
+def _check(settings: dict[str, Any], path: Path, image_size: int) -> None:
+    resample = settings.get("resample", 3)
+    if resample not in _RESAMPLING:
+        raise ConfigError(f"{path}: field resample is {resample!r}; it must be 3 (bicubic) or 2 (bilinear)")
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if settings.get(name, True) is not True:
+            raise ConfigError(f"{path}: field {name} is {settings[name]!r}; it must be true")
+    factor = settings.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float) or abs(factor * 255 - 1) > 1e-6:
+        raise ConfigError(f"{path}: field rescale_factor is {factor!r}; it must be 1/255")
+    size = settings.get("size")
+    wanted = {"height": image_size, "width": image_size}
+    if size is not None and size != wanted:
+        raise ConfigError(f"{path}: field size is {size!r}, but the tower reads {wanted}; mend one of them")
+
+
+def tokenizer_size(folder: Path) -> int:
+    """One more than the highest id of a tokenizer folder.
+
+    Raises:
+      UserError: it is no tokenizer folder, or lacks tokens that prompts are made of.
+    """
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: {name} is missing; give a tokenizer's folder with --tokenizer")
+    try:
+        described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary = dict(described["model"]["vocab"])
+        vocabulary |= {token["content"]: token["id"] for token in described["added_tokens"]}
+        size = max(vocabulary.values()) + 1
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}/tokenizer.json: cannot be read ({error!r}); copy it again") from error
+    missing = [token for token in NEEDED_TOKENS if token not in vocabulary]
+    if missing:
+        raise UserError(
+            f"{folder}: the tokenizer has no {', '.join(missing)}; give that of a Qwen2.5 chat model with"
+            " --tokenizer (Qwen2's ids are the same)"
+        )
+    return size

@@ -1,0 +1,133 @@
+"""What a conversion says: progress while it runs, and an account of every tensor at its end."""
+
+import dataclasses
+import re
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+def condense(names: Iterable[str]) -> list[str]:
+    """Names that differ only in one number as one: `a.{0-3,5}.b`."""
+    groups: dict[tuple[str, str], set[int]] = {}
+    alone = []
+    for name in names:
+        match = re.match(r"(.*?(?:^|[._/]))(\d+)((?:[./].*)?)$", name)
+        if match:
+            groups.setdefault((match[1], match[3]), set()).add(int(match[2]))
+        else:
+            alone.append(name)
+    for (before, after), numbers in groups.items():
+        text = _ranges(sorted(numbers))
+        alone.append(f"{before}{{{text}}}{after}" if len(numbers) > 1 else f"{before}{text}{after}")
+    return sorted(alone)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in spans)
+
+
+@dataclasses.dataclass
+class Report:
+    """Where every tensor went. Names of the source are those that its files have."""
+
+    used: list[str] = dataclasses.field(default_factory=list)
+    ignored: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # by reason
+    filled: list[str] = dataclasses.field(default_factory=list)  # parameters, from the source
+    copied: list[str] = dataclasses.field(default_factory=list)  # parameters, from self-attention
+    fresh: list[str] = dataclasses.field(default_factory=list)  # parameters, initialised
+    written: list[str] = dataclasses.field(default_factory=list)  # foreign keys, of an export
+    dtypes: dict[str, str] = dataclasses.field(default_factory=dict)  # of what is written, by part
+    notes: list[str] = dataclasses.field(default_factory=list)
+    bytes: int = 0  # written
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return dataclasses.asdict(self)
+
+    def lines(self) -> list[str]:
+        """For people: names that differ in a layer's number are one."""
+        if self.written:
+            return [
+                f"parameters read: {len(self.used)}",
+                f"keys written: {len(self.written)}",
+                *self._amounts(),
+            ]
+        lines = [f"keys used: {len(self.used)}"]
+        lines.append(f"keys ignored: {sum(map(len, self.ignored.values()))}")
+        for reason, names in self.ignored.items():
+            lines.append(f"  {reason}: {', '.join(condense(names))}")
+        lines.append(f"parameters filled: {len(self.filled)}")
+        for title, names in (("copied from self-attention", self.copied), ("initialised fresh", self.fresh)):
+            lines.append(f"parameters {title}: {len(names)}" + (f" ({', '.join(names)})" if names else ""))
+        return lines + [f"note: {note}" for note in self.notes] + self._amounts()
+
+    def _amounts(self) -> list[str]:
+        kinds = ", ".join(f"{part} {dtype}" for part, dtype in sorted(self.dtypes.items()))
+        rate = self.bytes / 1e6 / max(self.seconds, 1e-9)
+        return [f"dtype: {kinds}", f"{self.bytes:,} bytes in {self.seconds:.1f} s ({rate:.0f} MB/s)"]
+
+
+class Progress:
+    """Bytes done: a bar on a terminal, a line every few seconds elsewhere. Writes to stderr."""
+
+    def __init__(self, title: str, total: int) -> None:
+        """Starts at 0 of `total` bytes."""
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+        from rich.progress import Progress as RichProgress
+
+        self._title, self._total, self._done, self._bar = title, total, 0, None
+        self._begin = self._last = time.perf_counter()
+        console = Console(stderr=True)
+        if console.is_terminal:
+            self._bar = RichProgress(
+                TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+                TimeRemainingColumn(), console=console,
+            )  # fmt: skip
+            self._task = self._bar.add_task(title, total=total)
+            self._bar.start()
+
+    def advance(self, count: int) -> None:
+        """`count` more bytes are written."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done)
+            return
+        now = time.perf_counter()
+        if now - self._last > _SECONDS_BETWEEN_LINES:
+            self._last = now
+            rate = self._done / 1e6 / (now - self._begin)
+            text = f"{self._title}: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate:.0f} MB/s"
+            print(text, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def summed_dtypes(dtypes: Mapping[str, str]) -> dict[str, str]:
+    """Parameter path -> dtype as part -> dtype (several are joined by "/")."""
+    parts: dict[str, set[str]] = {}
+    for name, dtype in dtypes.items():
+        parts.setdefault(name.split(".")[0], set()).add(dtype)
+    return {part: "/".join(sorted(kinds)) for part, kinds in parts.items()}

@@ -1,0 +1,177 @@
+"""safetensors files one tensor, and one layer of a stacked tensor, at a time.
+
+Reads and writes go by position, not by mapping the file: a mapped file counts as resident memory, and the
+library's `save_file` wants all tensors of a file at once.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from crosslmm_jax.errors import UserError
+
+_LARGEST_HEADER = 100 * 2**20  # the library's own limit
+_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_OTHERS = {"float64": "F64", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
+           "bool": "BOOL"}  # fmt: skip
+_DTYPES = {code: name for name, code in (_NAMES | _OTHERS).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a file."""
+
+    shape: tuple[int, ...]
+    dtype: str  # numpy's name
+    begin: int  # of its bytes, from the start of the file
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a file, in the order of their bytes.
+
+    Raises:
+      UserError: the file cannot be read, is cut short or is no safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+                raise ValueError(f"its {size} bytes are fewer than its header says")
+            header = json.loads(file.read(length))
+        entries = {
+            name: _entry(name, value, 8 + length) for name, value in header.items() if name != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: is no whole safetensors file ({error}); copy or download it again"
+        ) from error
+    end = max((entry.begin + entry.nbytes for entry in entries.values()), default=8 + length)
+    if end != size:
+        raise UserError(
+            f"{path}: has {size} bytes instead of {end}; it is cut short or damaged: copy it again"
+        )
+    return dict(sorted(entries.items(), key=_begin_of))
+
+
+def _begin_of(item: tuple[str, Entry]) -> int:
+    return item[1].begin
+
+
+def _entry(name: str, value: Mapping, start: int) -> Entry:
+    if value["dtype"] not in _DTYPES:
+        raise ValueError(f"{name} has the type {value['dtype']}")
+    begin, end = value["data_offsets"]
+    entry = Entry(tuple(int(size) for size in value["shape"]), _DTYPES[value["dtype"]], start + begin)
+    if begin < 0 or end - begin != entry.nbytes:
+        raise ValueError(f"the bytes of {name} do not fit its shape")
+    return entry
+
+
+def _bytes(value: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array, not copied; memoryview does not know bfloat16."""
+    return memoryview(value.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+
+
+class Reader:
+    """One open file."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads the header; raises `UserError` as `read_header`."""
+        self.path = path
+        self.entries = read_header(path)
+        self._file = path.open("rb", buffering=0)
+
+    def read(self, name: str, row: int | None = None) -> np.ndarray:
+        """The tensor `name`, or its part `row` along the first axis."""
+        entry = self.entries[name]
+        shape, begin = entry.shape, entry.begin
+        if row is not None:
+            shape = shape[1:]
+            begin += row * math.prod(shape) * jnp.dtype(entry.dtype).itemsize
+        value = np.empty(shape, jnp.dtype(entry.dtype))
+        view = _bytes(value)
+        self._file.seek(begin)
+        done = 0
+        while done < len(view):
+            count = self._file.readinto(view[done:])
+            if not count:
+                raise UserError(f"{self.path}: ended inside {name}; copy it again")
+            done += count
+        return value
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class Writer:
+    """One file whose place on the disk is taken at once and filled in any order."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], str]], *, kind: str) -> None:
+        """Writes the header.
+
+        Args:
+          path: to write.
+          tensors: name -> (shape, dtype).
+          kind: the metadata's "format": "np" or "pt" (transformers asks for that).
+
+        Raises:
+          OSError: the disk is full, among others.
+        """
+        header: dict[str, object] = {"__metadata__": {"format": kind}}
+        position = 0
+        self._places: dict[str, Entry] = {}
+        # Wide types first, as the library does, so that each tensor starts at a multiple of its item size.
+        for name in sorted(tensors, key=lambda name: (-jnp.dtype(tensors[name][1]).itemsize, name)):
+            shape, dtype = tensors[name]
+            entry = Entry(shape, dtype, position)
+            header[name] = {
+                "dtype": _NAMES[dtype], "shape": shape, "data_offsets": [position, position + entry.nbytes]
+            }  # fmt: skip
+            self._places[name] = entry
+            position += entry.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._start = 8 + len(text)
+        self._file = path.open("wb", buffering=0)
+        try:
+            if hasattr(os, "posix_fallocate"):  # a full disk shows now, not after an hour
+                os.posix_fallocate(self._file.fileno(), 0, self._start + position)
+            else:
+                self._file.truncate(self._start + position)
+            self._write(0, memoryview(len(text).to_bytes(8, "little") + text))
+        except OSError:
+            self._file.close()
+            raise
+
+    def write(self, name: str, value: np.ndarray, row: int | None = None) -> None:
+        """Fills the tensor `name`, or its part `row` along the first axis."""
+        entry = self._places[name]
+        shape = entry.shape if row is None else entry.shape[1:]
+        if value.shape != shape or value.dtype != jnp.dtype(entry.dtype):
+            raise ValueError(f"{name}: {value.dtype}{value.shape} instead of {entry.dtype}{shape}")
+        begin = self._start + entry.begin + (0 if row is None else row * value.nbytes)
+        self._write(begin, _bytes(np.ascontiguousarray(value)))
+
+    def _write(self, begin: int, data: memoryview) -> None:
+        while data:
+            count = os.pwrite(self._file.fileno(), data, begin)
+            begin, data = begin + count, data[count:]
+
+    def close(self) -> None:
+        """Closes the file and sees to it that it is on the disk."""
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()

@@ -1,0 +1,243 @@
+"""`crosslmm convert verify`: a converted model against its source, block by block, in float32.
+
+The source runs in PyTorch (`verify_source`), the MODEL folder here, both on the same random frames and tokens
+and each from its own beginning to its end. Weights are read one layer at a time.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crosslmm_jax.config import ModelConfig
+from crosslmm_jax.convert import verify_source
+from crosslmm_jax.convert.folder import load_model_config
+from crosslmm_jax.convert.hf_files import open_source
+from crosslmm_jax.convert.hf_processor import ImageSettings, image_settings
+from crosslmm_jax.convert.rules import shapes_of
+from crosslmm_jax.convert.safetensors_file import Reader
+from crosslmm_jax.convert.weights import check_tensors, files_of
+from crosslmm_jax.errors import UserError
+from crosslmm_jax.model.loss import logits_of
+from crosslmm_jax.model.merge import Projector
+from crosslmm_jax.model.ops import rms_norm
+from crosslmm_jax.model.qwen2 import mlp, self_attention
+from crosslmm_jax.model.siglip import SiglipEncoder, encoder_layer, patchify
+
+FRAMES, TOKENS = 2, 32
+Layer = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far one block's output is from the source's.
+
+    Rounding grows with the numbers that are rounded, and trained decoders reach thousands. So what is
+    allowed is `tolerance` times the root mean square of the source's output where that is above 1.
+    """
+
+    block: str
+    max_abs: float
+    mean_abs: float
+    rms: float  # of the source's output
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the block agrees; numbers that are not finite never do."""
+        return self.max_abs <= tolerance * max(1.0, self.rms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """All blocks in the order in which they run."""
+
+    differences: tuple[Difference, ...]
+    tolerance: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def diverging(self) -> Difference | None:
+        """The first block that does not agree."""
+        return next((d for d in self.differences if not d.within(self.tolerance)), None)
+
+    def lines(self) -> list[str]:
+        """For people."""
+        table = [f"{'block':<20}{'max abs diff':>14}{'mean abs diff':>15}{'rms of source':>15}"]
+        table += [
+            f"{d.block:<20}{d.max_abs:>14.2e}{d.mean_abs:>15.2e}{d.rms:>15.2e}"
+            for d in self.differences
+        ]  # fmt: skip
+        first = self.diverging
+        last = f"all {len(self.differences)} blocks agree within {self.tolerance:g}"
+        if first is not None:
+            last = f"first block that diverges: {first.block} ({first.max_abs:.2e} > {self.tolerance:g}"
+            last += f" x its rms {first.rms:.3g})" if first.rms > 1 else ")"
+        return [*table, *self.notes, last]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        first = self.diverging
+        return {
+            "blocks": [dataclasses.asdict(d) for d in self.differences],
+            "tolerance": self.tolerance,
+            "notes": list(self.notes),
+            "first_diverging": None if first is None else first.block,
+        }
+
+
+def verify(
+    model: str | Path,
+    *,
+    vision: str | None = None,
+    llm: str | None = None,
+    llava: str | None = None,
+    projector: str | None = None,
+    tolerance: float = 1e-4,
+    seed: int = 0,
+) -> Verification:
+    """Compares the MODEL folder `model` with what it was converted from.
+
+    Args:
+      model: a MODEL folder.
+      vision: SigLIP folder, with `llm`; with `llava`, only for its image processor's settings.
+      llm: Qwen2 folder.
+      llava: LLaVA folder in any layout, instead of both.
+      projector: `mm_projector.bin`, where the conversion used one.
+      tolerance: see `Difference`.
+      seed: of frames and tokens.
+
+    Raises:
+      UserError: torch is missing, or the sources are not those of a model of this shape.
+    """
+    folders = {"--llava": llava} if llava is not None else {"--vision": vision, "--llm": llm}
+    if None in folders.values() or (llava is not None and llm is not None):
+        raise UserError("give either --vision and --llm, or --llava: what the model was converted from")
+    verify_source.require_torch()
+    paths = {option: Path(str(path)) for option, path in folders.items()}
+    for option, path in paths.items():
+        if path.suffix == ".npz":
+            raise UserError(
+                f"{option} {path}: torch reads no .npz; give the same tower's Hugging Face folder"
+            )
+    config = dataclasses.replace(load_model_config(model), compute_dtype="float32")
+    rng, size = np.random.default_rng(seed), config.vision.image_size
+    frames = rng.integers(0, 256, (FRAMES, size, size, 3), dtype=np.uint8)
+    settings = image_settings(Path(str(vision if vision is not None else llava)), size)
+    with contextlib.ExitStack() as stack:
+        opened = [str(path) for path in paths.values()] + ([projector] if projector is not None else [])
+        tensors = verify_source.Tensors([stack.enter_context(open_source(path)) for path in opened])
+        rows = min(config.decoder.vocab_size, tensors.shape("model.embed_tokens.weight")[0])
+        tokens = rng.integers(0, rows, (1, TOKENS)).astype(np.int32)
+        theirs = verify_source.source_blocks(
+            tensors, config, paths, pixels=_normalised(frames, settings), tokens=tokens
+        )
+    with open_model(Path(model), config) as read, jax.default_matmul_precision("highest"):
+        ours = model_blocks(read, config, frames, tokens, with_projector="projector" in theirs)
+        differences = tuple(compare(name, value, theirs[name]) for name, value in ours)
+    notes = () if "projector" in theirs else ("projector: the source has none, nothing to compare",)
+    return Verification(differences, tolerance, notes)
+
+
+def _normalised(frames: np.ndarray, settings: ImageSettings) -> np.ndarray:
+    """Pixels as the source's image processor makes them."""
+    mean, std = (np.array(x, np.float32) for x in (settings.mean, settings.std))
+    return (frames.astype(np.float32) / np.float32(255) - mean) / std
+
+
+def compare(block: str, ours: np.ndarray, theirs: np.ndarray) -> Difference:
+    """Raises a `UserError` when the shapes differ; the source's logits may have more rows of vocabulary."""
+    if block == "logits":
+        theirs = theirs[..., : ours.shape[-1]]
+    if ours.shape != theirs.shape:
+        raise UserError(
+            f"{block}: is {list(ours.shape)}, the source's {list(theirs.shape)}; give the MODEL's own source"
+        )
+    distance = np.abs(ours.astype(np.float64) - theirs)
+    rms = float(np.sqrt(np.mean(np.square(theirs, dtype=np.float64))))
+    return Difference(block, float(distance.max()), float(distance.mean()), rms)
+
+
+Read = Callable[[str, int | None], Layer]
+
+
+@contextlib.contextmanager
+def open_model(folder: Path, config: ModelConfig) -> Iterator[Read]:
+    """`read(part, row)`: the parameters directly below a part in float32, or one row of stacked ones.
+
+    Raises:
+      UserError: the folder does not hold exactly the parameters of `config`.
+    """
+    with contextlib.ExitStack() as stack:
+        readers = {}
+        for file in files_of(folder):
+            reader = Reader(file)
+            stack.callback(reader.close)
+            readers |= dict.fromkeys(reader.entries, reader)
+        found = {name: reader.entries[name].shape for name, reader in readers.items()}
+        check_tensors(folder, found=found, wanted=shapes_of(config), problems=[])
+
+        def read(part: str, row: int | None) -> Layer:
+            names = [name for name in readers if name.rpartition(".")[0] == part]
+            return {
+                name.rpartition(".")[2]: jnp.asarray(readers[name].read(name, row), jnp.float32)
+                for name in names
+            }  # fmt: skip
+
+        yield read
+
+
+def model_blocks(
+    read: Read, config: ModelConfig, frames: np.ndarray, tokens: np.ndarray, *, with_projector: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and output of every block, in the order in which they run."""
+    features = None  # the encoder's last block
+    for name, features in _encoder_blocks(read, config, frames):
+        yield name, features
+    if with_projector:
+        c = config
+        module = Projector(c.merge, c.vision.width, c.decoder.width, c.compute_dtype)
+        yield "projector", np.asarray(module.apply({"params": read("projector", None)}, features))
+    yield from _decoder_blocks(read, config, tokens)
+
+
+def _encoder_blocks(read: Read, config: ModelConfig, frames: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    vision = config.vision
+    top = read("encoder", None)
+    pixels = (frames / 255.0 - np.array(vision.image_mean)) / np.array(vision.image_std)
+    patches = patchify(jnp.asarray(pixels, jnp.float32), vision.patch_size)
+    x = patches @ top["patch_embedding"] + top["patch_bias"] + top["position_embedding"]
+    yield "patch embedding", np.asarray(x)
+    step = jax.jit(functools.partial(encoder_layer, config=vision, backend=config.attention))
+    for i in range(vision.depth):
+        x = step(read("encoder.layers", i), x)
+        yield f"encoder layer {i}", np.asarray(x)
+    # The whole module once more: its scan, and which layer's output it takes.
+    whole = SiglipEncoder(vision, "float32", config.attention)
+    params = top | {"layers": read("encoder.layers", None)}
+    yield "features", np.asarray(jax.jit(whole.apply)({"params": params}, frames))
+
+
+def _decoder_blocks(read: Read, config: ModelConfig, tokens: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    decoder = config.decoder
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+    @jax.jit
+    def step(layer: Layer, x: jax.Array) -> jax.Array:
+        x, _ = self_attention(layer, x, positions, config=decoder, backend=config.attention)
+        return mlp(layer, x, config=decoder)
+
+    top = read("decoder", None)
+    x = top["embedding"][tokens]
+    yield "token embedding", np.asarray(x)
+    for i in range(decoder.num_layers):
+        x = step(read("decoder.layers", i), x)
+        yield f"decoder layer {i}", np.asarray(x)
+    x = rms_norm(x, top["final_norm"], decoder.rms_norm_eps)
+    yield "final norm", np.asarray(x)
+    head = top["embedding"].T if decoder.tie_embeddings else top["lm_head"]
+    yield "logits", np.asarray(logits_of(x, head))

@@ -1,0 +1,154 @@
+"""`crosslmm demo`: make videos, train both stages, evaluate, compare with a control, ask.
+
+    OUT/data/        mp4 files and LLaVA-style annotations      OUT/tokenizer/
+    OUT/train/       run folders of both stages, and of the control
+    OUT/model/       MODEL folder: `crosslmm ask OUT ...` works
+    OUT/demo.json    accuracies, seconds, questions             OUT/demo.png
+
+Repeated with the same OUT, seed and size it goes on where it stopped: what is trained is not trained again.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from crosslmm_jax.demo import recipe
+from crosslmm_jax.demo.ask import ask
+from crosslmm_jax.demo.learn import BackgroundLearner, Learned, learn
+from crosslmm_jax.demo.report import demo_json, print_questions, print_table
+from crosslmm_jax.errors import UserError
+
+_SETTINGS = "settings.json"
+
+
+def run(out: str | Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]:
+    """Does all of it, prints one table and the answers, and writes `demo.json` and `demo.png`.
+
+    Args:
+      out: a folder for everything, made if need be.
+      seed: of videos, weights and order.
+      quick: few videos and steps; shows that everything runs, and learns little.
+
+    Returns:
+      What `demo.json` holds.
+
+    Raises:
+      UserError: `out` cannot be written, or holds something else, or the demo with another seed or size.
+    """
+    begin = time.perf_counter()
+    folder = claim(Path(out), seed=seed, quick=quick)
+    size = recipe.QUICK if quick else recipe.FULL
+    _write_inputs(folder, size, seed)
+    seconds = {"data": time.perf_counter() - begin}
+    learned, control, side_by_side = _learn_both(folder, size, seed)
+    seconds |= learned.seconds | {"control": sum(control.seconds.values())}
+    since = time.perf_counter()
+    _put_model(Path(learned.model), folder / "model")
+    asked = ask(folder, seed=seed)
+    figure = _figure(learned, control, asked)
+    seconds["questions"] = time.perf_counter() - since
+    seconds["total"] = time.perf_counter() - begin
+    result = demo_json(folder, learned, control, seconds, asked, seed=seed, quick=quick)
+    replace_file(folder / "demo.png", figure)
+    replace_file(folder / "demo.json", _as_json(result))
+    print_table(learned, control, seconds, side_by_side=side_by_side)
+    print_questions(asked)
+    print(f"\n{folder / 'demo.png'}\n{folder / 'demo.json'}\n{folder / 'model'}: a MODEL folder")
+    return result
+
+
+def claim(out: Path, *, seed: int, quick: bool) -> Path:
+    """Makes the folder `out` this demo's own and returns its absolute path.
+
+    Raises:
+      UserError: it cannot be written, or holds anything but this demo with this seed and size.
+    """
+    if not 0 <= seed < 2**31:
+        raise UserError(f"--seed is {seed}; it must be 0 or more and below 2^31")
+    settings = {"seed": seed, "quick": quick}
+    path = out / _SETTINGS
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if found is None and any(out.iterdir()):
+            raise UserError(f"--out {out}: holds something else than a demo; name a new folder")
+        if found not in (None, settings):
+            raise UserError(
+                f"--out {out}: holds the demo of another seed or size, {found}; name another folder, or give"
+                " the same --seed and --quick"
+            )
+        replace_file(path, _as_json(settings))  # also shows that the folder can be written
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--out {out}: {reason}; name a folder that can be written") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is no JSON ({error}); name another folder with --out") from error
+    return out.resolve()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes `path` under another name first, so that it is never there half-written."""
+    temporary = path.with_name(f".{path.name}.incomplete")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write_inputs(folder: Path, size: recipe.Size, seed: int) -> None:
+    from crosslmm_jax.data.synthetic import write_dataset
+    from crosslmm_jax.data.tokenizer import write_default_tokenizer
+
+    write_dataset(
+        folder / "data", num_train=size.num_train, num_heldout=size.num_heldout, seed=seed,
+        distractors=recipe.DISTRACTORS,
+    )  # fmt: skip
+    write_default_tokenizer(folder / "tokenizer")
+
+
+def _learn_both(folder: Path, size: recipe.Size, seed: int) -> tuple[Learned, Learned, bool]:
+    """The model, the control, and whether they were trained at the same time."""
+    import jax
+
+    heldout = recipe.heldout(folder, size=size)
+    with_it, without = (
+        recipe.both_stages(folder, size=size, seed=seed, cross_attention=on) for on in (True, False)
+    )
+    # An accelerator serves one process, so there the control comes afterwards.
+    side_by_side = jax.default_backend() == "cpu"
+    with contextlib.ExitStack() as stack:
+        background = stack.enter_context(BackgroundLearner(without, heldout)) if side_by_side else None
+        learned = learn(with_it, heldout)
+        control = background.result() if background else learn(without, heldout, quiet=True)
+    return learned, control, side_by_side
+
+
+def _put_model(trained: Path, target: Path) -> None:
+    """Copies the MODEL folder of the last stage to `target`, which is complete or absent at any time."""
+    temporary, old = (target.with_name(f".{target.name}.{word}") for word in ("incomplete", "old"))
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(trained, temporary)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(temporary, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _figure(learned: Learned, control: Learned, asked: Any) -> bytes:
+    from crosslmm_jax.demo.figure import draw
+
+    first = asked.questions[0]
+    return draw(
+        learned.metrics, control.metrics, frames=asked.frames, times=asked.times,
+        attention=asked.attention, title=f"{first.question}  {first.answer}  (true: {first.true_answer})",
+    )  # fmt: skip

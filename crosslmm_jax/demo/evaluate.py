@@ -1,0 +1,45 @@
+"""How many questions a model answers exactly."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from crosslmm_jax.config import DataConfig
+from crosslmm_jax.convert.folder import load_model_config, load_weights
+from crosslmm_jax.data.pipeline import Source
+from crosslmm_jax.model import CrossLMM
+
+
+def answered_exactly(model_folder: str | Path, data: DataConfig) -> Bool[np.ndarray, " rows"]:
+    """For each row of `data`, whether greedy decoding writes its answers and then stops.
+
+    Greedy decoding puts out the right tokens if and only if each of them, given the ones before it, is the
+    most probable: one pass over question and answer tells.
+
+    Args:
+      model_folder: of the model.
+      data: rows in order; `batch_size` of them go through the model at once.
+    """
+    config = load_model_config(model_folder)
+    params = load_weights(model_folder, config, dtype=config.compute_dtype)
+    source = Source(data, tokens_per_frame=config.merge.tokens_per_frame, image_size=config.vision.image_size)
+    model, vocab_size = CrossLMM(config), source.tokenizer.vocab_size
+
+    @jax.jit
+    def right(params: Any, batch: dict[str, Array]) -> Bool[Array, " b"]:
+        logits = model.apply({"params": params}, batch)
+        likeliest = jnp.argmax(logits[:, :-1, :vocab_size], axis=-1)  # type: ignore[index]
+        is_target = batch["loss_mask"][:, 1:] > 0
+        return jnp.all((likeliest == batch["tokens"][:, 1:]) | ~is_target, axis=1)
+
+    results = []
+    for begin in range(0, len(source.rows), data.batch_size):
+        numbers = range(begin, min(begin + data.batch_size, len(source.rows)))
+        # One static shape: the last batch is filled up with its first row.
+        filled = [*numbers, *[begin] * (data.batch_size - len(numbers))]
+        results.append(np.asarray(right(params, source.batch(filled)))[: len(numbers)])
+    return np.concatenate(results)

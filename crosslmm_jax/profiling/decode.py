@@ -1,0 +1,113 @@
+"""Decode: generated tokens in one loop on the device, against the time that reading memory once takes."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from crosslmm_jax.config import ModelConfig
+from crosslmm_jax.inference.generate import Generation, Sampling, generate
+from crosslmm_jax.model import CrossLMM
+from crosslmm_jax.model.cache import Cache
+from crosslmm_jax.model.cross_attention import KeysValues
+from crosslmm_jax.profiling import flops, timing
+from crosslmm_jax.profiling.cases import Case, run_cases
+from crosslmm_jax.profiling.inputs import (
+    num_bytes,
+    param_shapes,
+    preset_with_tokens,
+    random_array,
+    random_params,
+)
+from crosslmm_jax.profiling.record import Record, Request
+
+CACHE_BUCKET = 256  # as inference rounds a cache's room
+NEVER = -1  # no token ends the answer
+
+
+def run(record: Record) -> None:
+    """Measures a token's time behind prompts with each of the frame counts that the request names."""
+    request = record.request
+    config = preset_with_tokens(request.system, request.tokens_per_frame)
+    rates = timing.copy_rate(repeats=request.repeats)
+    record.add_facts(copy_tb_per_s=rates["copy_tb_per_s"], copy=rates)
+    cases = [case(config, request, frames, rates["copy_tb_per_s"]) for frames in request.frames]
+    run_cases(cases, record, make_weights=functools.partial(random_params, config))
+
+
+def case(config: ModelConfig, request: Request, frames: int, copy_tb_per_s: float) -> Case:
+    """Greedy generation of `request.steps` tokens behind a prompt with `frames` frames."""
+    cached = request.workload(frames).length(config)
+    room = -(-(cached + request.steps) // CACHE_BUCKET) * CACHE_BUCKET
+    options = {"steps": request.steps, "vocab_size": config.decoder.vocab_size, "end": NEVER}
+    limit, sampling = jnp.int32(request.steps), Sampling()
+    t2v_shapes, state_shapes = jax.eval_shape(lambda: _state(config, frames, cached, room))
+
+    def lower() -> Any:
+        shapes = param_shapes(config)
+        return generate.lower(CrossLMM(config), shapes, t2v_shapes, state_shapes, limit, sampling, **options)
+
+    def inputs() -> dict[str, Any]:
+        t2v, state = _state(config, frames, cached, room)
+        return {"t2v": t2v, "state": state}
+
+    def prepare(inputs: dict[str, Any]) -> Generation:
+        """Back to the end of the prompt, in the buffers that the last call left."""
+        state = inputs.pop("state")
+        return state._replace(cache=state.cache._replace(lengths=jnp.full((1,), cached, jnp.int32)))
+
+    def call(compiled: Any, weights: Any, inputs: dict[str, Any], state: Generation) -> Any:
+        tokens, counts, inputs["state"] = compiled(weights, inputs["t2v"], state, limit, sampling)
+        return tokens, counts
+
+    read = bytes_read(config, num_bytes(t2v_shapes))
+    floor_ms = 1e-9 * sum(read.values()) / copy_tb_per_s
+
+    def finish(row: dict[str, Any]) -> dict[str, Any]:
+        return {"floor_ms": floor_ms, "over_floor": row["ms"] / floor_ms, "bytes_read": read}
+
+    row = {
+        "what": "decode",
+        "frames": frames,
+        "tokens_per_frame": config.merge.tokens_per_frame,
+        "text_tokens": request.text,
+        "generated_tokens": request.steps,
+    }
+    return Case(
+        row=row, lower=lower, call=call, prepare=prepare, finish=finish, per_call=request.steps,
+        inputs=inputs, input_bytes=num_bytes((t2v_shapes, state_shapes._replace(key=None))),
+        costs=flops.decode(config, frames=frames, cached=cached + request.steps // 2),
+    )  # fmt: skip
+
+
+def bytes_read(config: ModelConfig, t2v_bytes: int) -> dict[str, int]:
+    """Bytes that one token must read: weights that it meets, and T2V's keys and values of the video.
+
+    Of the embedding it reads a row, unless the head is tied to it; of T2V's weights not those of keys and
+    values.
+    """
+    shapes = param_shapes(config)
+    decoder = dict(shapes["decoder"])
+    if not config.decoder.tie_embeddings:
+        del decoder["embedding"]
+    of_keys = {"wk", "wv", "bk", "bv", "kv_norm"}
+    t2v = {name: leaf for name, leaf in shapes["t2v"].items() if name not in of_keys}
+    if "t2v" not in config.cross_attention.directions:
+        return {"weights": num_bytes(decoder)}
+    return {"weights": num_bytes((decoder, t2v)), "t2v": t2v_bytes}
+
+
+def _state(config: ModelConfig, frames: int, cached: int, room: int) -> tuple[KeysValues | None, Generation]:
+    """T2V keys and values, and a generation behind `cached` tokens, both random."""
+    d, dtype = config.decoder, jnp.dtype(config.compute_dtype)
+    own = (d.num_layers, 1, room, d.num_kv_heads, d.head_dim)
+    video = (
+        len(config.cross_attention_layers), 1, frames, config.vision.num_patches, d.num_kv_heads, d.head_dim,
+    )  # fmt: skip
+    t2v = None
+    if "t2v" in config.cross_attention.directions:
+        t2v = KeysValues(*(random_array(video, dtype, seed=seed, std=1.0) for seed in (10, 11)))
+    keys, values = (random_array(own, dtype, seed=seed, std=1.0) for seed in (12, 13))
+    cache = Cache(keys, values, jnp.full((1,), cached, jnp.int32), jnp.full((1,), frames, jnp.int32), None)
+    return t2v, Generation(cache, jnp.zeros((1,), jnp.int32), jnp.zeros((1,), bool), jax.random.key(0))

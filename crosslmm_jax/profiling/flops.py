@@ -1,0 +1,201 @@
+"""Floating-point operations of each part, counted from the sizes alone.
+
+Model FLOPs: matrix products only, 2 for a multiplication with its addition, each query-key pair that may be
+read counted once (half a square for causal attention) and nothing counted that a backend computes besides:
+no recomputation, no masked pairs. `dense=True` counts masked pairs too, as a program does that computes all
+scores and masks them; that is what the compiler's `cost_analysis` sees in the reference backend.
+"""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from crosslmm_jax.config import PARTS, ModelConfig
+
+
+class Workload(NamedTuple):
+    """One row: `before` text tokens, a video, then the rest of the text."""
+
+    frames: int
+    text: int  # text tokens, those before the video included
+    before: int = 0
+
+    def length(self, config: ModelConfig) -> int:
+        """T, tokens of the whole sequence."""
+        return self.text + self.frames * config.merge.tokens_per_frame
+
+
+class Cost(NamedTuple):
+    """FLOPs of one part in the forward pass."""
+
+    weights: float = 0.0  # activations times weights
+    products: float = 0.0  # activations times activations: scores, and probabilities times values
+
+    @property
+    def total(self) -> float:
+        """Both kinds."""
+        return self.weights + self.products
+
+
+Costs = dict[str, Cost]
+
+
+def total(costs: Costs) -> float:
+    """FLOPs of all parts."""
+    return sum(cost.total for cost in costs.values())
+
+
+def encoder(config: ModelConfig, frames: int) -> Costs:
+    """Encoder, pool and projector; it projects pooled tokens, and original ones if they are read later."""
+    v, m, width = config.vision, config.merge, config.decoder.width
+    patches, tokens = v.num_patches, frames * v.num_patches
+    embedding = 2 * tokens * 3 * v.patch_size**2 * v.width
+    layer = Cost(tokens * (8 * v.width**2 + 4 * v.width * v.mlp_width), 4 * tokens * patches * v.width)
+    projected = frames * m.tokens_per_frame
+    if config.cross_attention.kv_source == "projected" and config.cross_attention.directions:
+        projected += tokens
+    return {
+        "encoder": Cost(embedding + v.depth * layer.weights, v.depth * layer.products),
+        "pool": Cost(products=2 * m.tokens_per_frame * tokens * v.width),
+        "projector": Cost(2 * projected * width * (v.width + width)),
+    }
+
+
+def frame_pairs(config: ModelConfig, frames: int, *, dense: bool = False) -> int:
+    """Pairs of a frame and a frame that its compact tokens read in V2V."""
+    cross = config.cross_attention
+    if cross.v2v_scope == "video":
+        return frames**2
+    if cross.v2v_scope == "frame":
+        return frames
+    window = min(cross.v2v_window, frames)
+    if dense:  # blocks of `window` frames read three blocks
+        return -(-frames // window) * window * 3 * window
+    return sum(min(f + window, frames - 1) - max(f - window, 0) + 1 for f in range(frames))
+
+
+def v2v(config: ModelConfig, frames: int, *, dense: bool = False) -> Costs:
+    """Compact tokens read original tokens, in all layers that do: K/V, the attention, query and output."""
+    c = config.merge.tokens_per_frame
+    attended = frame_pairs(config, frames, dense=dense) * c * config.vision.num_patches
+    return {
+        "v2v_kv": _keys_values(config, frames),
+        "v2v": _cross(config, queries=frames * c, pairs=attended),
+    }
+
+
+def t2v(config: ModelConfig, work: Workload, *, dense: bool = False) -> Costs:
+    """Text tokens read original tokens; those before the video read none."""
+    readers = work.text if dense else work.text - work.before
+    pairs = readers * work.frames * config.vision.num_patches
+    return {
+        "t2v_kv": _keys_values(config, work.frames),
+        "t2v": _cross(config, queries=work.text, pairs=pairs),
+    }
+
+
+def _keys_values(config: ModelConfig, frames: int) -> Cost:
+    projected = config.cross_attention.kv_source == "projected"
+    width = config.decoder.width if projected else config.vision.width
+    kv = 2 * config.decoder.num_kv_heads * config.decoder.head_dim
+    layers = len(config.cross_attention_layers)
+    return Cost(layers * 2 * frames * config.vision.num_patches * width * kv)
+
+
+def _cross(config: ModelConfig, *, queries: int, pairs: int) -> Cost:
+    d, layers = config.decoder, len(config.cross_attention_layers)
+    heads = d.num_heads * d.head_dim
+    return Cost(layers * 4 * queries * d.width * heads, layers * 4 * pairs * heads)
+
+
+def decoder(config: ModelConfig, *, queries: int, pairs: int, logits: int) -> Costs:
+    """Self-attention, MLP and head of `queries` tokens that read `pairs` keys in all."""
+    d = config.decoder
+    heads, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
+    attention = Cost(queries * 4 * d.width * (heads + kv), 4 * pairs * heads)
+    return {
+        "self_attention": Cost(d.num_layers * attention.weights, d.num_layers * attention.products),
+        "mlp": Cost(d.num_layers * 6 * queries * d.width * d.mlp_width),
+        "head": Cost(2 * logits * d.width * d.vocab_size),
+    }
+
+
+def causal_pairs(length: int, *, dense: bool = False) -> int:
+    """Pairs of a token and a token that it reads, itself included."""
+    return length**2 if dense else length * (length + 1) // 2
+
+
+def prefill(config: ModelConfig, work: Workload, *, dense: bool = False, logits: int = 1) -> Costs:
+    """From pixels and tokens to the logits of `logits` positions, one row.
+
+    With `dense`, a program that computes every score and masks some.
+    """
+    length = work.length(config)
+    costs = encoder(config, work.frames)
+    if "v2v" in config.cross_attention.directions:
+        costs |= v2v(config, work.frames, dense=dense)
+    if "t2v" in config.cross_attention.directions:
+        costs |= t2v(config, work, dense=dense)
+    pairs = causal_pairs(length, dense=dense)
+    return costs | decoder(config, queries=length, pairs=pairs, logits=logits)
+
+
+def decode(config: ModelConfig, *, frames: int, cached: int) -> Costs:
+    """One generated token behind `cached` tokens; the T2V keys and values of the video are there already."""
+    costs = decoder(config, queries=1, pairs=cached + 1, logits=1)
+    if "t2v" in config.cross_attention.directions:
+        costs["t2v"] = _cross(config, queries=1, pairs=frames * config.vision.num_patches)
+    return costs
+
+
+def train(
+    config: ModelConfig,
+    work: Workload,
+    *,
+    targets: int,
+    trainable: Collection[str] = PARTS,
+    dense: bool = False,
+) -> Costs:
+    """Forward and backward pass of one row, nothing recomputed.
+
+    A product with weights costs as much again for the gradient of what it reads, and again for that of the
+    weights; a product of activations costs twice as much again. Neither is needed below the first part that
+    learns, nor for weights that do not.
+    """
+    learns = {
+        "encoder": "encoder", "pool": "", "projector": "projector", "v2v_kv": "v2v", "v2v": "v2v",
+        "t2v_kv": "t2v", "t2v": "t2v", "self_attention": "decoder", "mlp": "decoder", "head": "decoder",
+    }  # fmt: skip
+    forward = prefill(config, work, dense=dense, logits=targets)
+    below = {"encoder": False, "pool": "encoder" in trainable, "projector": "encoder" in trainable}
+    visual_learns = bool({"encoder", "projector"} & set(trainable))
+    costs = {}
+    for part, cost in forward.items():
+        reads = below.get(part, visual_learns if part.endswith("_kv") else True)
+        weights = 1 + (learns[part] in trainable) + reads
+        products = 1 + 2 * (reads or learns[part] in trainable)
+        costs[part] = Cost(weights * cost.weights, products * cost.products)
+    if "projector" in trainable and "encoder" not in trainable:  # its second matrix reads what its first made
+        second = config.decoder.width / (config.vision.width + config.decoder.width)
+        costs["projector"] = Cost((2 + second) * forward["projector"].weights)
+    costs["pool"] = Cost(products=forward["pool"].products * (1 + ("encoder" in trainable)))
+    if "encoder" in trainable:  # gradients of what the layers read, but not of the pixels
+        pixels = 2 * work.frames * config.vision.num_patches * 3 * config.vision.patch_size**2
+        below_layers = pixels * config.vision.width
+        layers = forward["encoder"].weights - below_layers
+        costs["encoder"] = Cost(2 * below_layers + 3 * layers, 3 * forward["encoder"].products)
+    return costs
+
+
+def llava_onevision(config: ModelConfig, work: Workload, *, tokens_per_frame: int = 196) -> Costs:
+    """Prefill of LLaVA-OneVision with our encoder and decoder sizes: no cross-attention, all tokens decoded.
+
+    It projects before it pools, and adds one token behind a video.
+    """
+    v, d = config.vision, config.decoder
+    length = work.text + work.frames * tokens_per_frame + 1
+    tokens = work.frames * v.num_patches
+    return {
+        "encoder": encoder(config, work.frames)["encoder"],
+        "projector": Cost(2 * tokens * d.width * (v.width + d.width)),
+        **decoder(config, queries=length, pairs=causal_pairs(length), logits=1),
+    }

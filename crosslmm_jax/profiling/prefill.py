@@ -1,0 +1,84 @@
+"""Prefill: from the frames' pixels on the device and a prompt's tokens to the first logits.
+
+`prefill` is that alone, the paper's figure; `prefill+cache` also leaves all that generating takes, the
+decoder's keys and values and T2V's of the video.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from crosslmm_jax.config import ModelConfig
+from crosslmm_jax.model import CrossLMM
+from crosslmm_jax.model.loss import logits_of
+from crosslmm_jax.profiling import flops
+from crosslmm_jax.profiling.cases import Case, run_cases
+from crosslmm_jax.profiling.inputs import (
+    num_bytes,
+    param_shapes,
+    preset_with_tokens,
+    random_params,
+    random_prompt,
+    shapes_of,
+)
+from crosslmm_jax.profiling.record import Record, Request
+
+ROOM = 256  # tokens that an answer may have
+
+
+def run(record: Record) -> None:
+    """Measures both forms at all frame counts that the request names."""
+    request = record.request
+    config = preset_with_tokens(request.system, request.tokens_per_frame)
+    cases = [
+        case(config, request, frames, cached=cached) for frames in request.frames for cached in (False, True)
+    ]
+    run_cases(cases, record, make_weights=functools.partial(random_params, config))
+
+
+def case(config: ModelConfig, request: Request, frames: int, *, cached: bool) -> Case:
+    """One prefill of a prompt with `frames` frames."""
+    work = request.workload(frames)
+    batch = random_prompt(config, work)
+    pixels = batch.pop("frames")
+    batch.pop("loss_mask")
+    function = _with_cache if cached else _first_logits
+
+    def lower() -> Any:
+        return function.lower(CrossLMM(config), param_shapes(config), shapes_of(pixels), shapes_of(batch))
+
+    def call(compiled: Any, weights: Any, inputs: Any, _: None) -> Any:
+        return compiled(weights, *inputs)
+
+    row = {
+        "what": "prefill+cache" if cached else "prefill",
+        "frames": frames,
+        "tokens_per_frame": config.merge.tokens_per_frame,
+        "text_tokens": work.text,
+    }
+    return Case(
+        row=row, lower=lower, inputs=functools.partial(jax.device_put, (pixels, batch)), call=call,
+        input_bytes=num_bytes((pixels, batch)), costs=flops.prefill(config, work),
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _first_logits(model: CrossLMM, params: Any, frames: Array, batch: dict[str, Array]) -> Array:
+    """float32[1, V] logits behind the prompt, and nothing else."""
+    visual = model.apply({"params": params}, frames, method="encode")
+    hidden: Any = model.apply({"params": params}, visual, batch, method="hidden")
+    decoder = params["decoder"]
+    head = decoder["embedding"].T if model.config.decoder.tie_embeddings else decoder["lm_head"]
+    return logits_of(hidden[:, -1:], head.astype(hidden.dtype))[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _with_cache(model: CrossLMM, params: Any, frames: Array, batch: dict[str, Array]) -> Any:
+    """The logits and a cache with room for an answer."""
+    visual = model.apply({"params": params}, frames, method="encode")
+    length = batch["tokens"].shape[1]
+    counts = jnp.full(batch["tokens"].shape[:1], length, jnp.int32)
+    return model.apply({"params": params}, visual, batch, counts, cache_size=length + ROOM, method="prefill")

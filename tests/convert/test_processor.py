@@ -1,0 +1,130 @@
+"""Pictures and text of a source: image processor settings, and the real vocabulary."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+from PIL import Image
+
+from crosslmm_jax.convert.folder import load_model_config, load_processor
+from crosslmm_jax.convert.from_hf import Request, convert_from_hf
+from crosslmm_jax.convert.hf_config import _unpadded
+from crosslmm_jax.convert.hf_processor import image_settings, tokenizer_size
+from crosslmm_jax.data.clip import resize
+from crosslmm_jax.data.tokenizer import load_tokenizer
+from crosslmm_jax.errors import UserError
+from crosslmm_jax.inference.generate import Sampling, draw
+
+QWEN = Path(__file__).parents[3] / "shared" / "tokenizer" / "qwen2.5"
+needs_qwen = pytest.mark.skipif(not QWEN.is_dir(), reason="the real vocabulary is not here")
+
+
+def settings_file(**changes) -> dict:
+    size = {"height": 28, "width": 28}
+    return {
+        "size": size,
+        "resample": 2,
+        "image_mean": [0.4, 0.5, 0.6],
+        "image_std": [0.2, 0.3, 0.4],
+    } | changes
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_settings_reach_the_model(sources, tmp_path, name) -> None:
+    folder = shutil.copytree(sources.vision, tmp_path / "vision")
+    settings = settings_file()
+    if name == "processor_config.json":
+        settings = {"image_processor": settings, "processor_class": "X"}
+    (folder / name).write_text(json.dumps(settings))
+    request = Request(vision=str(folder), llm=str(sources.tied))
+    convert_from_hf(request, tmp_path / "model", tokenizer=sources.tokenizer)
+    vision, processor = load_model_config(tmp_path / "model").vision, load_processor(tmp_path / "model")
+    assert vision.image_mean == processor.image_mean == (0.4, 0.5, 0.6)
+    assert vision.image_std == processor.image_std == (0.2, 0.3, 0.4)
+    assert processor.resampling == "bilinear"
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"size": {"height": 224, "width": 224}}, "field size is"),
+        ({"resample": 0}, "field resample is 0"),
+        ({"image_std": [0, 1, 1]}, "field image_std"),
+        ({"image_mean": 0.5}, "field image_mean"),
+        ({"do_normalize": False}, "field do_normalize is False"),
+        ({"rescale_factor": 1.0}, "field rescale_factor is 1.0"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path, changes, match) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings_file(**changes)))
+    with pytest.raises(UserError, match=match):
+        image_settings(tmp_path, 28)
+
+
+@pytest.mark.parametrize("resampling", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("shape", [(97, 61), (40, 200), (384, 384), (20, 31)])
+def test_pixels_equal_those_of_the_siglip_processor(tmp_path, resampling, shape) -> None:
+    """Smooth colours with noise, larger and smaller than the target; one grey level of 255 apart at most."""
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(0, 200, shape[0] * shape[1] * 3).reshape(*shape, 3)
+    picture = Image.fromarray((ramp + rng.integers(0, 55, (*shape, 3))).astype(np.uint8))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(
+            settings_file(resample=3 if resampling == "bicubic" else 2, size={"height": 64, "width": 64})
+        )
+    )
+    settings = image_settings(tmp_path, 64)
+    assert settings.resampling == resampling
+    processor = transformers.SiglipImageProcessor.from_pretrained(tmp_path)
+    expected = np.asarray(processor(images=picture, return_tensors="np")["pixel_values"])[0].transpose(
+        1, 2, 0
+    )
+    ours = (resize(picture, 64, settings.resampling) / 255 - np.array(settings.mean)) / np.array(settings.std)
+    grey = 1 / 255 / np.array(settings.std)
+    assert np.all(np.abs(ours - expected) <= grey * 1.001)
+
+
+@needs_qwen
+def test_the_real_vocabulary(tmp_path) -> None:
+    assert tokenizer_size(QWEN) == 151665
+    tokenizer = load_tokenizer(QWEN)
+    assert tokenizer.encode_plain("Hello world!") == [9707, 1879, 0]
+    assert (tokenizer.im_end, tokenizer.video_pad, tokenizer.vocab_size) == (151645, 151656, 151665)
+
+
+@needs_qwen
+def test_a_vocabulary_larger_than_the_embedding(sources, tmp_path) -> None:
+    request = Request(vision=str(sources.vision), llm=str(sources.tied))
+    with pytest.raises(UserError, match="the tokenizer has 151665 tokens, the embedding only 512 rows"):
+        convert_from_hf(request, tmp_path / "model", tokenizer=QWEN)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rows", [151936, 152064])
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_rows_beyond_the_tokenizer_are_never_sampled(rows, temperature) -> None:
+    logits = jnp.zeros((64, rows)).at[:, 151665:].set(50.0)
+    drawn = draw(logits, jax.random.key(0), Sampling(temperature=temperature), vocab_size=151665)
+    assert int(drawn.max()) < 151665
+
+
+def test_a_tokenizer_without_the_tokens_of_prompts(sources, tmp_path) -> None:
+    shutil.copytree(sources.tokenizer, tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|video_pad|>", "<|other|>"))
+    with pytest.raises(UserError, match=r"has no <\|video_pad\|>; give that of a Qwen2.5"):
+        tokenizer_size(tmp_path / "tokenizer")
+    path.write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        tokenizer_size(tmp_path / "tokenizer")
+
+
+def test_rows_that_hugging_face_added_to_released_models() -> None:
+    assert [_unpadded(rows) for rows in (152128, 152000, 152064, 151936, 576)] == [
+        152064, 151936, 152064, 151936, 576,
+    ]  # fmt: skip

@@ -1,0 +1,242 @@
+"""What is measured and how: weights, programs, clocks, memory, and the peers, at the tiny size."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crosslmm_jax import presets
+from crosslmm_jax.errors import UserError
+from crosslmm_jax.model import CrossLMM, init_params
+from crosslmm_jax.profiling import attention, decode, flops, memory, prefill, timing, worker
+from crosslmm_jax.profiling.cases import Case, run_cases
+from crosslmm_jax.profiling.inputs import (
+    num_bytes,
+    param_shapes,
+    preset_with_tokens,
+    random_params,
+    random_prompt,
+)
+from crosslmm_jax.profiling.record import Record, Request
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def measured(tmp_path: Path, task: str, system: str = "tiny", **options: Any) -> dict[str, Any]:
+    path = tmp_path / "record.json"
+    request = Request(task=task, system=system, **{"frames": (2,), "repeats": 2, "steps": 4, **options})
+    code = worker.main([str(path), request.to_json()])
+    found = json.loads(path.read_text())
+    assert found["errors"] == [] and code == 0
+    return found
+
+
+def test_weights_are_the_models_in_the_compute_dtype() -> None:
+    config = presets.crosslmm_2b()
+    stored, master = param_shapes(config), jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    assert jax.tree.structure(stored) == jax.tree.structure(master)
+    assert jax.tree.map(lambda x: x.shape, stored) == jax.tree.map(lambda x: x.shape, master)
+    assert stored["decoder"]["layers"]["w_gate"].dtype == jnp.bfloat16
+    assert stored["decoder"]["layers"]["attn_norm"].dtype == stored["v2v"]["gate"].dtype == jnp.float32
+    assert num_bytes(stored) == pytest.approx(num_bytes(master) / 2, rel=1e-3)
+
+
+def test_weights_are_random() -> None:
+    config = presets.tiny()
+    weights, shapes = random_params(config), param_shapes(config)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), weights) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), shapes
+    )
+    layers = weights["decoder"]["layers"]
+    assert float(jnp.std(layers["w_gate"])) == pytest.approx(0.02, rel=0.05)
+    assert not np.array_equal(layers["w_gate"], layers["w_up"])
+    assert not np.array_equal(layers["w_gate"][0], layers["w_gate"][1])
+    assert np.all(np.asarray(weights["v2v"]["gate"]) == 0.5)
+
+
+@pytest.mark.parametrize(("tokens", "grid"), [(1, 1), (9, 3), (16, 4), (None, 3)])
+def test_tokens_per_frame(tokens: int | None, grid: int) -> None:
+    assert preset_with_tokens("crosslmm_2b", tokens).merge.grid == grid
+
+
+@pytest.mark.parametrize("tokens", [0, -4, 8])
+def test_tokens_per_frame_is_a_square(tokens: int) -> None:
+    with pytest.raises(UserError, match="square number"):
+        preset_with_tokens("crosslmm_2b", tokens)
+
+
+def test_both_prefills_give_the_models_logits() -> None:
+    """What is timed is the whole model and nothing but it; a cache is what one of them leaves besides."""
+    config = presets.tiny()
+    request = Request(task="prefill", system="tiny", frames=(3,), text=20, before=4)
+    weights = random_params(config)
+    batch = random_prompt(config, request.workload(3))
+    expected = jax.jit(CrossLMM(config).apply)({"params": weights}, batch)[:, -1]
+    plans = []
+    for cached in (False, True):
+        case = prefill.case(config, request, 3, cached=cached)
+        compiled = case.lower().compile()
+        plans.append(memory.planned(compiled, inputs=case.input_bytes))
+        result = case.call(compiled, weights, case.inputs(), None)
+        logits, cache = result if cached else (result, None)
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+        assert np.all(np.isfinite(logits)) and float(jnp.std(logits)) > 0
+    assert cache is not None and cache.t2v.keys.shape[:4] == (2, 1, 3, 16)
+    assert int(cache.lengths[0]) == 23 and cache.keys.shape[2] == 23 + prefill.ROOM
+    assert plans[1]["outputs"] - plans[0]["outputs"] == pytest.approx(num_bytes(cache), rel=0.01)
+    assert plans[1]["inputs"] == plans[0]["inputs"]
+
+
+@pytest.mark.parametrize(
+    ("task", "whats"),
+    [
+        ("encoder", {"encoder", "encode"}),
+        ("decode", {"decode"}),
+        ("attention", {"encoder", "self_attention", "v2v", "t2v", "t2v_decode"}),
+    ],
+)
+def test_rows_of_a_task(tmp_path: Path, task: str, whats: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BACKENDS", ("auto", "cudnn"))  # off the GPU both leave the same one
+    found = measured(tmp_path, task)
+    assert {row["what"] for row in found["rows"]} == whats
+    assert found["facts"]["matmul_tflops"] > 0
+    for row in found["rows"]:
+        assert (row["system"], row["frames"], row["tokens_per_frame"]) == ("tiny", 2, 1)
+        assert len(row["samples_ms"]) == 2
+        assert row["ms_min"] <= row["ms"] <= row["ms_max"]
+        assert row["peak_from"] == "compiler" and row["peak_mb_allocator"] is None, "a CPU keeps no mark"
+        assert row["peak_mb"] > 0 and row["compile_s"] > 0
+        assert row["model_tflop"] == pytest.approx(sum(row["parts_tflop"].values()))
+        assert row["tflops"] == pytest.approx(1e3 * row["model_tflop"] / row["ms"])
+        assert row["fraction_of_matmul"] == pytest.approx(row["tflops"] / found["facts"]["matmul_tflops"])
+        assert all("keys: " in line for line in row["attention"]) and row["attention"]
+
+
+@pytest.mark.slow
+def test_a_train_step(tmp_path: Path) -> None:
+    (row,) = measured(tmp_path, "train", repeats=1)["rows"]
+    config, work = presets.tiny(), flops.Workload(frames=2, text=64, before=16)
+    assert row["model_tflop"] == pytest.approx(1e-12 * flops.total(flops.train(config, work, targets=48)))
+
+
+def test_bytes_that_a_token_reads() -> None:
+    """By hand, for the 2B model behind 256 frames: decoder, tied head, T2V's q and o; 7 layers of K/V."""
+    config = presets.crosslmm_2b()
+    d, kv = 1536, 2 * 128
+    attention = d * d + d + 2 * (d * kv + kv) + d * d
+    norms = 4 * (28 * 2 * d + d + 7 * (d + 1))  # float32, gates too
+    weights = 2 * (28 * (attention + 3 * d * 8960) + 151936 * d + 7 * (2 * d * d + d)) + norms
+    t2v = 7 * 2 * 256 * 729 * kv * 2
+    assert decode.bytes_read(config, t2v) == {"weights": weights, "t2v": t2v}
+    untied = presets.crosslmm_7b()
+    assert decode.bytes_read(untied, 0)["weights"] < num_bytes(param_shapes(untied)["decoder"]) + 400e6
+
+
+def test_the_clock_counts_only_what_it_should() -> None:
+    calls = []
+    timed = timing.measure(
+        lambda given: calls.append(given), repeats=3, warmup=2, prepare=lambda: len(calls), wait=lambda x: x
+    )
+    assert calls == [0, 1, 2, 3, 4]
+    assert len(timed["samples_ms"]) == 3
+    assert timing.summary([3.0, 1.0, 9.0]) == {
+        "ms": 3.0, "ms_min": 1.0, "ms_max": 9.0, "samples_ms": [3.0, 1.0, 9.0],
+    }  # fmt: skip
+
+
+def test_a_high_water_mark_counts_only_when_it_rises() -> None:
+    plan = {"inputs": 1, "outputs": 2, "temporaries": 3, "peak": 6_000_000}
+    assert memory.peak_row(plan, 10, 7_000_000)["peak_mb"] == 7
+    covered = memory.peak_row(plan, 8_000_000, 8_000_000)
+    assert (covered["peak_mb"], covered["peak_from"]) == (6, "compiler")
+    assert memory.peak_row(None, None, None)["peak_mb"] is None
+
+
+class FakeDevice:
+    """A device whose allocator counts."""
+
+    def __init__(self) -> None:
+        self.stats = {"bytes_in_use": 100, "peak_bytes_in_use": 120}
+
+    def memory_stats(self) -> dict[str, int]:
+        return self.stats
+
+
+def test_the_mark_is_over_the_weights() -> None:
+    device = FakeDevice()
+    mark = memory.HighWater(device)
+    mark.weights_are_there()
+    device.stats["peak_bytes_in_use"] = 170
+    assert mark.mark() == 70
+
+
+def test_a_failing_case_leaves_the_others(tmp_path: Path) -> None:
+    record = Record(str(tmp_path / "r.json"), Request(task="x", system="s", frames=(1,), repeats=1))
+    double = jax.jit(lambda x: 2 * x)
+
+    def fail() -> Any:
+        raise ValueError("no such kernel")
+
+    def case(what: str, **changes: Any) -> Case:
+        parts: dict[str, Any] = {
+            "lower": lambda: double.lower(jnp.ones(3)),
+            "inputs": lambda: jnp.ones(3),
+            "call": lambda compiled, weights, inputs, _: compiled(inputs),
+        }
+        return Case(row={"what": what, "frames": 1}, input_bytes=12, **parts | changes)
+
+    run_cases([case("a", lower=fail), case("b"), case("c", inputs=fail)], record, make_weights=dict)
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [row["what"] for row in found["rows"]] == ["b"]
+    assert len(found["errors"]) == 2
+    assert "a_1, lowering: ValueError: no such kernel" in found["errors"][0]
+
+
+def test_the_peer(tmp_path: Path) -> None:
+    found = measured(tmp_path, "prefill", "llava-onevision-tiny", repeats=1)
+    assert [row["what"] for row in found["rows"]] == ["prefill", "prefill+cache"]
+    assert {row["tokens_per_frame"] for row in found["rows"]} == {4}, "4 x 4 patches, halved"
+    attention = found["facts"]["attention"]
+    assert attention and all(line.endswith("sdpa") for line in attention)
+    (row,) = measured(tmp_path, "encoder", "siglip-tiny", repeats=1)["rows"]
+    ours = flops.encoder(presets.tiny(), 2)["encoder"].total
+    assert row["model_tflop"] == pytest.approx(1e-12 * ours)
+
+
+def test_the_peers_parameters_are_llava_onevisions() -> None:
+    """Counted on no device: 7.6B of Qwen2-7B, the tower without its last layer, the projector."""
+    torch = pytest.importorskip("torch")
+    from crosslmm_jax.profiling import peers
+
+    config = presets.crosslmm_7b()
+    model = peers._make("llava-onevision-7b", config, "meta")
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.model.named_children()}
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    ours = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    for theirs, part in (("vision_tower", "encoder"), ("multi_modal_projector", "projector")):
+        assert sizes[theirs] == sum(math.prod(x.shape) for x in jax.tree.leaves(ours[part]))
+    decoder = sizes["language_model"] + sum(p.numel() for p in model.lm_head.parameters())
+    assert decoder == sum(math.prod(x.shape) for x in jax.tree.leaves(ours["decoder"]))
+    assert peers.tokens_per_frame(config) == 196
+
+
+def test_measuring_needs_no_reader_of_files() -> None:
+    blocked = "; ".join(
+        f"sys.modules[{name!r}] = None" for name in ("av", "grain", "tensorflow_datasets", "tyro")
+    )
+    names = [
+        path.stem for path in (ROOT / "crosslmm_jax" / "profiling").glob("*.py") if path.stem != "__init__"
+    ]
+    modules = ", ".join(f"crosslmm_jax.profiling.{name}" for name in names)
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; {blocked}; import {modules}"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
