@@ -108,7 +108,7 @@ def test_a_vocabulary_larger_than_the_embedding(sources, tmp_path) -> None:
 @pytest.mark.parametrize("rows", [151936, 152064])
 @pytest.mark.parametrize("temperature", [0.0, 5.0])
 def test_rows_beyond_the_tokenizer_are_never_sampled(rows, temperature) -> None:
-    logits = jnp.zeros((64, rows)).at[:, 151665:].set(50.0)
+    logits = jnp.zeros((4, rows)).at[:, 151665:].set(50.0)
     drawn = draw(logits, jax.random.key(0), Sampling(temperature=temperature), vocab_size=151665)
     assert int(drawn.max()) < 151665
 
