@@ -4,30 +4,25 @@ The template is Qwen's ChatML with one system text for training and inference. T
 "clean" trains the assistant's words and the `<|im_end|>` after them; "llava" copies LLaVA-NeXT, which also
 trains the assistant header and every newline, `<|im_start|>` and `<|im_end|>` of the whole row; the "plain"
 style (LLaVA's projector pretraining) has no template and trains a caption and the newline after it.
+
+A time instruction follows its video as "\\n{sentence}\\n", encoded apart from the question after it, so that
+a video is run once for many questions and training still sees the same ids.
 """
 
 import dataclasses
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
+from crosslmm_jax.config import TimeInstruction
+from crosslmm_jax.data.time_instruction import ClipMeta, time_text
 from crosslmm_jax.data.tokenizer import Tokenizer
+from crosslmm_jax.data.turns import PLACEHOLDER, RowFault, Turn, count_placeholders, split_at_media
 from crosslmm_jax.errors import UserError
 
 MEDIUM = -1  # stands in a token sequence where the frames of one image or video go
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
-_PLACEHOLDER = re.compile(r"<image>|<video>")
-_ROLES = {"human": "user", "gpt": "assistant"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """One message: `role` is "system", "user" or "assistant"."""
-
-    role: str
-    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +32,13 @@ class TokenSequence:
     Attributes:
         ids: int32[n], token ids, and MEDIUM once for each image or video, in order.
         targets: bool[n], True where the token is predicted from what stands before it.
+        dropped_turns: turns left out at the end because the row was too long; their media are left out too,
+            so the row has only its first `num_media`.
     """
 
     ids: np.ndarray
     targets: np.ndarray
+    dropped_turns: int = 0
 
     @property
     def num_media(self) -> int:
@@ -64,65 +62,89 @@ class _Builder:
         self.ids.extend(ids)
         self.targets.extend([target] * len(ids))
 
+    def add_medium(self, time: str | None, tokenizer: Tokenizer) -> None:
+        self.add([MEDIUM])
+        if time is not None:
+            self.add(tokenizer.encode_plain(f"\n{time}\n"))
+
     def finish(self) -> TokenSequence:
         if self.targets:
             self.targets[0] = False  # nothing stands before the first token
         return TokenSequence(np.array(self.ids, np.int32), np.array(self.targets, bool))
 
 
-def parse_turns(conversations: Any, *, where: str) -> list[Turn]:
-    """Reads LLaVA (`from`/`value`) or chat (`role`/`content`) turns.
+def tokenise(
+    turns: Sequence[Turn],
+    tokenizer: Tokenizer,
+    *,
+    where: str,
+    style: Literal["chat", "plain"] = "chat",
+    label_mode: Literal["clean", "llava"] = "clean",
+    system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+    time_instruction: TimeInstruction = "none",
+    clips: Sequence[ClipMeta] = (),
+    max_text_tokens: int | None = None,
+) -> TokenSequence:
+    """Ids and targets of a row for training.
 
-    A leading turn that is neither the user's nor the system's is dropped, as LLaVA does.
+    Args:
+        turns: of the row.
+        tokenizer: gives the ids.
+        where: file and row, for messages.
+        style: "plain" has room for media and caption only: no system text, no time instruction.
+        label_mode: which tokens of a chat are targets (see the module's docstring).
+        system_prompt: of rows that bring none.
+        time_instruction: what a chat says about each video.
+        clips: one for each medium of the row; needed with a time instruction alone.
+        max_text_tokens: a longer row keeps the longest head of whole turns that ends with an answer.
 
     Raises:
-        UserError: naming `where`, when a turn is malformed, of an unknown role, or nothing is left.
+        RowFault: a plain row is no single exchange, there are not as many clips as placeholders, or not even
+            the first exchange fits (reason "too_long").
     """
-    if not isinstance(conversations, Sequence) or isinstance(conversations, str):
-        raise UserError(f"{where}: conversations must be a list of turns")
-    turns = []
-    for number, entry in enumerate(conversations):
-        role, text = _role_and_text(entry)
-        role = _ROLES.get(role, role) if isinstance(role, str) else role
-        if role not in ("system", "user", "assistant") or not isinstance(text, str):
-            raise UserError(
-                f"{where}: conversations[{number}] must hold from (human, gpt or system) and value, both text"
-            )
-        turns.append(Turn(role, text))
-    if turns and turns[0].role == "assistant":
-        turns = turns[1:]
-    if not any(turn.role == "user" for turn in turns):
-        raise UserError(f"{where}: conversations holds no human turn")
-    return turns
+    if style == "plain":
+        sequence = plain_sequence(turns, tokenizer, where=where)
+        ends = {len(turns): len(sequence.ids)}
+    else:
+        times: list[str | None] = []
+        if time_instruction != "none":
+            if len(clips) != (places := count_placeholders(turns)):
+                detail = f"{places} <image>/<video> placeholders for {len(clips)} media; write one for each"
+                raise RowFault(where, "placeholders", detail)
+            times = [time_text(clip, time_instruction) for clip in clips]
+        sequence, ends = _chat(turns, tokenizer, system_prompt, label_mode, iter(times))
+    if max_text_tokens is None or sequence.num_text_tokens <= max_text_tokens:
+        return sequence
+    return _truncate(sequence, ends, len(turns), max_text_tokens, where)
 
 
-def _role_and_text(entry: Any) -> tuple[Any, Any]:
-    if not isinstance(entry, Mapping):
-        return None, None
-    if "from" in entry:
-        return entry["from"], entry.get("value")
-    return entry.get("role"), entry.get("content")
+def _truncate(
+    sequence: TokenSequence, ends: dict[int, int], num_turns: int, max_text_tokens: int, where: str
+) -> TokenSequence:
+    """The longest head that fits. `ends[n]`: length of the ids of the first n turns, the last an answer."""
+    text_tokens = np.cumsum(sequence.ids != MEDIUM)
+    for kept, end in sorted(ends.items(), reverse=True):
+        if text_tokens[end - 1] <= max_text_tokens:
+            return TokenSequence(sequence.ids[:end], sequence.targets[:end], num_turns - kept)
+    shortest = text_tokens[min(ends.values(), default=len(text_tokens)) - 1]
+    detail = f"its first exchange has {shortest} text tokens, more than max_text_tokens ({max_text_tokens})"
+    raise RowFault(where, "too_long", detail)
 
 
-def check_placeholders(turns: Sequence[Turn], num_media: int, *, where: str) -> None:
-    """Raises UserError unless the user's turns hold exactly one `<image>` or `<video>` for each medium."""
-    found = sum(len(_PLACEHOLDER.findall(turn.text)) for turn in turns if turn.role == "user")
-    if found != num_media:
-        raise UserError(
-            f"{where}: {found} <image>/<video> placeholders for {num_media} media; write one for each medium"
-        )
+def count_tokens(turns: Sequence[Turn], tokenizer: Tokenizer) -> dict[str, Any]:
+    """What an index holds of a chat with the default system prompt and no time instruction.
 
-
-def split_at_media(text: str) -> list[str]:
-    """The pieces of a user's text around its placeholders: one piece more than there are placeholders.
-
-    A lone placeholder that does not stand first is moved to the front, a newline after it, as LLaVA does.
+    Returns:
+        text_tokens of all turns; answer_tokens and answer_media up to and with each answer, lists of what
+        truncation may leave.
     """
-    text = text.strip() if _PLACEHOLDER.search(text) else text
-    pieces = _PLACEHOLDER.split(text)
-    if len(pieces) == 2 and pieces[0]:
-        return ["", "\n" + (pieces[0] + pieces[1]).strip()]
-    return pieces
+    sequence, ends = _chat(turns, tokenizer, DEFAULT_SYSTEM_PROMPT, "clean", iter(()))
+    media = np.cumsum(sequence.ids == MEDIUM)[[end - 1 for end in ends.values()]]
+    return {
+        "text_tokens": sequence.num_text_tokens,
+        "answer_tokens": (list(ends.values()) - media).tolist(),
+        "answer_media": media.tolist(),
+    }
 
 
 def chat_sequence(
@@ -142,23 +164,39 @@ def chat_sequence(
         label_mode: which tokens are targets (see the module's docstring).
         add_generation_prompt: end with the assistant's header, ready for an answer.
     """
-    if turns[0].role != "system":
-        turns = [Turn("system", system_prompt), *turns]
+    return _chat(turns, tokenizer, system_prompt, label_mode, iter(()), add_generation_prompt)[0]
+
+
+def _chat(
+    turns: Sequence[Turn],
+    tokenizer: Tokenizer,
+    system_prompt: str,
+    label_mode: Literal["clean", "llava"],
+    times: Iterator[str | None],
+    add_generation_prompt: bool = False,
+) -> tuple[TokenSequence, dict[int, int]]:
+    """The ids of a conversation, and for each answer the turns up to it and the length of their ids."""
     builder = _Builder()
-    for turn in turns:
-        _add_turn(builder, turn, tokenizer, whole_turn=label_mode == "llava")
+    whole_turn = label_mode == "llava"
+    if turns[0].role != "system":
+        _add_turn(builder, Turn("system", system_prompt), tokenizer, whole_turn=whole_turn, times=times)
+    ends = {}
+    for number, turn in enumerate(turns, start=1):
+        _add_turn(builder, turn, tokenizer, whole_turn=whole_turn, times=times)
+        if turn.role == "assistant":
+            ends[number] = len(builder.ids)
     if add_generation_prompt:
         builder.add([tokenizer.im_start, *tokenizer.encode_plain("assistant\n")])
-    if label_mode == "llava":
+    if whole_turn:
         always = {tokenizer.im_start, tokenizer.im_end, *tokenizer.encode_plain("\n")}
-        targets = [
-            target or token in always for token, target in zip(builder.ids, builder.targets, strict=True)
-        ]
-        builder.targets = targets
-    return builder.finish()
+        pairs = zip(builder.ids, builder.targets, strict=True)
+        builder.targets = [target or token in always for token, target in pairs]
+    return builder.finish(), ends
 
 
-def _add_turn(builder: _Builder, turn: Turn, tokenizer: Tokenizer, *, whole_turn: bool) -> None:
+def _add_turn(
+    builder: _Builder, turn: Turn, tokenizer: Tokenizer, *, whole_turn: bool, times: Iterator[str | None]
+) -> None:
     """Adds one turn; of an assistant's turn the header and last newline are targets if `whole_turn`."""
     spoken = turn.role == "assistant"
     builder.add([tokenizer.im_start], spoken and whole_turn)
@@ -166,7 +204,7 @@ def _add_turn(builder: _Builder, turn: Turn, tokenizer: Tokenizer, *, whole_turn
         first, *others = split_at_media(turn.text)
         builder.add(tokenizer.encode_plain("user\n" + first))
         for piece in others:
-            builder.add([MEDIUM])
+            builder.add_medium(next(times, None), tokenizer)
             builder.add(tokenizer.encode_plain(piece))
     else:
         # Header and words are encoded apart, since an answer is generated after the header alone.
@@ -180,14 +218,13 @@ def plain_sequence(turns: Sequence[Turn], tokenizer: Tokenizer, *, where: str) -
     """LLaVA's "plain" style: the media, then the caption and a newline, which are the targets.
 
     Raises:
-        UserError: naming `where`, unless there is one user turn with a placeholder and one answer.
+        RowFault: naming `where`, unless there is one user turn with a placeholder and one answer.
     """
     spoken = [turn for turn in turns if turn.role != "system"]
-    media = len(_PLACEHOLDER.findall(spoken[0].text)) if spoken else 0
+    media = len(PLACEHOLDER.findall(spoken[0].text)) if spoken else 0
     if [turn.role for turn in spoken] != ["user", "assistant"] or not media:
-        raise UserError(
-            f'{where}: style "plain" needs one human turn with <image> and one answer; use style "chat"'
-        )
+        detail = 'style "plain" needs one human turn with <image> and one answer; use style "chat"'
+        raise RowFault(where, "conversation", detail)
     builder = _Builder()
     builder.add([MEDIUM] * media)
     builder.add(tokenizer.encode_plain(spoken[1].text.strip() + "\n"), True)
@@ -201,11 +238,20 @@ def check_question(question: str) -> str:
     return question.strip()
 
 
-def video_prefix(tokenizer: Tokenizer, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> TokenSequence:
-    """The prompt up to and including the video: the same for every question, so it is run once."""
+def video_prefix(
+    tokenizer: Tokenizer, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT, time_text: str | None = None
+) -> TokenSequence:
+    """The prompt up to and including the video: the same for every question, so it is run once.
+
+    Args:
+        tokenizer: gives the ids.
+        system_prompt: the one the model was trained with.
+        time_text: the time instruction it was trained with, from `time_instruction.time_text`.
+    """
     builder = _Builder()
-    _add_turn(builder, Turn("system", system_prompt), tokenizer, whole_turn=False)
-    builder.add([tokenizer.im_start, *tokenizer.encode_plain("user\n"), MEDIUM])
+    _add_turn(builder, Turn("system", system_prompt), tokenizer, whole_turn=False, times=iter(()))
+    builder.add([tokenizer.im_start, *tokenizer.encode_plain("user\n")])
+    builder.add_medium(time_text, tokenizer)
     return builder.finish()
 
 
@@ -236,6 +282,7 @@ def prompt_segments(
     with_video: bool = True,
     history: Sequence[tuple[str, str]] = (),
     system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+    time_text: str | None = None,
 ) -> TokenSequence:
     """The whole prompt of `question`, ending with "<|im_start|>assistant\\n".
 
@@ -245,12 +292,14 @@ def prompt_segments(
         with_video: put one video (or image) before the first question.
         history: earlier (question, answer) pairs.
         system_prompt: the one the model was trained with.
+        time_text: the video's time instruction.
     """
     builder = _Builder()
     if with_video:
-        builder.add(video_prefix(tokenizer, system_prompt=system_prompt).ids.tolist())
+        prefix = video_prefix(tokenizer, system_prompt=system_prompt, time_text=time_text)
+        builder.add(prefix.ids.tolist())
     else:
-        _add_turn(builder, Turn("system", system_prompt), tokenizer, whole_turn=False)
+        _add_turn(builder, Turn("system", system_prompt), tokenizer, whole_turn=False, times=iter(()))
     questions = [asked for asked, _ in history] + [question]
     for number, asked in enumerate(questions):
         if number:

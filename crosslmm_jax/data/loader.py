@@ -2,15 +2,21 @@
 
 import dataclasses
 import threading
-import zlib
+from collections.abc import Callable
 from typing import Any
 
 from crosslmm_jax.config import DataConfig
 from crosslmm_jax.data.annotations import Row
+from crosslmm_jax.data.buckets import Bucket
 from crosslmm_jax.data.clip import Clip
 from crosslmm_jax.data.collate import Example
-from crosslmm_jax.data.conversation import TokenSequence, chat_sequence, plain_sequence
+from crosslmm_jax.data.conversation import TokenSequence, tokenise
+from crosslmm_jax.data.index import RowStore
+from crosslmm_jax.data.media import open_media
+from crosslmm_jax.data.probing import guarded
+from crosslmm_jax.data.time_instruction import ClipMeta
 from crosslmm_jax.data.tokenizer import Tokenizer
+from crosslmm_jax.data.turns import RowFault, check_placeholders
 from crosslmm_jax.data.video import read_frames
 from crosslmm_jax.errors import UserError
 
@@ -19,10 +25,11 @@ _SUBSTITUTES = 8  # other rows that are tried when the media of a row cannot be 
 
 @dataclasses.dataclass(frozen=True)
 class BadRow:
-    """A row whose media could not be read, and why."""
+    """A row whose media could not be read: a short class to count by, and why."""
 
     row_index: int
     reason: str
+    detail: str
 
 
 class FrameCache:
@@ -61,7 +68,7 @@ class FrameCache:
 class ExampleLoader:
     """Loads rows by number. Calls may come from several threads."""
 
-    def __init__(self, rows: list[Row], config: DataConfig, *, tokenizer: Tokenizer, image_size: int) -> None:
+    def __init__(self, rows: RowStore, config: DataConfig, *, tokenizer: Tokenizer, image_size: int) -> None:
         """Loads from `rows`; frames become `image_size` pixels square."""
         self.rows = rows
         self.config = config
@@ -69,44 +76,79 @@ class ExampleLoader:
         self.image_size = image_size
         self.cache = FrameCache(config.frame_cache_mb * 2**20)
 
-    def __call__(self, index: int) -> tuple[Example, list[BadRow]]:
-        """The example of row `index`, or of its substitute, and the rows that failed on the way.
+    def __call__(
+        self, number: int, bucket: Bucket, stand_in: Callable[[int], int]
+    ) -> tuple[Example, list[BadRow]]:
+        """The example of row `number`, or of its substitute, and the rows that failed on the way.
 
-        Which row stands in depends on `index` alone, so that every run and every host picks the same.
+        Args:
+            number: of the row.
+            bucket: that it has to fit.
+            stand_in: the row that takes its place at attempt 1, 2, ...
 
         Raises:
             UserError: when the row and all its substitutes fail.
         """
         bad: list[BadRow] = []
         for attempt in range(1 + _SUBSTITUTES):
-            chosen = index if attempt == 0 else zlib.crc32(f"{index}/{attempt}".encode()) % len(self.rows)
-            row = self.rows[chosen]
-            sequence = self.tokenise(row)
-            try:
-                clips = tuple(self._clip(path, row.bounds) for path in row.media)
-            except UserError as error:
-                bad.append(BadRow(row.index, f"{row.where}: {error}"))
-                continue
-            return Example(sequence, clips, row.index, row.where), bad
+            found = self.load(number if attempt == 0 else stand_in(attempt), bucket)
+            if isinstance(found, Example):
+                return found, bad
+            bad.append(found)
         raise UserError(
-            f"{bad[0].reason} (and {_SUBSTITUTES} rows in its place failed too; check media_root)"
+            f"{bad[0].detail} (and {_SUBSTITUTES} rows in its place failed too; are the media where the index"
+            " says?)"
         )
 
-    def tokenise(self, row: Row) -> TokenSequence:
-        """Token ids of a row under the configured style."""
+    def load(self, number: int, bucket: Bucket) -> Example | BadRow:
+        """The example of row `number`, or what is wrong with its media."""
+        row = self.rows[number]
+        try:
+            sequence, clips = self._read_row(row, min(bucket.text, self.config.most_text_tokens))
+        except RowFault as error:
+            return BadRow(number, error.reason, str(error))
+        except UserError as error:
+            reason = getattr(error, "reason", "other")
+            return BadRow(number, reason, f"{row.where}: {error}")
+        example = Example(sequence, clips, number, row.where)
+        if example.num_frames > bucket.frames:
+            detail = f"{row.where}: brings {example.num_frames} frames, more than its probe told"
+            return BadRow(number, "changed", f"{detail}; run `crosslmm data index` again")
+        return example
+
+    def _read_row(self, row: Row, limit: int) -> tuple[TokenSequence, tuple[Clip, ...]]:
+        """Tokens of a row, at most `limit` that are not visual, and the clips that they show."""
         config = self.config
-        if config.style == "plain":
-            return plain_sequence(row.turns, self.tokenizer, where=row.where)
-        return chat_sequence(
-            row.turns, self.tokenizer, system_prompt=config.system_prompt, label_mode=config.label_mode
-        )
+        check_placeholders(row.turns, len(row.media), where=row.where)
+        timed = config.time_instruction != "none"
+        clips = self._clips(row, len(row.media)) if timed else ()
+        sequence = tokenise(
+            row.turns, self.tokenizer, where=row.where, style=config.style, label_mode=config.label_mode,
+            system_prompt=config.system_prompt, time_instruction=config.time_instruction,
+            clips=[ClipMeta(len(clip.frames), clip.duration, clip.times.tolist()) for clip in clips],
+            max_text_tokens=limit,
+        )  # fmt: skip
+        if not timed:
+            clips = self._clips(row, sequence.num_media)
+        return sequence, clips[: sequence.num_media]
 
-    def _clip(self, path: str, bounds: tuple[float, float] | None) -> Clip:
-        key = (path, bounds)
+    def _clips(self, row: Row, count: int) -> tuple[Clip, ...]:
+        return tuple(self._clip(row, reference) for reference in row.media[:count])
+
+    def _clip(self, row: Row, reference: str) -> Clip:
+        key = (row.root, reference, row.bounds)
         clip = self.cache.get(key)
         if clip is None:
-            clip = read_frames(path, self.config.sampling, size=self.image_size, bounds=bounds)
+            clip = self._read(row, reference)
             clip.frames.flags.writeable = False
             clip.times.flags.writeable = False
             self.cache.put(key, clip)
         return clip
+
+    def _read(self, row: Row, reference: str) -> Clip:
+        config = self.config
+        with guarded(row.root, reference):
+            medium = open_media(row.root, reference, allow_outside=config.allow_outside)
+            return read_frames(
+                medium, config.sampling, size=self.image_size, bounds=row.bounds, resampling=config.resampling
+            )

@@ -1,12 +1,50 @@
 """Which frames of a video are read, by their times, so that a variable frame rate is right too."""
 
+from typing import Any
+
 import numpy as np
 
 from crosslmm_jax.config import SamplingConfig
 
 
+def count_frames(*, num_frames: Any, duration: Any, sampling: SamplingConfig) -> Any:
+    """How many frames `choose_frames` returns for whole videos, from what `probe` says of them.
+
+    Args:
+        num_frames: int64[...], frames of each video.
+        duration: float64[...], seconds; 0 means a still image, which is one frame.
+        sampling: the rule.
+
+    Returns:
+        int64[...], of the shape of the arguments.
+    """
+    total, seconds = np.asarray(num_frames, np.int64), np.asarray(duration, np.float64)
+    if sampling.policy == "uniform":
+        count = np.full(total.shape, sampling.frames, np.int64)
+    elif sampling.policy == "fps":
+        every = np.maximum(1, np.ceil(seconds * sampling.fps - 1e-6))
+        count = np.where(every <= sampling.frames, every, sampling.frames)
+    elif sampling.policy == "llava":
+        every = -(-total // _stride(total, seconds, sampling.fps))
+        count = np.where((every > sampling.frames) | sampling.force_sample, sampling.frames, every)
+    else:
+        step = sampling.multiple
+        count = np.maximum(1, (seconds + 1e-6) // step) * step
+        # A video of fewer frames than the lower bound lowers it, as in VideoChat-Flash.
+        low = np.where(total < sampling.min_frames, total // step * step, sampling.min_frames)
+        count = np.maximum(np.minimum(count, sampling.max_frames), low)
+    return np.where(seconds > 0, count, 1).astype(np.int64)
+
+
+def _stride(total: Any, seconds: Any, fps: float) -> Any:
+    """LLaVA's step in frames; at least 1, where theirs is 0 and fails."""
+    # 69 frames in 2.76 s are 25 a second; a rate a hair above would round a step of 12.5 up, not to even.
+    rate = np.round(total / np.where(seconds > 0, seconds, 1), 6)
+    return np.maximum(1, np.round(rate / fps)).astype(np.int64)
+
+
 def choose_frames(
-    times: np.ndarray, sampling: SamplingConfig, *, end: int, ticks_per_second: float
+    times: np.ndarray, sampling: SamplingConfig, *, end: float, ticks_per_second: float
 ) -> np.ndarray:
     """Indices of the frames to read, ascending; an index may repeat.
 
@@ -14,20 +52,31 @@ def choose_frames(
     evenly spread from the first to the last frame, and for each the frame on display. At a constant frame
     rate both are the same frames. Clips with fewer frames repeat them.
 
+    "llava" is LLaVA-NeXT's own: every round(rate / fps)-th frame, and where that exceeds `sampling.frames`,
+    or with `force_sample`, numpy's truncated linspace.
+
+    "dynamic_fps1" is VideoChat-Flash's: as many frames as whole seconds, in multiples of `multiple`, within
+    `min_frames` and `max_frames`; the middles of that many equal intervals. The last repeats as filling.
+
     "fps" takes the frame on display at 0, 1 / fps, 2 / fps, ... seconds; where that would exceed
     `sampling.frames`, the uniform rule is used instead.
 
     Args:
-        times: int64[frames], ascending, presentation times in ticks.
+        times: [frames], ascending, presentation times in ticks.
         sampling: the rule.
         end: tick at which the last frame leaves the display.
         ticks_per_second: length of a tick.
 
     Returns:
-        int64[chosen], with 1 <= chosen <= sampling.frames.
+        int64[chosen], with 1 <= chosen <= sampling.most_frames.
     """
     total = len(times)
     gap = (times[-1] - times[0]) / max(total - 1, 1)
+    if sampling.policy in ("llava", "dynamic_fps1"):
+        order = _by_number(total, (end - times[0]) / ticks_per_second, sampling)
+        if np.abs(times - times[0] - np.arange(total) * gap).max() <= 1:
+            return order
+        return np.searchsorted(times, times[0] + order * gap, side="right") - 1
     if sampling.policy == "fps":
         step = ticks_per_second / sampling.fps
         count = max(1, int(np.ceil((end - times[0]) / step - 1e-6)))
@@ -43,3 +92,16 @@ def choose_frames(
     if np.abs(times - times[0] - np.arange(total) * gap).max() <= 1:  # constant but for rounding
         return (total - 1) * order // steps
     return np.searchsorted(times, times[0] + (times[-1] - times[0]) * order // steps, side="right") - 1
+
+
+def _by_number(total: int, seconds: float, sampling: SamplingConfig) -> np.ndarray:
+    """Numbers of the frames that the rules of LLaVA and VideoChat-Flash choose at a constant frame rate."""
+    count = int(count_frames(num_frames=total, duration=seconds, sampling=sampling))
+    if sampling.policy == "llava":
+        every = np.arange(0, total, int(_stride(total, seconds, sampling.fps)))
+        if len(every) <= sampling.frames and not sampling.force_sample:
+            return every
+        return np.linspace(0, total - 1, sampling.frames, dtype=np.int64)
+    edges = np.linspace(0, total, min(count, total) + 1).astype(np.int64)
+    middles = (edges[:-1] + edges[1:] - 1) // 2
+    return np.concatenate([middles, np.full(count - len(middles), middles[-1])])

@@ -109,7 +109,11 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        hf_tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, use_fast=True)
+        # A MODEL folder's config.json names no type that transformers knows, so it would warn of an error in
+        # the tokenizers of Mistral.
+        hf_tokenizer = AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, use_fast=True, fix_mistral_regex=False
+        )
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: the tokenizer cannot be read ({reason}); copy the folder again") from error

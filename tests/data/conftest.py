@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from lookalikes import write_lookalikes
 
+from crosslmm_jax.data.indexing import build_index
 from crosslmm_jax.data.synthetic import SyntheticSet, write_dataset
 from crosslmm_jax.data.tokenizer import Tokenizer, load_tokenizer, write_default_tokenizer
 
@@ -33,5 +35,25 @@ def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
+def lookalikes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of look-alike files in every format, to be read only, and `mixture.yaml` over them."""
+    folder = tmp_path_factory.mktemp("lookalikes")
+    write_lookalikes(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> SyntheticSet:
     return write_dataset(tmp_path_factory.mktemp("data") / "set", num_train=16, num_heldout=8, seed=3)
+
+
+@pytest.fixture(scope="session")
+def make_index(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path):
+    """`make_index(annotations)`: the folder of a new index of them, made in this process."""
+
+    def make(annotations: Path | str, **options) -> Path:
+        out = tmp_path_factory.mktemp("index") / "index"
+        build_index(str(annotations), out, tokenizer=str(tokenizer_folder), quiet=True, **options)
+        return out
+
+    return make

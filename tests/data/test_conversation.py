@@ -5,20 +5,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crosslmm_jax.config import TimeInstruction
 from crosslmm_jax.data.conversation import (
     MEDIUM,
     TokenSequence,
-    Turn,
     chat_sequence,
-    check_placeholders,
     next_question,
-    parse_turns,
     plain_sequence,
     prompt_segments,
     question_suffix,
+    tokenise,
     video_prefix,
 )
+from crosslmm_jax.data.time_instruction import ClipMeta, time_text
 from crosslmm_jax.data.tokenizer import Tokenizer
+from crosslmm_jax.data.turns import RowFault, Turn, check_placeholders, parse_turns
 from crosslmm_jax.errors import UserError
 
 QUESTION = "What shape is the red object?"
@@ -170,3 +171,97 @@ def test_malformed_turns_name_the_row(conversations: object) -> None:
 def test_placeholder_count_names_the_row(text: str, media: int) -> None:
     with pytest.raises(UserError, match=f"row 3: {text.count('<')} <image>/<video> placeholders for {media}"):
         check_placeholders([Turn("user", text)], media, where="row 3")
+
+
+CLIP = ClipMeta(3, 12.346, (0.0, 5.5, 11.999))
+
+
+def test_the_time_instructions_are_worded_as_in_training_of_llava_video_and_videochat_flash() -> None:
+    short = "The video lasts for 12.35 seconds, and 3 frames are uniformly sampled from it. "
+    assert time_text(CLIP, "none") is None
+    assert time_text(ClipMeta(1, 0.0, (0.0,)), "full") is None
+    assert time_text(CLIP, "short") == short
+    assert time_text(CLIP, "full") == (
+        short + "These frames are located at 0.00s,5.50s,12.00s."
+        "Please answer the following questions related to this video."
+    )
+
+
+@pytest.mark.parametrize("kind", ["none", "short", "full"])
+def test_time_instructions_in_training_equal_those_of_inference(
+    any_tokenizer: Tokenizer, kind: TimeInstruction
+) -> None:
+    turns = [Turn("user", f"<video>\n{QUESTION}"), Turn("assistant", "square"), Turn("user", "And blue?")]
+    trained = tokenise(turns, any_tokenizer, where="row", time_instruction=kind, clips=[CLIP]).ids.tolist()
+    trained += [any_tokenizer.im_start, *any_tokenizer.encode_plain("assistant\n")]
+    time = time_text(CLIP, kind)
+    asked = prompt_segments("And blue?", any_tokenizer, history=[(QUESTION, "square")], time_text=time)
+    assert asked.ids.tolist() == trained
+    prefix = video_prefix(any_tokenizer, time_text=time).ids.tolist()
+    assert trained[: len(prefix)] == prefix and prefix.count(MEDIUM) == 1
+    text = any_tokenizer.decode(trained[trained.index(MEDIUM) + 1 :])
+    assert text.startswith(f"\n{time}\n\n{QUESTION}" if time else f"\n{QUESTION}")
+
+
+def test_each_video_gets_its_own_time_instruction_and_images_none(tokenizer: Tokenizer) -> None:
+    turns = [Turn("user", "<image><video>a<video>b"), Turn("assistant", "c")]
+    clips = [ClipMeta(1, 0.0), CLIP, ClipMeta(8, 2.0)]
+    sequence = tokenise(turns, tokenizer, where="row", time_instruction="short", clips=clips)
+    pieces = np.split(sequence.ids, np.flatnonzero(sequence.ids == MEDIUM))
+    texts = [tokenizer.decode(piece[piece != MEDIUM]) for piece in pieces]
+    assert texts[1] == ""
+    assert texts[2] == f"\n{time_text(CLIP, 'short')}\na"
+    assert texts[3].startswith(f"\n{time_text(clips[2], 'short')}\nb")
+    assert text_of_targets(sequence, tokenizer) == "c<|im_end|>"
+    with pytest.raises(RowFault, match="^row 4: 3 <image>/<video> placeholders for 2 media"):
+        tokenise(turns, tokenizer, where="row 4", time_instruction="short", clips=clips[:2])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(WORDS, WORDS, st.integers(0, 2)), min_size=1, max_size=4),
+    limit=st.integers(5, 200),
+    open_end=st.booleans(),
+    label_mode=st.sampled_from(["clean", "llava"]),
+    time=st.sampled_from(["none", "short"]),
+)
+def test_over_long_rows_keep_their_longest_head_of_whole_exchanges(
+    tokenizer: Tokenizer,
+    pairs: list[tuple[str, str, int]],
+    limit: int,
+    open_end: bool,
+    label_mode: str,
+    time: TimeInstruction,
+) -> None:
+    turns = [
+        turn
+        for question, answer, media in pairs
+        for turn in (Turn("user", "<video>" * media + question), Turn("assistant", answer))
+    ]
+    turns += [Turn("user", "<video>more?")] * open_end
+
+    def whole(kept: list[Turn]) -> TokenSequence:
+        clips = [CLIP] * sum(turn.text.count("<video>") for turn in kept)
+        options = {"label_mode": label_mode, "time_instruction": time, "clips": clips}
+        return tokenise(kept, tokenizer, where="row", **options)  # type: ignore[arg-type]
+
+    heads = [len(turns), *range(len(pairs) * 2, 0, -2)]
+    fitting = [kept for kept in heads if whole(turns[:kept]).num_text_tokens <= limit]
+    clips = [CLIP] * sum(turn.text.count("<video>") for turn in turns)
+    options = {"label_mode": label_mode, "time_instruction": time, "clips": clips, "max_text_tokens": limit}
+    if not fitting:
+        with pytest.raises(RowFault, match="^row: its first exchange has") as caught:
+            tokenise(turns, tokenizer, where="row", **options)  # type: ignore[arg-type]
+        assert caught.value.reason == "too_long"
+        return
+    cut = tokenise(turns, tokenizer, where="row", **options)  # type: ignore[arg-type]
+    expected = whole(turns[: fitting[0]])
+    assert cut.ids.tolist() == expected.ids.tolist() and cut.targets.tolist() == expected.targets.tolist()
+    assert cut.dropped_turns == len(turns) - fitting[0]
+
+
+def test_a_caption_that_is_too_long_is_a_fault(tokenizer: Tokenizer) -> None:
+    turns = [Turn("user", "<image>\nDescribe."), Turn("assistant", "a dog and a cat")]
+    with pytest.raises(RowFault, match="more than max_text_tokens \\(2\\)"):
+        tokenise(turns, tokenizer, where="row", style="plain", max_text_tokens=2)
+    assert tokenise(turns, tokenizer, where="row", style="plain").num_media == 1

@@ -1,11 +1,11 @@
 """Frame choice against the rule in the index and the time domain."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.data.sampling import choose_frames
+from crosslmm_jax.data.sampling import choose_frames, count_frames
 
 TICKS = 12800  # a second; 512 ticks a frame at 25 frames a second, as ffmpeg writes mp4
 
@@ -84,3 +84,53 @@ def test_times_rounded_to_milliseconds() -> None:
 
 def test_one_tick_a_frame() -> None:
     assert choose(times_of(10, gap=1), 10, 10, SamplingConfig(frames=4)).tolist() == [0, 3, 6, 9]
+
+
+def llava(total: int, rate: float, fps: float, most: int, force: bool) -> list[int]:
+    """LLaVA-NeXT's rule, one frame after the other."""
+    stride = max(1, round(rate / fps))
+    chosen = [k for k in range(total) if k % stride == 0]
+    if force or len(chosen) > most:
+        step = (total - 1) / (most - 1) if most > 1 else 0
+        chosen = [int(k * step) for k in range(most - 1)] + [total - 1] if most > 1 else [0]
+    return chosen
+
+
+def videochat_flash(total: int, rate: float, low: int, high: int) -> list[int]:
+    """VideoChat-Flash's dynamic_fps1, one interval after the other."""
+    count = 4 * max(1, int(total / rate / 4 + 1e-9))
+    count = max(min(count, high), low if total >= low else total // 4 * 4)
+    parts = min(count, total)
+    starts = [int(k * (total / parts)) for k in range(parts)] + [total]
+    chosen = [(starts[k] + starts[k + 1] - 1) // 2 for k in range(parts)]
+    return chosen + [chosen[-1]] * (count - parts)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    total=st.integers(1, 3000), rate=st.sampled_from([10, 25, 32, 50]), most=st.integers(1, 64),
+    fps=st.sampled_from([0.5, 1.0, 2.0]), force=st.booleans(),
+)  # fmt: skip
+@example(total=69, rate=25, most=6, fps=2.0, force=False)  # 69 / 2.76 is a hair more than 25
+def test_llava(total: int, rate: int, most: int, fps: float, force: bool) -> None:
+    sampling = SamplingConfig(policy="llava", frames=most, fps=fps, force_sample=force)
+    chosen = choose(times_of(total, gap=12800 // rate), 12800 // rate * total, TICKS, sampling)
+    assert chosen.tolist() == llava(total, rate, fps, most, force)
+    assert len(chosen) == count_frames(num_frames=total, duration=total / rate, sampling=sampling)
+
+
+@settings(max_examples=300, deadline=None)
+@given(total=st.integers(1, 30_000), rate=st.sampled_from([1, 10, 25, 50]))
+def test_dynamic_fps1(total: int, rate: int) -> None:
+    sampling = SamplingConfig(policy="dynamic_fps1")
+    chosen = choose(times_of(total, gap=12800 // rate), 12800 // rate * total, TICKS, sampling)
+    assert chosen.tolist() == videochat_flash(total, rate, 64, 512)
+    assert len(chosen) % 4 == 0 and len(chosen) <= sampling.most_frames
+    assert len(chosen) == count_frames(num_frames=total, duration=total / rate, sampling=sampling)
+
+
+def test_counts_of_many_videos_and_images() -> None:
+    many = {"num_frames": np.array([1, 1, 250, 90_000]), "duration": np.array([0, 0.04, 10, 3600])}
+    assert count_frames(**many, sampling=SamplingConfig(frames=8)).tolist() == [1, 8, 8, 8]
+    assert count_frames(**many, sampling=SamplingConfig(policy="fps", frames=64)).tolist() == [1, 1, 10, 64]
+    assert count_frames(**many, sampling=SamplingConfig(policy="dynamic_fps1")).tolist() == [1, 4, 64, 512]

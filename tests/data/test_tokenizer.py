@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,16 @@ def test_missing_folder_damaged_file_and_missing_token(tmp_path: Path, tokenizer
 def test_too_small_a_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="vocab_size is 100; it must be at least 278"):
         write_default_tokenizer(tmp_path, vocab_size=100)
+
+
+def test_no_word_of_other_models_tokenizers(tmp_path: Path) -> None:
+    """A MODEL folder holds a config.json of its own kind; transformers only looks at large vocabularies."""
+    write_default_tokenizer(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary |= {f"~{number}": len(vocabulary) + 1000 + number for number in range(100_000)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "config.json").write_text("{}")
+    words = "import sys; from crosslmm_jax.data.tokenizer import load_tokenizer; load_tokenizer(sys.argv[1])"
+    result = subprocess.run([sys.executable, "-c", words, str(tmp_path)], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")

@@ -1,0 +1,81 @@
+"""Decodes the media of an index, all or a sample, and tells what fails."""
+
+import functools
+
+import numpy as np
+
+from crosslmm_jax.config import SamplingConfig
+from crosslmm_jax.data.index import Index, RowStore, open_index
+from crosslmm_jax.data.loader import BadRow
+from crosslmm_jax.data.media import open_media
+from crosslmm_jax.data.probing import guarded
+from crosslmm_jax.data.progress import RowProgress
+from crosslmm_jax.data.video import read_frames
+from crosslmm_jax.data.workers import worker_pool
+from crosslmm_jax.errors import MediaError
+
+_SIZE = 32  # pixels: decoding is what may fail, not resizing
+_CHUNK = 16  # rows that a worker gets at once
+_STORES: dict[tuple[str, str], RowStore] = {}  # of this process, by folder and digest
+
+
+def check_index(
+    folder: str, *, sampling: SamplingConfig, sample: int | None = None, workers: int = 0, seed: int = 0,
+    allow_outside: bool = False, quiet: bool = False,
+) -> tuple[int, list[BadRow]]:  # fmt: skip
+    """Decodes rows as training would.
+
+    Args:
+        folder: INDEX.
+        sampling: frames that are read.
+        sample: so many rows, drawn at random; None: all.
+        workers: processes; 0 decodes in this one.
+        seed: of the sample.
+        allow_outside: media may lie outside their root, as the index was told.
+        quiet: no progress on stderr.
+
+    Returns:
+        How many rows were read, and those that failed.
+
+    Raises:
+        UserError: the index cannot be read.
+    """
+    index = open_index(folder)
+    numbers = np.arange(len(index))
+    if sample is not None and sample < len(index):
+        numbers = np.sort(np.random.default_rng(seed).choice(len(index), sample, replace=False))
+    chunks = [numbers[begin : begin + _CHUNK].tolist() for begin in range(0, len(numbers), _CHUNK)]
+    progress = RowProgress("check", total=len(numbers), quiet=quiet)
+    bad: list[BadRow] = []
+    done = 0
+    pool = worker_pool(workers) if workers else None
+    try:
+        run = pool.map if pool else map
+        check = functools.partial(_check_rows, index, sampling=sampling, allow_outside=allow_outside)
+        for chunk, found in zip(chunks, run(check, chunks), strict=True):
+            bad += found
+            done += len(chunk)
+            progress.update(done, f"{len(bad)} bad")
+    finally:
+        progress.close()
+        if pool:
+            pool.shutdown(cancel_futures=True)
+    return len(numbers), bad
+
+
+def _check_rows(
+    index: Index, numbers: list[int], *, sampling: SamplingConfig, allow_outside: bool
+) -> list[BadRow]:
+    store = _STORES.setdefault((index.folder, index.digest), RowStore(index))
+    bad = []
+    for number in numbers:
+        row = store[number]
+        for reference in row.media:
+            try:
+                with guarded(row.root, reference):
+                    medium = open_media(row.root, reference, allow_outside=allow_outside)
+                    read_frames(medium, sampling, size=_SIZE, bounds=row.bounds)
+            except MediaError as error:
+                bad.append(BadRow(number, error.reason, f"{row.where}: {error}"))
+                break
+    return bad

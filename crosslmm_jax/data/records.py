@@ -1,0 +1,140 @@
+"""Media in the records of ArrayRecord files, read at random.
+
+A reference is "a.array_record::17", where record 17 is a medium, or "a.array_record::17/video/0.mp4", where
+it is a tf.train.Example, as TensorFlow Datasets writes it, and its feature `video` holds the medium as
+value 0. In "17/frames/0-9.png" the values 0 to 9 are the pictures of one video.
+"""
+
+import functools
+import os
+import re
+import stat
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from crosslmm_jax.errors import MediaError
+
+_MEMBER = re.compile(r"(\d{1,18})(?:/(.+?)/(\d{1,9})(?:-(\d{1,9}))?(\.\w+)?)?", re.DOTALL)
+_KEPT_READERS = 128  # open files of a process
+# One record at a time: nothing is read ahead, and no threads are started, which a fork would lose.
+_OPTIONS = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:64K"
+_BUFFER_BYTES = 32768
+_LAST = threading.local()  # `record` of a thread: reader, number and values while it has media left to read
+
+
+def is_record_file(path: str) -> bool:
+    """Whether the name is that of an ArrayRecord file, such as "a.array_record-00000-of-00010"."""
+    return ".array_record" in os.path.basename(path)
+
+
+def value_member(record: int, feature: str, first: int, last: int, suffix: str) -> str:
+    """What stands after "::" for values `first` to `last` of a feature; several are pictures of a video."""
+    values = str(first) if last == first else f"{first}-{last}"
+    return f"{record}/{feature}/{values}{suffix}"
+
+
+def read_values(path: str, member: str) -> tuple[list[bytes], str]:
+    """The content that a reference names, and its suffix, "" if it does not tell.
+
+    Args:
+        path: an ArrayRecord file.
+        member: what stands after "::" in the reference.
+
+    Raises:
+        MediaError: see `read_record`; "missing" also when the record holds no such value.
+    """
+    match = _MEMBER.fullmatch(member)
+    if match is None:
+        fix = 'write the number of a record, or "RECORD/FEATURE/NUMBER"'
+        raise MediaError(f"{path}::{member}: names no record; {fix}", "missing")
+    number, feature, first, last, suffix = match.groups()
+    if feature is None:
+        return [read_record(path, int(number))], ""
+    reader, record = _open(path), int(number)
+    kept = getattr(_LAST, "record", None)
+    if kept is None or kept[0] is not reader or kept[1] != record:
+        kept = reader, record, parse_example(read_record(path, record), f"{path}::{number}")
+    values = kept[2].get(feature, ())
+    begin, end = int(first), int(last or first) + 1
+    _LAST.record = kept if end < len(values) else None
+    found = list(values[begin:end])
+    if len(found) != end - begin or not found or not all(isinstance(value, bytes) for value in found):
+        fix = "the data set has changed; index it again"
+        raise MediaError(f"{path}::{member}: the record holds no such medium; {fix}", "missing")
+    return found, suffix or ""
+
+
+def read_record(path: str, number: int) -> bytes:
+    """Record `number` of an ArrayRecord file.
+
+    Raises:
+        MediaError: there is no such file or record ("missing"), or it cannot be read ("corrupt", "other",
+            "not_a_file").
+    """
+    reader = _open(path)
+    fix = "write or download the file again"
+    if number >= reader.num_records():
+        raise MediaError(f"{path}: holds no record {number}; index the data set again", "missing")
+    try:
+        return reader.read([number])[0]
+    except RuntimeError as error:
+        words = str(error).split(";")[0]
+        raise MediaError(f"{path}: record {number} cannot be read ({words}); {fix}", "corrupt") from error
+
+
+def mean_record_size(path: str) -> int:
+    """Bytes of the file for each of its records. Raises MediaError as `read_record` does."""
+    return os.path.getsize(path) // max(1, _open(path).num_records())
+
+
+def _open(path: str) -> Any:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError as error:
+        raise MediaError(f"{path}: no such file; write or download it again", "missing") from error
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be read ({error.strerror}); correct the path", "other") from error
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would block
+        raise MediaError(f"{path}: is no regular file; write or download it again", "not_a_file")
+    reader = _reader(path, found.st_size, found.st_mtime_ns)
+    if not reader.ok():
+        fix = "write or download the file again"
+        raise MediaError(f"{path}: is no intact ArrayRecord file; {fix}", "corrupt")
+    return reader
+
+
+@functools.lru_cache(maxsize=_KEPT_READERS)
+def _reader(path: str, size: int, mtime: int) -> Any:
+    """A reader of a file, kept open; `size` and `mtime` make a file that has changed another one.
+
+    It may be used by several threads, and closes when the last of them lets go of it.
+    """
+    from array_record.python.array_record_module import ArrayRecordReader  # type: ignore[attr-defined]
+
+    return ArrayRecordReader(path, _OPTIONS, file_reader_buffer_size=_BUFFER_BYTES)
+
+
+# Workers are started afresh and not forked; where someone forks, the copy opens its own files.
+os.register_at_fork(after_in_child=_reader.cache_clear)
+
+
+def parse_example(record: bytes, where: str) -> Mapping[str, Sequence[Any]]:
+    """Values of each feature of a tf.train.Example: bytes, ints or floats. Names of nested ones are "a/b".
+
+    Raises:
+        MediaError: "corrupt"; it is none.
+    """
+    from google.protobuf.message import DecodeError
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    try:
+        features = tf_example_pb2.Example.FromString(record).features.feature  # type: ignore[attr-defined]
+    except DecodeError as error:
+        fix = "write the data set with TensorFlow Datasets"
+        raise MediaError(f"{where}: is no tf.train.Example; {fix}", "corrupt") from error
+    values = {}
+    for name, feature in features.items():
+        kind = feature.WhichOneof("kind")
+        values[name] = getattr(feature, kind).value if kind else ()
+    return values

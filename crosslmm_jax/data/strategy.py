@@ -1,0 +1,89 @@
+"""Sampling strategies of a mixture: which rows of a data set are used."""
+
+import dataclasses
+import math
+import random
+import re
+from collections.abc import Callable, Container
+
+from crosslmm_jax.errors import UserError
+
+STRATEGIES = "all, first:N, first2:N, first3:N, first4:N, end:N or random:N, where N may be a percentage"
+_STRATEGY = re.compile(r"(all)|(first[234]?|end|random):(\d+)(%?)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """`kind` (all, first, first2, first3, first4, end, random), and N, of a hundred rows if `percent`."""
+
+    kind: str
+    number: int = 0
+    percent: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Rows from `start` to before `stop` (None: the last one), and of these only `chosen` unless None."""
+
+    start: int
+    stop: int | None
+    chosen: Container[int] | None = None
+
+    def __contains__(self, row: int) -> bool:
+        within = self.start <= row and (self.stop is None or row < self.stop)
+        return within and (self.chosen is None or row in self.chosen)
+
+    def ends_before(self, row: int) -> bool:
+        """Whether neither `row` nor any after it is selected."""
+        return self.stop is not None and row >= self.stop
+
+
+def parse_strategy(text: str, *, where: str) -> Strategy:
+    """Reads a `sampling_strategy`. Raises UserError naming `where` when there is no such strategy."""
+    match = _STRATEGY.fullmatch(text.strip()) if isinstance(text, str) else None
+    if match is None:
+        raise UserError(f"{where}: sampling_strategy is {text!r}; write {STRATEGIES}")
+    if match[1]:
+        return Strategy("all")
+    number, percent = int(match[3]), bool(match[4])
+    if percent and number > 100:
+        raise UserError(f"{where}: sampling_strategy is {text!r}; at most 100%")
+    return Strategy(match[2], number, percent)
+
+
+def select(strategy: Strategy, count: Callable[[], int], *, seed: str) -> Selection:
+    """The rows that `strategy` selects.
+
+    Args:
+        strategy: which.
+        count: gives the number of rows of the data set; called once, where the strategy depends on it.
+        seed: of the random strategy; the same seed selects the same rows on every host and machine.
+    """
+    if strategy.kind == "all":
+        return Selection(0, None)
+    number = strategy.number
+    rows = count() if strategy.percent or strategy.kind in ("end", "random") else 0
+    if strategy.percent:
+        number = math.ceil(number * rows / 100)
+    if strategy.kind == "end":
+        return Selection(max(0, rows - number), None)
+    if strategy.kind == "random":
+        chosen = _draw(rows, number, seed)
+        return Selection(0, max(chosen, default=-1) + 1, chosen)
+    block = int(strategy.kind.removeprefix("first") or 1) - 1
+    return Selection(block * number, (block + 1) * number)
+
+
+def _draw(population: int, number: int, seed: str) -> frozenset[int]:
+    """`number` of range(population): the head of a Fisher-Yates shuffle.
+
+    Only `random()` of a text seed is promised to stay the same in every Python, so shuffle() is not used.
+    """
+    generator = random.Random(seed)
+    moved: dict[int, int] = {}
+    drawn = []
+    for position in range(min(number, population)):
+        other = position + int(generator.random() * (population - position))
+        drawn.append(moved.get(other, other))
+        moved[other] = moved.get(position, position)
+    return frozenset(drawn)

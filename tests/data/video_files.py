@@ -1,0 +1,78 @@
+"""Small videos of many kinds for tests, and their frames by the plainest code."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+from crosslmm_jax.data.clip import Clip
+
+SIZE = 24
+
+
+def write_video(
+    path: Path,
+    count: int,
+    *,
+    codec: str = "libx264",
+    width: int = 64,
+    height: int = 48,
+    options: dict[str, str] | None = None,
+    ticks: Sequence[int] | None = None,
+    rotation: int = 0,
+    mux: dict[str, str] | None = None,
+) -> Path:
+    """A video in which brightness and a moving bar tell every frame apart; `ticks` are milliseconds.
+
+    `options` are the encoder's, `mux` those of the file format.
+    """
+    with av.open(str(path), "w", container_options=mux or {}) as container:
+        stream: Any = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = options or {}
+        if rotation:
+            stream.set_display_rotation(rotation)
+        if ticks is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number in range(count):
+            pixels = np.full((height, width, 3), 30 + 5 * number % 200, np.uint8)
+            pixels[:, number % width] = (255, 0, number % 256)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if ticks is not None:
+                frame.pts, frame.time_base = ticks[number], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def decode_all(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Every frame by the plainest code, resized, and its time in seconds."""
+    frames, times = [], []
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            pixels = frame.to_ndarray(format="rgb24")
+            image = Image.fromarray(np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90)))
+            frames.append(np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
+            times.append(frame.time)
+    return np.stack(frames), np.array(times) - times[0]
+
+
+def write_sound(path: Path) -> None:
+    """A file with sound alone."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def assert_same(found: Clip, wanted: Clip) -> None:
+    """Frames, times and duration."""
+    np.testing.assert_array_equal(found.frames, wanted.frames)
+    np.testing.assert_array_equal(found.times, wanted.times)
+    assert found.duration == wanted.duration
