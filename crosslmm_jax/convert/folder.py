@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import jax
 
-from crosslmm_jax.config import ModelConfig, SamplingConfig
+from crosslmm_jax.config import ModelConfig, SamplingConfig, TimeInstruction
 from crosslmm_jax.config_io import from_dict, to_dict
 from crosslmm_jax.convert.weights import INDEX_FILE, SINGLE_FILE, read_weights, write_weights
 from crosslmm_jax.errors import UserError
@@ -42,6 +42,7 @@ class Processor:
     tokens_per_frame: int
     sampling: SamplingConfig
     system_prompt: str
+    time_instruction: TimeInstruction = "none"
 
 
 def save_model_folder(
@@ -52,6 +53,7 @@ def save_model_folder(
     tokenizer_folder: str | Path,
     sampling: SamplingConfig,
     system_prompt: str,
+    time_instruction: TimeInstruction = "none",
     resampling: Literal["bicubic", "bilinear"] = "bicubic",
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
@@ -66,6 +68,7 @@ def save_model_folder(
       tokenizer_folder: whose tokenizer files are copied.
       sampling: which frames of a video the model was trained on.
       system_prompt: it was trained with.
+      time_instruction: what it was told about each video in training.
       resampling: with which frames were resized.
       dtype: of the weights in the files.
 
@@ -76,7 +79,8 @@ def save_model_folder(
     folder = Path(folder)
     check_replaceable(folder)
     processor = make_processor(
-        config, sampling=sampling, system_prompt=system_prompt, resampling=resampling
+        config, sampling=sampling, system_prompt=system_prompt, time_instruction=time_instruction,
+        resampling=resampling,
     )  # fmt: skip
     writes = jax.process_index() == 0
     with completed_folder(folder, writes=writes) as temporary:
@@ -95,6 +99,7 @@ def make_processor(
     *,
     sampling: SamplingConfig,
     system_prompt: str,
+    time_instruction: TimeInstruction = "none",
     resampling: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> Processor:
     """The `Processor` of a model; what its encoder says about pixels is taken from `config`."""
@@ -102,7 +107,7 @@ def make_processor(
     return Processor(
         image_size=vision.image_size, image_mean=vision.image_mean, image_std=vision.image_std,
         resampling=resampling, tokens_per_frame=config.merge.tokens_per_frame, sampling=sampling,
-        system_prompt=system_prompt,
+        system_prompt=system_prompt, time_instruction=time_instruction,
     )  # fmt: skip
 
 
@@ -123,6 +128,7 @@ def completed_folder(folder: Path, *, writes: bool = True) -> Iterator[Path]:
     Raises:
       UserError: it cannot be written, or the disk is full.
     """
+    folder = Path(os.path.realpath(folder))  # a link stays one
     temporary = folder.with_name(f".{folder.name}.incomplete")
     try:
         if writes:

@@ -9,15 +9,28 @@ from typing import Any
 from crosslmm_jax.config import DecoderConfig, MergeConfig, ModelConfig, SamplingConfig, VisionConfig
 from crosslmm_jax.config_io import apply_overrides
 from crosslmm_jax.convert.folder import (
+    Processor,
     check_replaceable,
     completed_folder,
     copy_tokenizer,
     make_processor,
     write_settings,
 )
-from crosslmm_jax.convert.hf_config import Sizes, decoder_sizes, llava_sizes, vision_sizes
+from crosslmm_jax.convert.hf_config import (
+    Sizes,
+    decoder_sizes,
+    llava_sizes,
+    llava_time_instruction,
+    vision_sizes,
+)
+from crosslmm_jax.convert.hf_export import export_folder, read_crosslmm_config
 from crosslmm_jax.convert.hf_files import FLOATS, Source, open_source
-from crosslmm_jax.convert.hf_processor import ImageSettings, image_settings, tokenizer_size
+from crosslmm_jax.convert.hf_processor import (
+    ImageSettings,
+    image_settings,
+    tokenizer_size,
+    with_tokenizer_json,
+)
 from crosslmm_jax.convert.llava import canonical
 from crosslmm_jax.convert.plan import Plan, make_checkpoint, make_plan
 from crosslmm_jax.convert.report import Report
@@ -36,29 +49,45 @@ _NOT_COMPARED = {"num_layers", "feature_layer", "image_mean", "image_std", "post
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to convert. Either `llava`, or `vision` and `llm`; see `crosslmm convert from-hf --help`."""
+    """What to convert: `llava`, `vision` and `llm`, or `crosslmm`; see `crosslmm convert from-hf --help`."""
 
     vision: str | None = None  # SigLIP folder or big_vision .npz; with `llava`, only for its sizes
     llm: str | None = None
     llava: str | None = None
     projector: str | None = None
+    crosslmm: str | None = None  # folder that `convert_to_hf` wrote; brings its config and processor
     preset: str | None = None
     overrides: Sequence[str] = ()  # of fields of `ModelConfig`: "--merge.grid", "4"
     dtype: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in FLOATS:
+            raise UserError(f"--dtype is {self.dtype!r}; choose one of {', '.join(FLOATS)}")
+        if self.crosslmm is not None:
+            self._check_alone()
+            return
         whole = self.llava is not None and self.llm is None
         parts = self.llava is None and self.vision is not None and self.llm is not None
         if not whole and not parts:
-            raise UserError("give --vision with --llm, or --llava (with --vision only for the tower's sizes)")
-        if self.dtype is not None and self.dtype not in FLOATS:
-            raise UserError(f"--dtype is {self.dtype!r}; choose one of {', '.join(FLOATS)}")
+            raise UserError(
+                "give --vision with --llm, or --llava (with --vision only for the tower's sizes), or"
+                " --crosslmm"
+            )
+
+    def _check_alone(self) -> None:
+        names = ("vision", "llm", "llava", "projector", "preset")
+        given = [f"--{name}" for name in names if getattr(self, name) is not None]
+        given += [word.split("=")[0] for word in self.overrides if word.startswith("--")]
+        if given:
+            raise UserError(f"--crosslmm brings all weights and all settings; drop {', '.join(given)}")
 
     @property
     def sources(self) -> dict[str, str]:
         """Option -> path of the sources that hold weights."""
         named = {"--llava": self.llava, "--llm": self.llm, "--projector": self.projector}
+        if self.crosslmm is not None:
+            named["--crosslmm"] = str(export_folder(self.crosslmm))
         if self.llava is None:
             named["--vision"] = self.vision
         return {option: path for option, path in sorted(named.items()) if path is not None}
@@ -77,15 +106,10 @@ def convert_from_hf(request: Request, out: str | Path, *, tokenizer: str | Path 
     """
     out = Path(out)
     check_replaceable(out)
-    tokenizer = Path(tokenizer or request.llm or request.llava or "")
-    with _planned(request, tokens=tokenizer_size(tokenizer), tokenizer=tokenizer) as (plan, settings):
-        processor = make_processor(
-            plan.config,
-            sampling=SamplingConfig(),
-            system_prompt=SYSTEM_PROMPT,
-            resampling=settings.resampling,
-        )
-        with completed_folder(out) as folder:
+    named = Path(tokenizer or request.llm or request.llava or request.sources["--crosslmm"])
+    with with_tokenizer_json(named) as tokenizer:
+        planned = _planned(request, tokens=tokenizer_size(tokenizer), tokenizer=named)
+        with planned as (plan, processor), completed_folder(out) as folder:
             write_settings(folder, plan.config, processor)
             copy_tokenizer(tokenizer, folder)
             tensors = {leaf.name: (leaf.shape, leaf.dtype) for leaf in plan.leaves}
@@ -113,11 +137,11 @@ def load_from_hf(request: Request, make_shardings: Any) -> tuple[ModelConfig, di
 @contextlib.contextmanager
 def _planned(
     request: Request, *, tokens: int = 0, tokenizer: Path | None = None
-) -> Iterator[tuple[Plan, ImageSettings]]:
+) -> Iterator[tuple[Plan, Processor]]:
     """The checked plan; its sources are open inside the block."""
     with contextlib.ExitStack() as stack:
         opened = {option: stack.enter_context(open_source(path)) for option, path in request.sources.items()}
-        config, settings = read_config(request, opened)
+        config, processor, origin = _read_settings(request, opened)
         if tokens > config.decoder.vocab_size:
             raise ConfigError(
                 f"{tokenizer}: the tokenizer has {tokens} tokens, the embedding only"
@@ -129,8 +153,25 @@ def _planned(
             for option, source in opened.items()
         ]
         plan = make_plan(config, checkpoints, shapes_of(config), dtype=request.dtype)
-        plan.report.notes.append(f"{settings.resampling} resampling of frames, from {settings.source}")
-        yield plan, settings
+        plan.report.notes.append(f"{processor.resampling} resampling of frames, from {origin}")
+        if processor.time_instruction != "none":
+            kind = processor.time_instruction
+            plan.report.notes.append(
+                f"{kind} time instruction about each video, from the source's config.json"
+            )
+        yield plan, processor
+
+
+def _read_settings(request: Request, opened: dict[str, Source]) -> tuple[ModelConfig, Processor, str]:
+    """Both settings of the MODEL folder, and where those of pictures come from."""
+    if request.crosslmm is not None:
+        return *read_crosslmm_config(export_folder(request.crosslmm)), "the export's config.json"
+    config, settings = read_config(request, opened)
+    processor = make_processor(
+        config, sampling=SamplingConfig(), system_prompt=SYSTEM_PROMPT, resampling=settings.resampling,
+        time_instruction="none" if request.llava is None else llava_time_instruction(_folder(request.llava)),
+    )  # fmt: skip
+    return config, processor, settings.source
 
 
 def read_config(request: Request, opened: dict[str, Source]) -> tuple[ModelConfig, ImageSettings]:

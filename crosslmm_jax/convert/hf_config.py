@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from crosslmm_jax import presets
-from crosslmm_jax.config import DecoderConfig, VisionConfig
+from crosslmm_jax.config import DecoderConfig, TimeInstruction, VisionConfig
 from crosslmm_jax.errors import ConfigError, UserError
 
 Mapped = Mapping[str, Any]
@@ -21,6 +21,13 @@ LLAVA_TYPES = ("llava_onevision", "llava", "llava_qwen")
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _NEEDED_VISION = (*_NEEDED, "image_size", "patch_size")
 _NEEDED_TEXT = (*_NEEDED, "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "vocab_size")
+_NUMBERS = ("rms_norm_eps", "layer_norm_eps", "rope_theta")
+_COUNTS = (
+    *sorted({*_NEEDED_VISION, *_NEEDED_TEXT} - set(_NUMBERS)), "head_dim", "mm_hidden_size",
+    "vision_feature_layer",
+)  # fmt: skip
+_FLAGS = ("tie_word_embeddings", "add_time_instruction")
+_LARGEST = 2**31  # of any size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: is missing; give a checkpoint's whole folder") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no readable JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds no JSON object; download it again")
@@ -82,6 +89,7 @@ def llava_sizes(folder: Path, *, has_head: bool, tower: VisionConfig | None = No
     """
     path = folder / "config.json"
     config = read_json(path)
+    _check_types(config, path)
     if config.get("model_type") == "llava_onevision":
         return _hf_llava(config, path, has_head)
     if "mm_vision_tower" in config:
@@ -92,6 +100,18 @@ def llava_sizes(folder: Path, *, has_head: bool, tower: VisionConfig | None = No
     )
 
 
+def llava_time_instruction(folder: Path) -> TimeInstruction:
+    """What a LLaVA checkpoint was told about each video in training.
+
+    LLaVA-NeXT's training writes `add_time_instruction` into config.json, and its own inference goes by it.
+    The sentence lists the time of every frame: our "full". Hugging Face's layouts do not have the field.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    _check_types(config, path)
+    return "full" if config.get("add_time_instruction") else "none"
+
+
 def _hf_llava(config: Mapped, path: Path, has_head: bool) -> Sizes:
     vision = _siglip(_nested(config, "vision_config", path), path, nested=True)
     decoder = _qwen2(_nested(config, "text_config", path), path, nested=True)
@@ -100,14 +120,14 @@ def _hf_llava(config: Mapped, path: Path, has_head: bool) -> Sizes:
     # The class's default, "full", reads all patches; "default" would drop the first.
     _expect(config, path, "vision_feature_select_strategy", ("full",), default="full")
     layer = config.get("vision_feature_layer", -1)
-    if not isinstance(layer, int):
-        raise UserError(f"{path}: field vision_feature_layer is {layer!r}; it must be one number")
+    if layer is None:
+        raise ConfigError(f"{path}: field vision_feature_layer is null; it must be one number")
     if layer >= 0:
         layer -= vision.num_layers + 1
     said = {decoder.tie_embeddings, config.get("tie_word_embeddings", decoder.tie_embeddings)}
     tied = (False not in said) if has_head else (True in said)
     decoder = dataclasses.replace(decoder, tie_embeddings=tied, vocab_size=_unpadded(decoder.vocab_size))
-    return Sizes(dataclasses.replace(vision, feature_layer=layer), decoder)
+    return Sizes(_replaced(vision, path, feature_layer=layer), decoder)
 
 
 def _unpadded(rows: int) -> int:
@@ -131,7 +151,7 @@ def _original_llava(config: Mapped, path: Path, tower: VisionConfig | None) -> S
             f"{path}: field mm_hidden_size is {width}, but the tower {name!r} is {tower.width} wide"
         )
     # LLaVA builds the tower without its last layer and reads the output of the one below.
-    vision = dataclasses.replace(tower, num_layers=tower.num_layers - 1, feature_layer=-1)
+    vision = _replaced(tower, path, num_layers=tower.num_layers - 1, feature_layer=-1)
     return Sizes(vision, _qwen2(config, path, nested=False))
 
 
@@ -143,15 +163,57 @@ def _released_tower(name: str) -> VisionConfig | None:
 
 
 def _nested(config: Mapped, name: str, path: Path) -> dict[str, Any]:
-    if not isinstance(config.get(name), dict):
-        raise ConfigError(f"{path}: field {name} is missing; download the config.json again")
-    return config[name]
+    value = config.get(name)
+    if not isinstance(value, dict):
+        found = "missing" if value is None else f"{value!r} instead of an object"
+        raise ConfigError(f"{path}: field {name} is {found}; download the config.json again")
+    return value
+
+
+def _completed(cls: Any, config: Mapped, path: Path) -> dict[str, Any]:
+    """A nested config with the defaults of the class `cls` of Hugging Face."""
+    _check_types(config, path)
+    try:
+        return cls(**config).to_dict()
+    except Exception as error:  # the class has checks, and types of errors, of its own
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: {cls.__name__} rejects its fields ({reason}); mend it") from error
+
+
+def _check_types(config: Mapped, path: Path) -> None:
+    """Raises a `ConfigError` listing all fields that are there and are of another type."""
+    wrong = []
+    for names, fits, expected in (
+        (_COUNTS, _is_count, f"a whole number of at most {_LARGEST}"),
+        (_NUMBERS, is_number, "a number"),
+        (_FLAGS, _is_flag, "true or false"),
+    ):
+        for name in names:
+            value = config.get(name)
+            if value is not None and not fits(value):
+                wrong.append(f"field {name} is {value!r}; it must be {expected}")
+    if wrong:
+        raise ConfigError(f"{path}: {'; '.join(wrong)}")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and abs(value) <= _LARGEST
+
+
+def is_number(value: object) -> bool:
+    """Whether `value`, from JSON, is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # not NaN
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
 
 
 def _check_stated(config: Mapped, path: Path, names: tuple[str, ...]) -> None:
     missing = [name for name in names if config.get(name) is None]
     if missing:
         raise ConfigError(f"{path}: field {', '.join(missing)} is missing; add it as the model was trained")
+    _check_types(config, path)
 
 
 def _expect(config: Mapped, path: Path, name: str, known: tuple, *, default: object = None) -> None:
@@ -161,12 +223,16 @@ def _expect(config: Mapped, path: Path, name: str, known: tuple, *, default: obj
         raise ConfigError(f"{path}: field {name} is {value!r}; only {choices} can be converted")
 
 
-def _build(make: Any, *, path: Path, **fields: Any) -> Any:
+def _build(make: Any, *arguments: Any, path: Path, **fields: Any) -> Any:
     """A config of ours; a value that it rejects is blamed on the file."""
     try:
-        return make(**fields)
+        return make(*arguments, **fields)
     except (ConfigError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _replaced(vision: VisionConfig, path: Path, **fields: int) -> VisionConfig:
+    return _build(dataclasses.replace, vision, path=path, **fields)
 
 
 def _siglip(config: Mapped, path: Path, *, nested: bool) -> VisionConfig:
@@ -174,7 +240,7 @@ def _siglip(config: Mapped, path: Path, *, nested: bool) -> VisionConfig:
         _expect(config, path, "model_type", ("siglip_vision_model", "siglip"), default="siglip_vision_model")
         from transformers import SiglipVisionConfig
 
-        config = SiglipVisionConfig(**config).to_dict()
+        config = _completed(SiglipVisionConfig, config, path)
     _check_stated(config, path, _NEEDED_VISION)
     _expect(config, path, "hidden_act", ("gelu_pytorch_tanh",), default="gelu_pytorch_tanh")
     _expect(config, path, "num_channels", (3,), default=3)
@@ -194,7 +260,7 @@ def _qwen2(config: Mapped, path: Path, *, nested: bool) -> DecoderConfig:
         _expect(config, path, "model_type", ("qwen2",), default="qwen2")
         from transformers import Qwen2Config
 
-        config = Qwen2Config(**config).to_dict()
+        config = _completed(Qwen2Config, config, path)
     _check_stated(config, path, _NEEDED_TEXT)
     _expect(config, path, "hidden_act", ("silu",), default="silu")
     _expect(config, path, "use_sliding_window", (False,), default=False)
@@ -202,7 +268,7 @@ def _qwen2(config: Mapped, path: Path, *, nested: bool) -> DecoderConfig:
     return _build(
         DecoderConfig, path=path, vocab_size=config["vocab_size"], width=width,
         num_layers=config["num_hidden_layers"], num_heads=heads, num_kv_heads=config["num_key_value_heads"],
-        head_dim=config.get("head_dim") or width // heads, mlp_width=config["intermediate_size"],
+        head_dim=config.get("head_dim") or width // (heads or 1), mlp_width=config["intermediate_size"],
         rope_theta=_rope_theta(config, path), rms_norm_eps=config["rms_norm_eps"],
         tie_embeddings=config.get("tie_word_embeddings", False),
         max_positions=config["max_position_embeddings"],
@@ -212,6 +278,9 @@ def _qwen2(config: Mapped, path: Path, *, nested: bool) -> DecoderConfig:
 def _rope_theta(config: Mapped, path: Path) -> float:
     """Base of the rotary embedding: a field of its own, or since transformers 5 inside `rope_parameters`."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{path}: field rope_parameters or rope_scaling is {rope!r}; it must be an object")
+    _check_types(rope, path)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ConfigError(

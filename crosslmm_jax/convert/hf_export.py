@@ -1,12 +1,14 @@
-"""The settings files of an export: config.json and what lies beside it, as Hugging Face reads them."""
+"""The settings files of an export, as Hugging Face reads them, and ours back from them."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.config_io import to_dict
+from crosslmm_jax.config_io import from_dict, to_dict
 from crosslmm_jax.convert.folder import Processor, write_json
+from crosslmm_jax.convert.hf_config import read_json
+from crosslmm_jax.errors import UserError
 
 _RESAMPLE = {"bicubic": 3, "bilinear": 2}  # PIL's numbers
 
@@ -72,6 +74,26 @@ def crosslmm_config(
         "crosslmm": to_dict(config),
         "processor": to_dict(processor),
     }
+
+
+def export_folder(path: str | Path) -> Path:
+    """The folder that holds all of an export, of the export's folder or of itself."""
+    inner = Path(path) / "crosslmm"
+    return inner if inner.is_dir() else Path(path)
+
+
+def read_crosslmm_config(folder: Path) -> tuple[ModelConfig, Processor]:
+    """What `crosslmm_config` wrote; raises `UserError` naming file and field."""
+    path = folder / "config.json"
+    described = read_json(path)
+    kind = described.get("model_type")
+    if kind != "crosslmm":
+        raise UserError(
+            f"{path}: field model_type is {kind!r}; give --crosslmm the folder that `crosslmm convert to-hf`"
+            " wrote, other checkpoints are --vision, --llm or --llava"
+        )
+    config = from_dict(ModelConfig, described.get("crosslmm"), source=f"{path}: field crosslmm")
+    return config, from_dict(Processor, described.get("processor"), source=f"{path}: field processor")
 
 
 def preprocessor_config(processor: Processor) -> dict[str, Any]:

@@ -6,7 +6,6 @@ installed; it is no dependency), `.npz` through numpy with `allow_pickle=False`.
 
 import contextlib
 import dataclasses
-import json
 import math
 import pickle
 import zipfile
@@ -17,6 +16,8 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from crosslmm_jax.convert.hf_config import read_json
+from crosslmm_jax.convert.report import condense
 from crosslmm_jax.convert.safetensors_file import Reader
 from crosslmm_jax.errors import UserError
 
@@ -44,6 +45,7 @@ class Source(Protocol):
 
     path: Path
     tensors: dict[str, Info]
+    files: dict[str, str]  # tensor -> name of its file
 
     def read(self, name: str) -> np.ndarray:
         """The tensor `name`."""
@@ -61,10 +63,12 @@ def open_source(path: str | Path) -> Iterator[Source]:
     A folder is read through its index (`*.safetensors`, else `pytorch_model*.bin`), or is one file.
 
     Raises:
-      UserError: nothing to read, a file is missing, cut short, or holds anything but tensors.
+      UserError: nothing to read, a file is missing, cut short, or holds anything but tensors, or the index
+        says something else than the files.
     """
     source = _open(Path(path))
     try:
+        _check_index(source)
         yield source
     finally:
         source.close()
@@ -103,19 +107,40 @@ def _files_of(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: has no {' or '.join(_SINGLE_FILES)} and no index; give a checkpoint's folder")
 
 
+def _read_index(index: Path) -> dict[str, str]:
+    """Tensor -> name of its file."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise UserError(f"{index}: field weight_map is no object of file names; download it again")
+    return where
+
+
 def _indexed_files(index: Path) -> list[Path]:
     """The files that `index` names; raises `UserError` naming all that are missing."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index}: is no index of weights ({error}); download it again") from error
+    names = sorted(set(_read_index(index).values()))
+    outside = [name for name in names if Path(name).name != name]
     if outside or not names:
         raise UserError(f"{index}: field weight_map names {outside}; it must name files beside it")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise UserError(f"{index}: names {', '.join(missing)}, which are missing; copy the whole folder")
     return [index.parent / name for name in names]
+
+
+def _check_index(source: Source) -> None:
+    """Raises a `UserError` listing every tensor that lies elsewhere than the index says."""
+    index = next((source.path / name for name in _INDEX_FILES if (source.path / name).is_file()), None)
+    if index is None:
+        return
+    said, found = _read_index(index), source.files
+    problems = {
+        "missing in the file it names": [name for name in said if name not in found],
+        "in another file than it names": [name for name in said if found.get(name, said[name]) != said[name]],
+        "not in it": [name for name in found if name not in said],
+    }
+    listed = [f"{', '.join(condense(names))}: {problem}" for problem, names in problems.items() if names]
+    if listed:
+        raise UserError(f"{index}: does not fit the files ({'; '.join(listed)}); copy the whole folder again")
 
 
 def _add(tensors: dict[str, Info], name: str, info: Info, path: Path) -> None:
@@ -131,6 +156,7 @@ class SafetensorsSource:
         """Reads the headers; raises `UserError` naming every file that is damaged."""
         self.path = path
         self.tensors: dict[str, Info] = {}
+        self.files: dict[str, str] = {}
         self._reader_of: dict[str, Reader] = {}
         self._readers: list[Reader] = []
         problems = []
@@ -143,7 +169,7 @@ class SafetensorsSource:
             self._readers.append(reader)
             for name, entry in reader.entries.items():
                 _add(self.tensors, name, Info(entry.shape, entry.dtype), file)
-                self._reader_of[name] = reader
+                self._reader_of[name], self.files[name] = reader, file.name
         if problems:
             self.close()
             raise UserError("; ".join(problems))
@@ -165,11 +191,12 @@ class TorchSource:
         """Raises `UserError` when torch is not installed or a file holds anything but tensors."""
         self.path = path
         self.tensors: dict[str, Info] = {}
+        self.files: dict[str, str] = {}
         self._values: dict[str, Any] = {}
         for file in files:
             for name, value in _load_torch(file).items():
                 _add(self.tensors, name, Info(tuple(value.shape), str(value.dtype).split(".")[1]), file)
-                self._values[name] = value
+                self._values[name], self.files[name] = value, file.name
 
     def read(self, name: str) -> np.ndarray:
         """The tensor `name`."""
@@ -225,6 +252,7 @@ class NpzSource:
                 self._declare(name, *self._header(name))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: is no whole .npz of arrays ({error}); download it again") from error
+        self.files = dict.fromkeys(self.tensors, path.name)
 
     def _header(self, name: str) -> tuple[tuple[int, ...], str]:
         with self._file.zip.open(f"{name}.npy") as member:

@@ -1,11 +1,14 @@
 """What a source says about pictures and text: image processor settings and the tokenizer's files."""
 
+import contextlib
 import dataclasses
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from crosslmm_jax.convert.hf_config import read_json
+from crosslmm_jax.convert.hf_config import is_number, read_json
 from crosslmm_jax.errors import ConfigError, UserError
 
 Resampling = Literal["bicubic", "bilinear"]
@@ -42,14 +45,15 @@ def image_settings(folder: Path | None, image_size: int) -> ImageSettings:
         settings = read_json(path).get("image_processor")
     if not settings:
         return ImageSettings()
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: field image_processor is {settings!r}; it must be an object")
     _check(settings, path, image_size)
     mean, std = settings.get("image_mean", [0.5] * 3), settings.get("image_std", [0.5] * 3)
     for name, value in (("image_mean", mean), ("image_std", std)):
-        numbers = (
-            isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
-        )
-        if not numbers or (name == "image_std" and 0 in value):
-            raise ConfigError(f"{path}: field {name} is {value!r}; it must be three numbers")
+        numbers = isinstance(value, list) and len(value) == 3 and all(is_number(x) for x in value)
+        if not numbers or (name == "image_std" and min(value) <= 0):
+            above = " above 0" if name == "image_std" else ""
+            raise ConfigError(f"{path}: field {name} is {value!r}; it must be three numbers{above}")
     return ImageSettings(
         tuple(float(x) for x in mean), tuple(float(x) for x in std),
         _RESAMPLING[settings.get("resample", 3)], path.name,
@@ -58,18 +62,47 @@ def image_settings(folder: Path | None, image_size: int) -> ImageSettings:
 
 def _check(settings: dict[str, Any], path: Path, image_size: int) -> None:
     resample = settings.get("resample", 3)
-    if resample not in _RESAMPLING:
+    if type(resample) is not int or resample not in _RESAMPLING:
         raise ConfigError(f"{path}: field resample is {resample!r}; it must be 3 (bicubic) or 2 (bilinear)")
     for name in ("do_resize", "do_rescale", "do_normalize"):
         if settings.get(name, True) is not True:
             raise ConfigError(f"{path}: field {name} is {settings[name]!r}; it must be true")
+    if settings.get("do_center_crop") not in (None, False):
+        raise ConfigError(
+            f"{path}: field do_center_crop is {settings['do_center_crop']!r}; it must be false: whole"
+            " frames are resized"
+        )
     factor = settings.get("rescale_factor", 1 / 255)
-    if not isinstance(factor, int | float) or abs(factor * 255 - 1) > 1e-6:
+    if not is_number(factor) or abs(factor * 255 - 1) > 1e-6:
         raise ConfigError(f"{path}: field rescale_factor is {factor!r}; it must be 1/255")
     size = settings.get("size")
     wanted = {"height": image_size, "width": image_size}
+    if type(size) is int:  # how older checkpoints say that both sides are as long
+        size = {"height": size, "width": size}
     if size is not None and size != wanted:
         raise ConfigError(f"{path}: field size is {size!r}, but the tower reads {wanted}; mend one of them")
+
+
+@contextlib.contextmanager
+def with_tokenizer_json(folder: Path) -> Iterator[Path]:
+    """`folder`, or of an older tokenizer (vocab.json, merges.txt) a copy that transformers has converted.
+
+    Raises:
+      UserError: transformers cannot read it.
+    """
+    older = all((folder / name).is_file() for name in ("vocab.json", "merges.txt", "tokenizer_config.json"))
+    if not older or (folder / "tokenizer.json").is_file():
+        yield folder
+        return
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as converted:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True)
+            tokenizer.save_pretrained(converted)
+        except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
+            raise UserError(f"{folder}: the tokenizer cannot be read ({error}); copy it again") from error
+        yield Path(converted)
 
 
 def tokenizer_size(folder: Path) -> int:

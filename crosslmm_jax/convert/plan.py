@@ -17,11 +17,12 @@ class Checkpoint:
     """One opened source and the tables that are to explain all of it.
 
     Attributes:
-      option: the command line's, for messages.
+      option: the command line's.
       source: its tensors.
       names: name in the tables -> name in the files.
       rules: what is taken.
       ignored: what is left out on purpose.
+      by_part: each part has a type of its own, as in our exports; else one holds for all.
     """
 
     option: str
@@ -29,6 +30,7 @@ class Checkpoint:
     names: Mapping[str, str]
     rules: tuple[Rule, ...]
     ignored: tuple[Ignored, ...]
+    by_part: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ def make_checkpoint(
     """The tables for a source.
 
     Args:
-      option: "--vision", "--llm", "--llava" or "--projector".
+      option: "--vision", "--llm", "--llava", "--projector" or "--crosslmm".
       source: its tensors.
       config: of the model that is to be made.
       replaced: another source brings the projector.
@@ -77,6 +79,9 @@ def make_checkpoint(
     if isinstance(source, NpzSource):
         names = {name: name for name in source.tensors}
         return Checkpoint(option, source, names, siglip.BIG_VISION_RULES, siglip.big_vision_ignored(config))
+    if option == "--crosslmm":
+        names = {name: name for name in source.tensors}
+        return Checkpoint(option, source, names, llava.EXPORT_RULES, (), by_part=True)
     names = {}
     for name in source.tensors:
         known = llava.canonical(name)
@@ -116,10 +121,9 @@ def make_plan(
     kinds: dict[str, str] = {}  # parameter -> dtype
     for checkpoint in checkpoints:
         found = _place(checkpoint, expand(checkpoint.rules, config, shapes), report, problems)
-        kind = _one_dtype(checkpoint, found, dtype, problems)
+        kinds |= _dtypes(checkpoint, found, dtype, problems)
         for origin in found:
             origins.setdefault(origin.slot.ours, {})[origin.row] = origin
-            kinds[origin.slot.ours] = kind
     required = {rule.ours for checkpoint in checkpoints for rule in checkpoint.rules}
     required |= {name for name in shapes if name.split(".")[0] in ("encoder", "decoder")}
     report.filled = sorted(origins)
@@ -172,10 +176,25 @@ def _place(
     return found
 
 
+def _dtypes(
+    checkpoint: Checkpoint, found: Sequence[Origin], dtype: str | None, problems: list[str]
+) -> dict[str, str]:
+    """Parameter -> type of the tensors that fill it."""
+    groups: dict[str, list[Origin]] = {}
+    for origin in found:
+        groups.setdefault(origin.slot.ours.split(".")[0] if checkpoint.by_part else "", []).append(origin)
+    return {
+        origin.slot.ours: kind
+        for group in groups.values()
+        for kind in [_one_dtype(checkpoint, group, dtype, problems)]
+        for origin in group
+    }
+
+
 def _one_dtype(
     checkpoint: Checkpoint, found: Sequence[Origin], dtype: str | None, problems: list[str]
 ) -> str:
-    """The one type of a source's tensors; several are a problem unless the user says what they become."""
+    """The one type of these tensors; several are a problem unless the user says what they become."""
     kinds: dict[str, list[str]] = {}
     for origin in found:
         kinds.setdefault(checkpoint.source.tensors[origin.key].dtype, []).append(origin.key)

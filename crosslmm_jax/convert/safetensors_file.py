@@ -41,7 +41,8 @@ def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a file, in the order of their bytes.
 
     Raises:
-      UserError: the file cannot be read, is cut short or is no safetensors file.
+      UserError: the file cannot be read, is cut short or is no safetensors file; its tensors overlap or
+        leave bytes between them.
     """
     try:
         with path.open("rb") as file:
@@ -53,28 +54,43 @@ def read_header(path: Path) -> dict[str, Entry]:
         entries = {
             name: _entry(name, value, 8 + length) for name, value in header.items() if name != "__metadata__"
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        ordered = dict(sorted(entries.items(), key=_place_of))
+        end = _end_of(ordered, 8 + length)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: is no whole safetensors file ({error}); copy or download it again"
         ) from error
-    end = max((entry.begin + entry.nbytes for entry in entries.values()), default=8 + length)
     if end != size:
         raise UserError(
             f"{path}: has {size} bytes instead of {end}; it is cut short or damaged: copy it again"
         )
-    return dict(sorted(entries.items(), key=_begin_of))
+    return ordered
 
 
-def _begin_of(item: tuple[str, Entry]) -> int:
-    return item[1].begin
+def _place_of(item: tuple[str, Entry]) -> tuple[int, int]:
+    return item[1].begin, item[1].nbytes  # an empty tensor stands before the one that begins there
+
+
+def _end_of(ordered: Mapping[str, Entry], start: int) -> int:
+    """Where the last tensor ends; a `ValueError` unless each begins where the one before it ends."""
+    end, before = start, "the header"
+    for name, entry in ordered.items():
+        if entry.begin != end:
+            what = "overlaps" if entry.begin < end else "leaves bytes behind"
+            raise ValueError(f"{name} {what} {before}")
+        end, before = end + entry.nbytes, name
+    return end
 
 
 def _entry(name: str, value: Mapping, start: int) -> Entry:
-    if value["dtype"] not in _DTYPES:
-        raise ValueError(f"{name} has the type {value['dtype']}")
-    begin, end = value["data_offsets"]
-    entry = Entry(tuple(int(size) for size in value["shape"]), _DTYPES[value["dtype"]], start + begin)
-    if begin < 0 or end - begin != entry.nbytes:
+    dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{name} has the type {dtype}")
+    # bool is an int, and a product of two negative sizes is positive.
+    if not isinstance(shape, list) or not all(type(x) is int and x >= 0 for x in (*shape, begin, end)):
+        raise ValueError(f"{name} has a shape or an offset that is no size")
+    entry = Entry(tuple(shape), _DTYPES[dtype], start + begin)
+    if end - begin != entry.nbytes:
         raise ValueError(f"the bytes of {name} do not fit its shape")
     return entry
 

@@ -212,7 +212,8 @@ def _encoder_blocks(read: Read, config: ModelConfig, frames: np.ndarray) -> Iter
     patches = patchify(jnp.asarray(pixels, jnp.float32), vision.patch_size)
     x = patches @ top["patch_embedding"] + top["patch_bias"] + top["position_embedding"]
     yield "patch embedding", np.asarray(x)
-    step = jax.jit(functools.partial(encoder_layer, config=vision, backend=config.attention))
+    layer = functools.partial(encoder_layer, patches=vision.num_patches)
+    step = jax.jit(functools.partial(layer, config=vision, backend=config.attention))
     for i in range(vision.depth):
         x = step(read("encoder.layers", i), x)
         yield f"encoder layer {i}", np.asarray(x)
@@ -228,7 +229,7 @@ def _decoder_blocks(read: Read, config: ModelConfig, tokens: np.ndarray) -> Iter
 
     @jax.jit
     def step(layer: Layer, x: jax.Array) -> jax.Array:
-        x, _ = self_attention(layer, x, positions, config=decoder, backend=config.attention)
+        x, _, _ = self_attention(layer, x, positions, config=decoder, backend=config.attention)
         return mlp(layer, x, config=decoder)
 
     top = read("decoder", None)

@@ -1,6 +1,6 @@
-"""Parity with torch at the full depth and width of the 2B model, with random weights. Minutes and 10 GB.
+"""Parity with torch at the full depth and width of the 2B model, random weights. Minutes and 15 GB of memory.
 
-    python tests/convert/full_depth.py --json docs/results/parity_2b_full_depth.json
+    python tests/convert/full_depth.py --json docs/results/full_depth_parity.json
 
 Writes a SigLIP so400m and a Qwen2.5-1.5B of random weights, converts them with `from-hf`, compares every
 block with `convert verify` and lets both sides generate greedily. One side is in memory at a time.

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -18,6 +19,7 @@ from crosslmm_jax.config_io import option_types
 from crosslmm_jax.convert.from_hf import Request, convert_from_hf
 from crosslmm_jax.convert.hf_files import open_source
 from crosslmm_jax.convert.report import condense
+from crosslmm_jax.convert.to_hf import convert_to_hf
 from crosslmm_jax.errors import UserError
 
 
@@ -263,6 +265,29 @@ def test_a_full_disk(copies, fails, monkeypatch) -> None:
 
     monkeypatch.setattr("os.posix_fallocate", full)
     fails("No space left on device; give a folder that can be written, on a disk with room")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 512 KiB, for those who may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_really_full(sources, small_disk, tmp_path) -> None:
+    request = Request(vision=str(sources.vision), llm=str(sources.untied))
+    with pytest.raises(UserError, match="disk/model: No space left on device; give a folder"):
+        convert_from_hf(request, small_disk / "model", tokenizer=sources.tokenizer)
+    assert list(small_disk.iterdir()) == []
+    convert_from_hf(request, tmp_path / "model", tokenizer=sources.tokenizer)
+    with pytest.raises(UserError, match="disk/export: No space left on device; give a folder"):
+        convert_to_hf(tmp_path / "model", small_disk / "export")
+    assert list(small_disk.iterdir()) == []
 
 
 def test_a_disk_that_fills_up_later_keeps_the_older_model(sources, copies, fails, monkeypatch) -> None:

@@ -66,6 +66,15 @@ def assert_equal(left, right) -> None:
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+def test_a_model_may_be_a_link_to_another_disk(tmp_path, params, tokenizer) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    for prompt in ("First.", "Second."):
+        save(tmp_path / "link", params, tokenizer, system_prompt=prompt)
+        assert load_processor(tmp_path / "disk" / "model").system_prompt == prompt
+    assert (tmp_path / "link").is_symlink() and not list(tmp_path.glob(".*"))
+
+
 def test_round_trip(written, params) -> None:
     assert load_model_config(written) == tiny()
     processor = load_processor(written)

@@ -14,7 +14,7 @@ from PIL import Image
 from crosslmm_jax.convert.folder import load_model_config, load_processor
 from crosslmm_jax.convert.from_hf import Request, convert_from_hf
 from crosslmm_jax.convert.hf_config import _unpadded
-from crosslmm_jax.convert.hf_processor import image_settings, tokenizer_size
+from crosslmm_jax.convert.hf_processor import image_settings, tokenizer_size, with_tokenizer_json
 from crosslmm_jax.data.clip import resize
 from crosslmm_jax.data.tokenizer import load_tokenizer
 from crosslmm_jax.errors import UserError
@@ -58,12 +58,21 @@ def test_settings_reach_the_model(sources, tmp_path, name) -> None:
         ({"image_mean": 0.5}, "field image_mean"),
         ({"do_normalize": False}, "field do_normalize is False"),
         ({"rescale_factor": 1.0}, "field rescale_factor is 1.0"),
+        ({"do_center_crop": True}, "field do_center_crop is True; it must be false"),
+        ({"size": 384}, "field size is"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, changes, match) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings_file(**changes)))
     with pytest.raises(UserError, match=match):
         image_settings(tmp_path, 28)
+
+
+def test_the_older_way_to_say_a_size(tmp_path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(settings_file(size=28, do_center_crop=False))
+    )
+    assert image_settings(tmp_path, 28).resampling == "bilinear"
 
 
 @pytest.mark.parametrize("resampling", ["bicubic", "bilinear"])
@@ -95,6 +104,35 @@ def test_the_real_vocabulary(tmp_path) -> None:
     tokenizer = load_tokenizer(QWEN)
     assert tokenizer.encode_plain("Hello world!") == [9707, 1879, 0]
     assert (tokenizer.im_end, tokenizer.video_pad, tokenizer.vocab_size) == (151645, 151656, 151665)
+
+
+@needs_qwen
+def test_a_tokenizer_of_vocabulary_and_merges(sources, tmp_path) -> None:
+    """The older form, without tokenizer.json, gives the same ids."""
+    described = json.loads((QWEN / "tokenizer.json").read_text(encoding="utf-8"))
+    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"])
+    older = tmp_path / "older"
+    older.mkdir()
+    (older / "vocab.json").write_text(json.dumps(described["model"]["vocab"]), encoding="utf-8")
+    (older / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    # As Qwen2.5's own repositories say it.
+    added = {str(token.pop("id")): token for token in described["added_tokens"]}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added}
+    (older / "tokenizer_config.json").write_text(json.dumps(config))
+    with with_tokenizer_json(older) as folder:
+        assert tokenizer_size(folder) == 151665
+        tokenizer, expected = load_tokenizer(folder), load_tokenizer(QWEN)
+    for text in ("Hello world!", "What's 1234 + 5?\n\nÜber 北京", "<|im_end|> stays text"):
+        assert tokenizer.encode_plain(text) == expected.encode_plain(text)
+    assert tokenizer.im_end == expected.im_end
+
+
+def test_half_a_tokenizer(tmp_path) -> None:
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / "tokenizer_config.json").write_text("{ no json")
+    with pytest.raises(UserError, match="cannot be read"), with_tokenizer_json(tmp_path):
+        pass
 
 
 @needs_qwen
