@@ -9,9 +9,10 @@ from jaxtyping import Array
 
 from crosslmm_jax.config import AttentionBackend, ModelConfig
 from crosslmm_jax.model.attention import attention
+from crosslmm_jax.model.vision import frame_chunk
 from crosslmm_jax.profiling import flops, timing
 from crosslmm_jax.profiling.cases import Case, run_cases
-from crosslmm_jax.profiling.inputs import num_bytes, preset_with_tokens, random_array
+from crosslmm_jax.profiling.inputs import config_of, num_bytes, random_array
 from crosslmm_jax.profiling.record import Record, Request
 
 BACKENDS: tuple[AttentionBackend, ...] = ("auto", "cudnn", "blockwise")
@@ -41,7 +42,7 @@ class Shape(NamedTuple):
 def run(record: Record) -> None:
     """Measures every attention with every backend that applies to it."""
     request = record.request
-    config = preset_with_tokens(request.system, request.tokens_per_frame)
+    config = config_of(request)
     rates = timing.copy_rate(repeats=request.repeats)
     record.add_facts(copy_tb_per_s=rates["copy_tb_per_s"], copy=rates)
     cases = []
@@ -66,7 +67,7 @@ def shapes(config: ModelConfig, request: Request, frames: int) -> list[Shape]:
     work = request.workload(frames)
     original, decoder = frames * v.num_patches, (d.num_heads, d.num_kv_heads, d.head_dim)
     length = work.length(config)
-    chunk = min(v.frame_chunk, frames)
+    chunk = min(frame_chunk(config), frames)
     return [
         Shape("encoder", chunk, v.num_patches, v.num_patches, v.num_heads, v.num_heads, v.head_dim),
         Shape("self_attention", 1, length, length, *decoder, causal=True),

@@ -32,11 +32,17 @@ class Case:
     prepare: Callable[[Any], Any] | None = None  # of the inputs, before each call, not timed
     per_call: int = 1  # results of one call that the row's time is divided by
     finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # adds fields to the row
+    compiler_options: dict[str, Any] | None = None  # of XLA
 
     @property
     def name(self) -> str:
         """For messages and folders."""
-        return f"{self.row['what']}_{self.row['frames']}".replace("+", "_with_")
+        kinds = (
+            "what", "frames", "tokens_per_frame", "v2v_scope", "remat", "devices", "mesh", "precision",
+            "backend",
+        )  # fmt: skip
+        named = [self.row[kind] for kind in kinds if kind in self.row]
+        return "_".join(map(str, named)).replace("+", "_with_")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -80,7 +86,9 @@ def _compile_all(cases: Sequence[Case], record: Record) -> list[_Ready]:
             try:
                 with _AttentionBackends() as backends:
                     lowered = case.lower()
-                waiting.append((case, sorted(backends.seen), pool.submit(_compile, lowered)))
+                waiting.append(
+                    (case, sorted(backends.seen), pool.submit(_compile, lowered, case.compiler_options))
+                )
             except Exception as error:
                 record.add_error(f"{case.name}, lowering", error)
         for case, seen, future in waiting:
@@ -95,9 +103,9 @@ def _compile_all(cases: Sequence[Case], record: Record) -> list[_Ready]:
     return ready
 
 
-def _compile(lowered: Any) -> tuple[Any, float]:
+def _compile(lowered: Any, options: dict[str, Any] | None) -> tuple[Any, float]:
     begin = time.perf_counter()
-    return lowered.compile(), time.perf_counter() - begin
+    return lowered.compile(compiler_options=options), time.perf_counter() - begin
 
 
 def _run(item: _Ready, record: Record, weights: Any, high_water: memory.HighWater) -> None:
@@ -113,6 +121,7 @@ def _run(item: _Ready, record: Record, weights: Any, high_water: memory.HighWate
     after = high_water.mark()
     timed = timing.summary([sample / case.per_call for sample in timed["samples_ms"]])
     row = {**case.row, **timed, **memory.peak_row(item.plan, before, after)}
+    row.setdefault("compiler_options", case.compiler_options)
     row |= {"compile_s": item.compile_s, "attention": item.backends}
     if case.finish is not None:
         row |= case.finish(row)

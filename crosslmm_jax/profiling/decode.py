@@ -5,18 +5,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.inference.generate import Generation, Sampling, generate
 from crosslmm_jax.model import CrossLMM
 from crosslmm_jax.model.cache import Cache
 from crosslmm_jax.model.cross_attention import KeysValues
+from crosslmm_jax.model.quantise import DTYPES
 from crosslmm_jax.profiling import flops, timing
 from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.inputs import (
+    CODE_STD,
+    config_of,
     num_bytes,
     param_shapes,
-    preset_with_tokens,
+    precision_of,
     random_array,
     random_params,
 )
@@ -29,7 +33,7 @@ NEVER = -1  # no token ends the answer
 def run(record: Record) -> None:
     """Measures a token's time behind prompts with each of the frame counts that the request names."""
     request = record.request
-    config = preset_with_tokens(request.system, request.tokens_per_frame)
+    config = config_of(request)
     rates = timing.copy_rate(repeats=request.repeats)
     record.add_facts(copy_tb_per_s=rates["copy_tb_per_s"], copy=rates)
     cases = [case(config, request, frames, rates["copy_tb_per_s"]) for frames in request.frames]
@@ -46,7 +50,9 @@ def case(config: ModelConfig, request: Request, frames: int, copy_tb_per_s: floa
 
     def lower() -> Any:
         shapes = param_shapes(config)
-        return generate.lower(CrossLMM(config), shapes, t2v_shapes, state_shapes, limit, sampling, **options)
+        return generate.lower(
+            CrossLMM(config, stacked=False), shapes, t2v_shapes, state_shapes, limit, sampling, **options
+        )
 
     def inputs() -> dict[str, Any]:
         t2v, state = _state(config, frames, cached, room)
@@ -71,6 +77,7 @@ def case(config: ModelConfig, request: Request, frames: int, copy_tb_per_s: floa
         "what": "decode",
         "frames": frames,
         "tokens_per_frame": config.merge.tokens_per_frame,
+        "precision": precision_of(config),
         "text_tokens": request.text,
         "generated_tokens": request.steps,
     }
@@ -92,22 +99,26 @@ def bytes_read(config: ModelConfig, t2v_bytes: int) -> dict[str, int]:
     if not config.decoder.tie_embeddings:
         del decoder["embedding"]
     of_keys = {"wk", "wv", "bk", "bv", "kv_norm"}
-    t2v = {name: leaf for name, leaf in shapes["t2v"].items() if name not in of_keys}
+    t2v = [leaf for layer in shapes["t2v"].values() for name, leaf in layer.items() if name not in of_keys]
     if "t2v" not in config.cross_attention.directions:
         return {"weights": num_bytes(decoder)}
     return {"weights": num_bytes((decoder, t2v)), "t2v": t2v_bytes}
 
 
-def _state(config: ModelConfig, frames: int, cached: int, room: int) -> tuple[KeysValues | None, Generation]:
+def _state(config: ModelConfig, frames: int, cached: int, room: int) -> tuple[Any, Generation]:
     """T2V keys and values, and a generation behind `cached` tokens, both random."""
     d, dtype = config.decoder, jnp.dtype(config.compute_dtype)
-    own = (d.num_layers, 1, room, d.num_kv_heads, d.head_dim)
-    video = (
-        len(config.cross_attention_layers), 1, frames, config.vision.num_patches, d.num_kv_heads, d.head_dim,
-    )  # fmt: skip
-    t2v = None
+
+    def random(shape: tuple[int, ...], count: int, seed: int, dtype: Any) -> tuple[Array, ...]:
+        return tuple(random_array(shape, dtype, seed=seed + 2 * i, std=1.0) for i in range(count))
+
+    own, video = (1, room), (1, frames, config.vision.num_patches)
+    t2v, heads, layers = None, (d.num_kv_heads, d.head_dim), len(config.cross_attention_layers)
     if "t2v" in config.cross_attention.directions:
-        t2v = KeysValues(*(random_array(video, dtype, seed=seed, std=1.0) for seed in (10, 11)))
-    keys, values = (random_array(own, dtype, seed=seed, std=1.0) for seed in (12, 13))
+        stored = DTYPES.get(config.cross_attention.cache_dtype, dtype)
+        keys, values = (random((*video, *heads), layers, seed, stored) for seed in (1000, 1001))
+        scale = None if stored == dtype else jnp.full((1, *heads), 1 / CODE_STD)
+        t2v = tuple(KeysValues(*pair, scale, scale) for pair in zip(keys, values, strict=True))
+    keys, values = (random((*own, *heads), d.num_layers, seed, dtype) for seed in (2000, 2001))
     cache = Cache(keys, values, jnp.full((1,), cached, jnp.int32), jnp.full((1,), frames, jnp.int32), None)
     return t2v, Generation(cache, jnp.zeros((1,), jnp.int32), jnp.zeros((1,), bool), jax.random.key(0))

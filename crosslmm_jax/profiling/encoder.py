@@ -4,15 +4,24 @@ import functools
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import Array
 
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model import CrossLMM
 from crosslmm_jax.model.siglip import SiglipEncoder
+from crosslmm_jax.model.vision import frame_chunk
+from crosslmm_jax.parallel.compiling import matmul_options
 from crosslmm_jax.profiling import flops
 from crosslmm_jax.profiling.cases import Case, run_cases
-from crosslmm_jax.profiling.inputs import num_bytes, param_shapes, preset_with_tokens, random_params
+from crosslmm_jax.profiling.inputs import (
+    config_of,
+    frames_shape,
+    num_bytes,
+    param_shapes,
+    precision_of,
+    random_frames,
+    random_params,
+)
 from crosslmm_jax.profiling.record import Record
 
 PARTS = ("encoder", "projector")
@@ -21,31 +30,40 @@ PARTS = ("encoder", "projector")
 def run(record: Record) -> None:
     """Measures `encoder` (pixels to features) and `encode` (to compact and original tokens)."""
     request = record.request
-    config = preset_with_tokens(request.system, request.tokens_per_frame)
+    config = config_of(request)
     cases = [case(config, frames, what) for frames in request.frames for what in ("encoder", "encode")]
     run_cases(cases, record, make_weights=functools.partial(random_params, config, PARTS))
 
 
 def case(config: ModelConfig, frames: int, what: str) -> Case:
     """`frames` frames through the encoder, or through encoder, pool and projector."""
-    size = config.vision.image_size
-    shape = jax.ShapeDtypeStruct((1, frames, size, size, 3), np.uint8)
+    shape = frames_shape(config, frames)
     function = _features if what == "encoder" else _encode
-
-    def inputs() -> Any:
-        return jax.device_put(np.random.default_rng(0).integers(0, 256, shape.shape, dtype=np.uint8))
 
     def call(compiled: Any, weights: Any, pixels: Any, _: None) -> Any:
         return compiled(weights, pixels)
 
     def lower() -> Any:
-        return function.lower(CrossLMM(config), param_shapes(config, PARTS), shape)
+        return function.lower(CrossLMM(config, stacked=False), param_shapes(config, PARTS), shape)
 
     costs = flops.encoder(config, frames)
     if what == "encoder":
         costs = {"encoder": costs["encoder"]}
-    row = {"what": what, "frames": frames, "tokens_per_frame": config.merge.tokens_per_frame}
-    return Case(row=row, lower=lower, inputs=inputs, call=call, input_bytes=num_bytes(shape), costs=costs)
+    row = {
+        "what": what,
+        "frames": frames,
+        "tokens_per_frame": config.merge.tokens_per_frame,
+        "precision": precision_of(config),
+    }
+    return Case(
+        row=row,
+        lower=lower,
+        inputs=functools.partial(random_frames, config, frames),
+        call=call,
+        input_bytes=num_bytes(shape),
+        costs=costs,
+        compiler_options=matmul_options(),
+    )
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -57,8 +75,10 @@ def _encode(model: CrossLMM, params: Any, frames: Array) -> Any:
 def _features(model: CrossLMM, params: Any, frames: Array) -> Any:
     """float[F, P, W], made in the chunks that the model makes."""
     config = model.config
-    encoder = SiglipEncoder(config.vision, config.compute_dtype, config.attention)
-    count, chunk = frames.shape[1], config.vision.frame_chunk
+    encoder = SiglipEncoder(
+        config.vision, config.compute_dtype, config.attention, matmul=config.visual_matmul, stacked=False
+    )
+    count, chunk = frames.shape[1], frame_chunk(config)
     count = count // chunk if count % chunk == 0 else 1
     chunks = frames.reshape(count, -1, *frames.shape[2:])
 

@@ -10,6 +10,9 @@ PANELS = {
     "ms": "time (ms)",
 }
 
+# Fields of a row that make another line; V2V over the whole video goes without saying.
+KINDS = ("backend", "v2v_scope", "remat", "mesh", "devices")
+
 
 def draw(report: dict[str, Any], path: str) -> None:
     """Writes the figure of a report to `path`; the file's ending says which format."""
@@ -26,7 +29,7 @@ def draw(report: dict[str, Any], path: str) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), "o-", color=f"C{index}", label=name)
             system = rows[0]["system"]
-            if system in PAPER and rows[0]["what"] == "prefill":
+            if system in PAPER and _is_the_papers(rows[0]):
                 axis.plot(
                     PAPER_FRAMES, PAPER[system][field], "o", color=f"C{index}", fillstyle="none",
                     label=f"{system}, as printed in the paper",
@@ -54,17 +57,23 @@ def _lines(rows: list[Row]) -> dict[str, list[Row]]:
         if row["what"] == "prefill+cache":
             continue
         name = ", ".join(
-            [row["system"], *filter(None, [row.get("backend")])]
+            [row["system"], *(str(row[kind]) for kind in KINDS if row.get(kind) not in (None, "video"))]
             + ([row["what"]] if row["what"] != "prefill" else [])
             + [f"{row['tokens_per_frame']} tokens a frame"]
+            + [precision for precision in [row.get("precision")] if precision in ("fp8", "int8")]
         )
         lines.setdefault(name, []).append(row)
     return lines
 
 
+def _is_the_papers(row: Row) -> bool:
+    """Whether a row measures what the paper's figure shows."""
+    return row["what"] == "prefill" and row.get("v2v_scope", "video") == "video"
+
+
 def _write_reductions(axis: Any, rows: list[Row], field: str) -> None:
     """How many times less the 7B model takes than its peer, written at the peer's points."""
-    found = {(row["system"], row["frames"]): row.get(field) for row in rows if row["what"] == "prefill"}
+    found = {(row["system"], row["frames"]): row.get(field) for row in rows if _is_the_papers(row)}
     for (system, frames), value in found.items():
         ours = found.get(("crosslmm_7b", frames))
         if system == "llava-onevision-7b" and value and ours:

@@ -6,9 +6,10 @@ kernels on scratch memory) then stays below the weights and out of the peaks tha
 
 import dataclasses
 import functools
+import json
 import math
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -17,14 +18,19 @@ import numpy as np
 from jaxtyping import Array
 
 from crosslmm_jax.config import PARTS, ModelConfig
+from crosslmm_jax.config_io import from_dict, to_dict
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.model import init_params
+from crosslmm_jax.model import init_params, quantise_params, separate_layers
+from crosslmm_jax.model.weights import has_own_dtype
 from crosslmm_jax.presets import get_preset
 from crosslmm_jax.profiling.flops import Workload
+from crosslmm_jax.profiling.record import Request
 
 WEIGHT_STD = 0.02  # Hugging Face's initialiser, as the peers have it
 OPEN_GATE = 0.5
-LARGE = 2**24  # numbers in an array that is made on its own
+CODE_STD = 25.0  # of random numbers in 8 bits: five deviations within int8
+INPUT_SCALE = 2.0**-3  # of what so400m's matrices read in fp8, by `activation_bounds`, with norms of one
+LARGE = 2**24  # numbers in an array that is made before the next is begun
 
 
 def preset_with_tokens(name: str, tokens_per_frame: int | None) -> ModelConfig:
@@ -42,34 +48,76 @@ def preset_with_tokens(name: str, tokens_per_frame: int | None) -> ModelConfig:
     return dataclasses.replace(config, merge=dataclasses.replace(config.merge, grid=grid))
 
 
-def param_shapes(config: ModelConfig, parts: Collection[str] = PARTS) -> Any:
-    """Shapes and dtypes of inference weights: matrices in the compute dtype, norms and gates float32."""
-    abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+def config_of(request: Request) -> ModelConfig:
+    """The model that a request names, its overrides applied.
+
+    Raises:
+      UserError: an unknown preset or field, or a value that does not fit.
+    """
+    config = preset_with_tokens(request.system, request.tokens_per_frame).at_precision(request.precision)
+    return with_overrides(config, request.overrides)
+
+
+def with_overrides(config: ModelConfig, words: Sequence[str]) -> ModelConfig:
+    """`config` with the fields that the words FIELD=VALUE name; values are JSON or bare text."""
+    values = to_dict(config)
+    for word in words:
+        path, equals, text = word.partition("=")
+        *parents, name = path.replace("-", "_").split(".")
+        node: Any = values
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if not equals or not isinstance(node, dict) or name not in node:
+            raise UserError(f"--set {word}: give FIELD=VALUE with a field of the model, as vision.remat=none")
+        try:
+            node[name] = json.loads(text)
+        except json.JSONDecodeError:
+            node[name] = text
+    return from_dict(ModelConfig, values, source="--set")
+
+
+def with_scopes(config: ModelConfig, scopes: Sequence[str]) -> list[ModelConfig]:
+    """`config` with each of the V2V scopes, or as it is where there are none."""
+    cross = config.cross_attention
+    own = scopes or (cross.v2v_scope,)
+    return [with_overrides(config, [f"cross_attention.v2v_scope={scope}"]) for scope in own]
+
+
+def precision_of(config: ModelConfig) -> str:
+    """What a row says about it: the compute dtype, or the 8 bits of `ModelConfig.at_precision`."""
+    return config.compute_dtype if config.visual_matmul == "compute" else config.visual_matmul
+
+
+def param_shapes(config: ModelConfig, parts: Collection[str] = PARTS, *, stacked: bool = False) -> Any:
+    """Shapes and dtypes of inference weights: matrices in the compute dtype, norms and gates float32.
+
+    With `visual_matmul`, matrices of encoder and projector in 8 bits, their scales float32. Layers have
+    arrays of their own, as inference reads them, or with `stacked` as training does.
+    """
+    abstract = jax.eval_shape(
+        lambda: quantise_params(init_params(config, jax.random.key(0)), config.visual_matmul)
+    )
+    abstract = abstract if stacked else separate_layers(abstract)
     abstract = {part: abstract[part] for part in parts}
 
     def stored(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
-        name = path[-1].key
-        dtype = leaf.dtype if _is_norm(name) or name == "gate" else jnp.dtype(config.compute_dtype)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+        own = has_own_dtype(path[-1].key, leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if own else jnp.dtype(config.compute_dtype))
 
     return jax.tree_util.tree_map_with_path(stored, abstract)
 
 
-def random_params(config: ModelConfig, parts: Collection[str] = PARTS) -> Any:
+def random_params(config: ModelConfig, parts: Collection[str] = PARTS, *, stacked: bool = False) -> Any:
     """Arrays of `param_shapes`, made on the device in their own dtype, gates open.
 
-    The largest come first, one by one, so that no moment holds more memory than all weights do in the end;
-    the small ones then come together, in one program.
+    The largest come first, so that no moment holds more memory than all weights do in the end.
     """
-    flat, tree = jax.tree_util.tree_flatten_with_path(param_shapes(config, parts))
+    flat, tree = jax.tree_util.tree_flatten_with_path(param_shapes(config, parts, stacked=stacked))
     values: list[Any] = [None] * len(flat)
-    large = sorted((i for i in range(len(flat)) if flat[i][1].size >= LARGE), key=lambda i: -flat[i][1].size)
-    for i in large:
-        values[i] = jax.block_until_ready(_random_leaf(*flat[i]))
-    small = [i for i in range(len(flat)) if values[i] is None]
-    made = jax.jit(lambda: [_random_leaf(*flat[i]) for i in small])()
-    for i, value in zip(small, made, strict=True):
-        values[i] = value
+    for i in sorted(range(len(flat)), key=lambda i: -flat[i][1].size):
+        values[i] = _random_leaf(*flat[i])
+        if values[i].size >= LARGE:
+            jax.block_until_ready(values[i])
     return jax.tree_util.tree_unflatten(tree, values)
 
 
@@ -77,6 +125,10 @@ def _random_leaf(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
     name = path[-1].key
     if name == "gate":
         return jnp.full(leaf.shape, OPEN_GATE, leaf.dtype)
+    if name.endswith("_input_scale"):
+        return jnp.full(leaf.shape, INPUT_SCALE, leaf.dtype)
+    if name.endswith("_scale") and not _is_norm(name):
+        return jnp.full(leaf.shape, WEIGHT_STD / CODE_STD, leaf.dtype)
     if _is_norm(name) and not name.endswith("bias"):
         return jnp.ones(leaf.shape, leaf.dtype)
     seed = zlib.crc32(jax.tree_util.keystr(path).encode())
@@ -88,33 +140,53 @@ def _is_norm(name: str) -> bool:
 
 
 def random_array(shape: tuple[int, ...], dtype: Any, *, seed: int, std: float = WEIGHT_STD) -> Array:
-    """Gaussian with standard deviation `std`, on the device."""
+    """Gaussian with standard deviation `std`, on the device; 8 bits have `CODE_STD`, for a scale behind."""
+    if jnp.dtype(dtype).itemsize == 1:
+        std = CODE_STD
     return _normal(jax.random.key(seed, impl="rbg"), tuple(shape), jnp.dtype(dtype), std)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "std"))
 def _normal(key: Array, shape: tuple[int, ...], dtype: Any, std: float) -> Array:
-    if len(shape) < 3:
-        return std * jax.random.normal(key, shape, dtype)
-    # Layer by layer: random bits are wider than bfloat16.
-    return jax.lax.map(
-        lambda k: std * jax.random.normal(k, shape[1:], dtype), jax.random.split(key, shape[0])
-    )
+    drawn = jnp.dtype(jnp.bfloat16) if dtype.itemsize == 1 else dtype
+    return (std * jax.random.normal(key, shape, drawn)).astype(dtype)
+
+
+def frames_shape(config: ModelConfig, frames: int) -> jax.ShapeDtypeStruct:
+    """uint8[1, F, R, R, 3]."""
+    size = config.vision.image_size
+    return jax.ShapeDtypeStruct((1, frames, size, size, 3), jnp.uint8)
+
+
+def random_frames(config: ModelConfig, frames: int, *, seed: int = 0) -> Array:
+    """uint8[1, F, R, R, 3] random pixels, made on the device: a long video's take gigabytes."""
+    return _random_pixels(jax.random.key(seed, impl="rbg"), frames_shape(config, frames).shape)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _random_pixels(key: Array, shape: tuple[int, ...]) -> Array:
+    keys = jax.random.split(key, shape[1])
+    return jax.lax.map(lambda k: jax.random.bits(k, shape[2:], jnp.uint8), keys)[None]
 
 
 def random_prompt(config: ModelConfig, work: Workload, *, seed: int = 0) -> dict[str, np.ndarray]:
     """One row, as numpy arrays: text, a video of random pixels, text; without padding."""
     rng = np.random.default_rng(seed)
+    shape = frames_shape(config, work.frames).shape
+    return {"frames": rng.integers(0, 256, shape, dtype=np.uint8), **random_text(config, work, seed=seed)}
+
+
+def random_text(config: ModelConfig, work: Workload, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """`random_prompt` without the pixels."""
+    rng = np.random.default_rng(seed)
     length, visual = work.length(config), work.frames * config.merge.tokens_per_frame
     slots = np.arange(work.before, work.before + visual)
     visible = np.zeros((1, length), np.int32)
     visible[0, work.before :] = work.frames
-    size = config.vision.image_size
     loss_mask = np.zeros((1, length), np.float32)
     loss_mask[0, work.before + visual :] = 1
     tokens = rng.integers(0, config.decoder.vocab_size, (1, length))
     return {
-        "frames": rng.integers(0, 256, (1, work.frames, size, size, 3), dtype=np.uint8),
         "frame_mask": np.ones((1, work.frames), bool),
         "frame_times": np.arange(work.frames, dtype=np.float32)[None],
         "tokens": tokens.astype(np.int32),

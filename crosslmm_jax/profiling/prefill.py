@@ -5,6 +5,7 @@ decoder's keys and values and T2V's of the video.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,15 +15,20 @@ from jaxtyping import Array
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model import CrossLMM
 from crosslmm_jax.model.loss import logits_of
+from crosslmm_jax.parallel.compiling import matmul_options
 from crosslmm_jax.profiling import flops
 from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.inputs import (
+    config_of,
+    frames_shape,
     num_bytes,
     param_shapes,
-    preset_with_tokens,
+    precision_of,
+    random_frames,
     random_params,
-    random_prompt,
+    random_text,
     shapes_of,
+    with_scopes,
 )
 from crosslmm_jax.profiling.record import Record, Request
 
@@ -31,10 +37,18 @@ ROOM = 256  # tokens that an answer may have
 
 def run(record: Record) -> None:
     """Measures both forms at all frame counts that the request names."""
+    measure(record, forms=(False, True))
+
+
+def measure(record: Record, *, forms: Sequence[bool]) -> None:
+    """Measures the forms (with a cache or not) for each V2V scope and frame count."""
     request = record.request
-    config = preset_with_tokens(request.system, request.tokens_per_frame)
+    config = config_of(request)
     cases = [
-        case(config, request, frames, cached=cached) for frames in request.frames for cached in (False, True)
+        case(scoped, request, frames, cached=cached)
+        for scoped in with_scopes(config, request.v2v_scopes)
+        for frames in request.frames
+        for cached in forms
     ]
     run_cases(cases, record, make_weights=functools.partial(random_params, config))
 
@@ -42,13 +56,15 @@ def run(record: Record) -> None:
 def case(config: ModelConfig, request: Request, frames: int, *, cached: bool) -> Case:
     """One prefill of a prompt with `frames` frames."""
     work = request.workload(frames)
-    batch = random_prompt(config, work)
-    pixels = batch.pop("frames")
+    batch, pixels = random_text(config, work), frames_shape(config, frames)
     batch.pop("loss_mask")
     function = _with_cache if cached else _first_logits
 
     def lower() -> Any:
-        return function.lower(CrossLMM(config), param_shapes(config), shapes_of(pixels), shapes_of(batch))
+        return function.lower(CrossLMM(config, stacked=False), param_shapes(config), pixels, shapes_of(batch))
+
+    def inputs() -> Any:
+        return random_frames(config, frames), jax.device_put(batch)
 
     def call(compiled: Any, weights: Any, inputs: Any, _: None) -> Any:
         return compiled(weights, *inputs)
@@ -57,11 +73,14 @@ def case(config: ModelConfig, request: Request, frames: int, *, cached: bool) ->
         "what": "prefill+cache" if cached else "prefill",
         "frames": frames,
         "tokens_per_frame": config.merge.tokens_per_frame,
+        "precision": precision_of(config),
         "text_tokens": work.text,
+        "v2v_scope": config.cross_attention.v2v_scope,
     }
     return Case(
-        row=row, lower=lower, inputs=functools.partial(jax.device_put, (pixels, batch)), call=call,
+        row=row, lower=lower, inputs=inputs, call=call,
         input_bytes=num_bytes((pixels, batch)), costs=flops.prefill(config, work),
+        compiler_options=matmul_options(),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from crosslmm_jax.config import Precision
 from crosslmm_jax.profiling.flops import Costs, Workload, total
 
 
@@ -17,22 +18,31 @@ from crosslmm_jax.profiling.flops import Costs, Workload, total
 class Request:
     """One system to measure, in one process."""
 
-    task: str  # prefill, decode, train, encoder or attention
+    task: str  # a module of this package: prefill, decode, ...
     system: str  # a preset or a peer
     frames: tuple[int, ...]
     tokens_per_frame: int | None = None  # None: the preset's own
+    overrides: tuple[str, ...] = ()  # FIELD=VALUE, of the preset
+    precision: Precision = "compute"  # of encoder, projector and T2V's cache
+    v2v_scopes: tuple[str, ...] = ()  # each is measured; (): the preset's own
+    remats: tuple[str, ...] = ()  # of the encoder in training, each is measured; (): the preset's own
+    devices: tuple[int, ...] = ()  # device counts that scaling compares; none: one and two
     text: int = 64  # tokens of the prompt that are not visual
     before: int = 16  # of these, how many stand before the video
     steps: int = 64  # generated tokens that a decode is timed over
     repeats: int = 5
     compile_jobs: int = 1  # programs compiled at once
     trace: str | None = None  # folder for a profile of one call of each case
+    videos: str | None = None  # folder of the videos that `precision` reads
 
     @staticmethod
     def from_json(text: str) -> "Request":
         """What `to_json` wrote."""
-        values = json.loads(text)
-        return Request(**values | {"frames": tuple(values["frames"])})
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in json.loads(text).items()
+        }
+        return Request(**values)
 
     def to_json(self) -> str:
         """One line."""
@@ -61,7 +71,10 @@ class Record:
         self.save()
 
     def add_row(self, row: dict[str, Any], costs: Costs | None = None) -> None:
-        """Adds a row, with what follows from its time, its FLOPs and the measured matmul rate."""
+        """Adds a row, with what follows from its time, its FLOPs and the measured matmul rate.
+
+        That rate is bfloat16's for rows in 8 bits too, so that all rows compare: theirs may exceed 1.
+        """
         row = {"system": self.request.system, **row}
         if costs is not None:
             row["model_tflop"] = total(costs) / 1e12
@@ -71,7 +84,8 @@ class Record:
                 row["fraction_of_matmul"] = row["tflops"] / self.facts["matmul_tflops"]
         self.rows.append(row)
         self.save()
-        shown = {name: row.get(name) for name in ("system", "what", "frames", "ms", "peak_mb", "tflops")}
+        names = ("system", "what", "frames", "precision", "ms", "peak_mb", "tflops")
+        shown = {name: row[name] for name in names if name in row}
         print(
             " ".join(f"{name}={_short(value)}" for name, value in shown.items()), file=sys.stderr, flush=True
         )

@@ -49,11 +49,18 @@ class Bar(NamedTuple):
 
 
 def _find(rows: list[Row], system: str, what: str, frames: int, tokens: int | None = None) -> Row | None:
+    """The row of the paper's model, whose V2V reads the whole video."""
     for row in rows:
         same = (row["system"], row["what"], row["frames"]) == (system, what, frames)
+        same = same and is_wide(row) and row.get("v2v_scope", "video") == "video"
         if same and (tokens is None or row["tokens_per_frame"] == tokens):
             return row
     return None
+
+
+def is_wide(row: Row) -> bool:
+    """Whether a row answers the bars, which are about bfloat16."""
+    return row.get("precision", "bfloat16") == "bfloat16"
 
 
 def _value(
@@ -82,8 +89,34 @@ def _speedup(frames: int) -> Callable[[list[Row]], float | None]:
 
 def _encoder_share(rows: list[Row]) -> float | None:
     """The best share of the matmul rate over the frame counts measured."""
-    ours = [row for row in rows if row["what"] == "encoder" and row["system"].startswith("crosslmm")]
+    ours = [
+        row
+        for row in rows
+        if row["what"] == "encoder" and row["system"].startswith("crosslmm") and is_wide(row)
+    ]
     return max((row["fraction_of_matmul"] for row in ours), default=None)
+
+
+def _training_share(rows: list[Row]) -> float | None:
+    """The best share of the matmul rate over what may be recomputed."""
+    steps = [row for row in rows if (row["system"], row["what"], row["frames"]) == (_2B, "train", 64)]
+    return max((row["fraction_of_matmul"] for row in steps if row["tokens_per_frame"] == 9), default=None)
+
+
+def _efficiency(what: str) -> Callable[[list[Row]], float | None]:
+    """The best efficiency on two devices over frame counts and meshes."""
+
+    def read(rows: list[Row]) -> float | None:
+        two = [row for row in rows if row["what"] == what and row["devices"] == 2 and "efficiency" in row]
+        return max((row["efficiency"] for row in two), default=None)
+
+    return read
+
+
+def _most_frames(rows: list[Row]) -> float | None:
+    """The longest video that went through in one pass, V2V over all of it."""
+    whole = [row for row in rows if row["system"] == _2B and row.get("v2v_scope", "video") == "video"]
+    return max((row["frames"] for row in whole), default=None)
 
 
 _2B, _7B = "crosslmm_2b", "crosslmm_7b"
@@ -102,7 +135,12 @@ BARS = (
     Bar("decode", "2B, 256 frames: a token over the time to read memory once", None, 2.5, 1.4, "x",
         _value("over_floor", _2B, "decode", 256)),
     Bar("train", "2B, 64 frames: stage 2 step, share of the matmul rate", None, 0.45, 0.60, "",
-        _value("fraction_of_matmul", _2B, "train", 64)),
+        _training_share),
+    Bar("scaling", "2 devices against 1, same work each: encoder, pool and projector", None, 0.90, 0.97, "",
+        _efficiency("encode")),
+    Bar("scaling", "2 devices against 1, same work each: stage 2 step", None, 0.90, 0.97, "",
+        _efficiency("train")),
+    Bar("long_video", "2B: frames in one forward pass", 256, 4096, 16384, "frames", _most_frames),
 )  # fmt: skip
 
 
@@ -114,7 +152,8 @@ def new_report(task: str, *, command: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": versions(),
-        "units": "ms: median; MB: 10^6 bytes; TFLOP: matrix products of the model, each needed pair once",
+        "units": "ms: median; MB: 10^6 bytes; TFLOP: matrix products of the model, each needed pair once;"
+        " of matmul: over the rate of a large bfloat16 product, for rows in 8 bits too",
         "systems": [],
         "rows": [],
         "errors": [],
@@ -174,11 +213,18 @@ def with_bars(report: dict[str, Any]) -> dict[str, Any]:
 
 
 COLUMNS = {
-    "system": "system", "what": "what", "frames": "frames", "tokens_per_frame": "tokens a frame", "ms": "ms",
+    "system": "system", "what": "what", "frames": "frames", "tokens_per_frame": "tokens a frame",
+    "precision": "precision", "v2v_scope": "V2V scope", "remat": "recomputed", "devices": "devices",
+    "mesh": "mesh", "ms": "ms",
     "ms_min": "min", "ms_max": "max", "peak_mb": "peak MB", "model_tflop": "TFLOP", "tflops": "TFLOP/s",
-    "fraction_of_matmul": "of matmul", "over_floor": "over floor", "backend": "backend",
-    "compile_s": "compile s",
+    "fraction_of_matmul": "of matmul", "over_floor": "over floor",
+    "efficiency": "efficiency", "backend": "backend",
+    "compile_s": "compile s", "clips": "clips", "weights": "weights", "products": "products",
+    "cache": "T2V cache", "scales": "scales", "cosine_mean": "cosine", "cosine_min": "least",
+    "error_mean": "error", "error_max": "largest", "rms": "rms", "kl_mean": "KL", "kl_max": "largest KL",
+    "top1": "same top token",
 }  # fmt: skip
+DIGITS = {"cosine_mean": ".6f", "cosine_min": ".6f"}  # three would all read 1
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -195,16 +241,28 @@ def markdown(report: dict[str, Any]) -> str:
         rate = system.get("matmul_tflops")
         measured = f", bf16 matmul {rate:.0f} TFLOP/s" if rate else ""
         lines.append(f"- {system['system']}: {system.get('device', 'no device')}{measured}")
+        lines += [f"  {system['note']}"] if "note" in system else []
+        lines += _settings(system, report["rows"])
     if report.get("bars"):
         head = ("what", "paper", "bar", "goal", "reading", "meets")
         lines += ["", *_table(head, [_bar_cells(bar) for bar in report["bars"]])]
     if report["rows"]:
         used = [name for name in COLUMNS if any(name in row for row in report["rows"])]
-        cells = [[_cell(row.get(name)) for name in used] for row in report["rows"]]
+        cells = [[_cell(row.get(name), DIGITS.get(name, ".3g")) for name in used] for row in report["rows"]]
         lines += ["", *_table([COLUMNS[name] for name in used], cells), "", f"Units: {report['units']}."]
     if report["errors"]:
         lines += ["", "Errors:", *(f"- {error}" for error in report["errors"])]
     return "\n".join(lines)
+
+
+def _settings(system: dict[str, Any], rows: list[Row]) -> list[str]:
+    """The variables and compiler options that a system ran with, as points below it."""
+    options = [row.get("compiler_options") for row in rows if row["system"] == system["system"]]
+    flat = {f"{name}={value}" for found in options if found for name, value in found.items()}
+    flat |= {f"{name}={value}" for name, value in system.get("environment", {}).items()}
+    overrides = system.get("request", {}).get("overrides", ())
+    words = [*overrides, *sorted(flat)]
+    return [f"  - {', '.join(f'`{word}`' for word in words)}"] if words else []
 
 
 def _bar_cells(bar: dict[str, Any]) -> list[str]:
@@ -218,9 +276,9 @@ def _table(head: Any, rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, digits: str = ".3g") -> str:
     if value is None:
         return "-"
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:{digits}}"

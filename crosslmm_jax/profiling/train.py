@@ -4,12 +4,16 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from crosslmm_jax.config import PARTS, MeshConfig, ModelConfig, StageConfig
+from crosslmm_jax.parallel.compiling import matmul_options
 from crosslmm_jax.parallel.mesh import make_mesh
+from crosslmm_jax.parallel.sharding import batch_shardings, to_global
 from crosslmm_jax.profiling import flops
 from crosslmm_jax.profiling.cases import Case, run_cases
-from crosslmm_jax.profiling.inputs import num_bytes, preset_with_tokens, random_prompt, shapes_of
+from crosslmm_jax.profiling.inputs import config_of, num_bytes, random_prompt, with_overrides
 from crosslmm_jax.profiling.record import Record, Request
 from crosslmm_jax.train.state import abstract_state, random_state
 from crosslmm_jax.train.step import compile_train_step
@@ -21,43 +25,52 @@ STAGE = StageConfig(
 
 
 def run(record: Record) -> None:
-    """Measures a step with one row at each of the frame counts that the request names, on one device."""
+    """Measures a step with one row, for each frame count and way to recompute, on one device."""
     request = record.request
-    config = preset_with_tokens(request.system, request.tokens_per_frame)
-    cases = [case(config, request, frames) for frames in request.frames]
+    config = config_of(request)
+    remats = request.remats or (config.vision.remat,)
+    mesh = make_mesh(MeshConfig(data=1), devices=jax.devices()[:1])
+    cases = [
+        case(with_overrides(config, [f"vision.remat={remat}"]), request, frames, mesh)
+        for frames in request.frames
+        for remat in remats
+    ]
+    # A step uses up its state: the next one takes what it left.
+    run_cases(cases, record, make_weights=lambda: [random_state(config, STAGE, mesh, seed=0)])
 
-    def holder() -> list[Any]:  # a step uses up its state: the next one takes what it left
-        return [random_state(config, STAGE, _mesh(), seed=0)]
 
-    run_cases(cases, record, make_weights=holder)
+def case(config: ModelConfig, request: Request, frames: int, mesh: Mesh) -> Case:
+    """A step on one row a device, with `frames` frames and targets in all text behind the video.
 
-
-def _mesh() -> Any:
-    return make_mesh(MeshConfig(data=1), devices=jax.devices()[:1])
-
-
-def case(config: ModelConfig, request: Request, frames: int) -> Case:
-    """A step on one row with `frames` frames and targets in all text behind the video."""
+    It is called with a list that holds the state. FLOPs are those of one row.
+    """
     work = request.workload(frames)
-    batch = random_prompt(config, work)
-    mesh = _mesh()
+    row = random_prompt(config, work)
+    batch = {name: np.repeat(x, mesh.size, axis=0) for name, x in row.items()}
 
     def lower() -> Any:
+        shardings = batch_shardings({name: x.shape for name, x in batch.items()}, mesh)
+        shapes = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
+            for name, x in batch.items()
+        }
         with jax.set_mesh(mesh):
             step: Any = compile_train_step(config, STAGE, mesh)
-            return step.lower(abstract_state(config, STAGE, mesh), shapes_of(batch))
+            return step.lower(abstract_state(config, STAGE, mesh), shapes)
 
     def call(compiled: Any, state: list[Any], inputs: Any, _: None) -> Any:
         state[0], metrics = compiled(state[0], inputs)
         return metrics
 
-    row = {
+    facts = {
         "what": "train",
         "frames": frames,
         "tokens_per_frame": config.merge.tokens_per_frame,
         "text_tokens": work.text,
+        "remat": config.vision.remat,
+        "compiler_options": matmul_options(),
     }
     return Case(
-        row=row, lower=lower, inputs=functools.partial(jax.device_put, batch), call=call,
-        input_bytes=num_bytes(batch), costs=flops.train(config, work, targets=work.text - work.before),
+        row=facts, lower=lower, inputs=functools.partial(to_global, batch, mesh), call=call,
+        input_bytes=num_bytes(row), costs=flops.train(config, work, targets=work.text - work.before),
     )  # fmt: skip

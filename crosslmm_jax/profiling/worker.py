@@ -4,12 +4,17 @@ Each system has a process of its own, so that its memory is really free before t
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from crosslmm_jax.profiling.record import Record, Request
 
-TASKS = ("prefill", "decode", "train", "encoder", "attention")
+# Variables that change how XLA compiles and how it takes memory.
+FLAGS = (
+    "XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_ALLOCATOR",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,6 +43,7 @@ def _measure(record: Record) -> None:
 
     device = jax.devices()[0]
     rate = matmul_rate()
+    record.add_facts(environment={name: os.environ[name] for name in FLAGS if os.environ.get(name)})
     record.add_facts(
         device=device.device_kind, platform=f"jax {device.platform}", matmul_tflops=rate["matmul_tflops"],
         matmul=rate,

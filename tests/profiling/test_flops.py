@@ -56,7 +56,7 @@ def counted(function: Any, *shapes: Any) -> float:
 
 def counted_prefill(config: ModelConfig, work: Workload) -> float:
     batch = shapes_of(random_prompt(config, work))
-    model = CrossLMM(config)
+    model = CrossLMM(config, stacked=False)
 
     def first_logits(params: Any, batch: Any) -> Any:
         visual = model.apply({"params": params}, batch["frames"], method="encode")
@@ -90,7 +90,7 @@ def test_prefill_is_what_the_compiler_counts(unrolled: None, cross: dict[str, An
 )
 def test_train_is_what_the_compiler_counts(unrolled: None, trainable: tuple[str, ...]) -> None:
     config = model_of()
-    model, shapes = CrossLMM(config), param_shapes(config)
+    model, shapes = CrossLMM(config), param_shapes(config, stacked=True)
     learning = {part: shapes[part] for part in trainable}
 
     def gradient(learning: Any, params: Any, batch: Any) -> Any:
@@ -108,7 +108,7 @@ def test_train_is_what_the_compiler_counts(unrolled: None, trainable: tuple[str,
 
 def test_decode_is_what_the_compiler_counts(unrolled: None) -> None:
     config = model_of()
-    model, cached, room = CrossLMM(config), 76, 96
+    model, cached, room = CrossLMM(config, stacked=False), 76, 96
 
     def fill(params: Any, frames: Any, batch: Any) -> Any:
         visual = model.apply({"params": params}, frames, method="encode")
@@ -140,6 +140,23 @@ def test_doubling_frames(unrolled: None) -> None:
     works = [WORK._replace(frames=frames) for frames in (4, 8, 12)]
     one, two, three = (counted_prefill(config, work) - counted_prefill(neither, work) for work in works)
     assert three - 2 * two + one == pytest.approx(2 * few["v2v"].products, rel=0.02)
+
+
+@pytest.mark.parametrize(("scope", "curvature"), [("video", 1), ("frame", 0), ("window", 0)])
+def test_growth_with_frames(unrolled: None, scope: Any, curvature: int) -> None:
+    """V2V of a frame and of a window is linear in frames, of the whole video quadratic: counted both ways."""
+    config, neither = model_of(v2v_scope=scope, v2v_window=2, directions=("v2v",)), model_of(directions=())
+    frames = (4, 8, 12)  # whole windows
+
+    def bend(values: list[float]) -> float:
+        return values[2] - 2 * values[1] + values[0]
+
+    formula = [flops.total(flops.v2v(config, count)) for count in frames]
+    work = [WORK._replace(frames=count) for count in frames]
+    compiled = [counted_prefill(config, one) - counted_prefill(neither, one) for one in work]
+    needed = 2 * flops.v2v(model_of(directions=("v2v",)), 4)["v2v"].products  # of c F^2, twice over 4 frames
+    assert bend(formula) == pytest.approx(curvature * needed, abs=1)
+    assert bend(compiled) == pytest.approx(curvature * needed, abs=0.02 * needed)
 
 
 @pytest.mark.parametrize("scope", ["video", "frame", "window"])

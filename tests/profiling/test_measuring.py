@@ -18,11 +18,14 @@ from crosslmm_jax.model import CrossLMM, init_params
 from crosslmm_jax.profiling import attention, decode, flops, memory, prefill, timing, worker
 from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.inputs import (
+    config_of,
     num_bytes,
     param_shapes,
     preset_with_tokens,
+    random_frames,
     random_params,
     random_prompt,
+    with_overrides,
 )
 from crosslmm_jax.profiling.record import Record, Request
 
@@ -40,12 +43,16 @@ def measured(tmp_path: Path, task: str, system: str = "tiny", **options: Any) ->
 
 def test_weights_are_the_models_in_the_compute_dtype() -> None:
     config = presets.crosslmm_2b()
-    stored, master = param_shapes(config), jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    stored, master = (
+        param_shapes(config, stacked=True),
+        jax.eval_shape(lambda: init_params(config, jax.random.key(0))),
+    )
     assert jax.tree.structure(stored) == jax.tree.structure(master)
     assert jax.tree.map(lambda x: x.shape, stored) == jax.tree.map(lambda x: x.shape, master)
     assert stored["decoder"]["layers"]["w_gate"].dtype == jnp.bfloat16
     assert stored["decoder"]["layers"]["attn_norm"].dtype == stored["v2v"]["gate"].dtype == jnp.float32
     assert num_bytes(stored) == pytest.approx(num_bytes(master) / 2, rel=1e-3)
+    assert num_bytes(param_shapes(config)) == num_bytes(stored)
 
 
 def test_weights_are_random() -> None:
@@ -54,11 +61,11 @@ def test_weights_are_random() -> None:
     assert jax.tree.map(lambda x: (x.shape, x.dtype), weights) == jax.tree.map(
         lambda x: (x.shape, x.dtype), shapes
     )
-    layers = weights["decoder"]["layers"]
-    assert float(jnp.std(layers["w_gate"])) == pytest.approx(0.02, rel=0.05)
-    assert not np.array_equal(layers["w_gate"], layers["w_up"])
-    assert not np.array_equal(layers["w_gate"][0], layers["w_gate"][1])
-    assert np.all(np.asarray(weights["v2v"]["gate"]) == 0.5)
+    first, second = (weights["decoder"]["layers"][index] for index in "01")
+    assert float(jnp.std(first["w_gate"])) == pytest.approx(0.02, rel=0.05)
+    assert not np.array_equal(first["w_gate"], first["w_up"])
+    assert not np.array_equal(first["w_gate"], second["w_gate"])
+    assert weights["v2v"]["0"]["gate"] == 0.5
 
 
 @pytest.mark.parametrize(("tokens", "grid"), [(1, 1), (9, 3), (16, 4), (None, 3)])
@@ -77,8 +84,8 @@ def test_both_prefills_give_the_models_logits() -> None:
     config = presets.tiny()
     request = Request(task="prefill", system="tiny", frames=(3,), text=20, before=4)
     weights = random_params(config)
-    batch = random_prompt(config, request.workload(3))
-    expected = jax.jit(CrossLMM(config).apply)({"params": weights}, batch)[:, -1]
+    batch = random_prompt(config, request.workload(3)) | {"frames": random_frames(config, 3)}
+    expected = jax.jit(CrossLMM(config, stacked=False).apply)({"params": weights}, batch)[:, -1]
     plans = []
     for cached in (False, True):
         case = prefill.case(config, request, 3, cached=cached)
@@ -88,8 +95,8 @@ def test_both_prefills_give_the_models_logits() -> None:
         logits, cache = result if cached else (result, None)
         np.testing.assert_allclose(logits, expected, atol=1e-5)
         assert np.all(np.isfinite(logits)) and float(jnp.std(logits)) > 0
-    assert cache is not None and cache.t2v.keys.shape[:4] == (2, 1, 3, 16)
-    assert int(cache.lengths[0]) == 23 and cache.keys.shape[2] == 23 + prefill.ROOM
+    assert cache is not None and len(cache.t2v) == 2 and cache.t2v[0].keys.shape[:3] == (1, 3, 16)
+    assert int(cache.lengths[0]) == 23 and cache.size == 23 + prefill.ROOM
     assert plans[1]["outputs"] - plans[0]["outputs"] == pytest.approx(num_bytes(cache), rel=0.01)
     assert plans[1]["inputs"] == plans[0]["inputs"]
 
@@ -119,11 +126,93 @@ def test_rows_of_a_task(tmp_path: Path, task: str, whats: set[str], monkeypatch:
         assert all("keys: " in line for line in row["attention"]) and row["attention"]
 
 
+@pytest.mark.parametrize("task", ["encoder", "decode"])
+def test_rows_in_8_bits(tmp_path: Path, task: str) -> None:
+    """The FLOPs are the same; a token's floor counts keys and values in 8 bits, with their scales."""
+    wide, *narrow = (
+        measured(tmp_path, task, precision=precision)["rows"][0] for precision in ("compute", "fp8", "int8")
+    )
+    assert [row["precision"] for row in (wide, *narrow)] == ["float32", "fp8", "int8"]
+    assert {row["model_tflop"] for row in narrow} == {wide["model_tflop"]}
+    if task == "decode":
+        numbers, scales = 2 * 2 * 2 * 16 * 2 * 16, 2 * 2 * 2 * 16  # K and V of 2 layers, 2 frames, 16 patches
+        assert wide["bytes_read"]["t2v"] == 4 * numbers
+        for row in narrow:
+            assert row["bytes_read"] == wide["bytes_read"] | {"t2v": numbers + 4 * scales}
+
+
+def test_weights_in_8_bits_are_random_too() -> None:
+    config = presets.tiny().at_precision("int8")
+    weights, shapes = random_params(config), param_shapes(config)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), weights) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), shapes
+    )
+    layers = [weights["encoder"]["layers"][index] for index in "01"]
+    first, second = (layer["w1"].astype(jnp.float32) * layer["w1_scale"][:, None] for layer in layers)
+    assert layers[0]["w1"].dtype == jnp.int8 and float(jnp.std(first)) == pytest.approx(0.02, rel=0.05)
+    assert not np.array_equal(first, second)
+
+
 @pytest.mark.slow
 def test_a_train_step(tmp_path: Path) -> None:
-    (row,) = measured(tmp_path, "train", repeats=1)["rows"]
+    rows = measured(tmp_path, "train", repeats=1, remats=("none", "layer"))["rows"]
     config, work = presets.tiny(), flops.Workload(frames=2, text=64, before=16)
-    assert row["model_tflop"] == pytest.approx(1e-12 * flops.total(flops.train(config, work, targets=48)))
+    needed = flops.total(flops.train(config, work, targets=48))
+    assert {row["remat"] for row in rows} == {"none", "layer"}
+    assert all(row["model_tflop"] == pytest.approx(1e-12 * needed) for row in rows), "recomputed or not"
+
+
+@pytest.mark.slow
+def test_the_same_work_on_two_devices(tmp_path: Path) -> None:
+    found = measured(tmp_path, "scaling", repeats=1, devices=(2, 1))
+    rows = {(row["what"], row["devices"], row["mesh"]): row for row in found["rows"]}
+    assert set(rows) == {
+        ("encode", 1, "data"), ("encode", 2, "data"),
+        ("train", 1, "data"), ("train", 2, "data"), ("train", 2, "fsdp"),
+    }  # fmt: skip
+    for (what, _, _), row in rows.items():
+        alone = rows[what, 1, "data"]
+        assert row["efficiency"] == pytest.approx(alone["ms"] / row["ms"])
+        assert row["model_tflop"] == alone["model_tflop"], "the work of one device"
+    # Gradients are whole on each device, or half of them.
+    assert rows["train", 2, "fsdp"]["peak_mb"] < rows["train", 2, "data"]["peak_mb"]
+
+
+def test_too_few_devices_are_a_mistake(tmp_path: Path) -> None:
+    request = Request(task="scaling", system="tiny", frames=(2,), devices=(1, 99))
+    path = tmp_path / "record.json"
+    assert worker.main([str(path), request.to_json()]) == 1
+    assert "--devices 99: there are" in json.loads(path.read_text())["errors"][0]
+
+
+def test_long_videos_by_scope(tmp_path: Path) -> None:
+    scopes = ("video", "frame", "window")
+    found = measured(tmp_path, "long_video", frames=(2, 20), repeats=1, v2v_scopes=scopes)
+    assert {(row["v2v_scope"], row["frames"]) for row in found["rows"]} == {
+        (scope, frames) for scope in scopes for frames in (2, 20)
+    }
+    assert {row["what"] for row in found["rows"]} == {"prefill"}
+    work = {(row["v2v_scope"], row["frames"]): row["model_tflop"] for row in found["rows"]}
+    assert work["frame", 20] < work["window", 20] < work["video", 20]
+
+
+def test_overrides_change_the_preset_and_name_what_is_wrong() -> None:
+    words = ("vision.frame-chunk=4", "compute_dtype=float32", 'cross_attention.directions=["t2v"]')
+    config = config_of(Request(task="prefill", system="tiny", frames=(1,), overrides=words))
+    assert (config.vision.frame_chunk, config.compute_dtype) == (4, "float32")
+    assert config.cross_attention.directions == ("t2v",)
+    for word in ("vision.depth=3", "frames", "vision=3x"):
+        with pytest.raises(UserError, match=f"--set.*{word.split('=')[0]}"):
+            with_overrides(config, [word])
+    with pytest.raises(UserError, match="VisionConfig.frame_chunk is 0; it must be 1 or more, or None"):
+        with_overrides(config, ["vision.frame_chunk=0"])
+
+
+def test_random_frames_fill_the_bytes() -> None:
+    frames = np.asarray(random_frames(presets.tiny(), 3))
+    assert frames.shape == (1, 3, 32, 32, 3) and frames.dtype == np.uint8
+    assert np.bincount(frames.ravel(), minlength=256).min() > 10
+    assert not np.array_equal(frames[0, 0], frames[0, 1])
 
 
 def test_bytes_that_a_token_reads() -> None:
@@ -149,6 +238,12 @@ def test_the_clock_counts_only_what_it_should() -> None:
     assert timing.summary([3.0, 1.0, 9.0]) == {
         "ms": 3.0, "ms_min": 1.0, "ms_max": 9.0, "samples_ms": [3.0, 1.0, 9.0],
     }  # fmt: skip
+
+
+def test_a_long_call_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 11.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    assert timing.measure(lambda _: None, repeats=5)["samples_ms"] == [11_000.0]
 
 
 def test_a_high_water_mark_counts_only_when_it_rises() -> None:

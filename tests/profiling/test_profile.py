@@ -1,13 +1,20 @@
 """`crosslmm profile` as a whole: its processes, its report, its figure, its mistakes."""
 
+import contextlib
 import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from crosslmm_jax.cli import main
-from crosslmm_jax.profiling import report, suite
+from crosslmm_jax.profiling import arguments, attention, figure_long_video, record, report, suite
 from crosslmm_jax.profiling.figure import draw
 from crosslmm_jax.profiling.record import Request
 
@@ -47,11 +54,94 @@ def test_the_faster_variant_of_the_peer_counts() -> None:
     assert report.with_bars(found)["bars"][0]["reading"] == 5
 
 
+def test_bars_of_training_take_the_best_way_to_recompute() -> None:
+    found = report.new_report("train", command="")
+    shares = {"layer": 0.38, "elementwise": 0.46, "none": 0.41}
+    found["rows"] = [
+        row("crosslmm_2b", 64, 500.0, fraction_of_matmul=share, remat=remat) | {"what": "train"}
+        for remat, share in shares.items()
+    ]
+    (bar,) = report.with_bars(found)["bars"]
+    assert (bar["reading"], bar["meets_bar"], bar["meets_goal"]) == (0.46, True, False)
+
+
+def test_bars_of_scaling_and_of_long_videos() -> None:
+    found = report.new_report("scaling", command="")
+    found["rows"] = [
+        row("crosslmm_2b", 64, ms) | {"what": what, "devices": devices, "efficiency": efficiency}
+        for what, devices, ms, efficiency in (
+            ("encode", 1, 1.0, 1.0), ("encode", 2, 1.1, 0.91), ("train", 2, 1.2, 0.8),
+            ("train", 2, 1.1, 0.98),
+        )
+    ]  # fmt: skip
+    readings = [(bar["reading"], bar["meets_bar"]) for bar in report.with_bars(found)["bars"]]
+    assert readings == [(0.91, True), (0.98, True)]
+    found = long_video_report()
+    (bar,) = report.with_bars(found)["bars"]
+    assert (bar["reading"], bar["meets_bar"], bar["meets_goal"]) == (8192, True, False), (
+        "over the whole video"
+    )
+
+
+def long_video_report() -> dict[str, Any]:
+    found = report.new_report("long_video", command="")
+    found["systems"] = [{"system": "crosslmm_2b", "device": "GPU"}]
+    found["rows"] = [
+        row("crosslmm_2b", frames, 1e-3 * frames**power, peak_mb=float(frames), v2v_scope=scope)
+        for scope, power, most in (("video", 2, 8192), ("frame", 1, 16384))
+        for frames in (32, 1024, 2048, 4096, 8192, 16384)
+        if frames <= most
+    ]
+    return found
+
+
+def test_figure_of_long_videos_shows_a_line_a_scope_and_its_slope(tmp_path: Path) -> None:
+    path = tmp_path / "f.svg"
+    figure_long_video.draw(report.with_bars(long_video_report()), str(path))
+    text = path.read_text()
+    for label in (
+        "crosslmm_2b, V2V over the video: slope 2.00 from 1,024 to 8,192",
+        "crosslmm_2b, V2V over the frame: slope 1.00 from 2,048 to 16,384",
+    ):
+        assert f"<!-- {label} -->" in text
+
+
+def test_the_page_says_what_it_ran_with() -> None:
+    found = prefill_report()
+    found["systems"][0]["environment"] = {"XLA_FLAGS": "--xla_a=1"}
+    found["systems"][0]["request"] = {"overrides": ["vision.frame_chunk=64"]}
+    found["rows"][0]["compiler_options"] = {"xla_b": False}
+    page = report.markdown(report.with_bars(found))
+    assert "  - `vision.frame_chunk=64`, `XLA_FLAGS=--xla_a=1`, `xla_b=False`" in page.splitlines()
+
+
+def test_other_scopes_do_not_answer_a_bar() -> None:
+    found = prefill_report()
+    for line in found["rows"]:
+        line["v2v_scope"] = "frame"
+    assert report.with_bars(found)["bars"] == []
+
+
 def test_other_tokens_per_frame_do_not_answer_a_bar() -> None:
     found = prefill_report()
     for line in found["rows"]:
         line["tokens_per_frame"] = 16
     assert report.with_bars(found)["bars"] == []
+
+
+def test_rows_in_8_bits_do_not_answer_a_bar() -> None:
+    """The bars are about bfloat16; the encoder's is a share of its rate."""
+    found = prefill_report()
+    before = report.with_bars(found)["bars"]
+    found["rows"] = [row("crosslmm_7b", 256, 1.0, peak_mb=1.0, precision="fp8"), *found["rows"]]
+    assert report.with_bars(found)["bars"] == before
+    encoder = report.new_report("encoder", command="")
+    encoder["rows"] = [
+        {**row("crosslmm_2b", 128, 1.0, precision=precision, fraction_of_matmul=fraction), "what": "encoder"}
+        for precision, fraction in (("bfloat16", 0.6), ("fp8", 0.9))
+    ]
+    (bar,) = report.with_bars(encoder)["bars"]
+    assert bar["reading"] == 0.6
 
 
 def test_report_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,11 +220,41 @@ def test_a_process_that_dies_leaves_its_rows(tmp_path: Path, monkeypatch: pytest
     assert found["errors"] == ["tiny: the measuring process ended with exit code -9"]
 
 
+def test_the_commands_that_are_written_down_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of docs/results/README.md, as a shell hands it over, up to the processes it would start."""
+    page = (Path(__file__).parents[2] / "docs" / "results" / "README.md").read_text()
+    asked: list[Request] = []
+    monkeypatch.setattr(suite, "_write", lambda *_: None)
+    monkeypatch.setattr(
+        suite, "_measure",
+        lambda request, _: asked.append(request) or {"request": {}, "facts": {}, "rows": [], "errors": []},
+    )  # fmt: skip
+    commands = [line for line in page.splitlines() if line.startswith("crosslmm profile ")]
+    for command in commands:
+        line = re.sub(r"\$\(out ([^)]*)\)", r"--json r/\1.json --markdown r/\1.md", command)
+        assert main(shlex.split(line)[1:]) == 0, command
+    assert {request.task for request in asked} == set(arguments.TASKS)
+
+
+def test_each_case_has_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces lie in folders by name, and errors are known by it."""
+    request = Request(task="attention", system="tiny", frames=(2,))
+    found = record.Record(str(tmp_path / "r.json"), request)
+    names: list[str] = []
+    monkeypatch.setattr(attention, "run_cases", lambda cases, *_, **__: names.extend(c.name for c in cases))
+    attention.run(found)
+    assert len(names) == len(set(names)) == 10
+
+
 MISTAKES = [
     (["prefill"], "nothing to measure; give --preset"),
     (["fly", "--preset", "tiny"], "invalid choice: 'fly'"),
     (["prefill", "--preset", "3b"], "--preset '3b' is unknown"),
     (["prefill", "--preset", "tiny", "--frames", "0"], "--frames 0: give numbers of at least 1"),
+    (["scaling", "--preset", "tiny", "--devices", "0"], "--devices 0: give numbers of at least 1"),
+    (["train", "--preset", "tiny", "--devices", "2"], "--devices with train: give it with scaling"),
+    (["prefill", "--preset", "tiny", "--set", "vision.remat"], "--set vision.remat: give FIELD=VALUE"),
+    (["train", "--preset", "tiny", "--remat", "all"], "invalid choice: 'all'"),
     (["prefill", "--preset", "tiny", "--repeats", "0"], "--repeats 0: give a number of at least 1"),
     (
         ["prefill", "--preset", "tiny", "--tokens-per-frame", "8"],
@@ -146,6 +266,16 @@ MISTAKES = [
         "choose one of llava-onevision-7b, llava-onevision-0",
     ),
     (["decode", "--preset", "tiny", "--peer", "siglip"], "leave it out"),
+    (["train", "--preset", "tiny", "--precision", "fp8"], "--precision with train: give it with"),
+    (["prefill", "--preset", "tiny", "--precision", "fp4"], "invalid choice: 'fp4'"),
+    (["train", "--preset", "tiny", "--v2v-scope", "frame"], "--v2v-scope with train: give it with prefill"),
+    (["prefill", "--preset", "tiny", "--remat", "none"], "--remat with prefill: give it with train"),
+    (
+        ["precision", "--preset", "tiny", "--videos", "x", "--figure", "x.png"],
+        "--figure with precision",
+    ),
+    (["precision", "--preset", "tiny"], "--videos DIR: give it with the task precision"),
+    (["decode", "--preset", "tiny", "--videos", "x"], "--videos DIR: give it with the task precision"),
     (["prefill", "--preset", "tiny", "--figure", "x.txt"], "--figure x.txt: end the name in .png"),
     (["prefill", "--preset", "tiny", "--json", "no/such/x.json"], "no/such/x.json: No such file"),
 ]
@@ -159,3 +289,38 @@ def test_mistakes_show_before_anything_is_measured(
     assert main(["profile", *words]) == 2
     out, err = capfd.readouterr()
     assert message in err and err.count("\n") == 1 and out == ""
+
+
+def measuring_processes(pid: int) -> list[int]:
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with contextlib.suppress(OSError):  # a child that has ended
+            if b"profiling.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found
+
+
+def is_running(pid: int) -> bool:
+    """Not so of a zombie, which holds nothing and waits for whoever adopted it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_a_stopped_command_takes_the_measuring_process_along(tmp_path: Path, number: signal.Signals) -> None:
+    """Which would hold the device, and its memory, for nobody."""
+    command = [sys.executable, "-m", "crosslmm_jax.cli", "profile", "encoder", "--preset", "tiny"]
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen([*command, "--json", str(tmp_path / "r.json")], cwd=root) as process:
+        deadline = time.monotonic() + 60
+        while not (found := measuring_processes(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(30) == -number
+    (worker,) = found
+    while is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_running(worker)
