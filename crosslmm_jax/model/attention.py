@@ -5,23 +5,36 @@ its own and earlier media (cross-attention), the frames around its own (V2V in a
 integers a query where a mask would cost T x S.
 """
 
+import functools
 import logging
+import math
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from crosslmm_jax.config import AttentionBackend
-from crosslmm_jax.model.blockwise import MASKED, BlockSizes, blockwise_attention
+from crosslmm_jax.model import splash
+from crosslmm_jax.model.blockwise import MASKED, RESIDUALS, BlockSizes, blockwise_attention
+from crosslmm_jax.model.partitioning import AxisRules
 
 logger = logging.getLogger(__name__)
 
-# Without a GPU, scores up to this size are simply held: several times faster to run and to compile.
+# Scores up to this size are simply held on a CPU or TPU: several times faster to run and to compile.
 SMALL_SCORE_BYTES = 32 * 2**20
 # A GPU is idle on small blocks: there, scores of one block may take this many bytes.
 GPU_SCORE_BYTES = 64 * 2**20
 # Up to this many queries over many keys, cuDNN leaves most of a GPU idle: it splits work by queries only.
 FEW_QUERIES, MANY_KEYS = 128, 8192
+# Up to this many queries, reading keys once is all the work of a GPU or TPU: two plain products and a softmax
+# over scores of up to this many bytes.
+DECODE_QUERIES, DECODE_SCORE_BYTES = 8, 2**30
+SUM_PARTS = 64
+# Implementation of the fused attention; tests put "xla" in its place, since CPUs have no cuDNN.
+FUSED: Literal["cudnn", "xla"] = "cudnn"
 
 
 def attention(
@@ -31,36 +44,51 @@ def attention(
     *,
     causal: bool = False,
     kv_start: Int[Array, "b t"] | None = None,
-    kv_stop: Int[Array, "b t"] | None = None,
+    kv_stop: Int[Array, "b t"] | Int[np.ndarray, "b 1"] | None = None,
     backend: AttentionBackend = "auto",
+    rules: AxisRules | None = None,
+    axes: tuple[str, str | None] = ("act_batch", "act_heads"),
 ) -> Float[Array, "b t n h"]:
     """Softmax attention with grouped heads; a query that may read no key gets exactly 0.
 
     Args:
       q: float[B, T, N, H], queries.
-      k: float[B, S, K, H], keys; query head n reads key head n // (N / K).
-      v: float[B, S, K, H], values.
+      k: float[B, S, K, H], keys; query head n reads key head n // (N / K). May be 8-bit numbers, whose
+        scales are the caller's: they become as wide as queries when they are read, by `blockwise` in parts.
+      v: float[B, S, K, H], values; likewise.
       causal: query t reads keys 0..t (T = S). Excludes `kv_start` and `kv_stop`.
       kv_start: int32[B, T], first key a query reads (default 0).
-      kv_stop: int32[B, T], one past the last key a query reads (default S).
-      backend: "auto" takes cuDNN on a GPU where it applies, `blockwise` for many keys, and
-        `reference` elsewhere.
+      kv_stop: int32[B, T], one past the last key a query reads (default S); [B, 1] for all queries of a row,
+        by numpy if it is known.
+      backend: "auto" takes cuDNN on a GPU where it applies (`blockwise` for few queries over many keys), on a
+        TPU splash where it does, on both `plain` for up to 8 queries; `blockwise` for many keys, `reference`
+        elsewhere.
+      rules: logical axes, for the one backend that the compiler cannot spread over devices: splash.
+      axes: logical axes of the batch and of the heads.
 
     Returns:
       float[B, T, N, H] in the dtype of `q`. Scores and sums are float32 in every backend.
 
     Raises:
-      ValueError: `causal` together with ranges, or with T != S; or "cudnn" where cuDNN does not apply.
+      ValueError: `causal` together with ranges, or with T != S; "cudnn" or "splash" where it does not apply.
     """
     if causal and (kv_start is not None or kv_stop is not None or q.shape[1] != k.shape[1]):
         raise ValueError("causal attention takes as many keys as queries, and no ranges")
     chosen = _choose(backend, q, k, kv_start)
     logger.debug("attention of %s over %s keys: %s", q.shape, k.shape[1], chosen)
+    if chosen in ("cudnn", "splash"):
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
     if chosen == "cudnn":
         return _cudnn(q, k, v, causal=causal, kv_stop=kv_stop)
+    kv_stop = None if kv_stop is None else jnp.broadcast_to(kv_stop, q.shape[:2])
+    if chosen == "splash":
+        stop = _ranges(q, k, causal=True, kv_start=None, kv_stop=None)[1] if causal else kv_stop
+        return splash.sharded_splash_attention(q, k, v, kv_start, stop, rules=rules, axes=axes)
     start, stop = _ranges(q, k, causal=causal, kv_start=kv_start, kv_stop=kv_stop)
     if chosen == "reference":
         return reference_attention(q, k, v, start, stop)
+    if chosen == "plain":
+        return plain_attention(q, k, v, start, stop)
     return blockwise_attention(q, k, v, start, stop, q.shape[-1] ** -0.5, _block_sizes(q))[0]
 
 
@@ -81,14 +109,21 @@ def _choose(backend: AttentionBackend, q: Array, k: Array, kv_start: Array | Non
             "attention backend 'cudnn' needs bfloat16 or float16, a head size divisible by 8 and no kv_start;"
             f" got {q.dtype}, head size {q.shape[-1]}; use 'auto' or 'blockwise'"
         )
+    if backend == "splash":
+        splash.check(k.shape[1], kv_start)
     if backend != "auto":
         return backend
     starved = q.shape[1] <= FEW_QUERIES and k.shape[1] >= MANY_KEYS
-    on_gpu = jax.default_backend() == "gpu"
+    platform = jax.default_backend()
     batch, length, heads, _ = q.shape
-    if not on_gpu and batch * length * heads * k.shape[1] * 4 <= SMALL_SCORE_BYTES:
+    score_bytes = batch * length * heads * k.shape[1] * 4
+    if platform in ("gpu", "tpu") and length <= DECODE_QUERIES and score_bytes <= DECODE_SCORE_BYTES:
+        return "plain"
+    if platform != "gpu" and score_bytes <= SMALL_SCORE_BYTES:
         return "reference"
-    return "cudnn" if on_gpu and applies and not starved else "blockwise"
+    if platform == "tpu":
+        return "splash" if splash.is_worthwhile(q, k, kv_start) else "blockwise"
+    return "cudnn" if platform == "gpu" and applies and not starved else "blockwise"
 
 
 def _ranges(
@@ -121,25 +156,105 @@ def reference_attention(
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def _cudnn(q: Array, k: Array, v: Array, *, causal: bool, kv_stop: Array | None) -> Float[Array, "b t n h"]:
+def plain_attention(q: Array, k: Array, v: Array, kv_start: Array, kv_stop: Array) -> Float[Array, "b t n h"]:
+    """Products in the inputs' dtype, every score held in float32: for a few queries, as in decoding.
+
+    All queries of a row meet the keys of all heads in one product, [T*N, K*H] by [K*H, S]: a query is zero
+    outside its own head's columns, and of its values only those of its own head are kept. That multiplies
+    more, but reads keys and values once and where they lie; by head, XLA first copies them in another order.
+    """
+    if k.dtype != q.dtype:
+        # 8-bit keys are the same for all generated tokens: not tied to a query, they would be made wide once
+        # and for all before the first, and then read at that width.
+        q, k, v = jax.lax.optimization_barrier((q, k, v))
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
+    batch, length, heads, size = q.shape
+    kv_heads, keys = k.shape[2], k.shape[1]
+    own = jnp.repeat(jnp.eye(kv_heads, dtype=q.dtype), heads // kv_heads, axis=0)  # [N, K]
+    wide = jnp.einsum("btnh,nk->btnkh", q, own).reshape(batch, length * heads, kv_heads * size)
+    scores = jnp.einsum(
+        "bqw,bsw->bqs", wide, k.reshape(batch, keys, -1), preferred_element_type=jnp.float32
+    ).reshape(batch, length, heads, keys)
+    positions = jnp.arange(keys)
+    visible = ((positions >= kv_start[:, :, None]) & (positions < kv_stop[:, :, None]))[:, :, None]
+    scores = jnp.where(visible, scores * size**-0.5, MASKED)
+    p = jnp.where(visible, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0.0)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    p = p / jnp.where(total > 0, total, 1.0)
+    # Many keys are summed in parts: a GPU would otherwise pad, and so copy, all values to split them itself.
+    parts = math.gcd(keys, SUM_PARTS)
+    p = p.astype(v.dtype).reshape(batch, length * heads, parts, -1)
+    v = v.reshape(batch, parts, keys // parts, -1)
+    out = jnp.sum(jnp.einsum("bqcs,bcsw->bcqw", p, v, preferred_element_type=jnp.float32), axis=1)
+    out = out.reshape(batch, length, heads, kv_heads, size)
+    return jnp.einsum("btnkh,nk->btnh", out, own.astype(jnp.float32)).astype(q.dtype)
+
+
+def _cudnn(
+    q: Array, k: Array, v: Array, *, causal: bool, kv_stop: Array | np.ndarray | None
+) -> Float[Array, "b t n h"]:
     """cuDNN's fused attention. It knows one length a row, not one a query.
 
     Rows in which every query reads either nothing or the same keys (one medium in the row, the common case)
-    run on it; others run blockwise. Which it is, is decided on the device.
+    run on it; others run blockwise. Which it is, is decided on the device, but for lengths given by row.
     """
     if kv_stop is None:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-    longest = jnp.max(kv_stop, axis=1)
-    uniform = jnp.all((kv_stop == 0) | (kv_stop == longest[:, None]))
+        return _fused(q, k, v, None, causal)
+    stop, longest = jnp.asarray(kv_stop), jnp.max(kv_stop, axis=1)
+    known = isinstance(kv_stop, np.ndarray) and kv_stop.min() > 0  # no query without keys
 
     def by_length(q: Array, k: Array, v: Array) -> Array:
         # A length of 0 is not defined for every cuDNN version; such rows are zeroed below.
-        lengths = jnp.maximum(longest, 1)
-        out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
-        return jnp.where((kv_stop > 0)[:, :, None, None], out, 0)
+        out = cast(Array, _fused(q, k, v, jnp.maximum(longest, 1), False))
+        return out if known else jnp.where((stop > 0)[:, :, None, None], out, 0)
+
+    if stop.shape[1] == 1:
+        return by_length(q, k, v)
 
     def by_query(q: Array, k: Array, v: Array) -> Array:
-        start, scale = jnp.zeros_like(kv_stop), q.shape[-1] ** -0.5
-        return blockwise_attention(q, k, v, start, kv_stop, scale, _block_sizes(q))[0]
+        start, scale = jnp.zeros_like(stop), q.shape[-1] ** -0.5
+        return blockwise_attention(q, k, v, start, stop, scale, _block_sizes(q))[0]
 
+    uniform = jnp.all((stop == 0) | (stop == longest[:, None]))
     return jax.lax.cond(uniform, by_length, by_query, q, k, v)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _fused(q: Array, k: Array, v: Array, lengths: Array | None, causal: bool) -> Array:
+    """cuDNN over the first `lengths` keys of each row (all keys without).
+
+    Its backward pass takes even lengths only, and an encoder with 27 x 27 patches has odd ones: only where
+    gradients are asked for, queries and keys are padded by one.
+    """
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation=FUSED
+    )
+
+
+def _fused_even(q: Array, k: Array, v: Array, lengths: Array | None, causal: bool) -> Array:
+    """`_fused` on even lengths: what is padded is read by no query, and dropped."""
+    length, odd_keys = q.shape[1], k.shape[1] % 2
+    if odd_keys and not causal and lengths is None:
+        lengths = jnp.full((q.shape[0],), k.shape[1], jnp.int32)
+    q = _padded(q, length % 2)
+    k, v = _padded(k, odd_keys), _padded(v, odd_keys)
+    out = jax.nn.dot_product_attention(
+        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation=FUSED
+    )
+    return out[:, :length]
+
+
+def _padded(x: Array, count: int) -> Array:
+    return jnp.pad(x, ((0, 0), (0, count), (0, 0), (0, 0))) if count else x
+
+
+def _fused_forward(q: Array, k: Array, v: Array, lengths: Array | None, causal: bool) -> tuple[Array, Any]:
+    out, backward = jax.vjp(lambda q, k, v: _fused_even(q, k, v, lengths, causal), q, k, v)
+    return out, jax.tree.map(lambda x: checkpoint_name(x, RESIDUALS), backward)
+
+
+def _fused_backward(causal: bool, backward: Any, d_out: Array) -> tuple[Any, ...]:
+    return (*backward(d_out), None)
+
+
+_fused.defvjp(_fused_forward, _fused_backward)

@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+# What an attention's backward pass reads, by this name for `jax.checkpoint` policies.
+RESIDUALS = "attention_residuals"
 # Finite, so that maxima over nothing stay free of NaN; far below any score.
 MASKED = -1e30
 
@@ -46,6 +49,9 @@ def _forward(
     q: Array, k: Array, v: Array, kv_start: Array, kv_stop: Array, scale: float, blocks: BlockSizes
 ) -> tuple[Array, Array]:
     batch, length, heads, size = q.shape
+    # Ranges are the same in all layers. What follows from them alone, the masks of all blocks, T x S in sum,
+    # would be moved out of a differentiated scan over layers and kept; tied to the queries, it stays inside.
+    q, kv_start, kv_stop = jax.lax.optimization_barrier((q, kv_start, kv_stop))
     q_blocks, start_blocks, stop_blocks = _split_queries(q, kv_start, kv_stop, k.shape[2], blocks.query)
     attend = functools.partial(_attend_block, k=k, v=v, scale=scale, block=min(blocks.key, k.shape[1]))
     if len(q_blocks) == 1:
@@ -94,9 +100,21 @@ def _any_visible(kv_start: Array, kv_stop: Array, index: Array, block: int) -> A
     return jnp.any((kv_start < (index + 1) * block) & (kv_stop > index * block) & (kv_stop > kv_start))
 
 
+def _product(equation: str, left: Array, right: Array) -> Array:
+    """An einsum in float32 over arrays that begin with the batch.
+
+    A batch of one is left out of it: a GPU's products read keys and values [S, K, H] where they lie, but want
+    [B, S, K, H] as [B, K, S, H], and XLA would hold a copy of all of them in that order.
+    """
+    if left.shape[0] > 1:
+        return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
+    equation = equation.replace("b", "")
+    return jnp.einsum(equation, left[0], right[0], preferred_element_type=jnp.float32)[None]
+
+
 def _scores(q: Array, k: Array, scale: float) -> Array:
     """float32[B, K, G, T, S]."""
-    return scale * jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    return scale * _product("btkgh,bskh->bkgts", q, k)
 
 
 def _attend_block(
@@ -109,14 +127,13 @@ def _attend_block(
     def add_block(carry: Any, index: Array) -> Any:
         maximum, total, out = carry
         k_block, v_block, positions, fresh = _key_block(k, v, index, block)
+        k_block, v_block = k_block.astype(q.dtype), v_block.astype(q.dtype)  # they may be 8-bit numbers
         visible = _visible(kv_start, kv_stop, positions, fresh)
         scores = jnp.where(visible, _scores(q, k_block, scale), MASKED)
         new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
         p = jnp.where(visible, jnp.exp(scores - new_maximum[..., None]), 0.0)
         decay = jnp.exp(maximum - new_maximum)
-        values = jnp.einsum(
-            "bkgts,bskh->bkgth", p.astype(v.dtype), v_block, preferred_element_type=jnp.float32
-        )
+        values = _product("bkgts,bskh->bkgth", p.astype(v_block.dtype), v_block)
         return new_maximum, total * decay + jnp.sum(p, axis=-1), out * decay[..., None] + values
 
     def body(carry: Any, index: Array) -> tuple[Any, None]:
@@ -144,7 +161,8 @@ def _forward_rule(
     q: Array, k: Array, v: Array, kv_start: Array, kv_stop: Array, scale: float, blocks: BlockSizes
 ) -> tuple[Any, Any]:
     out, lse = _forward(q, k, v, kv_start, kv_stop, scale, blocks)
-    return (out, lse), (q, k, v, kv_start, kv_stop, out, lse)
+    q, k, v, kept, lse = (checkpoint_name(x, RESIDUALS) for x in (q, k, v, out, lse))
+    return (out, lse), (q, k, v, kv_start, kv_stop, kept, lse)
 
 
 def _backward_rule(scale: float, blocks: BlockSizes, saved: Any, cotangents: Any) -> tuple[Any, ...]:
@@ -194,12 +212,12 @@ def _backward_block(
         visible = _visible(kv_start, kv_stop, positions, fresh)
         scores = jnp.where(visible, _scores(q, k, scale), MASKED)
         p = jnp.where(visible, jnp.exp(scores - lse), 0.0)
-        d_p = jnp.einsum("btkgh,bskh->bkgts", d_out, v, preferred_element_type=jnp.float32)
+        d_p = _product("btkgh,bskh->bkgts", d_out, v)
         d_s = (scale * p * (d_p - offset)).astype(q.dtype)
         p = p.astype(v.dtype)
-        d_v = d_v + jnp.einsum("bkgts,btkgh->bskh", p, d_out, preferred_element_type=jnp.float32)
-        d_k = d_k + jnp.einsum("bkgts,btkgh->bskh", d_s, q, preferred_element_type=jnp.float32)
-        d_q = d_q + jnp.einsum("bkgts,bskh->btkgh", d_s, k, preferred_element_type=jnp.float32)
+        d_v = d_v + _product("bkgts,btkgh->bskh", p, d_out)
+        d_k = d_k + _product("bkgts,btkgh->bskh", d_s, q)
+        d_q = d_q + _product("bkgts,bskh->btkgh", d_s, k)
         return (d_k, d_v), d_q
 
     seen = jnp.any((kv_start <= positions[-1]) & (kv_stop > positions[0]) & (kv_stop > kv_start))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from crosslmm_jax.config import AttentionBackend
 from crosslmm_jax.model.attention import attention
 from crosslmm_jax.model.blockwise import MASKED, blockwise_attention
-from crosslmm_jax.model.partitioning import AxisRules, num_shards
+from crosslmm_jax.model.partitioning import AxisRules, dividing_axes, num_shards
 
 
 def context_parallel_attention(
@@ -34,9 +34,9 @@ def context_parallel_attention(
     shards = num_shards(rules, "act_context")
     if rules is None or shards == 1 or k.shape[1] % shards:
         k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v))
-        return attention(q, k, v, kv_stop=kv_stop, backend=backend)
-    batch = rules["act_batch"] if q.shape[0] % num_shards(rules, "act_batch") == 0 else None
-    heads = rules["act_heads"] if k.shape[3] % num_shards(rules, "act_heads") == 0 else None
+        return attention(q, k, v, kv_stop=kv_stop, backend=backend, rules=rules)
+    batch = dividing_axes(rules, "act_batch", q.shape[0])
+    heads = dividing_axes(rules, "act_heads", k.shape[3])
     frames = rules["act_context"]
     assert frames is not None  # more than one shard
     q_spec = PartitionSpec(batch, None, heads, None)

@@ -6,27 +6,34 @@ The norm of the original tokens does not depend on the layer but for its scale, 
 root mean square and the scale is folded into Wk and Wv: no normalised copy of all tokens a layer.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.model.attention import attention
+from crosslmm_jax.config import ModelConfig, Precision
 from crosslmm_jax.model.blockwise import MASKED
-from crosslmm_jax.model.context import context_parallel_attention
-from crosslmm_jax.model.ops import rms_norm, rotate
+from crosslmm_jax.model.frame_parts import attend, attend_tokens
+from crosslmm_jax.model.ops import from_heads, pad_tokens, rms_norm, rotate, to_heads
 from crosslmm_jax.model.partitioning import AxisRules
+from crosslmm_jax.model.quantise import DTYPES, quantise
 from crosslmm_jax.model.qwen2 import attention_weights
 from crosslmm_jax.model.weights import Weight, WeightTable, constant, ones, stack
 
 
 class KeysValues(NamedTuple):
-    """Keys and values of all original tokens in one layer and direction, float[B, F, P, K, H] each."""
+    """Keys and values of all original tokens in one layer and direction, float[B, F, P, K, H] each.
+
+    In 8 bits they come with a scale a head and channel, which goes into the queries and into what attention
+    returns: all that is as long as the video is read as it is.
+    """
 
     keys: Float[Array, "b f p k h"]
     values: Float[Array, "b f p k h"]
+    key_scale: Float[Array, "b k h"] | None = None  # None: keys and values are in the compute dtype
+    value_scale: Float[Array, "b k h"] | None = None
 
 
 def kv_width(config: ModelConfig) -> int:
@@ -35,8 +42,8 @@ def kv_width(config: ModelConfig) -> int:
     return config.decoder.width if cross.kv_source == "projected" else config.vision.width
 
 
-def cross_attention_weights(config: ModelConfig) -> WeightTable:
-    """One direction's parameters, stacked over the decoder layers that carry cross-attention."""
+def cross_attention_weights(config: ModelConfig, *, stacked: bool = True) -> WeightTable:
+    """One direction's parameters, for all decoder layers that carry cross-attention."""
     width, decoder = kv_width(config), config.decoder
     kv_embed = "embed" if width == decoder.width else "vision_embed"
     table = {
@@ -45,42 +52,70 @@ def cross_attention_weights(config: ModelConfig) -> WeightTable:
         **attention_weights(decoder, width),
         "gate": Weight((), (), constant(config.cross_attention.gate_init)),
     }
-    return stack(len(config.cross_attention_layers), table)
+    return stack(len(config.cross_attention_layers), table, stacked=stacked)
 
 
 @jax.named_scope("keys_values")
 def keys_values(
-    weights: dict[str, Array], tokens: Float[Array, "b f p d"], *, config: ModelConfig
+    weights: dict[str, Array], tokens: Float[Array, "b f p d"], first: Array | int = 0, *, config: ModelConfig
 ) -> KeysValues:
-    """Keys and values of the original tokens float[B, F, P, D] (unit root mean square), for one layer."""
+    """Keys and values of the original tokens float[B, F, P, D] (unit root mean square), for one layer.
+
+    `first` is the place of the first of these frames in the video.
+    """
     batch, frames, patches, _ = tokens.shape
     scale = weights["kv_norm"].astype(tokens.dtype)[:, None, None]
-    k = jnp.einsum("bfpd,dkh->bfpkh", tokens, scale * weights["wk"]) + weights["bk"]
-    v = jnp.einsum("bfpd,dkh->bfpkh", tokens, scale * weights["wv"]) + weights["bv"]
+    k, v = (to_heads(tokens, scale * weights["w" + name], weights["b" + name]) for name in "kv")
     if config.cross_attention.cross_attn_rope == "time":
-        times = jnp.broadcast_to(jnp.repeat(jnp.arange(frames), patches), (batch, frames * patches))
+        times = first + jnp.repeat(jnp.arange(frames), patches)
+        times = jnp.broadcast_to(times, (batch, frames * patches))
         flat = k.reshape(batch, frames * patches, *k.shape[3:])
         k = rotate(flat, times, theta=config.decoder.rope_theta).reshape(k.shape)
     return KeysValues(k, v)
 
 
+def compress(kv: KeysValues, precision: Precision) -> KeysValues:
+    """`kv` as a cache holds it: as it is, or in 8 bits with float32 scales.
+
+    What all keys of a head have in common, such as a large bias, moves all scores of a query alike; softmax
+    does not see it, so it is taken off instead of being spent bits on. Values keep theirs.
+    """
+    if precision == "compute":
+        return kv
+    tokens, dtype = (1, 2), DTYPES[precision]
+    keys = kv.keys.astype(jnp.float32)
+    keys, key_scale = quantise(keys - jnp.mean(keys, axis=tokens, keepdims=True), dtype, tokens)
+    values, value_scale = quantise(kv.values, dtype, tokens)
+    return KeysValues(keys, values, jnp.squeeze(key_scale, tokens), jnp.squeeze(value_scale, tokens))
+
+
+def _scaled(x: Float[Array, "b t n h"], scale: Float[Array, "b k h"] | None) -> Float[Array, "b t n h"]:
+    """Queries, or what they have read, times the scale of the keys or values that they read."""
+    if scale is None:
+        return x
+    groups = x.reshape(*x.shape[:2], scale.shape[1], -1, x.shape[3])
+    return (groups.astype(jnp.float32) * scale[:, None, :, None]).astype(x.dtype).reshape(x.shape)
+
+
 def cross_attend(
     weights: dict[str, Array],
-    x: Float[Array, "b t d"],
-    kv: KeysValues,
+    x: Float[Array, "b r d"],
+    source: KeysValues | Float[Array, "b f p d"],
     *,
     visible_frames: Int[Array, "b t"],
     times: Int[Array, "b t"],
     config: ModelConfig,
     scoped: bool = False,
     rules: AxisRules | None = None,
-) -> Float[Array, "b t d"]:
+) -> Float[Array, "b r d"]:
     """The gated update of the tokens `x` (without the residual), exactly 0 for a token that sees no frame.
 
     Args:
       weights: one layer's, in the compute dtype (norms and gate float32).
-      x: float[B, T, D], text tokens, or the F*C compact tokens in frame order.
-      kv: keys and values of all F frames.
+      x: float[B, R, D], T text tokens and padding behind them (`with_fewest_rows`), or the F*C compact tokens
+        in frame order.
+      source: keys and values of all F frames, or the original tokens that they are made from on the way:
+        for a long video not all at once (`frame_parts`).
       visible_frames: int32[B, T], how many frames a token may read, from the first on.
       times: int32[B, T], a token's place on the frame axis: its frame, or for text the frames before it.
         Only the rotary embedding over time reads it.
@@ -89,24 +124,20 @@ def cross_attend(
       rules: logical axes; frames may be spread over devices.
 
     Returns:
-      float[B, T, D].
+      float[B, R, D], 0 for padding.
     """
     cross = config.cross_attention
     y = rms_norm(x, weights["query_norm"], config.decoder.rms_norm_eps)
-    q = jnp.einsum("btd,dnh->btnh", y, weights["wq"]) + weights["bq"]
+    q = to_heads(y, weights["wq"], weights["bq"])[:, : visible_frames.shape[1]]
     if cross.cross_attn_rope == "time":
         q = rotate(q, times, theta=config.decoder.rope_theta)
-    if scoped and cross.v2v_scope == "frame":
-        out = _attend_frame(q, kv, visible_frames, config)
-    elif scoped and cross.v2v_scope == "window":
-        out = _attend_window(q, kv, visible_frames, config)
+    same = {"visible_frames": visible_frames, "config": config, "scoped": scoped, "rules": rules}
+    if isinstance(source, KeysValues):
+        out = _scaled(attend(_scaled(q, source.key_scale), source, **same), source.value_scale)
     else:
-        stop = visible_frames * kv.keys.shape[2]
-        out = context_parallel_attention(
-            q, kv.keys, kv.values, kv_stop=stop, backend=config.attention, rules=rules
-        )
+        out = attend_tokens(q, weights, source, make=functools.partial(keys_values, config=config), **same)
     gate = jnp.tanh(weights["gate"].astype(jnp.float32)).astype(x.dtype)
-    return gate * jnp.einsum("btnh,nhd->btd", out, weights["wo"])
+    return gate * from_heads(pad_tokens(out, x.shape[1]), weights["wo"])
 
 
 def attention_map(
@@ -119,62 +150,13 @@ def attention_map(
 ) -> Float[Array, "b f p"]:
     """float32[B, F, P] probabilities with which one text token a row reads each patch, mean over heads."""
     y = rms_norm(x, weights["query_norm"], config.decoder.rms_norm_eps)
-    q = (jnp.einsum("bd,dnh->bnh", y, weights["wq"]) + weights["bq"])[:, None]
+    q = to_heads(y, weights["wq"], weights["bq"])[:, None]
     if config.cross_attention.cross_attn_rope == "time":
         q = rotate(q, visible_frames[:, None], theta=config.decoder.rope_theta)
     batch, frames, _, kv_heads, size = kv.keys.shape
-    q = q.astype(jnp.float32).reshape(batch, kv_heads, -1, size)
+    q = _scaled(q.astype(jnp.float32), kv.key_scale).reshape(batch, kv_heads, -1, size)
     scores = jnp.einsum("bkgh,bfpkh->bkgfp", q, kv.keys.astype(jnp.float32)) * size**-0.5
     seen = (jnp.arange(frames) < visible_frames[:, None])[:, None, None, :, None]
     scores = jnp.where(seen, scores, MASKED)
     probabilities = jnp.where(seen, jax.nn.softmax(scores, axis=(-2, -1)), 0.0)
     return jnp.mean(probabilities, axis=(1, 2))
-
-
-def _attend_frame(
-    q: Array, kv: KeysValues, visible_frames: Array, config: ModelConfig
-) -> Float[Array, "b t n h"]:
-    """Each compact token reads the patches of its own frame: linear in frames."""
-    batch, frames, patches = kv.keys.shape[:3]
-    by_frame = q.reshape(batch * frames, -1, *q.shape[2:])
-    visible = visible_frames.reshape(batch, frames, -1) > jnp.arange(frames)[:, None]
-    stop = jnp.where(visible, patches, 0).reshape(batch * frames, -1)
-    keys, values = (x.reshape(batch * frames, patches, *x.shape[3:]) for x in kv)
-    out = attention(by_frame, keys, values, kv_stop=stop, backend=config.attention)
-    return out.reshape(q.shape)
-
-
-def _attend_window(
-    q: Array, kv: KeysValues, visible_frames: Array, config: ModelConfig
-) -> Float[Array, "b t n h"]:
-    """Each compact token reads the frames up to `v2v_window` before and after its own: linear in frames.
-
-    Blocks of `window` frames read their own, the previous and the next block; ranges cut what is further.
-    """
-    batch, frames, patches = kv.keys.shape[:3]
-    tokens = q.shape[1] // frames
-    window = min(config.cross_attention.v2v_window, frames)
-    count = -(-frames // window)
-    pad = count * window - frames
-    frame = jnp.repeat(jnp.arange(frames + pad), tokens).reshape(count, window * tokens)
-    # Frames of the three blocks are counted from the first frame of the previous block.
-    first = ((jnp.arange(count) - 1) * window)[:, None]
-    low = jnp.maximum(frame - window, 0) - first
-    seen = jnp.pad(visible_frames, ((0, 0), (0, pad * tokens))).reshape(batch, count, -1)
-    high = jnp.minimum(jnp.minimum(frame + window + 1, frames), seen) - first
-    low, high = jnp.broadcast_to(low, seen.shape), jnp.maximum(high, low)
-    ranges = [(x * patches).reshape(batch * count, -1) for x in (low, high)]
-
-    def three_blocks(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (window, pad + window)) + ((0, 0),) * (x.ndim - 2))
-        x = x.reshape(batch, count + 2, window, *x.shape[2:])
-        x = jnp.concatenate([x[:, :-2], x[:, 1:-1], x[:, 2:]], axis=2)
-        return x.reshape(batch * count, 3 * window * patches, *x.shape[4:])
-
-    q_blocks = jnp.pad(q, ((0, 0), (0, pad * tokens), (0, 0), (0, 0)))
-    q_blocks = q_blocks.reshape(batch * count, window * tokens, *q.shape[2:])
-    out = attention(
-        q_blocks, three_blocks(kv.keys), three_blocks(kv.values),
-        kv_start=ranges[0], kv_stop=ranges[1], backend=config.attention,
-    )  # fmt: skip
-    return out.reshape(batch, -1, *q.shape[2:])[:, : q.shape[1]]

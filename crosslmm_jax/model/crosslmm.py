@@ -12,8 +12,8 @@
     loss_mask       float32[B, T]          1 where the token is to be predicted
 """
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,26 +21,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.model.cache import Cache, empty_cache
-from crosslmm_jax.model.cross_attention import (
-    KeysValues,
-    attention_map,
-    cross_attend,
-    cross_attention_weights,
-    keys_values,
-    kv_width,
-)
+from crosslmm_jax.model.cache import Cache
+from crosslmm_jax.model.cross_attention import cross_attention_weights, kv_width
+from crosslmm_jax.model.decoder_layer import Batch, decoder_layer
 from crosslmm_jax.model.loss import logits_of, next_token_loss
 from crosslmm_jax.model.merge import Projector
-from crosslmm_jax.model.ops import add_at, gather_tokens, rms_norm
+from crosslmm_jax.model.ops import gather_tokens, rms_norm, with_fewest_rows
 from crosslmm_jax.model.partitioning import AxisRules, constrain
-from crosslmm_jax.model.qwen2 import LayerCache, decoder_weights, mlp, self_attention
+from crosslmm_jax.model.qwen2 import decoder_weights
 from crosslmm_jax.model.siglip import SiglipEncoder
 from crosslmm_jax.model.stack import Placement, scan_layers
 from crosslmm_jax.model.vision import Visual, encode_in_chunks
-from crosslmm_jax.model.weights import WeightTable, cast, declare
-
-Batch = Mapping[str, Array]
+from crosslmm_jax.model.weights import WeightTable, declare, layer_of
 
 
 class Weights(nn.Module):
@@ -63,19 +55,24 @@ class CrossLMM(nn.Module):
     Attributes:
       config: sizes and choices; `config.cross_attention.directions` says what is in the graph.
       rules: logical axis of an activation -> mesh axes, or None to leave all layout to the compiler.
+      stacked: parameters are as `init_params` makes them, the layers of a stack in one array; False: as
+        `separate_layers` makes them, which is what inference on accelerators should read.
     """
 
     config: ModelConfig
     rules: AxisRules | None = None
+    stacked: bool = True
 
     def setup(self) -> None:
         """Declares the parameters."""
         c = self.config
-        self.encoder = SiglipEncoder(c.vision, c.compute_dtype, c.attention)
-        self.projector = Projector(c.merge, c.vision.width, c.decoder.width, c.compute_dtype)
-        self.decoder = Weights(decoder_weights(c.decoder))
-        self.v2v = Weights(cross_attention_weights(c))
-        self.t2v = Weights(cross_attention_weights(c))
+        self.encoder = SiglipEncoder(
+            c.vision, c.compute_dtype, c.attention, self.rules, c.visual_matmul, self.stacked
+        )
+        self.projector = Projector(c.merge, c.vision.width, c.decoder.width, c.compute_dtype, c.visual_matmul)
+        self.decoder = Weights(decoder_weights(c.decoder, stacked=self.stacked))
+        self.v2v = Weights(cross_attention_weights(c, stacked=self.stacked))
+        self.t2v = Weights(cross_attention_weights(c, stacked=self.stacked))
 
     def declare(self) -> None:
         """Touches every parameter, so that `init` needs no batch and computes nothing."""
@@ -109,7 +106,7 @@ class CrossLMM(nn.Module):
 
     def hidden(self, visual: Visual, batch: Batch) -> Float[Array, "b t d"]:
         """float[B, T, D] last hidden states, behind the final norm."""
-        return self._run(visual, batch, None)[0]
+        return self._run(visual, batch)[0]
 
     def prefill(
         self, visual: Visual, batch: Batch, counts: Int[Array, " b"], *, cache_size: int
@@ -122,11 +119,11 @@ class CrossLMM(nn.Module):
           counts: int32[B], tokens of each row that are not padding (padding is at the end).
           cache_size: room for tokens a row.
         """
-        cache = empty_cache(self.config, counts.shape[0], cache_size)
-        hidden, filled = self._run(visual, batch, cache)
+        hidden, left = self._run(visual, batch, keep=True)
         last = (counts - 1)[:, None]
         visible = jnp.take_along_axis(batch["visible_frames"], last, axis=1)[:, 0]
-        cache = filled._replace(lengths=counts, visible_frames=visible)
+        t2v = tuple(x for x in left.crossed if x is not None) or None
+        cache = Cache(left.keys, left.values, counts, visible, t2v).resized(cache_size)
         return self._logits(gather_tokens(hidden, last))[:, 0], cache
 
     def extend(
@@ -135,7 +132,8 @@ class CrossLMM(nn.Module):
         """Adds text behind what the cache holds: a question of many tokens, or one generated token.
 
         Args:
-          cache: of `prefill` or `extend`; all frames it holds may be read.
+          cache: of `prefill` or `extend`; all frames it holds may be read. It must have room for T more
+            tokens a row, padding too, which is written until what comes next overwrites it.
           tokens: int32[B, T], padded at the end.
           counts: int32[B], tokens of each row that are not padding, at least 1.
 
@@ -144,9 +142,9 @@ class CrossLMM(nn.Module):
         """
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
         visible = jnp.broadcast_to(cache.visible_frames[:, None], tokens.shape)
-        x = self._embed(tokens)
-        x, extended, _ = self._layers(x, positions, visible, cache=cache)
-        cache = cache._replace(keys=extended.keys, values=extended.values, lengths=cache.lengths + counts)
+        x = with_fewest_rows(self._embed(tokens))
+        x, left = self._each_layer(x, positions, visible, cache=cache)
+        cache = cache._replace(keys=left.keys, values=left.values, lengths=cache.lengths + counts)
         x = rms_norm(x, self.decoder()["final_norm"], self.config.decoder.rms_norm_eps)
         return self._logits(gather_tokens(x, (counts - 1)[:, None]))[:, 0], cache
 
@@ -160,7 +158,8 @@ class CrossLMM(nn.Module):
         """
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
         visible = jnp.broadcast_to(cache.visible_frames[:, None], tokens.shape)
-        return self._layers(self._embed(tokens), positions, visible, cache=cache, observed=counts - 1)[2]
+        _, left = self._each_layer(self._embed(tokens), positions, visible, cache=cache, observed=counts - 1)
+        return jnp.stack([maps for maps in left.crossed if maps is not None])
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         embedding = self.decoder()["embedding"]
@@ -174,21 +173,45 @@ class CrossLMM(nn.Module):
     def _logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         return constrain(logits_of(hidden, self._head()), self.rules, "act_batch", "act_len", "act_vocab")
 
-    def _run(self, visual: Visual, batch: Batch, cache: Cache | None) -> tuple[Array, Any]:
-        """A whole sequence through embedding, layers and final norm."""
+    def _run(self, visual: Visual, batch: Batch, *, keep: bool = False) -> "tuple[Array, _Left]":
+        """A whole sequence through embedding, layers and final norm, and what its layers left."""
         x = self._embed(batch["tokens"])
         slots = batch["visual_slots"]
         if slots.shape[1]:
             x = jax.vmap(lambda row, at, new: row.at[at].set(new))(x, slots, visual.compact)
         x = constrain(x, self.rules, "act_batch", "act_len", "act_embed")
-        x, cache, t2v = self._layers(
-            x, batch["positions"], batch["visible_frames"], cache=cache, visual=visual, batch=batch
-        )
-        if cache is not None:
-            cache = cache._replace(t2v=t2v)
-        return rms_norm(x, self.decoder()["final_norm"], self.config.decoder.rms_norm_eps), cache
+        arguments = batch["positions"], batch["visible_frames"]
+        left = _Left((), (), ())
+        if keep or not self.stacked:
+            x, left = self._each_layer(x, *arguments, visual=visual, batch=batch, keep=keep)
+        else:
+            x = self._scanned_layers(x, *arguments, visual=visual, batch=batch)
+        return rms_norm(x, self.decoder()["final_norm"], self.config.decoder.rms_norm_eps), left
 
-    def _layers(
+    def _scanned_layers(
+        self, x: Array, positions: Array, visible_frames: Array, *, visual: Visual, batch: Batch
+    ) -> Float[Array, "b t d"]:
+        """All decoder layers over a whole sequence: one program for all, recomputed in the backward pass."""
+        c = self.config
+        one = functools.partial(
+            decoder_layer, positions=positions, visible_frames=visible_frames, config=c, rules=self.rules
+        )
+
+        def plain(x: Array, layer: Any) -> Array:
+            return one(x, layer, None)[0]
+
+        def crossed(x: Array, layer: Any, cross: Any) -> Array:
+            return one(x, layer, cross, visual=visual, batch=batch)[0]
+
+        cross = {direction: getattr(self, direction)() for direction in c.cross_attention.directions}
+        placement = Placement(
+            c.decoder.num_layers, c.cross_attention.cross_attn_every, c.cross_attention.cross_attn_offset
+        )
+        return scan_layers(
+            plain, crossed, x, self.decoder()["layers"], cross, placement=placement, remat=c.decoder.remat
+        )
+
+    def _each_layer(
         self,
         x: Float[Array, "b t d"],
         positions: Int[Array, "b t"],
@@ -198,106 +221,35 @@ class CrossLMM(nn.Module):
         visual: Visual | None = None,
         batch: Batch | None = None,
         observed: Int[Array, " b"] | None = None,
-    ) -> tuple[Float[Array, "b t d"], Any, Any]:
-        """All decoder layers: over a whole sequence (`visual` and `batch`), or over text behind `cache`.
+        keep: bool = True,
+    ) -> "tuple[Float[Array, 'b t d'], _Left]":
+        """All decoder layers one by one, over a whole sequence (`visual`, `batch`) or text behind `cache`.
 
         Returns:
-          The hidden states, the extended cache, and what each layer with cross-attention leaves: T2V keys
-          and values when a prompt fills a cache, attention maps of the tokens at `observed`, or nothing.
+          The hidden states, and what the layers left, empty unless it is to be kept.
         """
-        c, dtype = self.config, jnp.dtype(self.config.compute_dtype)
-        directions = c.cross_attention.directions
-        own = None if cache is None else LayerCache(cache.keys, cache.values, jnp.int32(0), cache.lengths)
-
-        def attend(carry: Any, layer: Any) -> Any:
-            x, own = carry
-            return self_attention(
-                layer,
-                x,
-                positions,
-                config=c.decoder,
-                backend=c.attention,
-                cache=own,
-                from_empty=visual is not None,
-            )
-
-        def finish(x: Array, layer: Any, own: LayerCache | None) -> Any:
-            x = constrain(mlp(layer, x, config=c.decoder), self.rules, "act_batch", "act_len", "act_embed")
-            return x, None if own is None else own._replace(layer=own.layer + 1)
-
-        def plain(carry: Any, layer: Any) -> Any:
-            layer = cast(layer, dtype)
-            x, own = attend(carry, layer)
-            return finish(x, layer, own)
-
-        def crossed(carry: Any, layer: Any, cross: Any) -> tuple[Any, Any]:
-            layer, cross = cast(layer, dtype), cross | {d: cast(cross[d], dtype) for d in directions}
-            x, own = attend(carry, layer)
-            if visual is not None and batch is not None:
-                x, left = self._dual_cross_attention(x, cross, visual, batch)
-            else:
-                x, left = self._text_to_visual(x, cross, visible_frames, observed)
-            return finish(x, layer, own), left if cache is not None else None
-
-        cross = {d: getattr(self, d)() for d in directions}
-        if visual is None and cache is not None and cache.t2v is not None:
-            cross["kv"] = cache.t2v
-        placement = Placement(
-            c.decoder.num_layers, c.cross_attention.cross_attn_every, c.cross_attention.cross_attn_offset
-        )
-        (x, own), left = scan_layers(
-            plain, crossed, (x, own), self.decoder()["layers"], cross,
-            placement=placement, remat=c.decoder.remat and cache is None,
-        )  # fmt: skip
-        if cache is not None and own is not None:
-            cache = cache._replace(keys=own.keys, values=own.values)
-        return x, cache, left
-
-    def _dual_cross_attention(
-        self, x: Array, cross: dict[str, Any], visual: Visual, batch: Batch
-    ) -> tuple[Array, KeysValues | None]:
-        """Both directions in parallel: each reads the hidden states that self-attention left."""
-        c, frames = self.config, visual.originals.shape[1]
-        if frames == 0:
-            return x, None
-        visible, out, t2v = batch["visible_frames"], x, None
-        if "v2v" in cross:
-            with jax.named_scope("v2v"):
-                slots = batch["visual_slots"]
-                frame = jnp.repeat(jnp.arange(frames), c.merge.tokens_per_frame)
-                v2v = keys_values(cross["v2v"], visual.originals, config=c)
-                update = cross_attend(
-                    cross["v2v"], gather_tokens(x, slots), v2v,
-                    visible_frames=jnp.take_along_axis(visible, slots, axis=1),
-                    times=jnp.broadcast_to(frame, slots.shape), config=c, scoped=True, rules=self.rules,
-                )  # fmt: skip
-                out = add_at(out, slots, update)
-        if "t2v" in cross:
-            with jax.named_scope("t2v"):
-                slots = batch["text_slots"]
-                t2v = keys_values(cross["t2v"], visual.originals, config=c)
-                seen = jnp.take_along_axis(visible, slots, axis=1)
-                update = cross_attend(
-                    cross["t2v"], gather_tokens(x, slots), t2v,
-                    visible_frames=seen, times=seen, config=c, rules=self.rules,
-                )  # fmt: skip
-                out = add_at(out, slots, update)
-        return out, t2v
-
-    def _text_to_visual(
-        self, x: Array, cross: dict[str, Any], visible_frames: Array, observed: Array | None
-    ) -> tuple[Array, Array | None]:
-        """T2V from cached keys and values, and the attention maps of the tokens at `observed`."""
-        if "t2v" not in cross or "kv" not in cross:
-            return x, None
-        maps = None
-        if observed is not None:
-            token = gather_tokens(x, observed[:, None])[:, 0]
-            seen = visible_frames[:, 0]
-            maps = attention_map(cross["t2v"], token, cross["kv"], visible_frames=seen, config=self.config)
-        with jax.named_scope("t2v"):
-            update = cross_attend(
-                cross["t2v"], x, cross["kv"], visible_frames=visible_frames, times=visible_frames,
-                config=self.config, rules=self.rules,
+        c, left = self.config, []
+        layers, at = self.decoder()["layers"], c.cross_attention_layers
+        directions = {direction: getattr(self, direction)() for direction in c.cross_attention.directions}
+        for index in range(c.decoder.num_layers):
+            cross = None
+            if index in at:
+                number = at.index(index)
+                cross = {name: layer_of(weights, number) for name, weights in directions.items()}
+            x, keys, values, crossed = decoder_layer(
+                x, layer_of(layers, index), cross, positions=positions, visible_frames=visible_frames,
+                own=None if cache is None else cache.layer(index), visual=visual, batch=batch,
+                t2v=None if cache is None or cache.t2v is None or cross is None else cache.t2v[number],
+                observed=observed, config=c, rules=self.rules,
             )  # fmt: skip
-        return x + update, maps
+            if keep:
+                left.append((keys, values, crossed))
+        return x, _Left(*zip(*left, strict=True)) if left else _Left((), (), ())
+
+
+class _Left(NamedTuple):
+    """What the layers leave behind, an entry a layer."""
+
+    keys: tuple[Float[Array, "b s k h"], ...]
+    values: tuple[Float[Array, "b s k h"], ...]
+    crossed: tuple[Any, ...]  # see `decoder_layer`

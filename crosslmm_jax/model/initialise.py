@@ -1,5 +1,6 @@
 """Parameters of a new model, and the logical axes of each."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -19,17 +20,29 @@ COPIED = ("wq", "bq", "wk", "bk", "wv", "bv", "wo")
 def init_params(config: ModelConfig, key: Array) -> Params:
     """Random parameters as nested dicts of float32 arrays: encoder, projector, v2v, t2v, decoder.
 
+    They are those that training changes and a MODEL folder holds, whatever `config.visual_matmul` says: see
+    `quantise_params`.
+
     With `cross_attn_init="copy"`, V2V and T2V start as copies of their layer's self-attention. May be
     traced: under `jax.eval_shape` nothing is allocated, under `jax.jit` with shardings each device makes
     its own part.
     """
-    return copy_cross_attention(nn.meta.unbox(_boxed(config, key)), config)
+    return copy_cross_attention(nn.meta.unbox(_boxed(_as_trained(config), key)), config)
 
 
 def logical_axes(config: ModelConfig) -> Params:
     """The tree of `init_params` with the logical axis names of each parameter as a tuple."""
+    return quantised_axes(_as_trained(config))
+
+
+def quantised_axes(config: ModelConfig) -> Params:
+    """The same of the tree that `quantise_params` makes with `config.visual_matmul`."""
     boxed = jax.eval_shape(lambda key: _boxed(config, key), jax.random.key(0))
     return jax.tree.map(lambda box: box.names, boxed, is_leaf=_is_boxed)
+
+
+def _as_trained(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, visual_matmul="compute")
 
 
 def copy_cross_attention(params: Params, config: ModelConfig) -> Params:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from crosslmm_jax.model.ops import matmul
+
 # Positions whose logits exist at once, over the whole batch: 512 x 152,064 float32 are 311 MB.
 LOGITS_AT_ONCE = 512
 
@@ -57,4 +59,4 @@ def chunk_loss(
 @jax.named_scope("head")
 def logits_of(hidden: Float[Array, "b t d"], head: Float[Array, "d v"]) -> Float[Array, "b t v"]:
     """float32[B, T, V] logits of hidden states that the final norm has seen."""
-    return jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+    return matmul(hidden, head, precise=True)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from crosslmm_jax.config import MergeConfig, Pooling
+from crosslmm_jax.config import MergeConfig, Pooling, Precision
 from crosslmm_jax.model.ops import layer_norm
-from crosslmm_jax.model.weights import Weight, WeightTable, cast, declare, fan_in, ones, zeros
+from crosslmm_jax.model.quantise import linear, operand, quantised_table
+from crosslmm_jax.model.weights import Weight, cast, declare, fan_in, ones, zeros
 
 # LayerNorm before the projector is an option of ours; torch's default epsilon.
 INPUT_NORM_EPS = 1e-5
@@ -57,7 +58,7 @@ def pooling_weights(size: int, grid: int, pooling: Pooling) -> np.ndarray:
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def projector_weights(config: MergeConfig, vision_width: int, width: int) -> WeightTable:
+def projector_weights(config: MergeConfig, vision_width: int, width: int) -> dict[str, Weight]:
     """Linear, GELU, Linear; with an input LayerNorm where the config asks for one."""
     table = {
         "w1": Weight((vision_width, width), ("vision_embed", "mlp"), fan_in(vision_width)),
@@ -78,14 +79,17 @@ class Projector(nn.Module):
     vision_width: int
     width: int
     compute_dtype: str
+    matmul: Precision = "compute"
 
     def setup(self) -> None:
         """Declares the parameters."""
-        self.weights = declare(self, projector_weights(self.config, self.vision_width, self.width))
+        table = projector_weights(self.config, self.vision_width, self.width)
+        self.weights = declare(self, quantised_table(table, self.matmul))
 
     def __call__(self, features: Float[Array, "... w"]) -> Float[Array, "... d"]:
         """float[..., W] to float[..., D]."""
         w = cast(dict(self.weights), jnp.dtype(self.compute_dtype))
         if self.config.projector_input_norm:
             features = layer_norm(features, w["norm_scale"], w["norm_bias"], eps=INPUT_NORM_EPS)
-        return jax.nn.gelu(features @ w["w1"] + w["b1"], approximate=False) @ w["w2"] + w["b2"]
+        hidden = jax.nn.gelu(linear(operand(features, w, "w1"), w, "w1", "b1"), approximate=False)
+        return linear(operand(hidden, w, "w2"), w, "w2", "b2")

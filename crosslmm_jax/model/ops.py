@@ -1,9 +1,13 @@
 """Small maths shared by encoder and decoder: plain functions on arrays."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+FEWEST_ROWS = 8  # of a product on a GPU
 
 
 def rms_normalise(x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:
@@ -20,11 +24,14 @@ def rms_norm(x: Float[Array, "... d"], scale: Float[Array, " d"], eps: float) ->
 def layer_norm(
     x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"], *, eps: float
 ) -> Float[Array, "... d"]:
-    """LayerNorm in float32, returned in the dtype of `x`."""
+    """LayerNorm in float32, returned in the dtype of `x`.
+
+    Mean and variance come from one pass over `x`, as in Flax's LayerNorm: a pass less over memory.
+    """
     x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    variance = jnp.mean(centred**2, axis=-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + eps) * scale + bias).astype(x.dtype)
+    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.maximum(jnp.mean(x32**2, axis=-1, keepdims=True) - mean**2, 0.0)
+    return ((x32 - mean) * jax.lax.rsqrt(variance + eps) * scale + bias).astype(x.dtype)
 
 
 def rotate(
@@ -54,3 +61,48 @@ def add_at(
 
 def _add_row(x: Array, slots: Array, update: Array) -> Array:
     return x.at[slots].add(update, unique_indices=True, mode="promise_in_bounds")
+
+
+def with_fewest_rows(x: Float[Array, "b t d"]) -> Float[Array, "b r d"]:
+    """`x` with zeros behind its tokens, so that products of it need no padding of their own (see `matmul`).
+
+    Padded once in front of all layers, a norm is one kernel; padded at every product, three.
+    """
+    batch, tokens = x.shape[:2]
+    if jax.default_backend() != "gpu":
+        return x
+    return pad_tokens(x, max(tokens, -(-FEWEST_ROWS // batch)))
+
+
+def pad_tokens(x: Float[Array, "b t ..."], length: int) -> Float[Array, "b r ..."]:
+    """`x` with zeros behind its tokens, up to `length`."""
+    more = length - x.shape[1]
+    return jnp.pad(x, [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)]) if more else x
+
+
+def matmul(x: Float[Array, "*a d"], weight: Float[Array, "d e"], *, precise: bool = False) -> Array:
+    """`x @ weight`, with a float32 result where `precise`.
+
+    On a GPU, fewer rows than 8 are padded: XLA makes a product of one row of elementwise multiplication and a
+    sum, and writes the product with a whole matrix, or a float32 copy of it, to memory in between.
+    """
+    rows, dtype = math.prod(x.shape[:-1]), jnp.float32 if precise else None
+    if jax.default_backend() != "gpu" or rows >= FEWEST_ROWS:
+        return jnp.matmul(x, weight, preferred_element_type=dtype)
+    flat = jnp.pad(x.reshape(rows, -1), ((0, FEWEST_ROWS - rows), (0, 0)))
+    return jnp.matmul(flat, weight, preferred_element_type=dtype)[:rows].reshape(*x.shape[:-1], -1)
+
+
+def to_heads(x: Float[Array, "*a d"], weight: Float[Array, "d n h"], bias: Float[Array, "n h"]) -> Array:
+    """float[..., N, H]: `x` by `weight`, plus `bias`.
+
+    As a product of two-dimensional matrices: on a GPU the bias is then added within it, and no operand is
+    copied into another order.
+    """
+    y = matmul(x, weight.reshape(weight.shape[0], -1)) + bias.reshape(-1)
+    return y.reshape(*x.shape[:-1], *weight.shape[1:])
+
+
+def from_heads(x: Float[Array, "*a n h"], weight: Float[Array, "n h d"]) -> Array:
+    """float[..., D]: all heads of `x` by `weight`, likewise."""
+    return matmul(x.reshape(*x.shape[:-2], -1), weight.reshape(-1, weight.shape[-1]))

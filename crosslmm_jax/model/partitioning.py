@@ -24,6 +24,11 @@ def constrain(x: Array, rules: AxisRules | None, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def dividing_axes(rules: AxisRules, axis: str, size: int) -> MeshAxes:
+    """Mesh axes of a logical axis, or None (every device has all of it) where they do not divide `size`."""
+    return rules[axis] if size % num_shards(rules, axis) == 0 else None
+
+
 def num_shards(rules: AxisRules | None, axis: str) -> int:
     """Devices that share one logical axis under the mesh in use (1 without rules)."""
     if rules is None:

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from crosslmm_jax.config import AttentionBackend, DecoderConfig
 from crosslmm_jax.model.attention import attention
-from crosslmm_jax.model.ops import rms_norm, rotate
+from crosslmm_jax.model.ops import from_heads, matmul, pad_tokens, rms_norm, rotate, to_heads
+from crosslmm_jax.model.partitioning import AxisRules
 from crosslmm_jax.model.weights import Weight, WeightTable, fan_in, normal, ones, stack, zeros
 
 
@@ -31,8 +32,8 @@ def attention_weights(config: DecoderConfig, kv_width: int) -> dict[str, Weight]
     }
 
 
-def decoder_weights(config: DecoderConfig) -> WeightTable:
-    """Embedding, all layers stacked, final norm, and the head unless it is tied to the embedding."""
+def decoder_weights(config: DecoderConfig, *, stacked: bool = True) -> WeightTable:
+    """Embedding, all layers, final norm, and the head unless it is tied to the embedding."""
     D, M, V = config.width, config.mlp_width, config.vocab_size
     layer = {
         "attn_norm": Weight((D,), ("embed",), ones),
@@ -44,7 +45,7 @@ def decoder_weights(config: DecoderConfig) -> WeightTable:
     }
     table = {
         "embedding": Weight((V, D), ("vocab", "embed"), normal(D**-0.5)),
-        "layers": stack(config.num_layers, layer),
+        "layers": stack(config.num_layers, layer, stacked=stacked),
         "final_norm": Weight((D,), ("embed",), ones),
     }
     if not config.tie_embeddings:
@@ -53,71 +54,62 @@ def decoder_weights(config: DecoderConfig) -> WeightTable:
 
 
 class LayerCache(NamedTuple):
-    """The self-attention cache as one layer sees it: everybody's keys and values, and its own place.
+    """The self-attention cache of one layer."""
 
-    The stacks stay whole, so that a scan over layers carries and updates them in place.
-    """
-
-    keys: Float[Array, "l b s k h"]
-    values: Float[Array, "l b s k h"]
-    layer: Int[Array, ""]
+    keys: Float[Array, "b s k h"]  # S = room for all tokens
+    values: Float[Array, "b s k h"]
     lengths: Int[Array, " b"]  # tokens each row holds already: where the new ones are written
 
     def extended(self, k: Float[Array, "b t k h"], v: Float[Array, "b t k h"]) -> "LayerCache":
-        """The cache with T new keys and values written behind each row's tokens."""
+        """The cache with T new keys and values written behind each row's tokens, where there must be room."""
+        k, v = k.astype(self.keys.dtype), v.astype(self.values.dtype)
+        if k.shape[0] == 1:
+            # On a GPU, what makes a key then writes it to its place. XLA's scatter would be a second kernel.
+            write, start = jax.lax.dynamic_update_slice, (0, self.lengths[0], 0, 0)
+            return self._replace(keys=write(self.keys, k, start), values=write(self.values, v, start))
         rows = jnp.arange(k.shape[0])[:, None]
         places = self.lengths[:, None] + jnp.arange(k.shape[1])
-        keys = self.keys.at[self.layer, rows, places].set(k.astype(self.keys.dtype), unique_indices=True)
-        values = self.values.at[self.layer, rows, places].set(
-            v.astype(self.values.dtype), unique_indices=True
-        )
+        keys = self.keys.at[rows, places].set(k, unique_indices=True)
+        values = self.values.at[rows, places].set(v, unique_indices=True)
         return self._replace(keys=keys, values=values)
-
-    def own(self) -> tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]]:
-        """This layer's keys and values."""
-        return self.keys[self.layer], self.values[self.layer]
 
 
 @jax.named_scope("self_attention")
 def self_attention(
     weights: dict[str, Array],
-    x: Float[Array, "b t d"],
+    x: Float[Array, "b r d"],
     positions: Int[Array, "b t"],
     *,
     config: DecoderConfig,
     backend: AttentionBackend,
     cache: LayerCache | None = None,
-    from_empty: bool = False,
-) -> tuple[Float[Array, "b t d"], LayerCache | None]:
+    rules: AxisRules | None = None,
+) -> tuple[Float[Array, "b r d"], Float[Array, "b s k h"], Float[Array, "b s k h"]]:
     """Causal self-attention with its residual; reads and extends `cache` when there is one.
 
     Args:
       weights: one layer's, in the compute dtype.
-      x: float[B, T, D].
+      x: float[B, R, D], the tokens in front, R - T rows of padding behind them (`with_fewest_rows`).
       positions: int32[B, T], for the rotary embedding.
       config: the decoder's.
       backend: of the attention.
       cache: keys and values of earlier tokens, to which the new ones are added.
-      from_empty: the cache holds no earlier token, so that the new keys alone are read.
+      rules: logical axes.
 
     Returns:
-      float[B, T, D] and the extended cache (None without one).
+      float[B, R, D], and the keys and values that were read: S = T, or the room of the cache.
     """
-    w = weights
+    w, length = weights, positions.shape[1]
     y = rms_norm(x, w["attn_norm"], config.rms_norm_eps)
-    q = jnp.einsum("btd,dnh->btnh", y, w["wq"]) + w["bq"]
-    k = jnp.einsum("btd,dkh->btkh", y, w["wk"]) + w["bk"]
-    v = jnp.einsum("btd,dkh->btkh", y, w["wv"]) + w["bv"]
+    q, k, v = (to_heads(y, w["w" + name], w["b" + name])[:, :length] for name in "qkv")
     q, k = rotate(q, positions, theta=config.rope_theta), rotate(k, positions, theta=config.rope_theta)
-    if cache is not None:
-        cache = cache.extended(k, v)
-    if cache is None or from_empty:
-        out = attention(q, k, v, causal=True, backend=backend)
+    if cache is None:
+        out = attention(q, k, v, causal=True, backend=backend, rules=rules)
     else:
-        keys, values = cache.own()
-        stop = cache.lengths[:, None] + jnp.arange(1, x.shape[1] + 1)
-        out = attention(q, keys.astype(q.dtype), values.astype(q.dtype), kv_stop=stop, backend=backend)
-    return x + jnp.einsum("btnh,nhd->btd", out, w["wo"]), cache
+        k, v, _ = cache.extended(k, v)
+        stop = cache.lengths[:, None] + jnp.arange(1, length + 1)
+        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), kv_stop=stop, backend=backend, rules=rules)
+    return x + from_heads(pad_tokens(out, x.shape[1]), w["wo"]), k, v
 
 
 @jax.named_scope("mlp")
@@ -127,4 +119,4 @@ def mlp(
     """SwiGLU with its pre-norm and residual."""
     w = weights
     y = rms_norm(x, w["mlp_norm"], config.rms_norm_eps)
-    return x + (jax.nn.silu(y @ w["w_gate"]) * (y @ w["w_up"])) @ w["w_down"]
+    return x + matmul(jax.nn.silu(matmul(y, w["w_gate"])) * matmul(y, w["w_up"]), w["w_down"])

@@ -1,7 +1,13 @@
 """From frames to what the decoder reads: encode, pool and project, chunk by chunk.
 
-Features of all frames never exist at once: a chunk leaves its compact tokens and its original tokens, and
-is recomputed in the backward pass.
+Features of all frames never exist at once: a chunk leaves its compact tokens and its original tokens.
+`VisionConfig.remat` says what the backward pass recomputes. Kept for it, of SigLIP2 so400m in bfloat16:
+
+                                                            a layer and frame    26 layers, 64 frames
+    none         nothing is recomputed                            68 MB                113 GB
+    elementwise  norms and GELU, from products and attention      18 MB                 30 GB
+    layer        each layer, from what it read                   1.7 MB                2.8 GB
+    chunk        a chunk, from its pixels, and then each layer   1.7 MB of one chunk   1.4 GB
 """
 
 from collections.abc import Callable
@@ -18,6 +24,10 @@ from crosslmm_jax.model.ops import rms_normalise
 from crosslmm_jax.model.partitioning import AxisRules, constrain, num_shards
 
 FEATURES = "vision_features"
+# Chunks that `frame_chunk=None` takes one of. Measured on one H100, 64 frames at once gain nothing over 32.
+CHUNKS = (32, 16, 8, 4, 2, 1)
+CHUNK_OFF_ACCELERATORS = 8  # where the backend does not say how much memory it has: CPUs
+CHUNK_SHARE = 1 / 8  # of a device's memory beside the weights that a chunk's activations may take
 
 
 class Visual(NamedTuple):
@@ -25,6 +35,38 @@ class Visual(NamedTuple):
 
     compact: Float[Array, "b n d"]  # F*C projected pooled tokens, in frame order
     originals: Float[Array, "b f p d"]  # what K/V are made from, at unit root mean square
+
+
+def frame_chunk(config: ModelConfig) -> int:
+    """Frames that a device encodes at once: the configured number, or one that suits its memory.
+
+    It depends on sizes and on the memory that the process may use in all, not on what is free at the moment:
+    all processes of a run with equal devices choose the same, at any time.
+    """
+    if config.vision.frame_chunk is not None:
+        return config.vision.frame_chunk
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        return CHUNK_OFF_ACCELERATORS
+    room = CHUNK_SHARE * (limit - _weight_bytes(config)) / _frame_bytes(config)
+    return next((size for size in CHUNKS if size <= room), 1)
+
+
+def _weight_bytes(config: ModelConfig) -> int:
+    """Bytes of all matrices at inference."""
+    v, d = config.vision, config.decoder
+    encoder = v.depth * (4 * v.width**2 + 2 * v.width * v.mlp_width)
+    own = 2 * d.width * d.head_dim * (d.num_heads + d.num_kv_heads)
+    decoder = d.num_layers * (own + 3 * d.width * d.mlp_width)
+    cross = 2 * len(config.cross_attention_layers) * own
+    embeddings = d.vocab_size * d.width * (1 if d.tie_embeddings else 2)
+    return (encoder + decoder + cross + embeddings) * jnp.dtype(config.compute_dtype).itemsize
+
+
+def _frame_bytes(config: ModelConfig) -> int:
+    """Bytes of one frame's arrays in a layer: what it reads and adds, a norm, Q, K, V, hidden units."""
+    v = config.vision
+    return v.num_patches * (6 * v.width + 2 * v.mlp_width) * jnp.dtype(config.compute_dtype).itemsize
 
 
 def encode_in_chunks(
@@ -46,7 +88,7 @@ def encode_in_chunks(
     """
     batch, length = frames.shape[:2]
     shards = num_shards(rules, "act_frames")
-    count = max(1, -(-batch * length // (config.vision.frame_chunk * shards)))
+    count = max(1, -(-batch * length // (frame_chunk(config) * shards)))
     size = -(-batch * length // (count * shards)) * shards
     flat = frames.reshape(batch * length, *frames.shape[2:])
     flat = jnp.pad(flat, ((0, count * size - batch * length),) + ((0, 0),) * (flat.ndim - 1))
@@ -65,7 +107,8 @@ def encode_in_chunks(
         return compact, originals
 
     policy = jax.checkpoint_policies.save_only_these_names(FEATURES) if config.vision.keep_features else None
-    chunk = jax.checkpoint(one_chunk, prevent_cse=False, policy=policy)
+    recomputed = config.vision.remat == "chunk" or config.vision.keep_features
+    chunk = jax.checkpoint(one_chunk, prevent_cse=False, policy=policy) if recomputed else one_chunk
     if count == 1:
         compact, originals = (x[None] for x in chunk(flat))
     else:

@@ -2,7 +2,8 @@
 
 Modules own parameters; plain functions do the maths on them. Layers of a stack are stored on a leading
 "layers" axis that does not depend on where cross-attention sits, so the same checkpoint serves every
-placement.
+placement. That is what training scans, checkpoints hold and converters fill. Inference reads arrays of each
+layer's own instead (`separate_layers`): XLA copies a layer out of a stack before a matrix product reads it.
 """
 
 import math
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 Initializer = Callable[[Array, tuple[int, ...]], Array]
@@ -54,12 +56,59 @@ def _constant(value: float, key: Array, shape: tuple[int, ...]) -> Array:
 zeros, ones = constant(0.0), constant(1.0)
 
 
-def stack(length: int, table: Mapping[str, Weight]) -> dict[str, Weight]:
-    """The table of `length` layers, stacked on a leading "layers" axis."""
+def stack(length: int, table: Mapping[str, Weight], *, stacked: bool = True) -> WeightTable:
+    """The table of `length` layers: stacked on a leading "layers" axis, or a table a layer by number."""
+    if not stacked:
+        return {str(index): table for index in range(length)}
     return {
         name: Weight((length, *weight.shape), ("layers", *weight.axes), weight.init)
         for name, weight in table.items()
     }
+
+
+def layer_of(layers: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The weights of one layer of a stack, in either form."""
+    if str(index) in layers:
+        return dict(layers[str(index)])
+    return jax.tree.map(lambda w: w[index], dict(layers))
+
+
+def separate_layers(params: dict[str, Any], *, consume: bool = False) -> dict[str, Any]:
+    """Parameters with an array a layer instead of stacks: for `CrossLMM(..., stacked=False)`.
+
+    Args:
+      params: of `init_params`, or some of its parts; each array keeps its devices and their shares of it.
+        They may be shapes (`jax.ShapeDtypeStruct`).
+      consume: take each stack out of `params` when its layers are copied, so that no more than one exists
+        twice where nobody else holds it.
+    """
+    separated = dict(params)
+    for part, weights in params.items():
+        if part in ("v2v", "t2v"):
+            separated[part] = _separate(weights, consume)
+        elif "layers" in weights:
+            separated[part] = {**weights, "layers": _separate(weights["layers"], consume)}
+    return separated
+
+
+def _separate(stack: dict[str, Array], consume: bool) -> dict[str, dict[str, Array]]:
+    layers: dict[str, dict[str, Array]] = {}
+    for name in list(stack):
+        rows = _rows(stack.pop(name) if consume else stack[name])
+        if consume:
+            jax.block_until_ready(rows)
+        for index, row in enumerate(rows):
+            layers.setdefault(str(index), {})[name] = row
+    return layers
+
+
+def _rows(array: Any) -> list[Any]:
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return [jax.ShapeDtypeStruct(array.shape[1:], array.dtype)] * array.shape[0]
+    sharding = array.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return jax.jit(list, out_shardings=[sharding] * array.shape[0])(array)
 
 
 def declare(module: nn.Module, table: WeightTable) -> dict[str, Any]:
@@ -85,11 +134,15 @@ def is_decayed(path: tuple[str, ...]) -> bool:
     return not (is_bias or "norm" in name or name == "gate")
 
 
+def has_own_dtype(name: str, dtype: Any) -> bool:
+    """Norms and gates (float32 master copies), and matrices in 8 bits with their float32 scales."""
+    return "norm" in name or name == "gate" or name.endswith("_scale") or jnp.dtype(dtype).itemsize == 1
+
+
 def cast(weights: Any, dtype: Any) -> Any:
-    """Matrices and biases in the compute dtype; norms and gates stay as stored (float32 master copies)."""
+    """Matrices and biases in the compute dtype; what has a dtype of its own stays as stored."""
 
     def cast_leaf(path: tuple[Any, ...], value: Array) -> Array:
-        name = path[-1].key
-        return value if "norm" in name or name == "gate" else value.astype(dtype)
+        return value if has_own_dtype(path[-1].key, value.dtype) else value.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast_leaf, weights)

@@ -1,6 +1,7 @@
 """Every attention backend against the definition, forward and backward."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ def test_log_sum_exp_and_its_gradient():
         np.testing.assert_allclose(mine, other, atol=2e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+@pytest.mark.parametrize("backend", ["reference", "blockwise", "plain"])
 def test_against_torch(backend):
     q, k, v, _, _ = draw(5, batch=2, length=7, keys=7, heads=2, groups=3)
     t = [torch.tensor(x, requires_grad=True) for x in (q, k, v)]
@@ -95,7 +96,7 @@ def test_against_torch(backend):
         np.testing.assert_allclose(mine, other.grad, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+@pytest.mark.parametrize("backend", ["reference", "blockwise", "plain"])
 def test_a_query_without_keys_gets_exactly_zero(backend):
     q, k, v, _, stop = draw(7, batch=2, length=6, keys=9, heads=1, groups=2)
     stop[:, ::2] = 0
@@ -140,3 +141,68 @@ def test_wrong_calls_are_refused():
         attention(q, k, v, causal=True)
     with pytest.raises(ValueError, match="cudnn"):
         attention(q, k, v, kv_stop=stop, backend="cudnn")
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal", "limited"),
+    [
+        (27, 27, False, False), (27, 27, False, True), (33, 33, True, False),
+        (9, 41, False, False), (9, 41, False, True),
+    ],
+)  # fmt: skip
+def test_odd_lengths_are_padded_for_gradients_alone(monkeypatch, queries, keys, causal, limited):
+    """cuDNN's backward pass takes even lengths; XLA's attention stands in for it, called the same way."""
+    module = importlib.import_module("crosslmm_jax.model.attention")
+    monkeypatch.setattr(module, "FUSED", "xla")
+    rng = np.random.default_rng(keys)
+    q, k, v = (rng.standard_normal((2, n, 2, 8), np.float32) for n in (queries, keys, keys))
+    stop = np.repeat([[keys], [keys - 4]], queries, axis=1) if limited else None
+
+    def loss(q, k, v, backend, dtype):
+        q, k, v = (x.astype(dtype) for x in (q, k, v))
+        out = attention(q, k, v, causal=causal, kv_stop=stop, backend=backend).astype(jnp.float32)
+        return jnp.sum(jnp.sin(out)), out
+
+    def run(backend, dtype):
+        graded = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+        (_, out), grads = graded(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), backend, dtype)
+        return [out, *grads]
+
+    for got, expected in zip(run("cudnn", jnp.bfloat16), run("reference", jnp.float32), strict=True):
+        error = np.linalg.norm(np.asarray(got - expected)) / np.linalg.norm(np.asarray(expected))
+        assert error < 1e-2
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("backend", ["reference", "blockwise", "plain", "cudnn"])
+@pytest.mark.parametrize("lengths", [(17, 4), (17, 0)])
+def test_a_length_for_all_queries_of_a_row(monkeypatch, backend, lengths, known):
+    """Given by row it is the same for all queries: cuDNN takes it without asking the device whether it is."""
+    monkeypatch.setattr(importlib.import_module("crosslmm_jax.model.attention"), "FUSED", "xla")
+    dtype = jnp.bfloat16 if backend == "cudnn" else jnp.float32
+    q, k, v = (jnp.asarray(x, dtype) for x in draw(3, batch=2, length=6, keys=17, heads=2, groups=2)[:3])
+    stop = np.array(lengths, np.int32)[:, None]
+
+    def loss(q, k, v, stop, backend):
+        return jnp.sum(jnp.sin(attention(q, k, v, kv_stop=stop, backend=backend).astype(jnp.float32)))
+
+    graded = jax.value_and_grad(loss, (0, 1, 2))
+    expected = graded(*(x.astype(jnp.float32) for x in (q, k, v)), np.repeat(stop, 6, axis=1), "reference")
+    got = graded(q, k, v, stop if known else jnp.asarray(stop), backend)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(a.astype(jnp.float32) - b) <= 0.02 * np.linalg.norm(b) + 1e-6
+    program = str(jax.make_jaxpr(functools.partial(loss, backend=backend))(q, k, v, stop))
+    assert "cond[" not in program
+
+
+@pytest.mark.parametrize("keys", [2560, 256 * 729, 2048 * 729])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_decoding_is_plain_on_accelerators_however_long_the_video(monkeypatch, caplog, platform, keys):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    q = jax.ShapeDtypeStruct((1, 1, 28, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, keys, 4, 128), jnp.bfloat16)
+    stop = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    with caplog.at_level("DEBUG", "crosslmm_jax.model.attention"):
+        jax.eval_shape(lambda q, k, stop: attention(q, k, k, kv_stop=stop), q, k, stop)
+    by_size = "blockwise" if keys > 2**18 else "reference"
+    assert caplog.messages[-1].endswith(f": {by_size if platform == 'cpu' else 'plain'}")

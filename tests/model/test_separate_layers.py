@@ -1,0 +1,147 @@
+"""Weights of each layer on their own, as inference reads them, against the stacks that training scans."""
+
+import gc
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crosslmm_jax.config import MeshConfig
+from crosslmm_jax.model import CrossLMM, init_params, logical_axes, ops, separate_layers
+from crosslmm_jax.parallel.mesh import make_mesh
+from crosslmm_jax.parallel.rules import activation_rules
+from crosslmm_jax.parallel.sharding import param_shardings
+
+
+def leaves(tree) -> dict[str, jax.Array]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("every,offset", [(2, 0), (3, 1), (1, 2)])
+def test_the_model_is_the_same(tiny_config, replace_config, make_batch, every, offset):
+    placement = {"cross_attn_every": every, "cross_attn_offset": offset}
+    config = replace_config(tiny_config, cross_attention=placement, decoder={"num_layers": 5})
+    params = init_params(config, jax.random.key(0))
+    batch = make_batch(config, frames=3, text=9, valid_frames=(3, 1))
+    expected = jax.jit(CrossLMM(config).apply)({"params": params}, batch)
+    got = jax.jit(CrossLMM(config, stacked=False).apply)({"params": separate_layers(params)}, batch)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_prefill_and_decode_are_the_same(tiny_config, make_batch):
+    params = init_params(tiny_config, jax.random.key(0))
+    batch = make_batch(tiny_config, frames=3, text=7)
+    counts = np.full(2, batch["tokens"].shape[1], np.int32)
+    results = []
+    for stacked in (True, False):
+        model = CrossLMM(tiny_config, stacked=stacked)
+        own = {"params": params if stacked else separate_layers(params)}
+        visual = model.apply(own, batch["frames"], method="encode")
+        logits, cache = model.apply(own, visual, batch, counts, cache_size=20, method="prefill")
+        more, cache = model.apply(own, cache, np.array([[5], [7]]), np.ones(2, np.int32), method="extend")
+        results.append((logits, more, cache))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
+
+
+def test_every_entry_is_kept_under_its_layer(tiny_config):
+    params = init_params(tiny_config, jax.random.key(0))
+    separated = leaves(separate_layers(params))
+    for path, stack in leaves(params).items():
+        before, found, name = path.rpartition("['layers']")
+        if not found and not path.startswith(("['v2v']", "['t2v']")):
+            assert separated.pop(path) is stack
+            continue
+        before, name = (path[: path.index("]") + 1], path[path.index("]") + 1 :]) if not found else (
+            before + found, name)  # fmt: skip
+        for index, layer in enumerate(stack):
+            np.testing.assert_array_equal(separated.pop(f"{before}['{index}']{name}"), layer)
+    assert not separated
+
+
+def test_the_tree_is_the_one_that_the_module_declares(tiny_config):
+    made = jax.eval_shape(
+        lambda: CrossLMM(tiny_config, stacked=False).init(jax.random.key(0), method="declare")
+    )
+    made = jax.tree.map(lambda box: box.value, made["params"], is_leaf=lambda x: hasattr(x, "value"))
+    separated = separate_layers(init_params(tiny_config, jax.random.key(0)))
+    assert jax.tree.structure(made) == jax.tree.structure(separated)
+    jax.tree.map(lambda a, b: None if a.shape == b.shape else pytest.fail(f"{a} {b}"), made, separated)
+
+
+def test_consuming_frees_each_stack_and_nothing_else(tiny_config):
+    params = init_params(tiny_config, jax.random.key(0))
+    kept = separate_layers(params)
+    assert params["v2v"] and params["decoder"]["layers"]
+    stacks = {path: weakref.ref(leaf) for path, leaf in leaves(params).items()}
+    gone = separate_layers(params, consume=True)
+    assert (
+        not params["v2v"] and not params["decoder"]["layers"] and params["decoder"]["embedding"] is not None
+    )
+    gc.collect()
+    for path, stack in stacks.items():
+        was_stacked = "['layers']" in path or path.startswith(("['v2v']", "['t2v']"))
+        assert (stack() is None) == was_stacked, path
+    jax.tree.map(np.testing.assert_array_equal, kept, gone)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 1, "tensor": 8}, {"data": 1, "fsdp": 4, "tensor": 2}], ids=str)
+def test_layers_stay_on_their_devices_and_answer_alike(tiny_config, make_batch, mesh):
+    params = init_params(tiny_config, jax.random.key(0))
+    batch = make_batch(tiny_config, batch=8, frames=4, text=6)
+    expected = jax.jit(CrossLMM(tiny_config).apply)({"params": params}, batch)
+    devices = make_mesh(MeshConfig(**mesh))
+    placed = jax.device_put(params, param_shardings(logical_axes(tiny_config), params, devices))
+    separated = separate_layers(placed)
+    stack, layer = placed["decoder"]["layers"]["w_up"], separated["decoder"]["layers"]["1"]["w_up"]
+    assert layer.sharding.spec == jax.sharding.PartitionSpec(*stack.sharding.spec[1:])
+    assert layer.addressable_shards[0].data.nbytes * 8 == layer.nbytes
+    with jax.set_mesh(devices):
+        model = CrossLMM(tiny_config, activation_rules(), stacked=False)
+        got = jax.jit(model.apply)({"params": separated}, batch)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("precise", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (2, 3), (8,), (2, 5)])
+def test_products_of_few_rows_are_padded_on_a_gpu_alone(monkeypatch, shape, precise):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(*shape, 24)), jnp.bfloat16)
+    weight = jnp.asarray(rng.normal(size=(24, 40)), jnp.bfloat16)
+    expected = ops.matmul(x, weight, precise=precise)
+    assert "pad" not in str(jax.make_jaxpr(lambda x: ops.matmul(x, weight))(x))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    got = ops.matmul(x, weight, precise=precise)
+    assert got.shape == (*shape, 40) and got.dtype == (jnp.float32 if precise else jnp.bfloat16)
+    np.testing.assert_allclose(np.float32(got), np.float32(expected), rtol=1e-2, atol=1e-2)
+    assert ("pad" in str(jax.make_jaxpr(lambda x: ops.matmul(x, weight))(x))) == (np.prod(shape) < 8)
+
+
+@pytest.mark.parametrize("batch,length", [(1, 1), (1, 5), (3, 1), (3, 3)])
+def test_text_behind_a_cache_is_padded_once_on_a_gpu(
+    monkeypatch, tiny_config, replace_config, make_batch, batch, length
+):
+    """Padding in front of the layers changes neither logits nor cache, and stands in for other padding."""
+    config = replace_config(tiny_config, attention="reference")
+    model, params = CrossLMM(config, stacked=False), separate_layers(init_params(config, jax.random.key(0)))
+    prompt = make_batch(config, batch=batch, frames=3, text=7)
+    counts = np.full(batch, prompt["tokens"].shape[1], np.int32)
+    visual = model.apply({"params": params}, prompt["frames"], method="encode")
+    _, cache = model.apply({"params": params}, visual, prompt, counts, cache_size=24, method="prefill")
+    cache = cache._replace(lengths=cache.lengths - np.arange(batch))  # each row at a place of its own
+    tokens = np.random.default_rng(0).integers(0, 100, (batch, length)).astype(np.int32)
+    new = np.arange(length, length - batch, -1).clip(1).astype(np.int32)
+
+    def extend(cache, tokens):
+        return model.apply({"params": params}, cache, tokens, new, method="extend")
+
+    expected = jax.jit(extend)(cache, tokens)
+    assert "_pad" not in jax.jit(extend).lower(cache, tokens).as_text()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    padded = jax.jit(lambda *x: extend(*x))  # a function of its own: the other is compiled already
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), padded(cache, tokens), expected)
+    layers, crossed = config.decoder.num_layers, len(config.cross_attention_layers)
+    pads = padded.lower(cache, tokens).as_text().count("call @_pad")
+    embedding_and_logits, attended = 1 + (batch < ops.FEWEST_ROWS), layers + crossed
+    assert pads == (embedding_and_logits + attended if batch * length < ops.FEWEST_ROWS else 1)
