@@ -1,6 +1,7 @@
 """Stage 1 of CrossLMM-2B as the paper trains it: alignment of vision and language on captions.
 
-Run: crosslmm train configs/stage1_align.py --data.annotations captions_images.json captions_videos.json
+Run: crosslmm data index configs/stage1_mixture.yaml --out data/stage1/index --tokenizer models/crosslmm_2b
+then: crosslmm train configs/stage1_align.py
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ from crosslmm_jax.config import (
     DataConfig,
     ExperimentConfig,
     MeshConfig,
+    ModalityWeights,
     RunConfig,
     SamplingConfig,
     StageConfig,
@@ -24,16 +26,13 @@ def get_config() -> ExperimentConfig:
     return ExperimentConfig(
         model=dataclasses.replace(model, vision=vision),
         data=DataConfig(
-            annotations=(
-                "data/stage1/images.json",
-                "data/stage1/videos.json",
-            ),  # 15M CapsFusion, 5M InternVid
-            media_root="data/stage1",
+            index="data/stage1/index",  # 15M CapsFusion, 5M InternVid
             tokenizer="models/crosslmm_2b",
             batch_size=512,  # table 3
-            text_buckets=(64, 128, 256),
-            frame_buckets=(1, 32),  # table 3: images and up to 32 frames
-            sampling=SamplingConfig(policy="uniform", frames=32),
+            max_text_tokens=256,
+            max_shapes=8,
+            modality_weights=ModalityWeights(image=1.0, video=1.0),  # appendix: 1:1
+            sampling=SamplingConfig(policy="uniform", frames=32),  # table 3: images and up to 32 frames
             num_workers=8,
         ),
         stage=StageConfig(

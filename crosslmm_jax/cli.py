@@ -6,13 +6,17 @@ line on stderr and exit code 2; `--debug` shows where it was found.
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import crosslmm_jax
+from crosslmm_jax import xla_flags
+from crosslmm_jax.config import Precision
+from crosslmm_jax.data.arguments import add_data_commands
 from crosslmm_jax.errors import UserError
 
 USER_MISTAKE = 2  # exit code, as argparse uses
@@ -23,9 +27,9 @@ MODEL_FIELDS = (
     "merge.grid", "merge.pooling", "merge.projector-input-norm", "cross-attention.cross-attn-every",
     "cross-attention.cross-attn-offset", "cross-attention.directions", "cross-attention.kv-source",
     "cross-attention.cross-attn-init", "cross-attention.gate-init", "cross-attention.v2v-scope",
-    "cross-attention.v2v-window", "cross-attention.cross-attn-rope", "vision.feature-layer",
-    "vision.post-layernorm", "vision.frame-chunk", "vision.keep-features", "decoder.vocab-size",
-    "decoder.remat", "compute-dtype", "attention",
+    "cross-attention.v2v-window", "cross-attention.cross-attn-rope", "cross-attention.cache-dtype",
+    "vision.feature-layer", "vision.post-layernorm", "vision.frame-chunk", "vision.keep-features",
+    "decoder.vocab-size", "decoder.remat", "compute-dtype", "visual-matmul", "attention",
 )  # fmt: skip
 
 
@@ -53,20 +57,6 @@ def _params(args: argparse.Namespace) -> None:
         _write_json(args.json, params.count(config))
 
 
-def _profile(args: argparse.Namespace) -> None:
-    from crosslmm_jax.profiling.suite import Outputs, profile
-
-    profile(
-        args.task, presets=args.preset, peer_names=args.peer,
-        tokens_per_frame=args.tokens_per_frame or [None],
-        options={
-            "frames": tuple(args.frames), "text": args.text_tokens, "repeats": args.repeats,
-            "compile_jobs": args.compile_jobs, "trace": args.trace,
-        },
-        outputs=Outputs(json=args.json, markdown=args.markdown, figure=args.figure), timeout=args.timeout,
-    )  # fmt: skip
-
-
 def _train(args: argparse.Namespace) -> None:
     from crosslmm_jax.config_io import load_experiment
 
@@ -82,9 +72,9 @@ def _ask(args: argparse.Namespace) -> None:
     from crosslmm_jax.inference.commands import ask
 
     ask(
-        args.model, args.video, args.question, frames=args.frames, json_path=args.json,
-        attention_path=args.attention, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-        top_p=args.top_p, seed=args.seed,
+        args.model, args.video, args.question, frames=args.frames, precision=args.precision,
+        json_path=args.json, attention_path=args.attention, max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature, top_p=args.top_p, seed=args.seed,
     )  # fmt: skip
 
 
@@ -92,8 +82,8 @@ def _chat(args: argparse.Namespace) -> None:
     from crosslmm_jax.inference.commands import chat
 
     chat(
-        args.model, args.video, frames=args.frames, max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+        args.model, args.video, frames=args.frames, precision=args.precision,
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
     )  # fmt: skip
 
 
@@ -105,8 +95,8 @@ def _convert_from_hf(args: argparse.Namespace) -> None:
         values = getattr(args, field)
         words += [f"--{field}", *values] if values is not None else []
     request = Request(
-        vision=args.vision, llm=args.llm, llava=args.llava, projector=args.projector, preset=args.preset,
-        overrides=words, dtype=args.dtype, seed=args.seed,
+        vision=args.vision, llm=args.llm, llava=args.llava, projector=args.projector,
+        crosslmm=args.crosslmm, preset=args.preset, overrides=words, dtype=args.dtype, seed=args.seed,
     )  # fmt: skip
     report = convert_from_hf(request, args.out, tokenizer=args.tokenizer)
     _tell(args, report)
@@ -152,42 +142,16 @@ def _write_json(target: str, payload: object) -> None:
         raise UserError(f"--json {target}: {reason}; give a file in a folder that can be written") from error
 
 
-def _add_profile(commands: Any) -> None:
-    profile = commands.add_parser("profile", help="time, FLOPs and peak memory at real size, random weights")
-    profile.add_argument("task", choices=("prefill", "decode", "train", "encoder", "attention"))
-    profile.add_argument(
-        "--preset", nargs="+", default=[], metavar="NAME", help="e.g. crosslmm_2b crosslmm_7b"
-    )
-    profile.add_argument(
-        "--peer", nargs="+", default=[], metavar="NAME",
-        help="measured behind ours: llava-onevision-7b, llava-onevision-0.5b (prefill), siglip (encoder);"
-        " with -compiled behind the name under torch.compile",
-    )  # fmt: skip
-    profile.add_argument("--frames", type=int, nargs="+", default=[32, 64, 128, 256], metavar="N")
-    profile.add_argument(
-        "--tokens-per-frame", type=int, nargs="+", metavar="N", help="1, 9 or 16 (default: the preset's)"
-    )
-    profile.add_argument(
-        "--text-tokens", type=int, default=64, metavar="N", help="of the prompt; default: 64"
-    )
-    profile.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs; default: 5")
-    profile.add_argument("--compile-jobs", type=int, default=1, metavar="N", help="programs compiled at once")
-    profile.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="for each system; what is there is kept"
-    )
-    profile.add_argument("--json", metavar="PATH")
-    profile.add_argument("--markdown", metavar="PATH")
-    profile.add_argument("--figure", metavar="PATH", help=".png, .svg or .pdf")
-    profile.add_argument("--trace", metavar="DIR", help="a profile of one call each, for XProf")
-    profile.set_defaults(run=_profile)
-
-
 def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="folder that `crosslmm train` or `crosslmm demo` wrote"
     )
     parser.add_argument("video", metavar="VIDEO", help="a video file")
     parser.add_argument("--frames", type=int, metavar="N", help="frames to read (default: as in training)")
+    parser.add_argument(
+        "--precision", choices=get_args(Precision),
+        help="of encoder, projector and the video's cache (default: the model's own)",
+    )  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1, no cut")
@@ -198,7 +162,7 @@ def _add_convert(commands: Any) -> None:
     convert = commands.add_parser("convert", help="Hugging Face weights in and out, exactly")
     directions = convert.add_subparsers(title="commands", metavar="COMMAND", required=True)
     come = directions.add_parser(
-        "from-hf", help="SigLIP and Qwen2, or LLaVA-OneVision / LLaVA-Video, to a MODEL folder"
+        "from-hf", help="SigLIP and Qwen2, LLaVA-OneVision / LLaVA-Video, or an export, to a MODEL folder"
     )  # fmt: skip
     come.add_argument(
         "--vision",
@@ -208,6 +172,7 @@ def _add_convert(commands: Any) -> None:
     come.add_argument("--llm", metavar="DIR", help="Qwen2 or Qwen2.5 folder")
     come.add_argument("--llava", metavar="DIR", help="LLaVA-OneVision or LLaVA-Video folder, any layout")
     come.add_argument("--projector", metavar="FILE", help="mm_projector.bin; without one it starts fresh")
+    come.add_argument("--crosslmm", metavar="DIR", help="what `to-hf` wrote: gives back its MODEL")
     come.add_argument("--preset", metavar="NAME", help="sizes are checked against it, e.g. crosslmm_2b")
     come.add_argument("--out", required=True, metavar="MODEL", help="folder to write")
     come.add_argument("--tokenizer", metavar="DIR", help="default: the language model's folder")
@@ -248,6 +213,8 @@ def _add_convert_verify(directions: Any) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every subcommand; `args.run` is the function to call."""
+    from crosslmm_jax.profiling.arguments import add_profile
+
     parser = _OneLineParser(prog="crosslmm", description="CrossLMM: train it and ask it about long videos.")
     parser.add_argument("--version", action="version", version=f"crosslmm_jax {crosslmm_jax.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -264,8 +231,9 @@ def build_parser() -> argparse.ArgumentParser:
     params.add_argument("--json", metavar="-|PATH", help="write JSON to a file, or - for only JSON on stdout")
     params.set_defaults(run=_params)
 
+    add_data_commands(commands)
     _add_convert(commands)
-    _add_profile(commands)
+    add_profile(commands)
 
     train = commands.add_parser(
         "train", help="train one stage; the same command resumes",
@@ -302,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = _take_debug(words)
     try:
         args = build_parser().parse_args(words)
+        xla_flags.apply(os.environ)  # before a room imports jax, which reads them once
         return args.run(args) or 0
     except UserError as error:
         if debug:

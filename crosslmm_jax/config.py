@@ -13,7 +13,10 @@ from crosslmm_jax.errors import ConfigError
 
 Direction = Literal["v2v", "t2v"]
 Pooling = Literal["average", "bilinear", "bilinear_antialias"]
-AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn"]
+AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn", "splash", "plain"]
+# "compute": in `ModelConfig.compute_dtype`. The others are 8 bits with float32 scales.
+Precision = Literal["compute", "fp8", "int8"]
+TimeInstruction = Literal["none", "short", "full"]
 Part = Literal["encoder", "projector", "v2v", "t2v", "decoder"]
 PARTS: tuple[Part, ...] = ("encoder", "projector", "v2v", "t2v", "decoder")
 
@@ -50,12 +53,15 @@ class VisionConfig:
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     feature_layer: int = -2
     post_layernorm: bool = False  # apply the tower's last LayerNorm to the features
-    frame_chunk: int = 16  # frames per device that are encoded, pooled and projected at once
+    frame_chunk: int | None = None  # frames a device encodes, pools and projects at once; None: by its memory
+    # What the backward pass recomputes, from most memory to least; elementwise: norms and GELU alone.
+    remat: Literal["none", "elementwise", "layer", "chunk"] = "layer"
     keep_features: bool = False  # keep features for the backward pass: right when the tower is frozen
 
     def __post_init__(self) -> None:
         _require_positive(self, "image_size", "patch_size", "width", "num_layers", "num_heads", "mlp_width")
-        _require_positive(self, "layer_norm_eps", "frame_chunk")
+        _require_positive(self, "layer_norm_eps")
+        _require(self, "frame_chunk", self.frame_chunk is None or self.frame_chunk > 0, "1 or more, or None")
         _require(self, "patch_size", self.patch_size <= self.image_size, "at most image_size")
         _require(self, "num_heads", self.width % self.num_heads == 0, f"a divisor of width {self.width}")
         lowest = -self.num_layers
@@ -137,6 +143,7 @@ class CrossAttentionConfig:
     v2v_scope: Literal["video", "frame", "window"] = "video"
     v2v_window: int = 8  # frames read on each side, only for v2v_scope="window"
     cross_attn_rope: Literal["none", "time"] = "none"  # rotary embedding over the frame index
+    cache_dtype: Precision = "compute"  # of T2V's keys and values while text is generated
 
     def __post_init__(self) -> None:
         _require_positive(self, "cross_attn_every", "v2v_window")
@@ -154,6 +161,7 @@ class ModelConfig:
     decoder: DecoderConfig
     cross_attention: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    visual_matmul: Precision = "compute"  # encoder's and projector's products; 8 bits only at inference
     attention: AttentionBackend = "auto"
 
     def __post_init__(self) -> None:
@@ -169,6 +177,11 @@ class ModelConfig:
                 f" {layers} layers"
             )
 
+    def at_precision(self, precision: Precision) -> "ModelConfig":
+        """The same model with encoder, projector and T2V's cache in `precision`: for inference."""
+        cross = dataclasses.replace(self.cross_attention, cache_dtype=precision)
+        return dataclasses.replace(self, visual_matmul=precision, cross_attention=cross)
+
     @property
     def cross_attention_layers(self) -> tuple[int, ...]:
         """Indices of the decoder layers that carry cross-attention."""
@@ -178,30 +191,66 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Which frames of a video are read."""
+    """Which frames of a video are read; `crosslmm_jax.data.sampling` says how."""
 
-    policy: Literal["uniform", "fps"] = "uniform"
-    frames: int = 32  # uniform: exactly this many; fps: at most this many
-    fps: float = 1.0  # frames a second, only for policy="fps"
+    policy: Literal["uniform", "fps", "llava", "dynamic_fps1"] = "uniform"
+    frames: int = 32  # uniform: exactly this many; fps and llava: at most this many
+    fps: float = 1.0  # frames a second, for fps and llava
+    force_sample: bool = False  # llava: always exactly `frames`
+    min_frames: int = 64  # dynamic_fps1
+    max_frames: int = 512  # dynamic_fps1
+    multiple: int = 4  # dynamic_fps1: counts are multiples of this
 
     def __post_init__(self) -> None:
-        _require_positive(self, "frames", "fps")
+        _require_positive(self, "frames", "fps", "min_frames", "max_frames", "multiple")
+        for name in ("min_frames", "max_frames"):
+            _require(self, name, getattr(self, name) % self.multiple == 0, f"a multiple of {self.multiple}")
+        _require(self, "max_frames", self.max_frames >= self.min_frames, "at least min_frames")
+
+    @property
+    def most_frames(self) -> int:
+        """The most frames that a video can give."""
+        return self.max_frames if self.policy == "dynamic_fps1" else self.frames
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModalityWeights:
+    """Shares of the steps by modality. All 0: each has as many as its rows make; else 0 leaves it out."""
+
+    text: float = 0.0
+    image: float = 0.0
+    multi_image: float = 0.0
+    video: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, weight in dataclasses.asdict(self).items():
+            _require(self, name, 0 <= weight < float("inf"), "0 or more")
+
+    def as_dict(self) -> dict[str, float] | None:
+        """The weights above 0, or None when all are 0."""
+        return {name: weight for name, weight in dataclasses.asdict(self).items() if weight} or None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Rows on disk, and how they become batches of one static shape."""
+    """Indexed rows, and how they become batches of a few static shapes."""
 
-    annotations: tuple[str, ...]  # LLaVA JSON or JSONL files
-    media_root: str  # media paths in the annotations are relative to this folder and stay inside it
-    tokenizer: str  # a folder that `AutoTokenizer` reads
+    index: str  # folder that `crosslmm data index` wrote
+    tokenizer: str  # a folder that `AutoTokenizer` reads, the one that the index was made with
     batch_size: int  # global
-    text_buckets: tuple[int, ...]  # tokens of a row that are not visual, ascending; longer rows are rejected
-    frame_buckets: tuple[int, ...] = ()  # frames of a row, ascending; (): one bucket, sampling.frames
+    allow_outside: bool = False  # media may lie outside their root, as when the index was made
+    text_buckets: tuple[int, ...] = ()  # tokens of a row that are not visual, ascending; (): from the index
+    frame_buckets: tuple[int, ...] = ()  # frames of a row, ascending; (): from the index
+    max_shapes: int = 16  # (frames, text) that are chosen from the index, at most
+    max_text_tokens: int = 2048  # longer rows lose turns at their end; text_buckets overrule it
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    resampling: Literal["bicubic", "bilinear"] = "bicubic"  # LLaVA's; SigLIP2's own processor is bilinear
     style: Literal["chat", "plain"] = "chat"  # plain: media, then the caption, no template (LLaVA stage 1)
     label_mode: Literal["clean", "llava"] = "clean"  # llava: also the template's tokens, as LLaVA trains
     system_prompt: str = "You are a helpful assistant."
+    time_instruction: TimeInstruction = "none"  # what a chat says about the length and times of each video
+    modality_weights: ModalityWeights = field(default_factory=ModalityWeights)
+    max_bad_fraction: float = 0.05  # of the rows read; more that are damaged stop the run
     num_workers: int = 0  # processes
     num_threads: int = 2  # threads that read ahead, per process
     prefetch: int = 8  # batches
@@ -210,15 +259,22 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_positive(self, "batch_size", "num_threads", "prefetch")
+        _require_positive(self, "batch_size", "num_threads", "prefetch", "max_shapes", "max_text_tokens")
         for name in ("text_buckets", "frame_buckets"):
             sizes = getattr(self, name)
             ascending = list(sizes) == sorted(set(sizes)) and all(size > 0 for size in sizes)
             _require(self, name, ascending, "positive and ascending")
-        _require(self, "text_buckets", len(self.text_buckets) > 0, "at least one size")
-        _require(self, "annotations", len(self.annotations) > 0, "at least one file")
+        _require(self, "index", bool(self.index), "the name of a folder")
+        timed = self.time_instruction == "none" or self.style == "chat"
+        _require(self, "time_instruction", timed, '"none" with style "plain", which has no place for it')
+        _require(self, "max_bad_fraction", 0 <= self.max_bad_fraction <= 1, "within 0..1")
         _require(self, "num_workers", self.num_workers >= 0, "0 or more")
         _require(self, "frame_cache_mb", self.frame_cache_mb >= 0, "0 or more")
+
+    @property
+    def most_text_tokens(self) -> int:
+        """Tokens of a row that are not visual, at most."""
+        return self.text_buckets[-1] if self.text_buckets else self.max_text_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -295,6 +351,11 @@ class ExperimentConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
+        if self.model.visual_matmul != "compute":
+            raise ConfigError(
+                f"ModelConfig.visual_matmul is {self.model.visual_matmul!r}; it must be 'compute' to train,"
+                " since rounding to 8 bits has no gradient"
+            )
         if self.data.batch_size % self.stage.microbatches:
             raise ConfigError(
                 f"StageConfig.microbatches is {self.stage.microbatches}; it must divide"

@@ -7,3 +7,15 @@ class UserError(Exception):
 
 class ConfigError(UserError, ValueError):
     """A configuration value that cannot work. The message names field, value and what would be right."""
+
+
+class MediaError(UserError):
+    """A picture or video that cannot be used. `reason` is its class, short and fixed, to count by."""
+
+    def __init__(self, message: str, reason: str = "other") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["MediaError"], tuple[str, str]]:
+        """Keeps the reason on the way between processes."""
+        return type(self), (str(self), self.reason)

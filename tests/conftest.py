@@ -1,13 +1,24 @@
 """Eight simulated CPU devices for every test, and the fixtures that several rooms share."""
 
+import collections
 import dataclasses
+import datetime
+import json
 import os
+import shlex
+import sys
+from pathlib import Path
 
 # Before jax starts its backend. Programs that ask for no mesh still run on one device.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads that run programs, by default as many as there are devices. A device's part of a program waits on
+# its thread for the other parts and for what earlier programs make; with 8 threads for 8 devices all of them
+# have been seen to wait, until XLA ended the process after 40 seconds.
+os.environ.setdefault("NPROC", "16")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     # Tests compile hundreds of small programs and run each once or twice: compiling fast beats running fast.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags += " --xla_cpu_collective_call_terminate_timeout_seconds=240"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 import numpy as np
@@ -15,6 +26,43 @@ import pytest
 
 from crosslmm_jax import presets
 from crosslmm_jax.config import ModelConfig
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu-report", metavar="PATH", help="write what the tests marked gpu found, as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--gpu-report"):
+        config.pluginmanager.register(GpuReport(Path(path)))
+
+
+class GpuReport:
+    """Outcome, seconds and properties of each test marked gpu, with the device and versions."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.tests = path, []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if "gpu" in report.keywords and (report.when == "call" or report.outcome != "passed"):
+            facts = {"outcome": report.outcome, "seconds": round(report.duration, 2)}
+            self.tests.append({"test": report.nodeid, **facts, **dict(report.user_properties)})
+
+    def pytest_sessionfinish(self) -> None:
+        import jax
+
+        from crosslmm_jax.profiling.report import commit, versions
+
+        found = {
+            "command": shlex.join(["pytest", *sys.argv[1:]]),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "versions": versions(),
+            "device": jax.devices()[0].device_kind,
+            "outcomes": dict(collections.Counter(test["outcome"] for test in self.tests)),
+            "tests": self.tests,
+        }
+        self.path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ SOURCES = sorted(MODULES + [*ROOT.glob("tests/**/*.py"), *ROOT.glob("configs/*.p
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
 
-CONFIG_FILES = {"config", "config_io", "presets", "errors"}
+CONFIG_FILES = {"config", "config_io", "presets", "errors", "xla_flags"}
 ROOMS = {
     "config", "model", "parallel", "data", "convert", "train", "inference", "evaluation", "profiling", "demo",
     "cli", "package",
@@ -47,7 +47,7 @@ MAY_IMPORT_AT_TOP = {"data": {"av", "grain"}}
 # imports it, which a test below sees to, so it may import at its top what the package must do without.
 STANDS_ALONE = PACKAGE / "convert" / "torch_reference.py"
 # Needed by some commands only, and asked for with the extra that brings it: no dependency.
-OPTIONAL = {"torch"}
+OPTIONAL = {"torch", "decord", "cv2"}
 # Arrays in, arrays out: these work where nothing that reads files is installed.
 ARRAY_MODULES = ("model", "parallel", "train.step", "profiling.params")
 
@@ -141,7 +141,12 @@ def test_every_package_that_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {re.split(r"[\[<>=;]", line)[0].lower().replace("-", "_") for line in project["dependencies"]}
     distribution = {"PIL": "pillow", "yaml": "pyyaml", "orbax": "orbax_checkpoint"}
-    brought = {"absl": "grain", "tokenizers": "transformers", "numpy": "numpy"}
+    brought = {
+        "absl": "grain",
+        "google": "tensorflow_datasets",
+        "tokenizers": "transformers",
+        "numpy": "numpy",
+    }
     imported = {name.split(".")[0] for path in MODULES for name in imports_of(path, parse(path))}
     imported -= sys.stdlib_module_names | {"crosslmm_jax"}
     names = {distribution.get(name, brought.get(name, name)).lower() for name in imported}

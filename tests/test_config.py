@@ -21,9 +21,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 def experiment() -> c.ExperimentConfig:
     return c.ExperimentConfig(
         model=tiny(),
-        data=c.DataConfig(
-            annotations=("a.json",), media_root="media", tokenizer="tok", batch_size=8, text_buckets=(32, 64)
-        ),
+        data=c.DataConfig(index="index", tokenizer="tok", batch_size=8, text_buckets=(32, 64)),
         stage=c.StageConfig(
             name="stage1", trainable=("projector", "v2v"), directions=("v2v",), steps=10, learning_rate=1e-3
         ),
@@ -65,10 +63,10 @@ def test_a_wrong_model_value_is_named(part: Any, change: dict[str, Any], message
 
 
 WRONG_ELSEWHERE = [
-    ("data", {"text_buckets": ()}, "DataConfig.text_buckets is (); it must be at least one size"),
     ("data", {"text_buckets": (64, 32)}, "DataConfig.text_buckets is (64, 32); it must be positive and asc"),
     ("data", {"frame_buckets": (0,)}, "DataConfig.frame_buckets is (0,)"),
-    ("data", {"annotations": ()}, "DataConfig.annotations is (); it must be at least one file"),
+    ("data", {"index": ""}, "DataConfig.index is ''; it must be the name of a folder"),
+    ("data", {"max_bad_fraction": 1.5}, "DataConfig.max_bad_fraction is 1.5; it must be within 0..1"),
     ("data", {"batch_size": 0}, "DataConfig.batch_size is 0"),
     ("data", {"num_workers": -1}, "DataConfig.num_workers is -1; it must be 0 or more"),
     ("stage", {"trainable": ()}, "StageConfig.trainable is (); it must be some of encoder, projector"),
@@ -78,6 +76,7 @@ WRONG_ELSEWHERE = [
     ("stage", {"microbatches": 3}, "StageConfig.microbatches is 3; it must divide DataConfig.batch_size 8"),
     ("run", {"out": ""}, "RunConfig.out is ''; it must be the name of a folder"),
     ("run", {"save_every": 0}, "RunConfig.save_every is 0"),
+    ("model", {"visual_matmul": "fp8"}, "ModelConfig.visual_matmul is 'fp8'; it must be 'compute' to train"),
     ("mesh", {"fsdp": 0}, "MeshConfig.fsdp is 0; it must be 1 or more, or -1"),
     ("mesh", {"fsdp": -1}, "MeshConfig.data is -1; it must be 1 or more when another axis is -1"),
 ]
@@ -89,6 +88,13 @@ def test_a_wrong_run_value_is_named(part: str, change: dict[str, Any], message: 
     with pytest.raises(ConfigError) as caught:
         dataclasses.replace(whole, **{part: dataclasses.replace(getattr(whole, part), **change)})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8", "compute"])
+def test_a_precision_is_of_products_and_cache(precision: c.Precision) -> None:
+    model = tiny().at_precision(precision)
+    assert (model.visual_matmul, model.cross_attention.cache_dtype) == (precision, precision)
+    assert model.at_precision("compute") == tiny()
 
 
 # The released sizes ------------------------------------------------------------------------------
@@ -256,7 +262,10 @@ def test_the_papers_recipe() -> None:
     one, two = (load_experiment(CONFIGS / f"{name}.py") for name in ("stage1_align", "stage2_instruct"))
     assert (one.data.batch_size, one.stage.learning_rate, one.data.sampling.frames) == (512, 1e-4, 32)
     assert (one.stage.trainable, one.stage.directions) == (("projector", "v2v"), ("v2v",))
-    assert (two.data.batch_size, two.stage.learning_rate, two.data.sampling.frames) == (128, 1e-5, 512)
+    assert one.data.modality_weights.as_dict() == {"image": 1.0, "video": 1.0}
+    assert (two.data.batch_size, two.stage.learning_rate) == (128, 1e-5)
+    sampling = two.data.sampling
+    assert (sampling.policy, sampling.min_frames, sampling.max_frames) == ("dynamic_fps1", 64, 512)
     assert two.stage.learning_rate * two.stage.vision_lr_scale == pytest.approx(2e-6)
     assert (set(two.stage.trainable), two.stage.directions) == (set(c.PARTS), ("v2v", "t2v"))
     assert two.run.init_from == f"{one.run.out}/model"

@@ -59,7 +59,7 @@ def test_glossary_is_the_models() -> None:
 
 def test_every_command_is_shown() -> None:
     assert {words[0] for words in commands()} == {
-        "demo", "params", "train", "ask", "chat", "convert", "profile",
+        "demo", "params", "data", "train", "ask", "chat", "convert", "profile",
     }  # fmt: skip
 
 
@@ -116,6 +116,7 @@ def test_files_named_in_the_text_exist() -> None:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what README's examples name: a MODEL in `runs/demo` and a video `clip.mp4`."""
+    from crosslmm_jax.data.indexing import build_index
     from crosslmm_jax.data.synthetic import write_dataset
     from crosslmm_jax.data.tokenizer import write_default_tokenizer
     from crosslmm_jax.train.loop import train
@@ -123,9 +124,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     written = write_dataset(folder / "data", num_train=4, num_heldout=4, seed=0)
     write_default_tokenizer(folder / "tokenizer")
+    build_index(str(written.train), folder / "index", tokenizer=str(folder / "tokenizer"), quiet=True)
     overrides = {
-        "--data.annotations": written.train, "--data.media-root": written.folder,
-        "--data.tokenizer": folder / "tokenizer", "--data.batch-size": 8, "--stage.steps": 1,
+        "--data.index": folder / "index", "--data.tokenizer": folder / "tokenizer",
+        "--data.batch-size": 8, "--stage.steps": 1,
         "--run.out": folder / "train", "--run.init-from": None,
     }  # fmt: skip
     words = [str(word) for pair in overrides.items() for word in pair]

@@ -1,6 +1,6 @@
 """`crosslmm demo`: make videos, train both stages, evaluate, compare with a control, ask.
 
-    OUT/data/        mp4 files and LLaVA-style annotations      OUT/tokenizer/
+    OUT/data/        mp4 files and LLaVA-style annotations      OUT/index/   OUT/tokenizer/
     OUT/train/       run folders of both stages, and of the control
     OUT/model/       MODEL folder: `crosslmm ask OUT ...` works
     OUT/demo.json    accuracies, seconds, questions             OUT/demo.png
@@ -105,6 +105,7 @@ def _as_json(value: Any) -> bytes:
 
 
 def _write_inputs(folder: Path, size: recipe.Size, seed: int) -> None:
+    from crosslmm_jax.data.indexing import build_index
     from crosslmm_jax.data.synthetic import write_dataset
     from crosslmm_jax.data.tokenizer import write_default_tokenizer
 
@@ -113,6 +114,11 @@ def _write_inputs(folder: Path, size: recipe.Size, seed: int) -> None:
         distractors=recipe.DISTRACTORS,
     )  # fmt: skip
     write_default_tokenizer(folder / "tokenizer")
+    for rows in ("captions", "dialogues", "heldout"):
+        build_index(
+            str(folder / "data" / f"{rows}.json"), folder / "index" / rows, quiet=True,
+            tokenizer=str(folder / "tokenizer"),
+        )  # fmt: skip
 
 
 def _learn_both(folder: Path, size: recipe.Size, seed: int) -> tuple[Learned, Learned, bool]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool
 
 from crosslmm_jax.config import DataConfig
 from crosslmm_jax.convert.folder import load_model_config, load_weights
-from crosslmm_jax.data.pipeline import Source
+from crosslmm_jax.data.source import Source
 from crosslmm_jax.model import CrossLMM
 
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import multiprocessing
-import os
-import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -11,6 +9,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from crosslmm_jax.config import DataConfig, ExperimentConfig
+from crosslmm_jax.data.workers import end_with_parent
 from crosslmm_jax.errors import UserError
 
 
@@ -90,7 +89,7 @@ class BackgroundLearner:
 
 
 def _learn_and_send(sender: Connection, stages: Sequence[ExperimentConfig], heldout: DataConfig) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()  # checkpoints bear a sudden end
     try:
         sender.send(("learned", learn(stages, heldout, quiet=True)))
     except UserError as error:
@@ -101,11 +100,3 @@ def _learn_and_send(sender: Connection, stages: Sequence[ExperimentConfig], held
         sender.send(("failure", traceback.format_exc()))
     finally:
         sender.close()
-
-
-def _end_with_parent() -> None:
-    """Nobody is left to wait for the result when the parent was killed; checkpoints bear a sudden end."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -48,7 +48,7 @@ def stage1(
     """Projector and V2V learn on captions; encoder and decoder stay at their random weights.
 
     Args:
-      folder: holds `data` and `tokenizer`.
+      folder: holds `index` and `tokenizer`.
       out: of the run.
       size: videos, rows and steps.
       seed: of weights and order.
@@ -57,7 +57,7 @@ def stage1(
     trainable: tuple[Part, ...] = ("projector", "v2v") if cross_attention else ("projector",)
     return ExperimentConfig(
         model=tiny(),
-        data=_data(folder, "captions.json", text=CAPTION_TOKENS, size=size, seed=seed),
+        data=_data(folder, "captions", text=CAPTION_TOKENS, size=size, seed=seed),
         stage=StageConfig(
             name="stage1",
             trainable=trainable,  # sec. 4.1 and table 2c: T2V joins in stage 2
@@ -87,7 +87,7 @@ def stage2(
     directions: tuple[Direction, ...] = ("v2v", "t2v") if cross_attention else ()
     return ExperimentConfig(
         model=tiny(),
-        data=_data(folder, "dialogues.json", text=DIALOGUE_TOKENS, size=size, seed=seed),
+        data=_data(folder, "dialogues", text=DIALOGUE_TOKENS, size=size, seed=seed),
         stage=StageConfig(
             name="stage2",
             # sec. 4.1: the full model, as far as it is in the graph
@@ -119,17 +119,17 @@ def both_stages(
 
 def heldout(folder: Path, *, size: Size) -> DataConfig:
     """The questions about videos that no training row shows, in order."""
-    data = _data(folder, "heldout.json", text=QUESTION_TOKENS, size=size, seed=0)
+    data = _data(folder, "heldout", text=QUESTION_TOKENS, size=size, seed=0)
     return dataclasses.replace(data, shuffle=False, batch_size=64)
 
 
-def _data(folder: Path, annotations: str, *, text: int, size: Size, seed: int) -> DataConfig:
+def _data(folder: Path, rows: str, *, text: int, size: Size, seed: int) -> DataConfig:
     return DataConfig(
-        annotations=(str(folder / "data" / annotations),),
-        media_root=str(folder / "data"),
+        index=str(folder / "index" / rows),
         tokenizer=str(folder / "tokenizer"),
         batch_size=size.batch_size,
         text_buckets=(text,),
+        frame_buckets=(SCENES,),
         sampling=SamplingConfig(policy="uniform", frames=SCENES),  # one frame of each scene
         frame_cache_mb=256,  # all of it: each video is decoded once
         seed=seed,

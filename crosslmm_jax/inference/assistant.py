@@ -15,27 +15,35 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from crosslmm_jax.config import MeshConfig, ModelConfig, SamplingConfig
+from crosslmm_jax.config import MeshConfig, ModelConfig, Precision, SamplingConfig
 from crosslmm_jax.convert.folder import Processor, load_model_config, load_processor, load_weights
 from crosslmm_jax.data.collate import lay_out
 from crosslmm_jax.data.conversation import TokenSequence, next_question, question_suffix, video_prefix
+from crosslmm_jax.data.time_instruction import ClipMeta, time_text
 from crosslmm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from crosslmm_jax.data.video import read_frames
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.inference.compiled import Compiled
 from crosslmm_jax.inference.generate import Generation, Sampling
+from crosslmm_jax.inference.prepare import prepare_params
 from crosslmm_jax.model import Cache, init_params, logical_axes
 from crosslmm_jax.parallel.mesh import make_mesh
 from crosslmm_jax.parallel.sharding import param_shardings
 
+# Positions that are kept for questions and answers.
+_CHAT_ROOM = 256
 # Tokens that are made between two looks from the host: what streaming shows at once.
 STREAM_CHUNK = 16
 
 
-def load(folder: str | Path) -> "VideoModel":
+def load(folder: str | Path, precision: Precision | None = None) -> "VideoModel":
     """Config, weights and tokenizer of a MODEL folder (or of a run that holds one in `model/`).
 
     Weights are spread over all devices that are there.
+
+    Args:
+      folder: the MODEL.
+      precision: of the encoder's and projector's products and of T2V's cache; None: as its config.json says.
 
     Raises:
       UserError: a file is missing or damaged, or the weights do not fit the config.
@@ -44,6 +52,8 @@ def load(folder: str | Path) -> "VideoModel":
     if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
         folder = folder / "model"
     config, processor = load_model_config(folder), load_processor(folder)
+    if precision is not None:
+        config = config.at_precision(precision)
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > config.decoder.vocab_size:
         raise ConfigError(
@@ -55,7 +65,7 @@ def load(folder: str | Path) -> "VideoModel":
     shardings = param_shardings(logical_axes(config), shapes, mesh)
     # Matrices are cast to the compute dtype once here instead of at every use.
     params = load_weights(folder, config, shardings=shardings, dtype=config.compute_dtype)
-    return VideoModel(config, params, tokenizer, processor, mesh)
+    return VideoModel(config, prepare_params(params, config, mesh), tokenizer, processor, mesh)
 
 
 class VideoModel:
@@ -64,7 +74,7 @@ class VideoModel:
     def __init__(
         self, config: ModelConfig, params: Any, tokenizer: Tokenizer, processor: Processor, mesh: Mesh
     ) -> None:
-        """Takes parameters that lie on the devices of `mesh`; `load` does all of it."""
+        """Takes parameters of `prepare_params` on the devices of `mesh`; `load` does all of it."""
         self.config = config
         self.params = params
         self.tokenizer = tokenizer
@@ -86,18 +96,27 @@ class VideoModel:
             if frames < 1:
                 raise UserError(f"--frames is {frames}; it must be 1 or more")
             sampling = SamplingConfig(policy="uniform", frames=frames)
-        most = (self.config.decoder.max_positions - 256) // self.config.merge.tokens_per_frame
-        if sampling.frames > most:
-            raise UserError(f"--frames is {sampling.frames}; this model's positions hold at most {most}")
+        most = (self.config.decoder.max_positions - _CHAT_ROOM) // self.config.merge.tokens_per_frame
+        if sampling.most_frames > most:
+            raise UserError(f"--frames is {sampling.most_frames}; this model's positions hold at most {most}")
         clip = read_frames(
             path, sampling, size=self.processor.image_size, num_threads=0,
-            resampling=self.processor.resampling,
+            resampling=self.processor.resampling, deadline_s=None,
         )  # fmt: skip
-        return Video(self, clip.frames, clip.times)
+        return Video(self, clip.frames, clip.times, clip.duration)
 
-    def watch_frames(self, frames: np.ndarray, times: np.ndarray) -> "Video":
-        """The same for frames uint8[F, R, R, 3] decoded elsewhere, shown at `times` seconds, float32[F]."""
-        return Video(self, frames, times)
+    def watch_frames(self, frames: np.ndarray, times: np.ndarray, duration: float) -> "Video":
+        """The same for frames decoded elsewhere.
+
+        Args:
+          frames: uint8[F, R, R, 3].
+          times: float32[F], seconds since the first frame of the video.
+          duration: of the video, seconds; 0 for a picture.
+
+        Raises:
+          UserError: they do not fit the decoder's positions.
+        """
+        return Video(self, frames, times, duration)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +136,27 @@ class Answer:
 class Video:
     """An encoded video. Each question to it is independent; `chat()` remembers."""
 
-    def __init__(self, model: VideoModel, frames: np.ndarray, times: np.ndarray) -> None:
-        """Encodes frames uint8[F, R, R, 3] and runs the prompt up to the video through the decoder."""
+    def __init__(self, model: VideoModel, frames: np.ndarray, times: np.ndarray, duration: float) -> None:
+        """Encodes the frames and runs the prompt up to the video through the decoder; see `watch_frames`."""
         self.model = model
         self.frames = frames
         self.frame_times = times
-        prefix = video_prefix(model.tokenizer, system_prompt=model.processor.system_prompt)
+        processor = model.processor
+        time = time_text(ClipMeta(len(frames), duration, times.tolist()), processor.time_instruction)
+        prefix = video_prefix(model.tokenizer, system_prompt=processor.system_prompt, time_text=time)
+        self._check_room(prefix.num_text_tokens)
         visual = model.compiled.encode(model.params, frames[None])
         self._prefix = self._prefill(prefix, visual)
+
+    def _check_room(self, text: int) -> None:
+        """Raises UserError when frames and the prompt before the question leave no room for it."""
+        config = self.model.config
+        used = len(self.frames) * config.merge.tokens_per_frame + text
+        if used + _CHAT_ROOM > config.decoder.max_positions:
+            raise UserError(
+                f"{len(self.frames)} frames and the words about them take {used} tokens; this model holds"
+                f" {config.decoder.max_positions}: read fewer --frames"
+            )
 
     def _prefill(self, prefix: TokenSequence, visual: Any) -> Cache:
         model = self.model

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from crosslmm_jax.config import Precision
 from crosslmm_jax.data.conversation import check_question
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.assistant import load
@@ -18,6 +19,7 @@ def ask(
     question: str,
     *,
     frames: int | None,
+    precision: Precision | None,
     json_path: str | None,
     attention_path: str | None,
     max_new_tokens: int,
@@ -32,6 +34,7 @@ def ask(
       video: a file.
       question: what to ask.
       frames: how many to read; None: as in training.
+      precision: of products and cache; None: as the model's config.json says.
       json_path: "-" prints JSON instead of the answer; a path writes it there too.
       attention_path: a PNG of where the answer looked.
       max_new_tokens: longest answer.
@@ -45,7 +48,7 @@ def ask(
     check_question(question)
     for option, path in (("--json", json_path), ("--attention", attention_path)):
         _check_target(option, path)
-    watched = load(model).watch(video, frames=frames)
+    watched = load(model, precision).watch(video, frames=frames)
     sampling = Sampling(temperature, top_p)
     answer = watched.answer(question, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
     if attention_path is not None:
@@ -73,13 +76,14 @@ def chat(
     video: str,
     *,
     frames: int | None,
+    precision: Precision | None,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
     seed: int,
 ) -> None:
     """Reads questions line by line and streams answers, until an empty line or the end of the input."""
-    watched = load(model).watch(video, frames=frames)
+    watched = load(model, precision).watch(video, frames=frames)
     conversation = watched.chat(
         max_new_tokens=max_new_tokens, sampling=Sampling(temperature, top_p), seed=seed
     )

@@ -1,10 +1,13 @@
 """The few compiled programs that answering takes, and the static shapes they are compiled for.
 
+Parameters are those of `separate_layers`: an array a layer.
+
 Text and cache are padded to multiples of a bucket, so that a growing conversation compiles a handful of
 programs. The T2V part of a cache belongs to the video and is shared by all questions: it is never donated.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +19,7 @@ from jaxtyping import Array, Float
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.inference.generate import Generation, Sampling, generate, start
 from crosslmm_jax.model import Cache, CrossLMM, Visual
+from crosslmm_jax.parallel.compiling import matmul_options
 from crosslmm_jax.parallel.rules import activation_rules
 
 TEXT_BUCKET = 32  # tokens
@@ -40,19 +44,19 @@ class Compiled:
     def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
         """One device runs without sharding requests; several follow the table of logical axes."""
         rules = _FrozenRules(activation_rules()) if mesh.size > 1 else None
-        self.model = CrossLMM(config, rules)
+        self.model = CrossLMM(config, rules, stacked=False)
         self.mesh = mesh
 
     def encode(self, params: Any, frames: np.ndarray) -> Visual:
         """uint8[B, F, R, R, 3] to compact and original tokens."""
         with jax.set_mesh(self.mesh):
-            return _encode(self.model, params, frames)
+            return _program(_encode)(self.model, params, frames)
 
     def prefill(self, params: Any, visual: Visual, batch: dict[str, np.ndarray]) -> Cache:
         """Runs a prompt without padding; the cache has room for just that."""
         counts = np.full(batch["tokens"].shape[0], batch["tokens"].shape[1], np.int32)
         with jax.set_mesh(self.mesh):
-            return _prefill(self.model, params, visual, batch, counts)
+            return _program(_prefill)(self.model, params, visual, batch, counts)
 
     def begin(
         self, params: Any, cache: Cache, ids: np.ndarray, *, room: int, key: Array, sampling: Sampling,
@@ -73,10 +77,10 @@ class Compiled:
         """
         # Padding of the question is written too, before it is overwritten.
         needed = int(cache.lengths[0]) + max(room, round_up(len(ids), TEXT_BUCKET))
-        size = max(round_up(needed, CACHE_BUCKET), cache.keys.shape[2])
+        size = max(round_up(needed, CACHE_BUCKET), cache.size)
         with jax.set_mesh(self.mesh):
             own = cache._replace(t2v=None)
-            if fresh or size > cache.keys.shape[2]:
+            if fresh or size > cache.size:
                 own = _copy(own, size)
             logits, own = _extend(self.model, params, cache.t2v, own, *_padded(ids))
             return _start(logits, own, key, sampling, vocab_size=vocab_size, end=end)
@@ -110,13 +114,17 @@ def _padded(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return tokens, np.array([len(ids)], np.int32)
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.cache
+def _program(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled for large matrix products; made late, since asking for the platform starts it."""
+    return jax.jit(function, static_argnames="model", compiler_options=matmul_options())
+
+
 def _encode(model: CrossLMM, params: Any, frames: Array) -> Visual:
     visual: Any = model.apply({"params": params}, frames, method="encode")
     return visual
 
 
-@functools.partial(jax.jit, static_argnames="model")
 def _prefill(model: CrossLMM, params: Any, visual: Visual, batch: dict[str, Array], counts: Array) -> Cache:
     size = batch["tokens"].shape[1]
     result: Any = model.apply({"params": params}, visual, batch, counts, cache_size=size, method="prefill")
@@ -125,9 +133,8 @@ def _prefill(model: CrossLMM, params: Any, visual: Visual, batch: dict[str, Arra
 
 @functools.partial(jax.jit, static_argnames="size")
 def _copy(cache: Cache, size: int) -> Cache:
-    """The same contents in a cache with room for `size` tokens."""
-    more = ((0, 0), (0, 0), (0, size - cache.keys.shape[2]), (0, 0), (0, 0))
-    return cache._replace(keys=jnp.pad(cache.keys, more), values=jnp.pad(cache.values, more))
+    """A copy with room for `size` tokens."""
+    return cache.resized(size)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")

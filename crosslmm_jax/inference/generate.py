@@ -29,16 +29,24 @@ class Generation(NamedTuple):
 def draw(logits: Float[Array, "b v"], key: Array, sampling: Sampling, *, vocab_size: int) -> Int[Array, " b"]:
     """int32[B] next tokens, never a row of the embedding beyond the tokenizer's `vocab_size`."""
     logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
-    greedy = jnp.argmax(logits, axis=-1)
+    # On a GPU, ordering a vocabulary is a long row of small kernels: only where it decides anything.
+    return jax.lax.cond(
+        jnp.asarray(sampling.temperature) > 0,
+        lambda: _draw_by_probability(logits, key, sampling),
+        lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
+    )
+
+
+def _draw_by_probability(logits: Float[Array, "b v"], key: Array, sampling: Sampling) -> Int[Array, " b"]:
     scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
-    ordered = jnp.sort(scaled, axis=-1, descending=True)
+    ordered = jnp.sort(scaled, axis=-1, stable=False, descending=True)
     probabilities = jax.nn.softmax(ordered, axis=-1)
     # A token stays while the more probable ones hold less than top_p; the first always stays.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     kept = (before < sampling.top_p).at[..., 0].set(True)
     least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     drawn = jax.random.categorical(key, jnp.where(scaled >= least, scaled, -jnp.inf))
-    return jnp.where(sampling.temperature > 0, drawn, greedy).astype(jnp.int32)
+    return drawn.astype(jnp.int32)
 
 
 def start(

@@ -23,9 +23,10 @@ logger = logging.getLogger(__name__)
 
 # Settings that may differ from the checkpoint's: they change where or how fast a run computes, not what.
 FREE_FIELDS = frozenset({
-    "data.media_root", "data.num_workers", "data.num_threads", "data.prefetch", "data.frame_cache_mb",
+    "data.index", "data.num_workers", "data.num_threads", "data.prefetch", "data.frame_cache_mb",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context",
-    "model.attention", "model.decoder.remat", "model.vision.frame_chunk", "model.vision.keep_features",
+    "model.attention", "model.cross_attention.cache_dtype", "model.decoder.remat",
+    "model.vision.frame_chunk", "model.vision.keep_features", "model.vision.remat",
     "run.out", "run.log_every", "run.save_every", "run.keep_checkpoints", "run.tensorboard",
     "stage.microbatches",
 })  # fmt: skip

@@ -20,12 +20,15 @@ from jax.sharding import Mesh
 from crosslmm_jax.config import ExperimentConfig
 from crosslmm_jax.config_io import to_dict
 from crosslmm_jax.convert.folder import check_replaceable, is_model_folder, load_weights, save_model_folder
-from crosslmm_jax.data.pipeline import BatchIterator, Source, make_iterator
+from crosslmm_jax.data.index import open_index
+from crosslmm_jax.data.pipeline import BatchIterator, make_iterator
+from crosslmm_jax.data.source import Source
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.model import logical_axes
 from crosslmm_jax.parallel.mesh import initialize_processes, make_mesh
 from crosslmm_jax.parallel.sharding import check_batch_size, param_shardings, row_shard, to_global
 from crosslmm_jax.train.checkpoint import Checkpoints, check_room, state_bytes
+from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs
 from crosslmm_jax.train.interrupt import Interrupted, StopRequest
 from crosslmm_jax.train.logging import MetricsLog, Progress, read_metrics
 from crosslmm_jax.train.optimizer import learning_rates
@@ -64,7 +67,9 @@ def train(config: ExperimentConfig, *, quiet: bool = False) -> TrainResult:
     abstract = abstract_state(config.model, config.stage, mesh)
     out = Path(config.run.out)
     _check(config, mesh, abstract, out)
-    checkpoints = Checkpoints(out / "checkpoints", keep=config.run.keep_checkpoints, config=to_dict(config))
+    # The rows decide what a run computes, wherever their index lies.
+    saved = to_dict(config) | {"index_digest": open_index(config.data.index).digest}
+    checkpoints = Checkpoints(out / "checkpoints", keep=config.run.keep_checkpoints, config=saved)
     try:
         if checkpoints.is_complete(config.stage.steps) and is_model_folder(out / "model"):
             return TrainResult(out / "model", config.stage.steps, read_metrics(out), {})
@@ -87,13 +92,6 @@ def train(config: ExperimentConfig, *, quiet: bool = False) -> TrainResult:
 def _check(config: ExperimentConfig, mesh: Mesh, abstract: TrainState, out: Path) -> None:
     """Finds what would fail later, before anything is compiled or written."""
     check_batch_size(config.data.batch_size, mesh, microbatches=config.stage.microbatches)
-    frames = max(config.data.frame_buckets or (config.data.sampling.frames,))
-    longest = max(config.data.text_buckets) + frames * config.model.merge.tokens_per_frame
-    if longest > config.model.decoder.max_positions:
-        raise ConfigError(
-            f"DataConfig: text_buckets and {frames} frames make rows of up to {longest} tokens; the decoder's"
-            f" max_positions is {config.model.decoder.max_positions}: lower the largest bucket or the frames"
-        )
     check_replaceable(out / "model")
     saves = -(-config.stage.steps // config.run.save_every)
     present = len(list((out / "checkpoints").glob("[0-9]*")))
@@ -113,6 +111,12 @@ def _open_data(config: ExperimentConfig) -> Source:
             f"DecoderConfig.vocab_size is {model.decoder.vocab_size}; it must be at least {size},"
             f" the tokens of {config.data.tokenizer}"
         )
+    longest = max(bucket.text + bucket.frames * source.tokens_per_frame for bucket in source.buckets)
+    if longest > model.decoder.max_positions:
+        raise ConfigError(
+            f"DataConfig: text and frames make rows of up to {longest} tokens; the decoder's max_positions is"
+            f" {model.decoder.max_positions}: lower text_buckets, max_text_tokens or the frames"
+        )
     return source
 
 
@@ -120,6 +124,8 @@ def _first_state(config: ExperimentConfig, mesh: Mesh) -> TrainState:
     """Random parameters, or those of the MODEL folder `run.init_from`."""
     if config.run.init_from is None:
         return random_state(config.model, config.stage, mesh, seed=config.run.seed)
+    check_same_model(config.run.init_from, config.model)
+    warn_of_other_inputs(config.run.init_from, config.data)
     shapes = abstract_state(config.model, config.stage, mesh).params
     shardings = param_shardings(logical_axes(config.model), shapes, mesh)
     params = load_weights(config.run.init_from, config.model, shardings=shardings, dtype="float32")
@@ -134,6 +140,8 @@ def _write_model(config: ExperimentConfig, folder: Path, state: TrainState) -> N
         tokenizer_folder=config.data.tokenizer,
         sampling=config.data.sampling,
         system_prompt=config.data.system_prompt,
+        time_instruction=config.data.time_instruction,
+        resampling=config.data.resampling,
     )
 
 
@@ -190,6 +198,7 @@ class _Run:
 
     def _report(self, step: int, window: Window, *, progress: Progress, log: MetricsLog | None) -> None:
         report = window.report()
+        report |= self.iterator.take_counts()
         layers = self.config.model.cross_attention_layers
         gates = report.pop("gate")
         line = {"step": step, **report, "learning_rate": learning_rates(self.config.stage, step - 1)}
@@ -216,6 +225,6 @@ class _Run:
         np.savez(path, **batch)  # type: ignore[arg-type]
         rows = [int(row) for row in batch["row_index"]]
         return UserError(
-            f"loss or gradient is not finite at step {error.step}, rows {rows} of the annotations; the"
+            f"loss or gradient is not finite at step {error.step}, rows {rows} of the index; the"
             f" batch is in {path}, checkpoints are as before: look at these rows or lower stage.learning_rate"
         )

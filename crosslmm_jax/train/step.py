@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from crosslmm_jax.config import ModelConfig, StageConfig
 from crosslmm_jax.model import CrossLMM
+from crosslmm_jax.parallel.compiling import matmul_options
 from crosslmm_jax.parallel.rules import activation_rules
 from crosslmm_jax.parallel.sharding import replicated
 from crosslmm_jax.train.optimizer import make_optimizer
@@ -88,7 +89,10 @@ def compile_train_step(config: ModelConfig, stage: StageConfig, mesh: Mesh) -> T
     """`make_train_step` under `jax.jit`, to be called within `jax.set_mesh(mesh)`; uses up its state."""
     shardings = shardings_of(abstract_state(config, stage, mesh))
     return jax.jit(
-        make_train_step(config, stage), donate_argnums=0, out_shardings=(shardings, replicated(mesh))
+        make_train_step(config, stage),
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
+        compiler_options=matmul_options(),
     )
 
 

@@ -77,7 +77,7 @@ class Window:
 
         Returns:
           loss, grad_norm, targets, gate (direction -> float32[layers]), step_seconds, input_wait_seconds,
-          tokens_per_second.
+          input_wait_share (of the time), tokens_per_second.
 
         Raises:
           NonFiniteStep: as `check`.
@@ -91,6 +91,7 @@ class Window:
             "gate": self._last["gate"],
             "step_seconds": seconds / self._steps,
             "input_wait_seconds": self._wait / self._steps,
+            "input_wait_share": self._wait / seconds,
             "tokens_per_second": self._tokens / seconds,
         }
         self._reset()

@@ -10,9 +10,11 @@ import pytest
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.convert.folder import save_model_folder
 from crosslmm_jax.data.collate import lay_out
-from crosslmm_jax.data.conversation import prompt_segments
+from crosslmm_jax.data.conversation import prompt_segments, question_suffix
 from crosslmm_jax.data.synthetic import write_dataset
+from crosslmm_jax.data.time_instruction import ClipMeta, time_text
 from crosslmm_jax.data.tokenizer import write_default_tokenizer
+from crosslmm_jax.data.video import read_frames
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference import Sampling, load
 from crosslmm_jax.inference.commands import ask, chat
@@ -48,32 +50,33 @@ def model(model_folder):
     return load(model_folder)
 
 
-def greedy(model, video, question: str, history, steps: int) -> list[int]:
-    """Tokens by one full forward each, from the prompt that training would lay out."""
-    sequence = prompt_segments(question, model.tokenizer, history=history)
+def greedy(model, video, question: str, history, steps: int, time_text: str | None = None) -> list[int]:
+    """Tokens by one full forward each on one device, from the prompt that training would lay out.
+
+    All in one length: what stands behind the last token is padding, which nothing before it reads.
+    """
+    sequence = prompt_segments(question, model.tokenizer, history=history, time_text=time_text)
     layout = lay_out(sequence, [len(video.frames)], tokens_per_frame=1, placeholder=model.tokenizer.video_pad)
-    tokens, made = layout.tokens.tolist(), []
-    network = CrossLMM(model.config)
-    while len(made) < steps:
-        visible = np.full(len(tokens), len(video.frames), np.int32)
-        visible[: len(layout.tokens)] = layout.visible_frames
-        logits = network.apply(
-            {"params": model.params},
-            {
-                "frames": video.frames[None],
-                "tokens": np.array([tokens], np.int32),
-                "positions": np.arange(len(tokens), dtype=np.int32)[None],
-                "visual_slots": np.flatnonzero(layout.visual)[None],
-                "text_slots": np.setdiff1d(np.arange(len(tokens)), np.flatnonzero(layout.visual))[None],
-                "visible_frames": visible[None],
-            },
-        )
-        token = int(logits[0, -1, : model.tokenizer.vocab_size].argmax())
+    prompt, total = len(layout.tokens), len(layout.tokens) + steps
+    visible = np.full(total, len(video.frames), np.int32)
+    visible[:prompt] = layout.visible_frames
+    batch = {
+        "frames": video.frames[None],
+        "positions": np.arange(total, dtype=np.int32)[None],
+        "visual_slots": np.flatnonzero(layout.visual)[None],
+        "text_slots": np.setdiff1d(np.arange(total), np.flatnonzero(layout.visual))[None],
+        "visible_frames": visible[None],
+    }
+    params, network = jax.device_get(model.params), CrossLMM(model.config, stacked=False)
+    forward = jax.jit(lambda tokens: network.apply({"params": params}, batch | {"tokens": tokens}))
+    tokens = np.zeros((1, total), np.int32)
+    tokens[0, :prompt] = layout.tokens
+    for last in range(prompt - 1, total - 1):
+        token = int(forward(tokens)[0, last, : model.tokenizer.vocab_size].argmax())
         if token == model.tokenizer.im_end:
-            break
-        made.append(token)
-        tokens.append(token)
-    return made
+            return tokens[0, prompt : last + 1].tolist()
+        tokens[0, last + 1] = token
+    return tokens[0, prompt:].tolist()
 
 
 def test_answers_equal_the_full_forward_and_are_independent(model, clip):
@@ -98,7 +101,7 @@ def test_a_long_conversation_outgrows_its_cache(model, clip):
     conversation = model.watch(clip).chat(max_new_tokens=60)
     for number in range(6):
         "".join(conversation.ask(f"Question {number}: what shape is the red object?"))
-    assert conversation._cache.keys.shape[2] > 256
+    assert conversation._cache.size > 256
 
 
 def test_sampling_repeats_with_its_seed(model, clip):
@@ -117,8 +120,26 @@ def test_attention_is_a_distribution_over_patches(model, clip):
     assert not np.allclose(maps, video.attention("What shape is the blue object?"))
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_trained_model_is_asked_in_8_bits(model, model_folder, clip, precision):
+    """Weights are quantised as they are loaded, the video's cache as it is made; looks stay."""
+    narrow = load(model_folder, precision)
+    assert narrow.params["encoder"]["layers"]["0"]["w1"].dtype.itemsize == 1
+    up, expected_up = (m.params["decoder"]["layers"]["0"]["w_up"] for m in (narrow, model))
+    assert up.dtype == expected_up.dtype
+    video = narrow.watch(clip)
+    assert all(kv.keys.dtype.itemsize == 1 for kv in video._prefix.t2v)
+    question = "What shape is the red object?"
+    maps, expected = video.attention(question), model.watch(clip).attention(question)
+    np.testing.assert_allclose(maps.sum(axis=(1, 2)), 1, atol=1e-5)
+    assert 0 < np.abs(maps - expected).max() < {"int8": 0.03, "fp8": 0.15}[precision] * expected.max()
+    assert video.ask(question, max_new_tokens=5) == video.ask(question, max_new_tokens=5)
+
+
 def test_commands(model_folder, clip, tmp_path, capsys, monkeypatch):
-    options = {"frames": None, "max_new_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    options = {
+        "frames": None, "precision": "int8", "max_new_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": 0,
+    }  # fmt: skip
     ask(
         str(model_folder),
         str(clip),
@@ -155,7 +176,7 @@ def test_commands(model_folder, clip, tmp_path, capsys, monkeypatch):
 def test_bad_input_is_one_clear_error(model_folder, clip, change, message):
     arguments = {
         "model": str(model_folder), "video": str(clip), "question": "What?", "frames": None,
-        "json_path": None, "attention_path": None, "max_new_tokens": 3,
+        "precision": None, "json_path": None, "attention_path": None, "max_new_tokens": 3,
         "temperature": 0.0, "top_p": 1.0, "seed": 0,
     } | change  # fmt: skip
     with pytest.raises(UserError, match=message) as error:
@@ -173,3 +194,31 @@ def test_a_model_without_t2v_has_no_attention_to_draw(model, clip):
     assert isinstance(video.ask("What?", max_new_tokens=2), str)
     with pytest.raises(UserError, match="T2V"):
         video.attention("What?")
+
+
+@pytest.mark.parametrize("kind", ["short", "full"])
+def test_a_video_is_introduced_as_in_training(model, clip, kind):
+    from crosslmm_jax.inference.assistant import VideoModel
+
+    told = dataclasses.replace(model.processor, time_instruction=kind)
+    video = VideoModel(model.config, model.params, model.tokenizer, told, model.compiled.mesh).watch(clip)
+    decoded = read_frames(clip, told.sampling, size=32)
+    text = time_text(ClipMeta(4, decoded.duration, decoded.times.tolist()), kind)
+    assert text is not None and f"lasts for {decoded.duration:.2f} seconds, and 4 frames" in text
+    question = "What shape is the red object?"
+    expected = greedy(model, video, question, (), 2, time_text=text)
+    assert video.ask(question, max_new_tokens=2) == model.tokenizer.decode(expected)
+    prompt = prompt_segments(question, model.tokenizer, time_text=text)
+    suffix = len(question_suffix(question, model.tokenizer).ids)
+    assert int(video._prefix.lengths[0]) == prompt.num_text_tokens - suffix + 4
+
+
+def test_frames_and_their_times_must_leave_room_for_a_question(model, clip):
+    from crosslmm_jax.inference.assistant import VideoModel
+
+    told = dataclasses.replace(model.processor, time_instruction="full")
+    talkative = VideoModel(model.config, model.params, model.tokenizer, told, model.compiled.mesh)
+    frames = model.config.decoder.max_positions // 8
+    assert model.watch(clip, frames=frames).frames.shape[0] == frames
+    with pytest.raises(UserError, match=f"{frames} frames and the words about them take .* fewer --frames"):
+        talkative.watch(clip, frames=frames)

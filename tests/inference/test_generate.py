@@ -39,6 +39,16 @@ def test_rows_beyond_the_tokenizer_are_never_drawn():
     assert frequencies(logits, Sampling(3.0), vocab_size=2)[2] == 0
 
 
+def test_the_most_probable_token_is_found_without_ordering_the_vocabulary():
+    """Temperature is no constant of the program, so both ways are in it; one of them runs."""
+    jaxpr = jax.make_jaxpr(lambda x, t: draw(x, jax.random.key(0), Sampling(t), vocab_size=90))(
+        jnp.zeros((2, 100)), 0.0
+    )
+    (cond,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "cond")
+    assert "sort" not in str([eqn for eqn in jaxpr.eqns if eqn is not cond])
+    assert sorted("sort" in str(branch) for branch in cond.params["branches"]) == [False, True]
+
+
 def greedy_by_full_forward(model, params, batch, *, steps: int) -> list[int]:
     """One forward over the whole sequence a token: slow, and cannot be wrong about caches."""
     made = []

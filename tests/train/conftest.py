@@ -2,13 +2,24 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from crosslmm_jax import presets
-from crosslmm_jax.config import PARTS, MeshConfig, ModelConfig, StageConfig
+from crosslmm_jax.config import (
+    PARTS,
+    DataConfig,
+    ExperimentConfig,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    StageConfig,
+)
 from crosslmm_jax.parallel import make_mesh
+from crosslmm_jax.train import loop
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +56,21 @@ def make_stage() -> Callable[..., StageConfig]:
 @pytest.fixture(scope="session")
 def one_device() -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture
+def train_one_step(make_stage) -> Callable[[ModelConfig, DataConfig, Path], None]:
+    """`train_one_step(model, data, out)`: a step that learns something and meets no fault."""
+
+    def train(model: ModelConfig, data: DataConfig, out: Path) -> None:
+        result = loop.train(
+            ExperimentConfig(
+                model=model, data=data, stage=make_stage(steps=1, warmup_ratio=0.0),
+                run=RunConfig(out=str(out), log_every=1, tensorboard=False),
+            ),
+            quiet=True,
+        )  # fmt: skip
+        (line,) = result.metrics
+        assert np.isfinite(line["loss"]) and line["targets"] > 0 and line["faults"] == {}
+
+    return train

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,13 @@ import pytest
 
 from crosslmm_jax.config import DataConfig, ExperimentConfig, RunConfig, SamplingConfig
 from crosslmm_jax.config_io import to_dict
+from crosslmm_jax.convert.folder import load_processor
+from crosslmm_jax.data.indexing import build_index
 from crosslmm_jax.data.synthetic import write_dataset
 from crosslmm_jax.data.tokenizer import write_default_tokenizer
-from crosslmm_jax.errors import UserError
+from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.train import loop
+from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs
 from crosslmm_jax.train.logging import METRICS_FILE, read_metrics
 
 STEPS, SAVE_EVERY = 80, 10
@@ -35,10 +39,12 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """Videos, annotations and a tokenizer."""
+    """Videos, an index of their rows, and a tokenizer."""
     folder = tmp_path_factory.mktemp("files")
     write_dataset(folder / "data", num_train=4, num_heldout=4, seed=0)
     write_default_tokenizer(folder / "tokenizer")
+    rows, tokenizer = str(folder / "data" / "train.json"), str(folder / "tokenizer")
+    build_index(rows, folder / "index", tokenizer=tokenizer, quiet=True)
     return folder
 
 
@@ -51,8 +57,8 @@ def experiment(files, micro_config, make_stage):
         return ExperimentConfig(
             model=dataclasses.replace(micro_config, decoder=decoder),
             data=DataConfig(
-                annotations=(str(files / "data" / "train.json"),), media_root=str(files / "data"),
-                tokenizer=str(files / "tokenizer"), batch_size=8, text_buckets=(96,),
+                index=str(files / "index"), tokenizer=str(files / "tokenizer"), batch_size=8,
+                text_buckets=(96,), frame_buckets=(4,),
                 sampling=SamplingConfig(frames=4), frame_cache_mb=16,
             ),
             stage=make_stage(**({"steps": 6} | (stage or {}))),
@@ -118,7 +124,7 @@ def uninterrupted(start) -> Path:
 
 def untimed(out: Path) -> list[dict]:
     """Lines of metrics without what a clock says."""
-    timed = ("step_seconds", "input_wait_seconds", "tokens_per_second")
+    timed = ("step_seconds", "input_wait_seconds", "input_wait_share", "tokens_per_second")
     return [{key: value for key, value in line.items() if key not in timed} for line in read_metrics(out)]
 
 
@@ -176,7 +182,8 @@ def test_what_a_run_leaves(finished) -> None:
     assert line["learning_rate"].keys() == {"base", "encoder", "cross_attention", "gate"}
     for name in ("loss", "grad_norm", "targets", "step_seconds", "tokens_per_second"):
         assert line[name] > 0, name
-    assert line["input_wait_seconds"] >= 0
+    assert line["input_wait_seconds"] >= 0 and 0 <= line["input_wait_share"] <= 1
+    assert line["faults"] == {}
     assert result.bad_rows == {}
 
 
@@ -203,6 +210,83 @@ def test_next_stage_starts_from_a_model_folder(finished, experiment, tmp_path) -
     assert weights_of(after.model_folder.parent) == weights_of(result.model_folder.parent)
     written = json.loads((after.model_folder / "config.json").read_text())
     assert written["cross_attention"]["directions"] == []
+
+
+def test_frames_are_resized_in_training_as_the_model_says(experiment, finished, tmp_path) -> None:
+    _, other = finished
+    config = experiment(tmp_path / "run", init_from=str(other.model_folder), stage={"steps": 1})
+    data = dataclasses.replace(config.data, resampling="bilinear")
+    seen, bicubic = (
+        loop._open_data(dataclasses.replace(config, data=choice)).batch([0])["frames"]
+        for choice in (data, config.data)
+    )
+    assert not np.array_equal(seen, bicubic)
+    result = loop.train(dataclasses.replace(config, data=data), quiet=True)
+    found = [load_processor(model).resampling for model in (other.model_folder, result.model_folder)]
+    assert found == ["bicubic", "bilinear"]
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("decoder", {"rope_theta": 5e5}, "decoder.rope_theta is {}, in model of the run it is 500000.0"),
+        ("decoder", {"rms_norm_eps": 1e-5}, "decoder.rms_norm_eps is {}, in model of the run it is 1e-05"),
+        (
+            "vision",
+            {"image_mean": (0.4, 0.5, 0.6)},
+            "vision.image_mean is {}, in model of the run it is (0.4,",
+        ),
+        ("vision", {"image_std": (0.2, 0.3, 0.4)}, "vision.image_std is {}, in model of the run it is (0.2,"),
+        (
+            "decoder",
+            {"num_heads": 2, "num_kv_heads": 2},
+            "decoder.num_heads is {}, in model of the run it is 2",
+        ),
+        (
+            "cross_attention",
+            {"cross_attn_offset": 1},
+            "cross_attention_layers is (0,), in model of the run it is",
+        ),
+    ],
+)
+def test_another_model_to_start_from(finished, experiment, tmp_path, part, changes, message) -> None:
+    _, result = finished
+    config = experiment(tmp_path / "run", init_from=str(result.model_folder))
+    before = getattr(config.model, part)
+    model = dataclasses.replace(config.model, **{part: dataclasses.replace(before, **changes)})
+    with pytest.raises(ConfigError) as error:
+        loop.train(dataclasses.replace(config, model=model), quiet=True)
+    assert message.format(getattr(before, next(iter(changes)))) in str(error.value)
+    assert str(result.model_folder / "config.json") in str(error.value)
+
+
+def test_what_a_stage_may_choose_anew(finished, experiment, tmp_path) -> None:
+    _, result = finished
+    config = experiment(tmp_path / "run", init_from=str(result.model_folder))
+    vision = dataclasses.replace(config.model.vision, keep_features=True)
+    cross = dataclasses.replace(config.model.cross_attention, v2v_scope="frame", directions=("v2v",))
+    check_same_model(
+        result.model_folder, dataclasses.replace(config.model, vision=vision, cross_attention=cross)
+    )
+
+
+def test_frames_read_otherwise_than_for_the_weights_are_warned_of(
+    finished, experiment, tmp_path, caplog
+) -> None:
+    _, result = finished
+    data, folder = experiment(tmp_path / "run").data, tmp_path / "model"
+    shutil.copytree(result.model_folder, folder)
+    warn_of_other_inputs(folder, dataclasses.replace(data, time_instruction="short"))
+    assert caplog.messages == []
+    path = folder / "processor.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"time_instruction": "full", "resampling": "bilinear"})
+    )
+    warn_of_other_inputs(folder, dataclasses.replace(data, time_instruction="full"))
+    (message,) = caplog.messages
+    assert (
+        f"{path}: resampling is bilinear, DataConfig.resampling of the run is bicubic; set it to" in message
+    )
 
 
 def test_loss_that_is_not_finite(experiment, tmp_path) -> None:
@@ -239,7 +323,7 @@ def test_full_disk_is_noticed_before_the_first_step(experiment, tmp_path, monkey
     [
         ("data", {"batch_size": 12}, "batch_size is 12"),
         ("data", {"text_buckets": (4096,)}, "max_positions is 2048"),
-        ("data", {"annotations": ("missing.json",)}, "missing.json"),
+        ("data", {"index": "missing"}, "missing: no index; make it with `crosslmm data index"),
         ("run", {"init_from": "no/such/model"}, "no/such/model"),
     ],
 )

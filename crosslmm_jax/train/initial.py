@@ -1,0 +1,65 @@
+"""Whether the MODEL folder that a run starts from is the model of its config.
+
+Shapes are checked as weights are read; here it is what they do not show: constants that the weights were
+trained with, which layers they belong to, and how frames were read for them.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from crosslmm_jax.config import DataConfig, ModelConfig
+from crosslmm_jax.convert.folder import CONFIG_FILE, PROCESSOR_FILE, load_model_config, load_processor
+from crosslmm_jax.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_VISION = (
+    "image_size", "patch_size", "width", "depth", "num_heads", "mlp_width", "layer_norm_eps", "image_mean",
+    "image_std",
+)  # fmt: skip
+_DECODER = (
+    "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "rope_theta",
+    "rms_norm_eps", "tie_embeddings",
+)  # fmt: skip
+
+
+def check_same_model(folder: str | Path, config: ModelConfig) -> None:
+    """Raises a `ConfigError` listing all in which the MODEL `folder` and the run's `config` differ.
+
+    What a stage may choose anew is not compared: token merge, gates, scopes, positions, numerics.
+    """
+    theirs, ours = _settled(load_model_config(folder)), _settled(config)
+    different = [
+        f"{name} is {theirs[name]}, in model of the run it is {ours[name]}"
+        for name in ours
+        if theirs[name] != ours[name]
+    ]
+    if different:
+        raise ConfigError(
+            f"run.init_from {Path(folder) / CONFIG_FILE}: {'; '.join(different)}; set the run's model to what"
+            " the weights were trained with, or start from another folder"
+        )
+
+
+def warn_of_other_inputs(folder: str | Path, data: DataConfig) -> None:
+    """Warns when the MODEL `folder` was given frames or words in a way that the run is not set to.
+
+    A run may choose anew, and what it writes has its choice. What is at its default in the folder says
+    little: nobody need have chosen it.
+    """
+    theirs = load_processor(folder)
+    for name, default in (("resampling", "bicubic"), ("time_instruction", "none")):
+        value, ours = getattr(theirs, name), getattr(data, name)
+        if value not in (default, ours):
+            logger.warning(
+                "run.init_from %s: %s is %s, DataConfig.%s of the run is %s; set it to %s to go on as the"
+                " weights were trained", Path(folder) / PROCESSOR_FILE, name, value, name, ours, value,
+            )  # fmt: skip
+
+
+def _settled(config: ModelConfig) -> dict[str, Any]:
+    """Field -> value, of all that weights are bound to."""
+    values = {f"vision.{name}": getattr(config.vision, name) for name in _VISION}
+    values |= {f"decoder.{name}": getattr(config.decoder, name) for name in _DECODER}
+    return values | {"cross_attention_layers": config.cross_attention_layers}

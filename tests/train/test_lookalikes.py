@@ -1,0 +1,45 @@
+"""Look-alike rows in the formats of the real data sets, indexed from one mixture, batched and trained on."""
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from crosslmm_jax import presets
+from crosslmm_jax.config import DataConfig, SamplingConfig
+from crosslmm_jax.data.indexing import build_index
+from crosslmm_jax.data.source import Source
+from crosslmm_jax.data.tokenizer import write_default_tokenizer
+
+WRITER = Path(__file__).resolve().parents[1] / "data" / "lookalikes.py"
+DATASETS = {
+    "llava", "llava#2", "frames", "gifs", "videochat2", "moviechat", "vript", "internvid", "internvid_cut",
+    "capsfusion", "shards", "pictures", "clips",
+}  # fmt: skip
+SPOILT = {
+    "clip_times", "conversation", "malformed", "missing", "not_downloaded", "outside_root", "placeholders",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_look_alikes_of_every_format_train(tmp_path: Path, train_one_step) -> None:
+    mixture = runpy.run_path(str(WRITER))["write_lookalikes"](tmp_path / "files")
+    write_default_tokenizer(tmp_path / "tokenizer")
+    index, tokenizer = tmp_path / "index", str(tmp_path / "tokenizer")
+    build_index(str(mixture), index, tokenizer=tokenizer, quiet=True)
+    bad = [json.loads(line) for line in (index / "bad.jsonl").read_text().splitlines()]
+    assert {line["reason"] for line in bad} == SPOILT
+    data = DataConfig(
+        index=str(index), tokenizer=tokenizer, batch_size=8, sampling=SamplingConfig(frames=4), max_shapes=4
+    )
+    model = dataclasses.replace(presets.tiny(), attention="reference")  # compiles in half the time
+    source = Source(data, tokens_per_frame=model.merge.tokens_per_frame, image_size=model.vision.image_size)
+    rows = [source.rows[number] for number in range(len(source.rows))]
+    assert {row.dataset for row in rows} == DATASETS and source.left_out == 0
+    for number, row in enumerate(rows):
+        batch = source.batch([number])
+        assert batch["loss_mask"].any() and batch["frame_mask"].any() == bool(row.media), row.where
+        assert (batch["frames"][batch["frame_mask"]].std(axis=(1, 2, 3)) > 1).all(), row.where
+    train_one_step(model, data, tmp_path / "run")
