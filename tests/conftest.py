@@ -33,12 +33,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if path := config.getoption("--gpu-report"):
+    path = config.getoption("--gpu-report")
+    if path and not hasattr(config, "workerinput"):  # pytest-xdist's workers report to the first process
         config.pluginmanager.register(GpuReport(Path(path)))
 
 
 class GpuReport:
-    """Outcome, seconds and properties of each test marked gpu, with the device and versions."""
+    """Outcome, seconds and properties of each test marked gpu, with the device and versions.
+
+    The file is written anew after each test: what a run that is stopped has found is kept.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.tests = path, []
@@ -47,8 +51,12 @@ class GpuReport:
         if "gpu" in report.keywords and (report.when == "call" or report.outcome != "passed"):
             facts = {"outcome": report.outcome, "seconds": round(report.duration, 2)}
             self.tests.append({"test": report.nodeid, **facts, **dict(report.user_properties)})
+            self._write()
 
     def pytest_sessionfinish(self) -> None:
+        self._write()
+
+    def _write(self) -> None:
         import jax
 
         from crosslmm_jax.profiling.report import commit, versions

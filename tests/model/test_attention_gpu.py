@@ -4,13 +4,14 @@ Programs take the ranges of keys as arguments, so that one serves many draws, an
 on several threads: compiling is nearly all the time that this takes. To keep what was found:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=1 JAX_PLATFORMS=cuda,cpu \\
-        pytest -m gpu tests/model/test_attention_gpu.py --gpu-report docs/results/h100_gpu_tests.json
+        pytest -m gpu tests/model/test_attention_gpu.py --gpu-report docs/results/h200_gpu_tests.json
 """
 
 import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import os
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ pytestmark = [
 
 # Norm of the difference over that of the reference: bfloat16 operands, products summed in float32.
 TOLERANCE = 1e-2
-THREADS = 8
+THREADS = os.cpu_count() or 8
 BATCH, DRAWS = 2, 3
 # queries, keys, heads, key heads, head size
 SHAPES = {
