@@ -43,14 +43,14 @@ def run(record: Record) -> None:
     """Measures every attention with every backend that applies to it."""
     request = record.request
     config = config_of(request)
-    rates = timing.copy_rate(repeats=request.repeats)
-    record.add_facts(copy_tb_per_s=rates["copy_tb_per_s"], copy=rates)
+    rates = timing.memory_rate(repeats=request.repeats)
+    record.add_facts(memory_tb_per_s=rates["memory_tb_per_s"], memory=rates)
     cases = []
     for frames in request.frames:
         for shape in shapes(config, request, frames):
             for backend in BACKENDS:
                 if _applies(backend, shape, config):
-                    cases.append(case(config, shape, frames, backend, rates["copy_tb_per_s"]))
+                    cases.append(case(config, shape, frames, backend, rates["memory_tb_per_s"]))
     run_cases(cases, record, make_weights=dict)
 
 
@@ -78,7 +78,7 @@ def shapes(config: ModelConfig, request: Request, frames: int) -> list[Shape]:
 
 
 def case(
-    config: ModelConfig, shape: Shape, frames: int, backend: AttentionBackend, copy_tb_per_s: float
+    config: ModelConfig, shape: Shape, frames: int, backend: AttentionBackend, memory_tb_per_s: float
 ) -> Case:
     """One attention with one backend."""
     dtype = jnp.dtype(config.compute_dtype)
@@ -106,7 +106,7 @@ def case(
         "tokens_per_frame": config.merge.tokens_per_frame,
         "backend": backend,
         "shape": shape._asdict(),
-        "floor_bytes_ms": 1e-9 * moved / copy_tb_per_s,
+        "floor_bytes_ms": 1e-9 * moved / memory_tb_per_s,
     }
     return Case(
         row=row, lower=lower, inputs=inputs, call=call, input_bytes=num_bytes((q, kv, kv, stop)), costs=cost,

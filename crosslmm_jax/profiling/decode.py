@@ -34,13 +34,13 @@ def run(record: Record) -> None:
     """Measures a token's time behind prompts with each of the frame counts that the request names."""
     request = record.request
     config = config_of(request)
-    rates = timing.copy_rate(repeats=request.repeats)
-    record.add_facts(copy_tb_per_s=rates["copy_tb_per_s"], copy=rates)
-    cases = [case(config, request, frames, rates["copy_tb_per_s"]) for frames in request.frames]
+    rates = timing.memory_rate(repeats=request.repeats)
+    record.add_facts(memory_tb_per_s=rates["memory_tb_per_s"], memory=rates)
+    cases = [case(config, request, frames, rates["memory_tb_per_s"]) for frames in request.frames]
     run_cases(cases, record, make_weights=functools.partial(random_params, config))
 
 
-def case(config: ModelConfig, request: Request, frames: int, copy_tb_per_s: float) -> Case:
+def case(config: ModelConfig, request: Request, frames: int, memory_tb_per_s: float) -> Case:
     """Greedy generation of `request.steps` tokens behind a prompt with `frames` frames."""
     cached = request.workload(frames).length(config)
     room = -(-(cached + request.steps) // CACHE_BUCKET) * CACHE_BUCKET
@@ -68,7 +68,7 @@ def case(config: ModelConfig, request: Request, frames: int, copy_tb_per_s: floa
         return tokens, counts
 
     read = bytes_read(config, num_bytes(t2v_shapes))
-    floor_ms = 1e-9 * sum(read.values()) / copy_tb_per_s
+    floor_ms = 1e-9 * sum(read.values()) / memory_tb_per_s
 
     def finish(row: dict[str, Any]) -> dict[str, Any]:
         return {"floor_ms": floor_ms, "over_floor": row["ms"] / floor_ms, "bytes_read": read}

@@ -1,9 +1,10 @@
 """Times that mean what they say: warmed up, synchronised, repeated, raw samples kept.
 
-The rates of the machine itself, a large matrix product and a large copy, are measured in the same process
+The rates of the machine itself, a large matrix product and its memory, are measured in the same process
 and on random data: on zeros a GPU draws less power and runs faster.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -89,10 +90,25 @@ def matmul_rate(*, repeats: int = 7) -> dict[str, Any]:
     return {"matmul_tflops": 2e-9 * size**3 / timing["ms"], "size": size, **timing}
 
 
-def copy_rate(*, repeats: int = 7) -> dict[str, Any]:
-    """Rate of a copy within the device's memory in TB/s, bytes read and bytes written both counted."""
-    size = 2**28 if jax.default_backend() in ("gpu", "tpu") else 2**22
+def memory_rate(*, repeats: int = 7) -> dict[str, Any]:
+    """Rate at which the device's memory is read or written, in TB/s: the fastest of three ways.
+
+    Reading alone, a plain copy, and a kernel that reads and writes: no single one is the fastest everywhere,
+    and a time to read memory once that can be beaten would flatter what is held against it.
+    """
+    size = 2**29 if jax.default_backend() in ("gpu", "tpu") else 2**22
     source = random_array((64, size // 64), jnp.bfloat16, seed=3)
-    negate = jax.jit(jnp.negative)  # a plain copy might be optimised away
-    timing = measure_many(lambda: negate(source), repeats=repeats)
-    return {"copy_tb_per_s": 1e-9 * 2 * source.nbytes / timing["ms"], "bytes": source.nbytes, **timing}
+    ways = {
+        "sum": (jax.jit(lambda x: jnp.sum(x, axis=1, dtype=jnp.float32)), 1),
+        "copy": (jax.jit(jnp.copy), 2),
+        "negate": (jax.jit(jnp.negative), 2),
+    }
+    rates = {}
+    for name, (call, passes) in ways.items():
+        timing = measure_many(functools.partial(call, source), repeats=repeats)
+        rates[name] = {"tb_per_s": 1e-9 * passes * source.nbytes / timing["ms"], **timing}
+    return {
+        "memory_tb_per_s": max(rate["tb_per_s"] for rate in rates.values()),
+        "bytes": source.nbytes,
+        "ways": rates,
+    }

@@ -335,3 +335,11 @@ def test_measuring_needs_no_reader_of_files() -> None:
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+
+
+def test_memory_is_as_fast_as_its_fastest_use() -> None:
+    found = timing.memory_rate(repeats=1)
+    assert found["memory_tb_per_s"] == max(way["tb_per_s"] for way in found["ways"].values())
+    for name, passes in (("sum", 1), ("copy", 2), ("negate", 2)):  # reading alone, reading and writing
+        way = found["ways"][name]
+        assert way["tb_per_s"] == pytest.approx(1e-9 * passes * found["bytes"] / way["ms"])
