@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import datetime
+import gc
 import json
 import os
 import shlex
@@ -71,6 +72,19 @@ class GpuReport:
             "tests": self.tests,
         }
         self.path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_module():
+    """Drops the compiled programs of a module behind it.
+
+    Each holds some fifteen mappings of memory, of which Linux gives a process 65,530: in one process all
+    tests together would run out of them, and XLA ends a process that cannot map what it compiles.
+    """
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
