@@ -15,7 +15,7 @@ from crosslmm_jax.data.workers import worker_pool
 from crosslmm_jax.errors import MediaError
 
 _SIZE = 32  # pixels: decoding is what may fail, not resizing
-_CHUNK = 16  # rows that a worker gets at once
+_CHUNK = 64  # rows that a worker gets at once, at most: a medium that several of them name is read once
 _STORES: dict[tuple[str, str], RowStore] = {}  # of this process, by folder and digest
 
 
@@ -44,7 +44,8 @@ def check_index(
     numbers = np.arange(len(index))
     if sample is not None and sample < len(index):
         numbers = np.sort(np.random.default_rng(seed).choice(len(index), sample, replace=False))
-    chunks = [numbers[begin : begin + _CHUNK].tolist() for begin in range(0, len(numbers), _CHUNK)]
+    size = min(max(len(numbers) // (8 * max(workers, 1)), 1), _CHUNK)
+    chunks = [numbers[begin : begin + size].tolist() for begin in range(0, len(numbers), size)]
     progress = RowProgress("check", total=len(numbers), quiet=quiet)
     bad: list[BadRow] = []
     done = 0
@@ -67,15 +68,23 @@ def _check_rows(
     index: Index, numbers: list[int], *, sampling: SamplingConfig, allow_outside: bool
 ) -> list[BadRow]:
     store = _STORES.setdefault((index.folder, index.digest), RowStore(index))
+
+    @functools.cache
+    def fault(root: str, reference: str, bounds: tuple[float, float] | None) -> tuple[str, str] | None:
+        try:
+            with guarded(root, reference):
+                medium = open_media(root, reference, allow_outside=allow_outside)
+                read_frames(medium, sampling, size=_SIZE, bounds=bounds)
+        except MediaError as error:
+            return error.reason, str(error)  # the error itself would keep what was open
+        return None
+
     bad = []
     for number in numbers:
         row = store[number]
         for reference in row.media:
-            try:
-                with guarded(row.root, reference):
-                    medium = open_media(row.root, reference, allow_outside=allow_outside)
-                    read_frames(medium, sampling, size=_SIZE, bounds=row.bounds)
-            except MediaError as error:
-                bad.append(BadRow(number, error.reason, f"{row.where}: {error}"))
+            if (found := fault(row.root, reference, row.bounds)) is not None:
+                reason, detail = found
+                bad.append(BadRow(number, reason, f"{row.where}: {detail}"))
                 break
     return bad
