@@ -80,7 +80,7 @@ def open_video(path: PathOrMedia, deadline: Deadline, num_threads: int = 1) -> I
                 stack.enter_context(open_file(path)) if file is None else f"file:{file}",
                 container_options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"},
                 timeout=deadline.left(),
-                metadata_errors="replace",
+                **_metadata_options(),
             ))  # fmt: skip
             opened = True
             stream = _video_stream(container, path)
@@ -98,6 +98,16 @@ def open_video(path: PathOrMedia, deadline: Deadline, num_threads: int = 1) -> I
         raise deadline.error() from error
     except (av.error.FFmpegError, ValueError, OverflowError, MemoryError) as error:
         raise MediaError(*_fault(path, error, opened)) from error
+
+
+def _metadata_options() -> dict[str, Any]:
+    """Has `av.open` read a file whose title is not UTF-8: PyAV 18 refuses it unless told otherwise.
+
+    PyAV 19 never does and has lost the argument. `av.open` has no signature to ask, its containers tell.
+    """
+    from av.container import InputContainer
+
+    return {"metadata_errors": "replace"} if hasattr(InputContainer, "metadata_errors") else {}
 
 
 def _video_stream(container: Any, path: PathOrMedia) -> Any:

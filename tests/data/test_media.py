@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from video_files import write_video
+from video_files import assert_same, write_video
 
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data import media, packets
@@ -96,6 +96,18 @@ def test_a_name_is_never_a_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     name = Path("concat:a.mp4|a.mp4")
     (tmp_path / "a.mp4").rename(tmp_path / name)
     assert probe(name).num_frames == 10
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_names_and_titles_need_not_be_utf8(tmp_path: Path, suffix: str) -> None:
+    path = write_video(tmp_path / f"a{suffix}", 10)
+    expected = read_frames(path, FOUR, size=SIZE)
+    content = path.read_bytes()
+    spoiled = content.replace(b"VideoHandler", b"Vid\xe9oHandler").replace(b"Lavf", b"L\xe9vf")
+    assert spoiled != content
+    name = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9" + os.fsencode(suffix)))
+    name.write_bytes(spoiled)
+    assert_same(read_frames(name, FOUR, size=SIZE), expected)
 
 
 def test_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
