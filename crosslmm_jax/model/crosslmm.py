@@ -27,7 +27,7 @@ from crosslmm_jax.model.decoder_layer import Batch, decoder_layer
 from crosslmm_jax.model.loss import logits_of, next_token_loss
 from crosslmm_jax.model.merge import Projector
 from crosslmm_jax.model.ops import gather_tokens, rms_norm, with_fewest_rows
-from crosslmm_jax.model.partitioning import AxisRules, constrain
+from crosslmm_jax.model.partitioning import AxisRules, constrain, constrain_output
 from crosslmm_jax.model.qwen2 import decoder_weights
 from crosslmm_jax.model.siglip import SiglipEncoder
 from crosslmm_jax.model.stack import Placement, scan_layers
@@ -171,7 +171,8 @@ class CrossLMM(nn.Module):
         return head.astype(self.config.compute_dtype)
 
     def _logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
-        return constrain(logits_of(hidden, self._head()), self.rules, "act_batch", "act_len", "act_vocab")
+        logits = logits_of(hidden, self._head())
+        return constrain_output(logits, self.rules, "act_batch", "act_len", "act_vocab")
 
     def _run(self, visual: Visual, batch: Batch, *, keep: bool = False) -> "tuple[Array, _Left]":
         """A whole sequence through embedding, layers and final norm, and what its layers left."""

@@ -24,6 +24,20 @@ def constrain(x: Array, rules: AxisRules | None, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def constrain_output(x: Array, rules: AxisRules | None, *axes: str | None) -> Array:
+    """As `constrain`, for what a program returns: jax has no name for a layout that does not divide evenly.
+
+    Within a program, XLA pads what does not divide; a dimension of a result is then held whole instead.
+    """
+    if rules is None:
+        return x
+    dividing = (
+        None if axis is None or dividing_axes(rules, axis, size) is None else axis
+        for axis, size in zip(axes, x.shape, strict=True)
+    )  # fmt: skip
+    return constrain(x, rules, *dividing)
+
+
 def dividing_axes(rules: AxisRules, axis: str, size: int) -> MeshAxes:
     """Mesh axes of a logical axis, or None (every device has all of it) where they do not divide `size`."""
     return rules[axis] if size % num_shards(rules, axis) == 0 else None
