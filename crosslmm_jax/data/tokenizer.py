@@ -106,6 +106,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (path / name).is_file():
             raise UserError(f"{path}: {name} is missing; copy the whole tokenizer folder again")
+    # Or transformers tells everybody without torch, who need none here, that it was not found.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     try:
