@@ -15,12 +15,11 @@ import pytest
 
 from crosslmm_jax.cli import main
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.data import check, indexing, probing
+from crosslmm_jax.data import indexing, probing
 from crosslmm_jax.data.annotations import Row
 from crosslmm_jax.data.check import check_index
 from crosslmm_jax.data.index import RowStore, open_index
 from crosslmm_jax.data.indexing import build_index
-from crosslmm_jax.data.media import open_media
 from crosslmm_jax.data.mixture import read_mixture, read_rows
 from crosslmm_jax.data.synthetic import SyntheticSet, write_dataset
 from crosslmm_jax.data.to_tfds import to_tfds
@@ -254,33 +253,6 @@ def test_an_index_serves_any_working_folder(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert check_index(str(tmp_path / "index"), sampling=SamplingConfig(frames=2), quiet=True) == (32, [])
-
-
-def test_a_medium_that_rows_share_is_checked_once(
-    videos: SyntheticSet, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = json.loads(videos.train.read_text())[:8]
-    kept, broken = sorted({row["video"] for row in json.loads(videos.train.read_text())})[:2]
-    for number, row in enumerate(rows):
-        row["video"] = broken if number >= 6 else kept
-    rows[5] |= {"start": 0.5, "end": 1}  # another part of it
-    videos.train.write_text(json.dumps(rows))
-    index = tmp_path / "index"
-    build_index(str(videos.train), index, tokenizer=str(tokenizer_folder), quiet=True)
-    (videos.folder / broken).write_bytes(b"no video")
-    opened = []
-
-    def counted(root: str, reference: str, **options: bool) -> object:
-        opened.append(reference)
-        return open_media(root, reference, **options)
-
-    monkeypatch.setattr(check, "open_media", counted)
-    found = check._check_rows(
-        open_index(str(index)), list(range(8)), sampling=SamplingConfig(frames=2), allow_outside=False
-    )
-    assert opened == [kept, kept, broken]
-    assert [(row.row_index, row.reason) for row in found] == [(6, found[0].reason), (7, found[0].reason)]
-    assert "row 7" in found[1].detail and broken in found[1].detail
 
 
 def test_parts_that_begin_behind_the_end(

@@ -10,9 +10,11 @@ from lookalikes import write_image, write_video
 
 from crosslmm_jax.cli import main
 from crosslmm_jax.config import SamplingConfig
+from crosslmm_jax.data import check
 from crosslmm_jax.data.check import check_index
 from crosslmm_jax.data.index import open_index
 from crosslmm_jax.data.indexing import build_index
+from crosslmm_jax.data.media import open_media
 from crosslmm_jax.data.to_tfds import to_tfds
 from crosslmm_jax.data.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
@@ -128,3 +130,30 @@ def test_the_digest_tells_what_would_change_batches(tokenizer_folder: Path, tmp_
     assert digest() == first and digest(2) != first and digest(tokenizer=tmp_path / "other") != first
     write_video(tmp_path / "a.mp4", seconds=2)
     assert digest() != first
+
+
+def test_a_medium_that_rows_share_is_checked_once(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, broken = "kept.mp4", "broken.mp4"
+    for name in (kept, broken):
+        write_video(tmp_path / name)
+    rows = [{"video": broken if number >= 6 else kept} | TALK for number in range(8)]
+    rows[5] |= {"start": 0.5, "end": 1}  # another part of it
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    index = tmp_path / "index"
+    build_index(str(tmp_path / "rows.json"), index, tokenizer=str(tokenizer_folder), quiet=True)
+    (tmp_path / broken).write_bytes(b"no video")
+    opened = []
+
+    def counted(root: str, reference: str, **options: bool) -> object:
+        opened.append(reference)
+        return open_media(root, reference, **options)
+
+    monkeypatch.setattr(check, "open_media", counted)
+    found = check._check_rows(
+        open_index(str(index)), list(range(8)), sampling=SamplingConfig(frames=2), allow_outside=False
+    )
+    assert opened == [kept, kept, broken]
+    assert [(row.row_index, row.reason) for row in found] == [(6, found[0].reason), (7, found[0].reason)]
+    assert "row 7" in found[1].detail and broken in found[1].detail
