@@ -42,8 +42,15 @@ def draw(report: dict[str, Any], path: str) -> None:
         axis.grid(alpha=0.3)
     handles, labels = axes[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
+    save(figure, report, report["task"], path)
+
+
+def save(figure: Any, report: dict[str, Any], what: str, path: str) -> None:
+    """Writes a finished figure, named after `what` and the report's device, and closes it."""
+    import matplotlib.pyplot as plt
+
     device = next((system.get("device") for system in report["systems"]), None)
-    figure.suptitle(f"{report['task']} on {device}")
+    figure.suptitle(f"{what} on {device}")
     try:
         figure.savefig(path, dpi=150)
     finally:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from crosslmm_jax.profiling.figure import save
 from crosslmm_jax.profiling.report import Row
 
 PANELS = {"ms": ("time (s)", 1e-3), "peak_mb": ("peak memory over weights (GB)", 1e-3)}
@@ -29,12 +30,7 @@ def draw(report: dict[str, Any], path: str) -> None:
         axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    device = next((system.get("device") for system in report["systems"]), None)
-    figure.suptitle(f"one prefill of a long video on {device}")
-    try:
-        figure.savefig(path, dpi=150)
-    finally:
-        plt.close(figure)
+    save(figure, report, "one prefill of a long video", path)
 
 
 def lines(rows: list[Row], field: str) -> dict[str, list[tuple[int, float]]]:
