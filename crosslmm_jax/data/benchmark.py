@@ -47,8 +47,8 @@ def readers() -> dict[str, Reader]:
         UserError: decord or OpenCV is not installed.
     """
     try:
-        import cv2
-        import decord
+        import cv2  # type: ignore[import-not-found]
+        import decord  # type: ignore[import-not-found]
     except ImportError as error:
         raise UserError(f"{error.name} is not installed: pip install crosslmm_jax[benchmark]") from error
     from PIL import Image
@@ -85,7 +85,7 @@ def readers() -> dict[str, Reader]:
 
 def _opencv_frames(path: str, numbers: np.ndarray, gop: int) -> Iterator[np.ndarray]:
     """Frames by OpenCV; it seeks where the next wanted one is further than a group of pictures ahead."""
-    import cv2
+    import cv2  # type: ignore[import-not-found]
 
     video = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     position = 0
@@ -260,8 +260,8 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 def _versions() -> dict[str, str]:
     import av
-    import cv2
-    import decord
+    import cv2  # type: ignore[import-not-found]
+    import decord  # type: ignore[import-not-found]
     import PIL
 
     ffmpeg = ".".join(map(str, av.library_versions["libavcodec"]))
