@@ -17,8 +17,8 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python}
 
 if [[ -z ${COORDINATOR_ADDRESS:-} && -n ${SLURM_PROCID:-} && -n ${SLURM_STEP_NODELIST:-} ]]; then
-  first=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
-  export COORDINATOR_ADDRESS="$first:$((61440 + SLURM_JOB_ID % 4096))"
+  hosts=$(scontrol show hostnames "$SLURM_STEP_NODELIST")  # whole: a pipe that stops reading fails scontrol
+  export COORDINATOR_ADDRESS="${hosts%%$'\n'*}:$((61440 + SLURM_JOB_ID % 4096))"
   export NUM_PROCESSES=$SLURM_NTASKS PROCESS_ID=$SLURM_PROCID
 elif [[ -z ${COORDINATOR_ADDRESS:-} && -n ${TPU_WORKER_HOSTNAMES:-} && -n ${TPU_WORKER_ID:-} ]]; then
   IFS=, read -ra hosts <<<"$TPU_WORKER_HOSTNAMES"
