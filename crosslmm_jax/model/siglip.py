@@ -17,7 +17,7 @@ from crosslmm_jax.config import AttentionBackend, Precision, VisionConfig
 from crosslmm_jax.model.attention import attention
 from crosslmm_jax.model.blockwise import RESIDUALS
 from crosslmm_jax.model.ops import layer_norm, pad_tokens
-from crosslmm_jax.model.partitioning import AxisRules, num_shards
+from crosslmm_jax.model.partitioning import AxisRules, constrain, num_shards
 from crosslmm_jax.model.quantise import linear, operand, quantised_table
 from crosslmm_jax.model.weights import (
     Weight,
@@ -101,9 +101,8 @@ class SiglipEncoder(nn.Module):
         def embed(frames: Array) -> Array:
             pixels = (frames / 255.0 - jnp.array(config.image_mean)) / jnp.array(config.image_std)
             patches = patchify(pixels.astype(dtype), config.patch_size)
-            return (
-                patches @ weights["patch_embedding"] + weights["patch_bias"] + weights["position_embedding"]
-            )
+            x = patches @ weights["patch_embedding"] + weights["patch_bias"] + weights["position_embedding"]
+            return constrain(x, self.rules, "act_frames", None, None)
 
         patches = config.num_patches
 
@@ -112,7 +111,9 @@ class SiglipEncoder(nn.Module):
             x = encoder_layer(
                 layer, x, patches=patches, config=config, backend=self.backend, rules=self.rules
             )
-            return x, None
+            # Else the compiler may cut activations as it finds the weights cut, by width, and then move
+            # those of all frames several times a layer, where gathering the layer's weights would do.
+            return constrain(x, self.rules, "act_frames", None, None), None
 
         x, layers = _recomputed(embed, config)(frames), _recomputed(body, config)
         x = pad_tokens(x, self._padded_patches(frames.shape[0]))

@@ -18,6 +18,9 @@ from crosslmm_jax.train.checkpoint import Checkpoints, check_room, check_same_co
 from crosslmm_jax.train.checksum import _on_device, checksums
 from crosslmm_jax.train.state import TrainState
 
+# Orbax leaves coroutines behind a restore that failed, and they complain when they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 CONFIG = {"stage": {"learning_rate": 1e-4, "steps": 9}, "run": {"out": "a", "seed": 0}, "mesh": {"data": 8}}
 
 
