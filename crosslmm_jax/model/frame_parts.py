@@ -70,7 +70,7 @@ def attend_tokens(
     """
     frames, narrow = tokens.shape[1], scoped and config.cross_attention.v2v_scope != "video"
     same = {"config": config, "rules": rules}
-    if not is_long(tokens, most=PART_BYTES if narrow else WHOLE_BYTES, **same):
+    if not is_long(tokens, narrow=narrow, **same):
         kv = make(weights, tokens, 0)
         return attend(q, kv, visible_frames=visible_frames, scoped=scoped, **same)
     count = min(-(-_kv_bytes(tokens, **same) // PART_BYTES), frames)
@@ -78,19 +78,29 @@ def attend_tokens(
     return cut(q, weights, tokens, make, visible_frames, -(-frames // count), **same)
 
 
-def is_long(tokens: Array, *, config: ModelConfig, rules: AxisRules | None, most: int | None = None) -> bool:
-    """Whether keys and values of these original tokens take more than `most` (WHOLE_BYTES) on a device."""
-    return _kv_bytes(tokens, config, rules) > (WHOLE_BYTES if most is None else most)
+def is_long(tokens: Array, *, config: ModelConfig, rules: AxisRules | None, narrow: bool = False) -> bool:
+    """Whether keys and values of these original tokens are made part by part.
+
+    Args:
+      tokens: float[B, F, P, D].
+      config: the whole model's.
+      rules: logical axes. Frames that are spread over devices are not cut further; with heads spread, parts
+        of frames are possible, but not one head at a time.
+      narrow: a query reads the frames around its own.
+    """
+    if num_shards(rules, "act_context") > 1 or (num_shards(rules, "act_heads") > 1 and not narrow):
+        return False
+    return _kv_bytes(tokens, config, rules) > (PART_BYTES if narrow else WHOLE_BYTES)
 
 
 def _kv_bytes(tokens: Array, config: ModelConfig, rules: AxisRules | None) -> int:
-    """Bytes of the keys and values of `tokens` on one device; 0 where frames or heads are spread already."""
-    if num_shards(rules, "act_context") > 1 or num_shards(rules, "act_heads") > 1:
-        return 0
+    """Bytes of the keys and values of `tokens` on one device."""
     batch, frames, patches, _ = tokens.shape
     rows = max(1, batch // num_shards(rules, "act_batch"))
     decoder = config.decoder
-    return 2 * rows * frames * patches * decoder.num_kv_heads * decoder.head_dim * tokens.dtype.itemsize
+    shards = num_shards(rules, "act_heads")
+    heads = decoder.num_kv_heads // (shards if decoder.num_kv_heads % shards == 0 else 1)
+    return 2 * rows * frames * patches * heads * decoder.head_dim * tokens.dtype.itemsize
 
 
 def attend(

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from crosslmm_jax import presets
+from crosslmm_jax.config import MeshConfig
 from crosslmm_jax.model import CrossLMM, frame_parts, init_params
 from crosslmm_jax.model.cross_attention import cross_attend, keys_values
+from crosslmm_jax.parallel.mesh import make_mesh
+from crosslmm_jax.parallel.rules import activation_rules
 
 TOKENS = 4  # compact tokens a frame
 SCOPES = ("video", "frame", "window")
@@ -100,6 +103,23 @@ def test_the_model_and_its_cache_are_the_same_in_parts(
     monkeypatch.setattr(frame_parts, "PART_BYTES", 2**40)
     for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(run()), strict=True):
         np.testing.assert_allclose(got, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("tensor", [2, 8])  # heads of keys are spread; there are fewer than devices
+@pytest.mark.parametrize("scope", SCOPES)
+def test_heads_over_devices_leave_parts_of_frames(
+    tiny_config, replace_config, monkeypatch, in_parts, scope, tensor
+) -> None:
+    config = replace_config(tiny_config, merge={"grid": 2}, cross_attention={"v2v_scope": scope})
+    weights, x, tokens, visible, times = one_layer(config, 16)
+    seen = {"visible_frames": visible, "times": times, "config": config, "scoped": True}
+    expected = cross_attend(weights, x, keys_values(weights, tokens, config=config), **seen)
+    parts = []
+    monkeypatch.setattr(frame_parts, "_begins", spy(frame_parts._begins, parts))
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=8 // tensor, tensor=tensor))):
+        cut = jax.jit(lambda *arguments: cross_attend(*arguments, rules=activation_rules(), **seen))
+        np.testing.assert_allclose(cut(weights, x, tokens), expected, atol=2e-6)
+    assert bool(parts) == (scope != "video")
 
 
 def v2v_of(scope: str, frames: int):
