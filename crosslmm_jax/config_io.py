@@ -113,7 +113,8 @@ def _read_dataclass(cls: Any, value: object, *, path: str, source: str | Path) -
         if name not in names:
             close = difflib.get_close_matches(str(name), names, n=1)
             fix = f"did you mean {close[0]}?" if close else f"{cls.__name__} has {', '.join(names)}"
-            raise ConfigError(f"{source}: field {prefix}{name} is unknown; {fix}")
+            shown = name if str(name).isidentifier() else _short(name)
+            raise ConfigError(f"{source}: field {prefix}{shown} is unknown; {fix}")
     for name in names:
         if name not in value:
             raise ConfigError(f"{source}: field {prefix}{name} is missing; add it: {describe(hints[name])}")

@@ -119,7 +119,7 @@ def _run(item: _Ready, record: Record, weights: Any, high_water: memory.HighWate
 
     prepare = None if case.prepare is None else _bound(case.prepare, inputs)
     timed = timing.measure(call, repeats=request.repeats, prepare=prepare)
-    # Weights that come with the inputs would count in the mark: then the compiler's plan is what is comparable.
+    # Weights that come with the inputs would count in the mark; then only the plan is comparable.
     after = high_water.mark() if jax.tree.leaves(weights) else None
     timed = timing.summary([sample / case.per_call for sample in timed["samples_ms"]])
     row = {**case.row, **timed, **memory.peak_row(item.plan, before, after)}
