@@ -176,6 +176,12 @@ class ModelConfig:
                 f"CrossAttentionConfig.cross_attn_offset is {offset}; it must be below the decoder's"
                 f" {layers} layers"
             )
+        if self.attention == "cudnn":
+            sizes, cross = (self.vision.head_dim, self.decoder.head_dim), self.cross_attention
+            windowed = cross.v2v_scope == "window" and "v2v" in cross.directions
+            applies = self.compute_dtype == "bfloat16" and not windowed and all(x % 8 == 0 for x in sizes)
+            other = "cudnn takes bfloat16, head sizes divisible by 8, no v2v_scope 'window'"
+            _require(self, "attention", applies, f"'auto' or 'blockwise' with these settings: {other}")
 
     def at_precision(self, precision: Precision) -> "ModelConfig":
         """The same model with encoder, projector and T2V's cache in `precision`: for inference."""
@@ -251,6 +257,9 @@ class DataConfig:
     time_instruction: TimeInstruction = "none"  # what a chat says about the length and times of each video
     modality_weights: ModalityWeights = field(default_factory=ModalityWeights)
     max_bad_fraction: float = 0.05  # of the rows read; more that are damaged stop the run
+    # A file fails that gives nothing new for so long; None: no limit. The time in all is not limited: it
+    # depends on what else the machine does, and batches must not.
+    deadline_s: float | None = 1800.0
     num_workers: int = 0  # processes
     num_threads: int = 2  # threads that read ahead, per process
     prefetch: int = 8  # batches
@@ -267,6 +276,8 @@ class DataConfig:
         _require(self, "index", bool(self.index), "the name of a folder")
         timed = self.time_instruction == "none" or self.style == "chat"
         _require(self, "time_instruction", timed, '"none" with style "plain", which has no place for it')
+        limited = self.deadline_s is None or self.deadline_s > 0
+        _require(self, "deadline_s", limited, "greater than 0, or None")
         _require(self, "max_bad_fraction", 0 <= self.max_bad_fraction <= 1, "within 0..1")
         _require(self, "num_workers", self.num_workers >= 0, "0 or more")
         _require(self, "frame_cache_mb", self.frame_cache_mb >= 0, "0 or more")

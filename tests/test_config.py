@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from crosslmm_jax import config as c
@@ -51,6 +51,16 @@ WRONG = [
         {"cross_attention": c.CrossAttentionConfig(cross_attn_offset=4)},
         "CrossAttentionConfig.cross_attn_offset is 4; it must be below",
     ),
+    (
+        lambda m: m,
+        {"attention": "cudnn"},
+        "ModelConfig.attention is 'cudnn'; it must be 'auto' or 'blockwise'",
+    ),
+    (
+        lambda m: get_preset("crosslmm_2b"),
+        {"attention": "cudnn", "cross_attention": c.CrossAttentionConfig(v2v_scope="window")},
+        "no v2v_scope 'window'",
+    ),
 ]
 
 
@@ -67,6 +77,7 @@ WRONG_ELSEWHERE = [
     ("data", {"frame_buckets": (0,)}, "DataConfig.frame_buckets is (0,)"),
     ("data", {"index": ""}, "DataConfig.index is ''; it must be the name of a folder"),
     ("data", {"max_bad_fraction": 1.5}, "DataConfig.max_bad_fraction is 1.5; it must be within 0..1"),
+    ("data", {"deadline_s": 0.0}, "DataConfig.deadline_s is 0.0; it must be greater than 0, or None"),
     ("data", {"batch_size": 0}, "DataConfig.batch_size is 0"),
     ("data", {"num_workers": -1}, "DataConfig.num_workers is -1; it must be 0 or more"),
     ("stage", {"trainable": ()}, "StageConfig.trainable is (); it must be some of encoder, projector"),
@@ -220,6 +231,7 @@ JSON = st.recursive(
 
 @settings(deadline=None, max_examples=300)
 @given(path=st.sampled_from(paths_of(to_dict(experiment()))), value=JSON)
+@example(path=("model",), value={"\n": None})
 def test_any_stored_value_is_read_as_it_is_or_named(path: tuple[str, ...], value: object) -> None:
     stored = to_dict(experiment())
     inner = stored

@@ -193,15 +193,18 @@ def parse_seconds(value: Any) -> float:
     """Seconds of a number, a number as text, or a clock time "[HH:]MM:SS[.mmm]".
 
     Raises:
-        ValueError: `value` is none of them, negative or not finite.
+        ValueError: `value` is none of them, negative, not finite or too large.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(value)
     clock = _CLOCK.fullmatch(value.strip()) if isinstance(value, str) else None
     if clock is None:
-        seconds = float(value)
+        try:
+            seconds = float(value)
+        except OverflowError:  # of an integer of hundreds of digits
+            raise ValueError(value) from None
     else:
-        hours, minutes, rest = int(clock[1] or 0), int(clock[2]), float(clock[3])
+        hours, minutes, rest = (float(part or 0) for part in clock.groups())  # inf where too large
         if rest >= 60 or (clock[1] and minutes >= 60):
             raise ValueError(value)
         seconds = hours * 3600 + minutes * 60 + rest

@@ -60,6 +60,9 @@ def add_data_commands(commands: Any) -> None:
     check.add_argument("--workers", type=_natural, default=os.cpu_count() or 1, metavar="N", help="processes")
     check.add_argument("--seed", type=int, default=0, help="of the sample")
     check.add_argument("--allow-outside", action="store_true", help="as the index was told")
+    check.add_argument(
+        "--deadline-s", type=float, metavar="X", help="as training's deadline_s (default: its default)"
+    )
     check.set_defaults(run=_data_check)
     for parser in (stats, check):
         parser.add_argument(
@@ -113,9 +116,11 @@ def _data_stats(args: argparse.Namespace) -> None:
 
 
 def _data_check(args: argparse.Namespace) -> int:
+    from crosslmm_jax.config import DataConfig
     from crosslmm_jax.data import commands
 
+    deadline_s = DataConfig.deadline_s if args.deadline_s is None else args.deadline_s
     return commands.check(
         args.index, sampling=_sampling(args), sample=args.sample, workers=args.workers, seed=args.seed,
-        allow_outside=args.allow_outside,
+        allow_outside=args.allow_outside, deadline_s=deadline_s,
     )  # fmt: skip

@@ -1,18 +1,20 @@
 """Decodes the media of an index, all or a sample, and tells what fails."""
 
 import functools
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.index import Index, RowStore, open_index
 from crosslmm_jax.data.loader import BadRow
-from crosslmm_jax.data.media import open_media
+from crosslmm_jax.data.media import DEADLINE_S, open_media
 from crosslmm_jax.data.probing import guarded
 from crosslmm_jax.data.progress import RowProgress
 from crosslmm_jax.data.video import read_frames
 from crosslmm_jax.data.workers import worker_pool
-from crosslmm_jax.errors import MediaError
+from crosslmm_jax.errors import MediaError, UserError
 
 _SIZE = 32  # pixels: decoding is what may fail, not resizing
 _CHUNK = 64  # rows that a worker gets at once, at most: a medium that several of them name is read once
@@ -21,7 +23,8 @@ _STORES: dict[tuple[str, str], RowStore] = {}  # of this process, by folder and 
 
 def check_index(
     folder: str, *, sampling: SamplingConfig, sample: int | None = None, workers: int = 0, seed: int = 0,
-    allow_outside: bool = False, quiet: bool = False,
+    allow_outside: bool = False, deadline_s: float | None = DEADLINE_S, quiet: bool = False,
+    on_bad_row: Callable[[BadRow], None] | None = None,
 ) -> tuple[int, list[BadRow]]:  # fmt: skip
     """Decodes rows as training would.
 
@@ -32,13 +35,15 @@ def check_index(
         workers: processes; 0 decodes in this one.
         seed: of the sample.
         allow_outside: media may lie outside their root, as the index was told.
+        deadline_s: as `read_frames` takes it.
         quiet: no progress on stderr.
+        on_bad_row: called with each row that fails, as soon as it is known.
 
     Returns:
         How many rows were read, and those that failed.
 
     Raises:
-        UserError: the index cannot be read.
+        UserError: the index cannot be read, or a worker process died.
     """
     index = open_index(folder)
     numbers = np.arange(len(index))
@@ -52,11 +57,21 @@ def check_index(
     pool = worker_pool(workers) if workers else None
     try:
         run = pool.map if pool else map
-        check = functools.partial(_check_rows, index, sampling=sampling, allow_outside=allow_outside)
+        check = functools.partial(
+            _check_rows, index, sampling=sampling, allow_outside=allow_outside, deadline_s=deadline_s
+        )
         for chunk, found in zip(chunks, run(check, chunks), strict=True):
             bad += found
+            if on_bad_row is not None:
+                for row in found:
+                    on_bad_row(row)
             done += len(chunk)
             progress.update(done, f"{len(bad)} bad")
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"{folder}: a worker process died, perhaps for want of memory, after {done} of {len(numbers)}"
+            " rows; check again with fewer --workers"
+        ) from error
     finally:
         progress.close()
         if pool:
@@ -65,8 +80,9 @@ def check_index(
 
 
 def _check_rows(
-    index: Index, numbers: list[int], *, sampling: SamplingConfig, allow_outside: bool
-) -> list[BadRow]:
+    index: Index, numbers: list[int], *, sampling: SamplingConfig, allow_outside: bool,
+    deadline_s: float | None,
+) -> list[BadRow]:  # fmt: skip
     store = _STORES.setdefault((index.folder, index.digest), RowStore(index))
 
     @functools.cache
@@ -74,7 +90,7 @@ def _check_rows(
         try:
             with guarded(root, reference):
                 medium = open_media(root, reference, allow_outside=allow_outside)
-                read_frames(medium, sampling, size=_SIZE, bounds=bounds)
+                read_frames(medium, sampling, size=_SIZE, bounds=bounds, deadline_s=deadline_s)
         except MediaError as error:
             return error.reason, str(error)  # the error itself would keep what was open
         return None

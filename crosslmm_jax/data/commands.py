@@ -6,6 +6,7 @@ from collections import Counter
 from crosslmm_jax.config import DataConfig, SamplingConfig
 from crosslmm_jax.data.check import check_index
 from crosslmm_jax.data.indexing import build_index
+from crosslmm_jax.data.loader import BadRow
 from crosslmm_jax.data.stats import describe
 from crosslmm_jax.data.to_tfds import to_tfds
 from crosslmm_jax.data.tokenizer import write_default_tokenizer
@@ -52,16 +53,19 @@ def stats(config: DataConfig, *, tokens_per_frame: int) -> None:
 
 def check(
     folder: str, *, sampling: SamplingConfig, sample: int | None, workers: int, seed: int,
-    allow_outside: bool,
+    allow_outside: bool, deadline_s: float | None,
 ) -> int:  # fmt: skip
-    """Decodes an index and prints what fails, one row a line."""
+    """Decodes an index and prints what fails as it is found, one row a line."""
     count, bad = check_index(
-        folder, sampling=sampling, sample=sample, workers=workers, seed=seed, allow_outside=allow_outside
-    )
-    for row in bad:
-        print(f"row {row.row_index}\t{row.reason}\t{row.detail}")
+        folder, sampling=sampling, sample=sample, workers=workers, seed=seed, allow_outside=allow_outside,
+        deadline_s=deadline_s, on_bad_row=_print_row,
+    )  # fmt: skip
     reasons = ", ".join(
         f"{number} {reason}" for reason, number in sorted(Counter(r.reason for r in bad).items())
     )
     print(f"{count} rows decoded, {len(bad)} bad{f' ({reasons})' if bad else ''}")
     return FAILURES if bad else 0
+
+
+def _print_row(row: BadRow) -> None:
+    print(f"row {row.row_index}\t{row.reason}\t{row.detail}", flush=True)

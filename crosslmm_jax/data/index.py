@@ -3,6 +3,8 @@
     INDEX/rows-00000.parquet ...   one row of a table for each training row: its text, its media, and what a
                                    probe of them found; rows are numbered over all files, in order
     INDEX/meta.json                files, data sets, what its tokenizer is like, and a digest of the content
+    INDEX/kept-00000.parquet ...   what earlier passes found of rows whose media are not there now; only the
+                                   next pass reads it, so that a disk that was away is not probed again
     INDEX/bad.jsonl                rows that cannot be used, one a line: row, path, reason, where, detail
 
 Columns with numbers are read at the start of a run; the text of a row is read when its turn comes.

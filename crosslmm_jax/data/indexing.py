@@ -8,6 +8,7 @@ way: rows that an earlier index, finished or not, holds with the same text and u
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -29,6 +30,8 @@ from crosslmm_jax.data.mixture import read_mixture, read_rows
 from crosslmm_jax.data.probing import (
     COUNTED,
     PROBED,
+    Found,
+    Known,
     Prober,
     fingerprint,
     probe_in_worker,
@@ -91,7 +94,7 @@ def build_index(
 
     Raises:
         UserError: a file of the mixture cannot be read, `out` is no index or cannot be written, no row is
-            good, or a worker process died.
+            good, or a worker process died. What is at `out` stays then.
     """
     specs = read_mixture(mixture, media_root=media_root)
     loaded = load_tokenizer(tokenizer)
@@ -100,14 +103,14 @@ def build_index(
         raise UserError(f"--out {out}: exists and is no index; name another folder")
     with working_folder(target) as work:
         writer = _Writer(work, specs, loaded, allow_outside=allow_outside)
-        tables = [*sorted(target.glob("rows-*.parquet")), *writer.leftovers]
-        earlier = _EarlierRows(tables, writer.tokenizer, allow_outside=allow_outside)
+        tables = [path for kind in ("rows", "kept") for path in sorted(target.glob(f"{kind}-*.parquet"))]
+        earlier = _EarlierRows((writer.leftovers, tables), writer.tokenizer, allow_outside=allow_outside)
         progress = RowProgress("index", quiet=quiet)
         items = (item for spec in specs for item in read_rows(spec, seed=seed, allow_outside=allow_outside))
         try:
             with _probing(Prober(loaded, allow_outside=allow_outside), tokenizer, workers) as submit:
-                for good, bad, reused in _in_order(items, earlier, submit, ahead=2 * workers + 1):
-                    writer.add(good, bad, reused)
+                for found in _in_order(items, earlier, submit, ahead=2 * workers + 1):
+                    writer.add(found)
                     progress.update(writer.seen, f"{sum(writer.bad.values())} bad")
         except BrokenProcessPool as error:
             raise UserError(
@@ -118,18 +121,15 @@ def build_index(
             progress.close()
             writer.flush()
         report = writer.finish()
-        why = f" ({', '.join(report.reasons())})" if report.bad else ""
-        if not report.rows and (target / META).exists():
-            # A disk that is not mounted must not cost what earlier passes found.
-            raise UserError(f"{out}: no usable row{why}, so the index there stays; {work / BAD} tells more")
+        if not report.rows:
+            why = f" ({', '.join(report.reasons())})" if report.bad else ""
+            stays = ", so the index there stays" if (target / META).exists() else ""
+            raise UserError(f"{out}: no usable row{why}{stays}; {work / BAD} tells more")
         put(work, target)
-    if not report.rows:
-        raise UserError(f"{out}: no usable row{why}; {target / BAD} tells more")
     return report
 
 
-Found = tuple[list[dict[str, Any]], list[BadEntry], int]
-Submit = Callable[[list[Row], dict[int, dict[str, Any]]], "Future[Found]"]
+Submit = Callable[[list[Row], Known], "Future[Found]"]
 
 
 @contextlib.contextmanager
@@ -137,7 +137,7 @@ def _probing(prober: Prober, tokenizer: str, workers: int) -> Iterator[Submit]:
     """A function that probes rows, here or in worker processes."""
     if not workers:
 
-        def here(rows: list[Row], known: dict[int, dict[str, Any]]) -> "Future[Found]":
+        def here(rows: list[Row], known: Known) -> "Future[Found]":
             future: Future[Found] = Future()
             future.set_result(prober(rows, known))
             return future
@@ -161,8 +161,8 @@ def _in_order(
 
     def collect() -> Found:
         future, unread = waiting.popleft()
-        good, faulty, reused = future.result()
-        return good, sorted([*unread, *faulty], key=lambda entry: entry.row), reused
+        found = future.result()
+        return found._replace(bad=sorted([*unread, *found.bad], key=lambda entry: entry.row))
 
     for item in items:
         if isinstance(item, BadEntry):
@@ -180,13 +180,19 @@ def _in_order(
 
 
 class _EarlierRows:
-    """Rows of earlier tables by their hash."""
+    """Rows of earlier tables by their hash: those of passes that were stopped, and those of the index.
 
-    def __init__(self, paths: Sequence[Path], tokenizer: str, *, allow_outside: bool) -> None:
+    Where a medium changed in between, both have a record of a row, and one of them has the right stamp.
+    """
+
+    def __init__(
+        self, paths: tuple[Sequence[Path], Sequence[Path]], tokenizer: str, *, allow_outside: bool
+    ) -> None:
         self._files: list[Path] = []  # not kept open: there may be more than a process may open
         self._same_tokenizer: list[bool] = []
+        self._of_index = 0  # number of the index's first table
         hashes, places = [], []
-        for path in paths:
+        for place, path in enumerate([*paths[0], *paths[1]]):
             try:
                 with pq.ParquetFile(path) as file:
                     found = file.read(columns=["row_hash"]).column(0).to_numpy()
@@ -199,6 +205,7 @@ class _EarlierRows:
             if made_by.get(b"outside") == b"allowed" and not allow_outside:
                 continue  # nobody looked where its links lead
             number = len(self._files)
+            self._of_index += place < len(paths[0])
             self._files.append(path)
             self._same_tokenizer.append(made_by.get(b"tokenizer", b"").decode() == tokenizer)
             hashes.append(found)
@@ -207,24 +214,31 @@ class _EarlierRows:
         self._places = np.concatenate(places) if places else np.zeros((0, 2), np.int64)
         order = np.argsort(self._hashes, kind="stable")
         self._hashes, self._places = self._hashes[order], self._places[order]
-        self._group: tuple[tuple[int, int], Any] | None = None  # rows mostly come in the earlier order
+        # Rows mostly come in the earlier order.
+        self._read_group = functools.lru_cache(maxsize=4)(self._read_group)
 
-    def find(self, rows: Sequence[Row]) -> dict[int, dict[str, Any]]:
-        """By place in `rows`, what is known of those that are known."""
-        if not len(self._hashes):
-            return {}
+    def find(self, rows: Sequence[Row]) -> Known:
+        """By place in `rows`, what is known of those that are known: at most two records, the later first."""
         wanted = np.array([row_hash(row) for row in rows], np.int64)
-        at = np.searchsorted(self._hashes, wanted)
-        hit = (at < len(self._hashes)) & (self._hashes[np.minimum(at, len(self._hashes) - 1)] == wanted)
-        return {int(place): self._read(*self._places[at[place]].tolist()) for place in np.flatnonzero(hit)}
+        begin, end = (np.searchsorted(self._hashes, wanted, side) for side in ("left", "right"))
+        return {
+            int(place): self._records(self._places[begin[place] : end[place]])
+            for place in np.flatnonzero(begin < end)
+        }
+
+    def _records(self, places: np.ndarray) -> list[dict[str, Any]]:
+        """Of places of the same hash, the first of stopped passes and the first of the index."""
+        stopped = int(np.searchsorted(places[:, 0], self._of_index))
+        firsts = [*places[:stopped][:1], *places[stopped:][:1]]
+        return [self._read(int(file), int(row)) for file, row in firsts]
+
+    def _read_group(self, file: int, group: int) -> pa.Table:
+        with pq.ParquetFile(self._files[file]) as opened:
+            return opened.read_row_group(group, columns=[*PROBED, *COUNTED])
 
     def _read(self, file: int, row: int) -> dict[str, Any]:
         group, place = divmod(row, ROW_GROUP)
-        if self._group is None or self._group[0] != (file, group):
-            with pq.ParquetFile(self._files[file]) as opened:
-                table = opened.read_row_group(group, columns=[*PROBED, *COUNTED])
-            self._group = ((file, group), table)
-        record = self._group[1].slice(place, 1).to_pylist()[0]
+        record = self._read_group(file, group).slice(place, 1).to_pylist()[0]
         return record if self._same_tokenizer[file] else record | {name: None for name in COUNTED}
 
 
@@ -243,49 +257,70 @@ class _Writer:
             {"tokenizer": self.tokenizer, "outside": "allowed" if allow_outside else "refused"}
         )
         self._records: list[dict[str, Any]] = []
+        self._kept: list[dict[str, Any]] = []
+        self._kept_files = 0
         self._files: list[dict[str, Any]] = []
         self._digest = hashlib.blake2b(digest_size=12)
         self._since = time.monotonic()
         self._bad_file = open(work / BAD, "w", encoding="utf-8")  # noqa: SIM115
 
     def _keep_leftovers(self) -> list[Path]:
-        """Tables of passes that were stopped, under names that this pass does not use."""
-        kept = self.work / "earlier"
-        kept.mkdir(exist_ok=True)
-        for path in sorted(self.work.glob("rows-*.parquet")):
-            os.replace(path, kept / f"{len(list(kept.iterdir())):06d}.parquet")
-        return sorted(kept.iterdir())
+        """Tables of passes that were stopped, under names that this pass does not use, the last one first."""
+        for copied in self.work.glob("kept-*.parquet"):  # from tables that are still there
+            copied.unlink()
+        folder = self.work / "earlier"
+        folder.mkdir(exist_ok=True)
+        first = 1 + max((int(path.stem) for path in folder.iterdir()), default=-1)
+        for number, path in enumerate(sorted(self.work.glob("rows-*.parquet")), first):
+            os.replace(path, folder / f"{number:06d}.parquet")
+        return sorted(folder.iterdir(), reverse=True)
 
-    def add(self, good: list[dict[str, Any]], bad: list[BadEntry], reused: int) -> None:
+    def add(self, found: Found) -> None:
         """Takes the rows that follow."""
-        self.seen += len(good) + len(bad)
-        self.reused += reused
-        self._records += good
-        for entry in bad:
+        self.seen += len(found.good) + len(found.bad)
+        self.reused += found.reused
+        self._records += found.good
+        self._kept += found.kept
+        for entry in found.bad:
             self.bad[entry.reason] += 1
             self._bad_file.write(entry.line())
-        if len(self._records) >= _TABLE_ROWS or time.monotonic() - self._since > _TABLE_SECONDS:
+        waiting = max(len(self._records), len(self._kept))
+        if waiting >= _TABLE_ROWS or time.monotonic() - self._since > _TABLE_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the table that is being filled."""
+        """Writes the tables that are being filled."""
         self._bad_file.flush()
         self._since = time.monotonic()
+        if self._kept:
+            self._write_table(f"kept-{self._kept_files:05d}.parquet", self._kept)
+            self._kept_files += 1
+            self._kept = []
         if not self._records:
             return
         name = f"rows-{len(self._files):05d}.parquet"
-        table = pa.Table.from_pylist(self._records, schema=self._schema)
-        temporary = self.work / f"{name}.incomplete"
-        pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="zstd")
-        os.replace(temporary, self.work / name)
+        self._write_table(name, self._records)
         for record in self._records:
             self._digest.update(json.dumps([record[name] for name in _PLANNED]).encode())
         self._files.append({"file": name, "rows": len(self._records)})
         self._records = []
 
+    def _write_table(self, name: str, records: list[dict[str, Any]]) -> None:
+        table = pa.Table.from_pylist(records, schema=self._schema)
+        temporary = self.work / f"{name}.incomplete"
+        pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="zstd")
+        os.replace(temporary, self.work / name)
+
     def finish(self) -> IndexReport:
-        """Writes what describes the whole."""
+        """Writes what describes the whole, if there is a good row; else what earlier passes found stays."""
         self._bad_file.close()
+        report = IndexReport(sum(entry["rows"] for entry in self._files), self.reused, dict(self.bad))
+        if report.rows:
+            self._describe()
+            shutil.rmtree(self.work / "earlier")
+        return report
+
+    def _describe(self) -> None:
         weights = [[spec.name, spec.weight] for spec in self.specs]
         self._digest.update(json.dumps([self.tokenizer, weights]).encode())
         meta = {
@@ -294,5 +329,3 @@ class _Writer:
             "datasets": [{"name": spec.name, "weight": spec.weight} for spec in self.specs],
         }  # fmt: skip
         (self.work / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(self.work / "earlier")
-        return IndexReport(sum(entry["rows"] for entry in self._files), self.reused, dict(self.bad))

@@ -150,5 +150,6 @@ class ExampleLoader:
         with guarded(row.root, reference):
             medium = open_media(row.root, reference, allow_outside=config.allow_outside)
             return read_frames(
-                medium, config.sampling, size=self.image_size, bounds=row.bounds, resampling=config.resampling
-            )
+                medium, config.sampling, size=self.image_size, bounds=row.bounds,
+                resampling=config.resampling, deadline_s=config.deadline_s,
+            )  # fmt: skip

@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
+from crosslmm_jax.config import DataConfig
 from crosslmm_jax.data.records import is_record_file, read_values
 from crosslmm_jax.data.webdataset import is_tar, member_name, member_span, spanned
 from crosslmm_jax.errors import MediaError
 
 MAX_PIXELS = 2**27  # of one frame; 16k video has 2**27
-DEADLINE_S = 60.0  # for reading one file, unless the caller says otherwise
+DEADLINE_S = DataConfig.deadline_s  # unless the caller says otherwise
 
 _PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")
 _VIDEO_STARTS = (b"\x1a\x45\xdf\xa3", b"FLV\x01", b"OggS", b"\x00\x00\x01\xba", b"GIF8", b"\x30\x26\xb2\x75")
@@ -84,11 +85,11 @@ def split_reference(reference: str) -> tuple[str, str | None]:
     return (file, member) if mark and (is_tar(file) or is_record_file(file)) else (reference, None)
 
 
-def _medium_of(path: str, member: str, values: list[bytes], suffix: str) -> Media:
-    """The medium that `values` of a record are: a file, or the pictures of a video."""
+def _medium_of(path: str, member: str, values: list[bytes], suffix: str, in_folder: bool) -> Media:
+    """The medium that `values` of a record are: a file, or the pictures of a video, be it one picture."""
     if not suffix:
         member += suffix_by_content(values[0])
-    if len(values) == 1:
+    if not in_folder:
         return Media(path, member, data=values[0])
     pictures = (Media(path, f"{member}#{place}{suffix}", data=value) for place, value in enumerate(values))
     return Media(path, member, pictures=tuple(pictures))
@@ -177,28 +178,27 @@ def size_of(source: PathOrMedia) -> int:
 
 
 class Deadline:
-    """A moment by which a file must have been read."""
+    """By when the next packet or picture of a file must have been read; each sets it anew."""
 
     def __init__(self, path: PathOrMedia, seconds: float | None) -> None:
-        """`seconds` from now; None for no limit."""
+        """`seconds` from now, and from each `check`; None for no limit."""
         self.path = path
         self.seconds = seconds
-        self._end = None if seconds is None else time.monotonic() + seconds
-
-    def left(self) -> float | None:
-        """Seconds left, at least 1 ms; None without a limit."""
-        return None if self._end is None else max(1e-3, self._end - time.monotonic())
+        self._last = time.monotonic()
 
     def check(self) -> None:
-        """Raises MediaError ("timeout") when the moment has passed."""
-        if self._end is not None and time.monotonic() > self._end:
+        """Notes that reading goes on. Raises MediaError ("timeout") when it stood still for too long."""
+        now = time.monotonic()
+        if self.seconds is not None and now - self._last > self.seconds:
             raise self.error()
+        self._last = now
 
     def error(self) -> MediaError:
-        """The error of a file that took too long."""
+        """The error of a file that nothing comes from."""
         return MediaError(
-            f"{self.path}: not read within {self.seconds:g} seconds; shorten or convert the file", "timeout"
-        )
+            f"{self.path}: gave nothing new for {self.seconds:g} seconds; fetch or convert it again, or raise"
+            " deadline_s", "timeout",
+        )  # fmt: skip
 
 
 def resolve(root: str, reference: str, *, allow_outside: bool = False) -> str:

@@ -18,6 +18,7 @@
 """
 
 import dataclasses
+import itertools
 import logging
 import os
 import re
@@ -231,13 +232,16 @@ def _is_there(spec: DatasetSpec, where: str, *, skip: bool) -> bool:
 
 
 def _with_unique_names(specs: list[DatasetSpec]) -> list[DatasetSpec]:
-    """The second data set called "a" becomes "a#2"."""
-    seen: Counter[str] = Counter()
+    """The second data set called "a" becomes "a#2", or "a#3" where another is called that already."""
+    given, used = {spec.name for spec in specs}, set[str]()
     named = []
     for spec in specs:
-        seen[spec.name] += 1
-        count = seen[spec.name]
-        named.append(spec if count == 1 else dataclasses.replace(spec, name=f"{spec.name}#{count}"))
+        names = (f"{spec.name}#{number}" for number in itertools.count(2))
+        name = (
+            spec.name if spec.name not in used else next(name for name in names if name not in given | used)
+        )
+        used.add(name)
+        named.append(dataclasses.replace(spec, name=name))
     return named
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from crosslmm_jax.data.media import Deadline, PathOrMedia, open_file, size_of
 from crosslmm_jax.data.mp4_tables import SampleTables, read_sample_tables
 from crosslmm_jax.data.packets import (
+    MOST_REPEATS,
     MOST_TICKS,
     PacketIndex,
     format_of,
@@ -31,7 +32,7 @@ def open_indexed(
 
     Args:
         path: of the file.
-        deadline: for opening and reading.
+        deadline: checked for each packet.
         num_threads: of the decoder.
         use_tables: take the list from the file's tables where they tell all of it, without reading packets.
     """
@@ -54,7 +55,9 @@ def _index_from_tables(stream: Any, path: PathOrMedia) -> PacketIndex | None:
 
     with open_file(path) as file:
         tables = read_sample_tables(file, size_of(path), stream.id)
-    if tables is None or not _agree(tables, stream.index_entries):
+    if tables is None or tables.sizes.sum() > MOST_REPEATS * size_of(path):
+        return None
+    if not _agree(tables, stream.index_entries):
         return None
     decode_times = tables.decode_times + stream.index_entries[0].timestamp
     try:

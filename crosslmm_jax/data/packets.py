@@ -26,6 +26,7 @@ from crosslmm_jax.errors import MediaError, UserError
 
 KEEP_BYTES = 64 * 2**20  # packets of a file up to this size are read once and kept
 SEEKABLE = ("mov", "matroska")  # formats in which ffmpeg finds key frames exactly, by their times
+MOST_REPEATS = 16  # how often packets may name a byte of their file: an edit list can show a part again
 MOST_TICKS = 2**44  # between first and last frame; times beyond are damaged
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,ivf,h264,hevc,obu,m4v,"
@@ -79,7 +80,7 @@ def open_video(path: PathOrMedia, deadline: Deadline, num_threads: int = 1) -> I
                 # "file:", or else a name such as "concat:a|b" would not be a file's.
                 stack.enter_context(open_file(path)) if file is None else f"file:{file}",
                 container_options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"},
-                timeout=deadline.left(),
+                timeout=deadline.seconds,  # of each call
                 **_metadata_options(),
             ))  # fmt: skip
             opened = True
@@ -157,15 +158,19 @@ def read_index(stream: Any, path: PathOrMedia, deadline: Deadline) -> PacketInde
     """Lists the packets of `stream`.
 
     Raises:
-        MediaError: there are none, the file ends too early, or its frames have no times.
+        MediaError: there are none, the file ends too early, they do not end, or its frames have no times.
     """
     keep = size_of(path) <= KEEP_BYTES
+    bytes_left = MOST_REPEATS * size_of(path)
     packets, times, keys, shown = [], [], [], []
     last_duration = 0
     for packet in packets_of(stream):
         deadline.check()
         if packet.is_corrupt:
             raise MediaError(f"{path}: {_DAMAGED}", "truncated")
+        bytes_left -= packet.size
+        if bytes_left < 0:
+            raise MediaError(f"{path}: names more packets than it can hold; encode it again", "corrupt")
         packets.append(packet if keep else None)
         times.append(packet.pts)
         keys.append(packet.is_keyframe)

@@ -7,7 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from crosslmm_jax.data.annotations import BadEntry, Row
 from crosslmm_jax.data.clip import is_image
@@ -24,6 +24,7 @@ PROBED = (
     "stamp",
 )  # fmt: skip
 COUNTED = ("text_tokens", "answer_tokens", "answer_media", "plain_tokens")
+Known = Mapping[int, Sequence[Mapping[str, Any]]]  # earlier records of rows, by their place
 _KEPT_PROBES = 50_000  # a video often has many rows, one after the other
 
 
@@ -56,6 +57,22 @@ def stamp(root: str, reference: str) -> int | None:
     return zlib.crc32(json.dumps([names, [[one.st_size, one.st_mtime_ns] for one in found]]).encode())
 
 
+class Found(NamedTuple):
+    """What a probe of rows finds.
+
+    Attributes:
+        good: records of the good rows.
+        bad: the others.
+        kept: earlier records of bad ones whose media are not there, for when they are again.
+        reused: how many good rows needed no new probe.
+    """
+
+    good: list[dict[str, Any]]
+    bad: list[BadEntry]
+    kept: list[dict[str, Any]]
+    reused: int
+
+
 class Prober:
     """Rows to records of the index."""
 
@@ -65,30 +82,28 @@ class Prober:
         self.allow_outside = allow_outside
         self._probes: collections.OrderedDict[Any, dict[str, Any] | BadEntry] = collections.OrderedDict()
 
-    def __call__(
-        self, rows: Sequence[Row], known: Mapping[int, Mapping[str, Any]]
-    ) -> tuple[list[dict[str, Any]], list[BadEntry], int]:
+    def __call__(self, rows: Sequence[Row], known: Known) -> "Found":
         """Probes rows.
 
         Args:
             rows: to be indexed.
-            known: by place in `rows`, what an earlier index says of the same row. Its token counts are None
-                when another tokenizer made them.
-
-        Returns:
-            Records of the good rows, the bad ones, and how many good ones needed no new probe.
+            known: by place in `rows`, what earlier passes say of the same row, the last one first. Its token
+                counts are None when another tokenizer made them.
         """
-        good, bad, reused = [], [], 0
+        good, bad, kept, reused = [], [], [], 0
         for place, row in enumerate(rows):
             record: dict[str, Any] = record_of(row) | {"row_hash": row_hash(row)}
-            earlier = known.get(place)
-            if earlier is not None and [stamp(row.root, name) for name in row.media] == earlier["stamp"]:
+            records = known.get(place, ())
+            stamps = [stamp(row.root, name) for name in row.media] if records else []
+            earlier = next((one for one in records if one["stamp"] == stamps), None)
+            if earlier is not None:
                 record |= {name: earlier[name] for name in PROBED}
             else:
-                earlier = None
                 fault = self._probe_media(row, record)
                 if fault is not None:
                     bad.append(fault)
+                    if records and fault.reason == "missing":
+                        kept.append(record | {name: records[0][name] for name in (*PROBED, *COUNTED)})
                     continue
             fault = late_start(row, record["duration"])
             if fault is not None:
@@ -100,7 +115,7 @@ class Prober:
                 record |= self._count(row)
             good.append(record)
             reused += earlier is not None
-        return good, bad, reused
+        return Found(good, bad, kept, reused)
 
     def _count(self, row: Row) -> dict[str, Any]:
         try:
@@ -185,9 +200,7 @@ def start_worker(tokenizer_folder: str, allow_outside: bool) -> None:
     _PROBER = Prober(load_tokenizer(tokenizer_folder), allow_outside=allow_outside)
 
 
-def probe_in_worker(
-    rows: Sequence[Row], known: Mapping[int, Mapping[str, Any]]
-) -> tuple[list[dict[str, Any]], list[BadEntry], int]:
+def probe_in_worker(rows: Sequence[Row], known: Known) -> Found:
     """`Prober.__call__` in a worker process."""
     assert _PROBER is not None
     return _PROBER(rows, known)

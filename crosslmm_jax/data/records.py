@@ -2,7 +2,8 @@
 
 A reference is "a.array_record::17", where record 17 is a medium, or "a.array_record::17/video/0.mp4", where
 it is a tf.train.Example, as TensorFlow Datasets writes it, and its feature `video` holds the medium as
-value 0. In "17/frames/0-9.png" the values 0 to 9 are the pictures of one video.
+value 0. In "17/frames/0-9.png" the values 0 to 9 are the pictures of one video, of which there is one in
+"17/frames/0-0.png".
 """
 
 import functools
@@ -16,6 +17,7 @@ from typing import Any
 from crosslmm_jax.errors import MediaError
 
 _MEMBER = re.compile(r"(\d{1,18})(?:/(.+?)/(\d{1,9})(?:-(\d{1,9}))?(\.\w+)?)?", re.DOTALL)
+FOLDER_MARK = "frames/"  # before the names of pictures that are the frames of one video
 _KEPT_READERS = 128  # open files of a process
 # One record at a time: nothing is read ahead, and no threads are started, which a fork would lose.
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:64K"
@@ -28,14 +30,14 @@ def is_record_file(path: str) -> bool:
     return ".array_record" in os.path.basename(path)
 
 
-def value_member(record: int, feature: str, first: int, last: int, suffix: str) -> str:
-    """What stands after "::" for values `first` to `last` of a feature; several are pictures of a video."""
-    values = str(first) if last == first else f"{first}-{last}"
+def value_member(record: int, feature: str, first: int, last: int, suffix: str, *, pictures: bool) -> str:
+    """What stands after "::" for values `first` to `last` of a feature: a medium, or pictures of a video."""
+    values = f"{first}-{last}" if pictures else str(first)
     return f"{record}/{feature}/{values}{suffix}"
 
 
-def read_values(path: str, member: str) -> tuple[list[bytes], str]:
-    """The content that a reference names, and its suffix, "" if it does not tell.
+def read_values(path: str, member: str) -> tuple[list[bytes], str, bool]:
+    """The content that a reference names, its suffix or "", and whether it is the pictures of a video.
 
     Args:
         path: an ArrayRecord file.
@@ -50,7 +52,7 @@ def read_values(path: str, member: str) -> tuple[list[bytes], str]:
         raise MediaError(f"{path}::{member}: names no record; {fix}", "missing")
     number, feature, first, last, suffix = match.groups()
     if feature is None:
-        return [read_record(path, int(number))], ""
+        return [read_record(path, int(number))], "", False
     reader, record = _open(path), int(number)
     kept = getattr(_LAST, "record", None)
     if kept is None or kept[0] is not reader or kept[1] != record:
@@ -62,7 +64,7 @@ def read_values(path: str, member: str) -> tuple[list[bytes], str]:
     if len(found) != end - begin or not found or not all(isinstance(value, bytes) for value in found):
         fix = "the data set has changed; index it again"
         raise MediaError(f"{path}::{member}: the record holds no such medium; {fix}", "missing")
-    return found, suffix or ""
+    return found, suffix or "", last is not None
 
 
 def read_record(path: str, number: int) -> bytes:

@@ -76,7 +76,10 @@ def choose_frames(
         order = _by_number(total, (end - times[0]) / ticks_per_second, sampling)
         if np.abs(times - times[0] - np.arange(total) * gap).max() <= 1:
             return order
-        return np.searchsorted(times, times[0] + order * gap, side="right") - 1
+        # Of integers, as below; the whole of `gap` apart, as the product could exceed 64 bits.
+        step, rest = np.divmod(times[-1] - times[0], total - 1)
+        moments = times[0] + step * order + rest * order // (total - 1)
+        return np.searchsorted(times, moments, side="right") - 1
     if sampling.policy == "fps":
         step = ticks_per_second / sampling.fps
         count = max(1, int(np.ceil((end - times[0]) / step - 1e-6)))

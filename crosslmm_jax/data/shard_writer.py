@@ -26,9 +26,10 @@ from crosslmm_jax.data.media import (
     split_reference,
 )
 from crosslmm_jax.data.probing import guarded, late_start, probe_for, row_hash, stamp
-from crosslmm_jax.data.records import is_record_file, mean_record_size
+from crosslmm_jax.data.records import FOLDER_MARK, is_record_file, mean_record_size
+from crosslmm_jax.data.staging import cannot_write
 from crosslmm_jax.data.turns import writable
-from crosslmm_jax.errors import MediaError, UserError
+from crosslmm_jax.errors import MediaError
 
 _MOST_BYTES = 2**31 - 2**20  # of the media of a row: a record is a protobuf message of less than 2 GiB
 
@@ -140,13 +141,6 @@ def write_shard(shard: Shard, folder: str) -> ShardResult:
     return result
 
 
-def cannot_write(path: Path, error: Exception) -> UserError:
-    """The error of a file or folder that cannot be written."""
-    words = error.strerror if isinstance(error, OSError) else str(error).split(";")[0]
-    fix = "free space there or name another folder; the same command goes on where it stopped"
-    return UserError(f"{path}: cannot be written ({words}); {fix}")
-
-
 def _read_note(note: Path) -> ShardResult | None:
     try:
         content = json.loads(note.read_text(encoding="utf-8"))
@@ -194,11 +188,13 @@ def _example(row: Row, *, allow_outside: bool) -> dict[str, Any] | BadEntry:
             with guarded(row.root, reference):
                 medium = open_media(row.root, reference, allow_outside=allow_outside)
                 files = _read(medium, left)
-                whole = files[0] if look_at(medium) == "file" else medium._replace(pictures=files)
+                whole, inside = files[0], ""
+                if look_at(medium) == "folder":
+                    whole, inside = medium._replace(pictures=files), FOLDER_MARK
                 durations.append(probe_for(row, whole).duration)
         except MediaError as error:
             return BadEntry(row.where, row.dataset, row.row, reference, error.reason, str(error))
-        names += [writable(os.path.basename(file.name or file.path)) for file in files]
+        names += [inside + writable(os.path.basename(file.name or file.path)) for file in files]
         values += [file.data for file in files]
         counts.append(len(files))
         left -= sum(size_of(file) for file in files)

@@ -17,8 +17,10 @@ def working_folder(target: Path) -> Iterator[Path]:
     """The hidden folder in which `target` is made, with what an earlier try left. One process at a time.
 
     Raises:
-        UserError: it cannot be written, or another process works in it.
+        UserError: it cannot be written or replaced, or another process works in it; of an OSError within too.
     """
+    if os.path.ismount(target):
+        raise UserError(f"--out {target}: a disk is mounted there; name a folder inside it")
     work = target.with_name(f".{target.name}.building")
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -32,7 +34,17 @@ def working_folder(target: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{target}: another process is writing it; wait for it") from None
-        yield work
+        try:
+            yield work
+        except OSError as error:
+            raise cannot_write(target, error) from error
+
+
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """The error of a file or folder that cannot be written."""
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split(";")[0]
+    fix = "free space there or name another folder; the same command goes on where it stopped"
+    return UserError(f"{path}: cannot be written ({words}); {fix}")
 
 
 def put(work: Path, target: Path) -> None:

@@ -29,7 +29,6 @@ from crosslmm_jax.data.progress import RowProgress
 from crosslmm_jax.data.shard_writer import (
     Shard,
     ShardResult,
-    cannot_write,
     row_size,
     tfds_features,
     write_shard,
@@ -127,8 +126,6 @@ def _pack(
                     done, size = done + result.rows + len(result.bad), size + result.size_bytes
                     progress.update(done, f"{size / 1e6:.0f} MB, {bad.total()} bad")
             return _finish(work, target, results, bad, specs)
-        except OSError as error:
-            raise cannot_write(target, error) from error
         finally:
             progress.close()
 

@@ -62,7 +62,7 @@ def probe(path: PathOrMedia, *, deadline_s: float | None = DEADLINE_S) -> VideoI
 
     Args:
         path: a video, a folder of its frames, or a still image; a path or what `open_media` gives.
-        deadline_s: seconds that it may take; None for no limit.
+        deadline_s: seconds without a packet or picture after which it fails; None for no limit.
 
     Raises:
         MediaError: no such file, no video in it, or damaged.
@@ -144,10 +144,10 @@ def read_frames(
         bounds: seconds (start, end) of the part to read; None for all.
         num_threads: of the decoder; 0 lets it choose.
         resampling: of the resizing.
-        deadline_s: seconds that it may take; None for no limit.
+        deadline_s: seconds without a packet or picture after which it fails; None for no limit.
 
     Raises:
-        MediaError: no such file, no video in it, no frames within the bounds, damaged, or too slow.
+        MediaError: no such file, no video in it, no frames within the bounds, damaged, or at a stand.
     """
     deadline = Deadline(path, deadline_s)
     if look_at(path) == "folder":

@@ -78,6 +78,7 @@ def test_media_stay_inside_the_root(tmp_path: Path, name: str) -> None:
             {"video": "a.mp4", "conversations": TURNS, "start": 3, "end": 2},
             "are no times with 0 <= start < end",
         ),
+        ({"video": "a.mp4", "conversations": TURNS, "start": 10**400}, "are no times with 0 <= start < end"),
         ({"video": "a.mp4", "conversations": TURNS, "start": "x"}, "are no times with 0 <= start < end"),
         ({"image": [""], "conversations": TURNS}, "must be a text that is not empty"),
         ({"image": ["a\0b"], "conversations": TURNS}, "must be a text that is not empty"),

@@ -280,3 +280,13 @@ def test_a_format_that_no_one_reads_yet_is_refused_by_name(tmp_path: Path) -> No
         (tmp_path / name).touch()
         with pytest.raises(UserError, match="set format to one of llava, videochat2, moviechat"):
             read_mixture(str(tmp_path / name))
+
+
+def test_moments_beyond_all_numbers(tmp_path: Path) -> None:
+    for number, (frame, fps) in enumerate([(10**400, 25), (5, 10**400), (5, 25)]):
+        pair = {"question": "A?", "answer": "B.", "time": frame}
+        content = {"info": {"video_path": "v.mp4", "fps": fps}, "breakpoint": [pair]}
+        (tmp_path / f"{number}.json").write_text(json.dumps(content))
+    *bad, row = read_rows(DatasetSpec("set", str(tmp_path), "moviechat", str(tmp_path)), seed=0)
+    assert [getattr(entry, "reason", None) for entry in bad] == ["clip_times"] * 2
+    assert isinstance(row, Row) and row.bounds == (0.0, 0.24)

@@ -1,9 +1,11 @@
 """Which files may be opened and how long it may take; folders of pictures and gifs as videos."""
 
+import itertools
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image
 from video_files import assert_same, write_video
 
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.data import media, packets
+from crosslmm_jax.data import media, packet_index, packets
 from crosslmm_jax.data.clip import read_image
 from crosslmm_jax.data.media import Media, resolve
 from crosslmm_jax.data.video import probe, read_frames
@@ -110,14 +112,35 @@ def test_names_and_titles_need_not_be_utf8(tmp_path: Path, suffix: str) -> None:
     assert_same(read_frames(name, FOUR, size=SIZE), expected)
 
 
-def test_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_video(tmp_path / "a.mp4", 60)
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_only_standing_still_is_limited(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that is ever so slow a file is read all the same: it does not stop."""
+    path = write_video(tmp_path / f"a{suffix}", 60)
     assert reason_of(path, deadline_s=0.0) == "timeout"
     assert len(read_frames(path, FOUR, size=SIZE, deadline_s=None).frames) == 4
-    clock = iter(range(1000))  # every look at the clock takes a second
-    monkeypatch.setattr(media.time, "monotonic", lambda: float(next(clock)))
-    assert reason_of(path, deadline_s=70.0) == "timeout"
-    assert next(clock) < 90  # it stopped between the frames: listing the packets takes 60 looks
+    clock = itertools.count(0, 7)  # every look at the clock takes seven seconds
+    monkeypatch.setattr(media, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert len(read_frames(path, FOUR, size=SIZE, deadline_s=8.0).frames) == 4 and next(clock) > 280
+    assert reason_of(path, deadline_s=6.0) == "timeout"
+    looks = iter([0, 1, 2, 3, *[100] * 1000])
+    monkeypatch.setattr(media, "time", SimpleNamespace(monotonic=lambda: next(looks)))
+    assert reason_of(path, deadline_s=90.0) == "timeout"
+    assert len(list(looks)) == 999  # it stopped at once
+
+
+def test_packets_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a damaged file in which ffmpeg goes round in circles, and so never stands still."""
+    path = write_video(tmp_path / "a.mkv", 20)
+    real = packets._demux
+    monkeypatch.setattr(packets, "_demux", lambda stream: itertools.cycle(list(real(stream))))
+    assert reason_of(path) == "corrupt"
+    monkeypatch.undo()
+    for suffix in (".mkv", ".mp4"):
+        path = write_video(tmp_path / f"b{suffix}", 20)
+        monkeypatch.setattr(packets, "MOST_REPEATS", 0.1)
+        monkeypatch.setattr(packet_index, "MOST_REPEATS", 0.1)
+        assert reason_of(path) == "corrupt"
+        monkeypatch.undo()
 
 
 def test_folder_of_pictures_is_a_video_of_one_frame_a_second(tmp_path: Path) -> None:

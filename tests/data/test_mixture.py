@@ -91,7 +91,26 @@ def test_times(hours: int, minutes: int, millis: int, seconds: float) -> None:
     assert parse_seconds(seconds) == parse_seconds(repr(seconds)) == seconds
 
 
-@pytest.mark.parametrize("value", ["", "x", "1:60", "0:60:00", -1, float("nan"), "inf", True, None, [1]])
+HUGE = [
+    pytest.param(value, id=name)
+    for name, value in {"int": 10**400, "minutes": f"{'9' * 400}:00", "hours": f"{'9' * 400}:59:59"}.items()
+]
+
+
+def test_a_name_that_another_has_already(tmp_path: Path) -> None:
+    for folder in "xyz":
+        (tmp_path / folder).mkdir()
+        write_rows(tmp_path / folder / "a.json", 1)
+    write_rows(tmp_path / "b.json", 1)
+    (tmp_path / "m.yaml").write_text(
+        "datasets: [{path: x/a.json}, {path: y/a.json}, {path: b.json, name: 'a#2'}, {path: z/a.json}]"
+    )
+    assert [spec.name for spec in read_mixture(str(tmp_path / "m.yaml"))] == ["a", "a#3", "a#2", "a#4"]
+
+
+@pytest.mark.parametrize(
+    "value", ["", "x", "1:60", "0:60:00", -1, float("nan"), "inf", True, None, [1], *HUGE]
+)
 def test_no_times(value: Any) -> None:
     with pytest.raises(ValueError):
         parse_seconds(value)
@@ -101,6 +120,11 @@ def test_patterns_of_files(tmp_path: Path) -> None:
     assert expand_files("/d/{a,b(c,d)}.json") == ["/d/a.json", "/d/b(c.json", "/d/d).json"]
     assert expand_files("s{08..10}.tar") == ["s08.tar", "s09.tar", "s10.tar"]
     assert expand_files("a{b}c") == ["a{b}c"]
+    assert expand_files("2..1/s{1..1}.tar") == ["2..1/s1.tar"]
+    with pytest.raises(
+        UserError, match=r"s\{05\.\.1\}\.json: the range .* counts down .*; write \{1\.\.05\}"
+    ):
+        expand_files("s{05..1}.json")
     for name in ("2.tar", "1.tar"):
         (tmp_path / name).touch()
     assert expand_files(f"{tmp_path}/*.tar") == [f"{tmp_path}/1.tar", f"{tmp_path}/2.tar"]

@@ -134,3 +134,14 @@ def test_counts_of_many_videos_and_images() -> None:
     assert count_frames(**many, sampling=SamplingConfig(frames=8)).tolist() == [1, 8, 8, 8]
     assert count_frames(**many, sampling=SamplingConfig(policy="fps", frames=64)).tolist() == [1, 1, 10, 64]
     assert count_frames(**many, sampling=SamplingConfig(policy="dynamic_fps1")).tolist() == [1, 4, 64, 512]
+
+
+def test_llava_at_a_variable_rate_ends_with_the_last_frame() -> None:
+    sampling = SamplingConfig(policy="llava", frames=32, force_sample=True)
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        times = np.cumsum(rng.integers(200, 1500, int(rng.integers(60, 600))))
+        assert choose(times, float(times[-1] + 500), 15360.0, sampling)[-1] == len(times) - 1
+    times = np.cumsum(rng.integers(2**21, 2**23, 2**20))  # products beyond 64 bits
+    chosen = choose(times, float(times[-1] + 500), 1e9, sampling)
+    assert chosen[-1] == len(times) - 1 and (np.diff(chosen) > 0).all()

@@ -369,3 +369,20 @@ def test_worker_processes_read_records_and_tars(
             assert one.keys() == same.keys()
             for name in one.keys() - {"sample_ids"}:
                 np.testing.assert_array_equal(one[name], same[name], err_msg=name)
+
+
+def test_a_folder_of_one_picture_stays_a_video(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """And a still picture that a row calls a video stays one; packed again too."""
+    for name in ("one/0.png", "two/0.png", "two/1.png", "still.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_image(tmp_path / name)
+    rows = [{"video": name, "conversations": TURNS} for name in ("one", "two", "still.png")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    to_tfds(str(tmp_path / "rows.json"), tmp_path / "packed", quiet=True)
+    to_tfds(str(tmp_path / "packed/mixture.yaml"), tmp_path / "again", quiet=True)
+    for mixture in (tmp_path / "packed/mixture.yaml", tmp_path / "again/mixture.yaml"):
+        found = rows_in(mixture)
+        media = [open_media(row.root, row.media[0]) for row in found]
+        assert [probe(medium).duration for medium in media] == [1.0, 2.0, 0.0]
+        assert [read_frames(medium, FOUR, size=8).frames.shape[0] for medium in media] == [4, 4, 1]
+        assert [row.media[0].rpartition("/")[2] for row in found] == ["0-0.png", "0-1.png", "0.png"]

@@ -22,9 +22,14 @@ def expand_files(pattern: str) -> list[str]:
     """The files that a pattern names: "{a,b}" and "{000..012}" in order, "*" and "?" sorted.
 
     A pattern whose stars match nothing comes back as it is, to be named as missing.
+
+    Raises:
+        UserError: a range counts down, which would be no file at all.
     """
     pieces = _BRACES.split(pattern)
-    choices = [[piece] if number % 2 == 0 else _alternatives(piece) for number, piece in enumerate(pieces)]
+    choices = [
+        [piece] if number % 2 == 0 else _alternatives(piece, pattern) for number, piece in enumerate(pieces)
+    ]
     files = []
     for parts in itertools.product(*choices):
         name = "".join(parts)
@@ -33,12 +38,15 @@ def expand_files(pattern: str) -> list[str]:
     return files
 
 
-def _alternatives(text: str) -> list[str]:
-    """What stands for "{text}": the items of a list, the numbers of a range, or itself."""
+def _alternatives(text: str, pattern: str) -> list[str]:
+    """What stands for "{text}" in `pattern`: the items of a list, the numbers of a range, or itself."""
     numbers = _RANGE.fullmatch(text)
     if numbers is None:
         return [item.strip() for item in text.split(",")] if "," in text else ["{" + text + "}"]
     first, last = int(numbers[1]), int(numbers[2])
+    if first > last:
+        fix = f"write {{{numbers[2]}..{numbers[1]}}}"
+        raise UserError(f"{pattern}: the range {{{text}}} counts down and names no file; {fix}")
     return [str(number).zfill(len(numbers[1])) for number in range(first, last + 1)]
 
 

@@ -7,6 +7,7 @@ A video gives a row of its global questions, a row of its caption, and a row for
 of a breakpoint is about "now": what is read is the video up to its `time`, a frame's number.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -84,8 +85,9 @@ def _questions(pairs: Any, origin: Origin) -> list[dict[str, str]]:
 
 def _moment(frame: Any, fps: Any, origin: Origin) -> float:
     """Seconds up to and with a frame."""
+    most = sys.float_info.max  # JSON has integers beyond it
     numbers = [number for number in (frame, fps) if isinstance(number, int | float)]
-    if len(numbers) < 2 or not 0 <= frame < float("inf") or not 0 < fps < float("inf"):
+    if len(numbers) < 2 or not 0 <= frame <= most or not 0 < fps <= most:
         detail = f"time {frame!r} and fps {fps!r} must be a frame's number and frames a second"
         raise origin.fault("clip_times", detail)
     return (frame + 1) / fps

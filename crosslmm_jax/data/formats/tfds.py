@@ -23,7 +23,7 @@ from crosslmm_jax.data.formats.files import read_json
 from crosslmm_jax.data.formats.llava import read_type_of
 from crosslmm_jax.data.formats.options import map_option, text_option
 from crosslmm_jax.data.media import resolve, suffix_by_content
-from crosslmm_jax.data.records import parse_example, read_record, value_member
+from crosslmm_jax.data.records import FOLDER_MARK, parse_example, read_record, value_member
 from crosslmm_jax.errors import MediaError, UserError
 
 OPTIONS = frozenset({"fields", "question", "split"})
@@ -34,7 +34,8 @@ _FIELDS = {
     "answer": ("answer", "caption", "text"),
     "images": ("images", "image"),
     "videos": ("videos", "video"),
-    "media_names": ("media_names",),  # of the files in `images` or `videos`, for their suffixes
+    # Of the files in `images` or `videos`, for their suffixes; "frames/a.png" is a frame of a video.
+    "media_names": ("media_names",),
     "media_files": ("media_files",),  # how many pictures each medium is, 1 for a file
     "start": ("start",),
     "end": ("end",),
@@ -220,10 +221,12 @@ class _Record:
         names = self.texts(self.layout.fields.get("media_names", ""))
         media = []
         for first, last in self._groups(field, present, len(values)):
-            suffix = os.path.splitext(names[first])[1] if first < len(names) else ""
+            name = names[first] if first < len(names) else ""
+            suffix = os.path.splitext(name)[1]
             if not suffix.removeprefix(".").isalnum():
                 suffix = suffix_by_content(values[first])
-            media.append(value_member(number, feature, first, last, suffix))
+            pictures = last > first or (field == "videos" and name.startswith(FOLDER_MARK))
+            media.append(value_member(number, feature, first, last, suffix, pictures=pictures))
         return media
 
     def _groups(self, field: str, present: list[int], count: int) -> list[tuple[int, int]]:
