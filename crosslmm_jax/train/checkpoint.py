@@ -1,29 +1,37 @@
 """Checkpoints with Orbax: state, position in the data and config, written while training goes on.
 
-A checkpoint appears under its final name only when complete. The newest that can be read is used; one that
-cannot is moved aside, never deleted.
+A checkpoint appears under its final name only when complete. The newest that all processes can read is used;
+one that some cannot is moved aside, never deleted.
 """
 
+import contextlib
+import itertools
 import logging
 import math
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from crosslmm_jax.convert.weights import flatten
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.train.checksum import checksums
+from crosslmm_jax.train.processes import FailedSomewhere, together
 from crosslmm_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
+_ERROR_NUMBER = re.compile(r"\[(?:os_error_code='|OS error )(\d+)")
+
 # Settings that may differ from the checkpoint's: they change where or how fast a run computes, not what.
 FREE_FIELDS = frozenset({
-    "data.index", "data.num_workers", "data.num_threads", "data.prefetch", "data.frame_cache_mb",
+    "data.index", "data.deadline_s", "data.num_workers", "data.num_threads", "data.prefetch",
+    "data.frame_cache_mb",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context",
     "model.attention", "model.cross_attention.cache_dtype", "model.decoder.remat",
     "model.vision.frame_chunk", "model.vision.keep_features", "model.vision.remat",
@@ -59,16 +67,24 @@ class Checkpoints:
         if self.latest_step() != step:
             return False
         try:
-            self._check_config(step)
-        except UserError:
-            raise
-        except Exception:
+            together(lambda: self._check_config(step))
+        except FailedSomewhere:
             return False  # damaged: `restore` says so and looks for another one
         return True
 
     def _check_config(self, step: int) -> None:
-        saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
+        saved = self._read(step, config=ocp.args.JsonRestore())
         check_same_config(self._config, saved["config"], where=f"{self.folder}/{step}")
+
+    def _read(self, step: int, **items: Any) -> Any:
+        """Items of a checkpoint, as far as this process holds them.
+
+        The manager's own `restore` waits for all processes, and for ever when one of them cannot read.
+        """
+        here = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader:
+            return reader.restore(self.folder / str(step), args=ocp.args.Composite(**items))
 
     def save(self, step: int, state: TrainState, *, position: int) -> None:
         """Starts to write a checkpoint; returns once the state may change again.
@@ -82,20 +98,25 @@ class Checkpoints:
             config=ocp.args.JsonSave(dict(self._config)),
             checksums=ocp.args.JsonSave(checksums(state)),
         )
-        try:
+        with self._writing():
             self._manager.save(step, args=items, force=True)
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     def wait(self) -> None:
         """Returns when all that was saved is on disk."""
-        try:
+        with self._writing():
             self._manager.wait_until_finished()
-        except OSError as error:
-            raise self._unwritable(error) from error
 
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"{self.folder}: a checkpoint was not written ({error}); make room and run again")
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what a full or broken disk raises into a `UserError`."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if (reason := _said_by_system(error)) is None:
+                raise
+            raise UserError(
+                f"{self.folder}: a checkpoint was not written ({reason}); make room and run again"
+            ) from error
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, int] | None:
         """The newest readable checkpoint as (state, position in the data); None when there is none at all.
@@ -111,12 +132,8 @@ class Checkpoints:
         for step in steps:
             try:
                 result = self._restore(step, abstract)
-            except (UserError, MemoryError):
-                raise
-            except Exception as error:
-                if "RESOURCE_EXHAUSTED" in str(error):
-                    raise
-                logger.warning("checkpoint %s/%d is damaged: %s", self.folder, step, _first_line(error))
+            except FailedSomewhere as error:
+                logger.warning("checkpoint %s/%d is damaged: %s", self.folder, step, error)
                 continue
             self._move_aside([damaged for damaged in steps if damaged > step])
             return result
@@ -125,34 +142,48 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, int]:
-        self._check_config(step)
-        restore = ocp.args.PyTreeRestore(
-            item=abstract,  # type: ignore[arg-type]
-            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-        )
-        items = ocp.args.Composite(
-            state=restore, data=ocp.args.JsonRestore(), checksums=ocp.args.JsonRestore()
-        )
-        restored = self._manager.restore(step, args=items)
-        found, saved = checksums(restored["state"]), restored["checksums"]
-        wrong = sorted(name for name in found if found[name] != saved.get(name))
-        if wrong:
-            raise ValueError(f"checksums differ in {', '.join(wrong)}")
+        """Raises `FailedSomewhere` on all processes when one finds damage."""
+
+        def read() -> Any:
+            self._check_config(step)
+            state = ocp.args.PyTreeRestore(
+                item=abstract,  # type: ignore[arg-type]
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            )
+            return self._read(
+                step, state=state, data=ocp.args.JsonRestore(), checksums=ocp.args.JsonRestore()
+            )
+
+        restored = together(read)
+        found = checksums(restored["state"])  # of all processes' parts: only once each has its own
+
+        def compare() -> None:
+            wrong = sorted(name for name in found if found[name] != restored["checksums"].get(name))
+            if wrong:
+                raise ValueError(f"checksums differ in {', '.join(wrong)}")
+
+        together(compare)
         return restored["state"], int(restored["data"]["position"])
 
     def _move_aside(self, steps: list[int]) -> None:
         """Moves damaged checkpoints out of the way of new ones with their step."""
-        if not steps:
-            return
-        if jax.process_index() == 0:
-            for step in steps:
-                target = self.folder.with_name("checkpoints_damaged") / str(step)
-                shutil.rmtree(target, ignore_errors=True)
-                target.parent.mkdir(exist_ok=True)
-                os.rename(self.folder / str(step), target)
+
+        def move() -> None:
+            for step in steps if jax.process_index() == 0 else []:
+                target = _free_name(self.folder.with_name("checkpoints_damaged") / str(step))
+                try:
+                    target.parent.mkdir(exist_ok=True)
+                    os.rename(self.folder / str(step), target)
+                except OSError as error:
+                    raise UserError(
+                        f"{self.folder}/{step}: damaged, and cannot be moved to {target} ({error.strerror});"
+                        " move it away"
+                    ) from error
                 logger.warning("checkpoint %d was moved to %s", step, target)
-        _sync("damaged checkpoints")
-        self._manager.reload()
+
+        if steps:
+            together(move)
+            self._manager.reload()
 
     def preempted(self, step: int) -> bool:
         """Whether the scheduler asked some process of a multi-process run to stop: the same answer on all."""
@@ -160,27 +191,27 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being written."""
-        try:
+        with self._writing():
             self._manager.close()
-        except OSError as error:
-            raise self._unwritable(error) from error
 
 
-def _sync(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+def _said_by_system(error: Exception) -> str | None:
+    """Why the system ended a write; tensorstore quotes the error's number in a ValueError."""
+    if isinstance(error, OSError):
+        return str(error)
+    number = _ERROR_NUMBER.search(str(error))
+    return os.strerror(int(number[1])) if number else None
 
-        multihost_utils.sync_global_devices(name)
 
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+def _free_name(path: Path) -> Path:
+    """`path`, or with the first suffix ".1", ".2", ... that nothing has."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}.{i}") for i in itertools.count(1)))
+    return next(name for name in names if not name.exists())
 
 
 def check_same_config(now: Mapping[str, Any], saved: Mapping[str, Any], *, where: str) -> None:
     """Raises a `ConfigError` naming every field that changes what a run computes and differs."""
-    flat_now, flat_saved = _flatten(now), _flatten(saved)
+    flat_now, flat_saved = flatten(now), flatten(saved)
     names = sorted((flat_now.keys() | flat_saved.keys()) - FREE_FIELDS)
     absent = "(no such field)"
     different = [
@@ -193,14 +224,6 @@ def check_same_config(now: Mapping[str, Any], saved: Mapping[str, Any], *, where
             f"{where}: the checkpoint is of a run with another config: {'; '.join(different)};"
             " set them back, or choose another run.out"
         )
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = prefix + key
-        flat.update(_flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
-    return flat
 
 
 def state_bytes(abstract: Any) -> int:

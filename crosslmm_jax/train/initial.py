@@ -16,20 +16,23 @@ logger = logging.getLogger(__name__)
 
 _VISION = (
     "image_size", "patch_size", "width", "depth", "num_heads", "mlp_width", "layer_norm_eps", "image_mean",
-    "image_std",
+    "image_std", "post_layernorm",
 )  # fmt: skip
 _DECODER = (
     "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "rope_theta",
     "rms_norm_eps", "tie_embeddings",
 )  # fmt: skip
+# How cross-attention begins, before anything is learned.
+_BEGINNING = ("gate_init", "cross_attn_init")
 
 
 def check_same_model(folder: str | Path, config: ModelConfig) -> None:
     """Raises a `ConfigError` listing all in which the MODEL `folder` and the run's `config` differ.
 
-    What a stage may choose anew is not compared: token merge, gates, scopes, positions, numerics.
+    What a stage may choose anew is not compared: token merge, directions, scopes, positions, numerics.
     """
-    theirs, ours = _settled(load_model_config(folder)), _settled(config)
+    path, stored = Path(folder) / CONFIG_FILE, load_model_config(folder)
+    theirs, ours = _settled(stored), _settled(config)
     different = [
         f"{name} is {theirs[name]}, in model of the run it is {ours[name]}"
         for name in ours
@@ -37,9 +40,18 @@ def check_same_model(folder: str | Path, config: ModelConfig) -> None:
     ]
     if different:
         raise ConfigError(
-            f"run.init_from {Path(folder) / CONFIG_FILE}: {'; '.join(different)}; set the run's model to what"
-            " the weights were trained with, or start from another folder"
+            f"run.init_from {path}: {'; '.join(different)}; set the run's model to what the weights were"
+            " trained with, or start from another folder"
         )
+    for name in _BEGINNING:
+        value, wanted = getattr(stored.cross_attention, name), getattr(config.cross_attention, name)
+        if value != wanted:
+            raise ConfigError(
+                f"run.init_from {path}: cross_attention.{name} is {value}, in model of the run it is"
+                f" {wanted}; weights that are there keep what they began with: set"
+                f" model.cross_attention.{name} to {value}, or make the folder with"
+                f" `crosslmm convert from-hf ... --cross-attention.{name.replace('_', '-')} {wanted}`"
+            )
 
 
 def warn_of_other_inputs(folder: str | Path, data: DataConfig) -> None:
@@ -62,4 +74,5 @@ def _settled(config: ModelConfig) -> dict[str, Any]:
     """Field -> value, of all that weights are bound to."""
     values = {f"vision.{name}": getattr(config.vision, name) for name in _VISION}
     values |= {f"decoder.{name}": getattr(config.decoder, name) for name in _DECODER}
+    values["cross_attention.kv_source"] = config.cross_attention.kv_source
     return values | {"cross_attention_layers": config.cross_attention_layers}

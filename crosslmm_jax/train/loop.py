@@ -32,6 +32,7 @@ from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs
 from crosslmm_jax.train.interrupt import Interrupted, StopRequest
 from crosslmm_jax.train.logging import MetricsLog, Progress, read_metrics
 from crosslmm_jax.train.optimizer import learning_rates
+from crosslmm_jax.train.processes import check_alike, exchange
 from crosslmm_jax.train.stages import model_of_stage
 from crosslmm_jax.train.state import TrainState, abstract_state, random_state, state_of_params
 from crosslmm_jax.train.step import compile_train_step
@@ -58,8 +59,9 @@ def train(config: ExperimentConfig, *, quiet: bool = False) -> TrainResult:
       quiet: no progress on stderr.
 
     Raises:
-      UserError: settings that do not fit, an output folder that cannot be used, a checkpoint of another
-        config, data that cannot be read, or a loss that is not finite; checkpoints stay as they were.
+      UserError: settings that do not fit or that processes differ in, an output folder that cannot be used,
+        a checkpoint of another config, data that cannot be read, or a loss that is not finite; checkpoints
+        stay as they were.
       Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
     initialize_processes()
@@ -69,6 +71,7 @@ def train(config: ExperimentConfig, *, quiet: bool = False) -> TrainResult:
     _check(config, mesh, abstract, out)
     # The rows decide what a run computes, wherever their index lies.
     saved = to_dict(config) | {"index_digest": open_index(config.data.index).digest}
+    check_alike(exchange(saved))
     checkpoints = Checkpoints(out / "checkpoints", keep=config.run.keep_checkpoints, config=saved)
     try:
         if checkpoints.is_complete(config.stage.steps) and is_model_folder(out / "model"):

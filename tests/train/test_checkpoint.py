@@ -1,7 +1,11 @@
 """Checkpoints: what comes back, on any mesh, and what happens when some are damaged or of another run."""
 
+import contextlib
+import gc
+import resource
 import shutil
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,13 @@ def make_state(step: int, mesh: jax.sharding.Mesh, spec: PartitionSpec) -> Train
 
 def abstract(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collect_here():
+    """And not in another module, which does not expect their complaints."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
@@ -131,6 +142,27 @@ def test_damaged_newest_is_reported_and_the_one_before_used(folder, mesh, caplog
     assert restore(folder, expected)[1] == 60
 
 
+def test_damaged_twice_at_one_step(folder, mesh) -> None:
+    """The checkpoint that was moved aside first stays, too."""
+    expected = make_state(3, mesh, PartitionSpec("fsdp"))
+    for position in (1, 2):
+        truncate(folder / "6")
+        restore(folder, expected)
+        checkpoints = Checkpoints(folder, keep=2, config=CONFIG)
+        checkpoints.save(6, make_state(6, mesh, PartitionSpec("fsdp")), position=position)
+        checkpoints.close()
+    aside = folder.parent / "checkpoints_damaged"
+    assert sorted(path.name for path in aside.iterdir()) == ["6", "6.1"]
+    assert all((path / "data").is_dir() for path in aside.iterdir())
+
+
+def test_damaged_and_not_to_be_moved(folder, mesh) -> None:
+    truncate(folder / "6")
+    (folder.parent / "checkpoints_damaged").touch()
+    with pytest.raises(UserError, match=r"/6: damaged, and cannot be moved to .*move it away"):
+        restore(folder, make_state(3, mesh, PartitionSpec()))
+
+
 def test_all_damaged(folder, mesh) -> None:
     truncate(folder / "3")
     truncate(folder / "6")
@@ -175,6 +207,34 @@ def test_state_may_change_while_it_is_written(tmp_path) -> None:
     restored, _ = restore(tmp_path / "checkpoints", state)
     for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("ending", ["wait", "close", "save"])
+def test_disk_that_fills_while_a_checkpoint_is_written(folder, mesh, ending) -> None:
+    checkpoints = Checkpoints(folder, keep=2, config=CONFIG)
+    endings = {
+        "wait": checkpoints.wait,
+        "close": checkpoints.close,
+        "save": lambda: checkpoints.save(12, make_state(12, mesh, PartitionSpec()), position=120),
+    }
+    with (
+        large_files_refused(),
+        pytest.raises(UserError, match=r"checkpoint was not written \(File too large"),
+    ):
+        checkpoints.save(9, make_state(9, mesh, PartitionSpec("fsdp")), position=90)
+        endings[ending]()
+    assert restore(folder, make_state(6, mesh, PartitionSpec()))[1] == 60
+
+
+@contextlib.contextmanager
+def large_files_refused() -> Iterator[None]:
+    """Like a disk that fills, for data of a state and nothing smaller."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_too_little_room(tmp_path, monkeypatch) -> None:

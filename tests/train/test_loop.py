@@ -247,6 +247,24 @@ def test_frames_are_resized_in_training_as_the_model_says(experiment, finished, 
             {"cross_attn_offset": 1},
             "cross_attention_layers is (0,), in model of the run it is",
         ),
+        ("vision", {"post_layernorm": True}, "vision.post_layernorm is {}, in model of the run it is True"),
+        (
+            "cross_attention",
+            {"kv_source": "encoder"},
+            "cross_attention.kv_source is {}, in model of the run it is encoder",
+        ),
+        (
+            "cross_attention",
+            {"gate_init": -0.25},
+            "cross_attention.gate_init is {0}, in model of the run it is -0.25; weights that are there keep"
+            " what they began with: set model.cross_attention.gate_init to {0}, or make the folder with"
+            " `crosslmm convert from-hf ... --cross-attention.gate-init -0.25`",
+        ),
+        (
+            "cross_attention",
+            {"cross_attn_init": "fresh"},
+            "cross_attention.cross_attn_init is {}, in model of the run it is fresh; weights",
+        ),
     ],
 )
 def test_another_model_to_start_from(finished, experiment, tmp_path, part, changes, message) -> None:
@@ -332,6 +350,15 @@ def test_mistakes_are_found_early(experiment, tmp_path, part: str, changes: dict
     changed = dataclasses.replace(getattr(config, part), **changes)
     with pytest.raises(UserError, match=message):
         loop.train(dataclasses.replace(config, **{part: changed}), quiet=True)
+
+
+def test_hosts_with_other_copies_of_the_index_end_before_anything_is_saved(
+    experiment, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(loop, "exchange", lambda own: [own, own | {"index_digest": "other"}])
+    with pytest.raises(ConfigError, match=r"index_digest is '.*' on process 0 and 'other' on process 1"):
+        loop.train(experiment(tmp_path / "run"), quiet=True)
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_vocabulary_must_hold_the_tokenizer(experiment, tmp_path) -> None:
