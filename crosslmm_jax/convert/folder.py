@@ -8,6 +8,7 @@ tokenizer.json ...  what `AutoTokenizer` reads
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -126,24 +127,57 @@ def completed_folder(folder: Path, *, writes: bool = True) -> Iterator[Path]:
       writes: this process makes and renames it; others only learn its temporary name.
 
     Raises:
-      UserError: it cannot be written, or the disk is full.
+      UserError: it cannot be written, the disk is full, or another process is writing it.
     """
     folder = Path(os.path.realpath(folder))  # a link stays one
     temporary = folder.with_name(f".{folder.name}.incomplete")
-    try:
-        if writes:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+    if not writes:
         yield temporary
-        if writes:
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder), _removed(temporary):
+            temporary.mkdir()
+            yield temporary
             _replace(folder, temporary)
     except OSError as error:
         raise UserError(
             f"{folder}: {error.strerror or error}; give a folder that can be written, on a disk with room"
         ) from error
+
+
+@contextlib.contextmanager
+def _removed(folder: Path) -> Iterator[None]:
+    """No `folder` before the block and none after it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield
     finally:
-        if writes:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises a `UserError` when another process is in this block for the same `folder`.
+
+    The lock is a file beside the folder, as what lies inside is replaced.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    with contextlib.ExitStack() as stack:
+        locked = False
+        while not locked:
+            lock = stack.enter_context(open(path, "w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder}: another process is writing it; wait for it") from None
+            # Whoever held it a moment ago may have removed the file that was opened.
+            with contextlib.suppress(FileNotFoundError):
+                locked = os.path.samestat(os.fstat(lock.fileno()), path.stat())
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def check_replaceable(folder: str | Path) -> None:
@@ -161,7 +195,11 @@ def _replace(folder: Path, complete: Path) -> None:
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     os.rename(folder, old)
-    os.rename(complete, folder)
+    try:
+        os.rename(complete, folder)
+    except OSError:
+        os.rename(old, folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -202,7 +202,7 @@ class TorchSource:
         """The tensor `name`."""
         import torch
 
-        value = self._values[name].contiguous()
+        value = self._values[name].detach().contiguous()  # numpy takes no nn.Parameter
         if value.dtype == torch.bfloat16:  # numpy knows it only through ml_dtypes
             return value.view(torch.int16).numpy().view(jnp.dtype("bfloat16"))
         return value.numpy()

@@ -138,7 +138,7 @@ def verify(
         )
     with open_model(Path(model), config) as read, jax.default_matmul_precision("highest"):
         ours = model_blocks(read, config, frames, tokens, with_projector="projector" in theirs)
-        differences = tuple(compare(name, value, theirs[name]) for name, value in ours)
+        differences = tuple(compare(name, value, theirs.get(name)) for name, value in ours)
     notes = () if "projector" in theirs else ("projector: the source has none, nothing to compare",)
     return Verification(differences, tolerance, notes)
 
@@ -149,8 +149,13 @@ def _normalised(frames: np.ndarray, settings: ImageSettings) -> np.ndarray:
     return (frames.astype(np.float32) / np.float32(255) - mean) / std
 
 
-def compare(block: str, ours: np.ndarray, theirs: np.ndarray) -> Difference:
-    """Raises a `UserError` when the shapes differ; the source's logits may have more rows of vocabulary."""
+def compare(block: str, ours: np.ndarray, theirs: np.ndarray | None) -> Difference:
+    """Raises a `UserError` when the source lacks the block or its shape differs.
+
+    The source's logits may have more rows of vocabulary.
+    """
+    if theirs is None:
+        raise UserError(f"{block}: the source has no such block; give the MODEL's own source")
     if block == "logits":
         theirs = theirs[..., : ours.shape[-1]]
     if ours.shape != theirs.shape:

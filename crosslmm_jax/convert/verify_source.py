@@ -39,6 +39,8 @@ class Tensors:
 
     def __init__(self, sources: Iterable[Source]) -> None:
         """Later sources go before earlier ones."""
+        sources = list(sources)
+        self._paths = ", ".join(str(source.path) for source in sources)
         self._where = {canonical(name): (source, name) for source in sources for name in source.tensors}
 
     def names(self, prefix: str) -> list[str]:
@@ -47,7 +49,9 @@ class Tensors:
         return [name for name in below if not name.endswith(_COMPUTED)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the tensor `name`."""
+        """Of the tensor `name`; raises `UserError` when no source has it."""
+        if name not in self._where:
+            raise UserError(f"{self._paths}: no tensor {name}; give the source of this MODEL, complete")
         source, original = self._where[name]
         return source.tensors[original].shape
 

@@ -48,7 +48,13 @@ def ask(
     check_question(question)
     for option, path in (("--json", json_path), ("--attention", attention_path)):
         _check_target(option, path)
-    watched = load(model, precision).watch(video, frames=frames)
+    loaded = load(model, precision)
+    if attention_path is not None and "t2v" not in loaded.config.cross_attention.directions:
+        raise UserError(
+            f"--attention {attention_path}: {model} runs without T2V, so there is no attention to draw;"
+            " leave the option out"
+        )
+    watched = loaded.watch(video, frames=frames)
     sampling = Sampling(temperature, top_p)
     answer = watched.answer(question, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
     if attention_path is not None:

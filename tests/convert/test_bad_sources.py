@@ -232,6 +232,15 @@ def test_torch_files_hold_tensors_only(tmp_path) -> None:
             pass
 
 
+def test_a_torch_file_may_hold_parameters(tmp_path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        module = torch.nn.Linear(2, 3, dtype=dtype)
+        torch.save(dict(module.named_parameters()), tmp_path / "a.bin")
+        with open_source(tmp_path / "a.bin") as source:
+            read = source.read("weight")
+        assert np.array_equal(read.astype(np.float32), module.weight.detach().float().numpy())
+
+
 def test_torch_is_no_dependency(tmp_path, monkeypatch) -> None:
     torch.save({"w": torch.zeros(2)}, tmp_path / "a.bin")
     monkeypatch.setitem(sys.modules, "torch", None)

@@ -123,6 +123,19 @@ def test_another_source_is_refused_or_diverges(sources, converted):
         verify(converted, vision="tower.npz", llm=str(sources.untied))
 
 
+def test_a_source_that_lacks_a_part_is_named(sources, converted, tmp_path):
+    tower, decoder = str(sources.two_tower), shutil.copytree(sources.untied, tmp_path / "llm")
+    with pytest.raises(
+        UserError, match=r"two_tower.*: no tensor model\.embed_tokens\.weight; give the source"
+    ):
+        verify(converted, vision=tower, llm=tower)
+    config = json.loads((decoder / "config.json").read_text())
+    layers = {"num_hidden_layers": 2, "layer_types": config.get("layer_types", [])[:2]}
+    (decoder / "config.json").write_text(json.dumps(config | layers))
+    with pytest.raises(UserError, match="decoder layer 2: the source has no such block"):
+        verify(converted, vision=tower, llm=str(decoder))
+
+
 def test_without_torch_it_says_what_to_install(sources, converted, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     command = ["convert", "verify", str(converted), "--vision", "x", "--llm", "y"]

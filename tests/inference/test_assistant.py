@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -194,6 +195,18 @@ def test_a_model_without_t2v_has_no_attention_to_draw(model, clip):
     assert isinstance(video.ask("What?", max_new_tokens=2), str)
     with pytest.raises(UserError, match="T2V"):
         video.attention("What?")
+
+
+def test_attention_without_t2v_is_refused_before_the_video_is_read(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder / "model", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["cross_attention"]["directions"] = ["v2v"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"--attention a\.png: .*model runs without T2V"):
+        ask(
+            str(folder), "missing.mp4", "What?", frames=None, precision=None, json_path=None,
+            attention_path="a.png", max_new_tokens=3, temperature=0.0, top_p=1.0, seed=0,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["short", "full"])
