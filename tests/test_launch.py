@@ -91,7 +91,7 @@ def test_a_process_finds_its_place(tmp_path: Path, environ: dict[str, str], plac
     python = fake_interpreter(tmp_path)
     scontrol = tmp_path / "scontrol"
     # More than a pipe holds: scontrol must not fail because nobody reads it to the end.
-    scontrol.write_text('#!/usr/bin/env bash\n[[ $* == "show hostnames n[1-99999]" ]] && seq -f n%.0f 99999\n')
+    scontrol.write_text('#!/usr/bin/env bash\n[[ $* == "show hostnames n[1-99999]" ]] && seq -f n%.f 99999\n')
     scontrol.chmod(0o755)
     result = subprocess.run(
         [LAUNCH / "_env.sh", "train", "a config.py"], capture_output=True, text=True,
