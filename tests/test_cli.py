@@ -75,6 +75,7 @@ MISTAKES = [
     (["ask", "m", "v.mp4", "  \n"], "the question is empty"),
     (["ask", "no_model", "v.mp4", "What?"], "no_model"),
     (["chat", "no_model", "v.mp4"], "no_model"),
+    (["data", "check", "index", "--deadline-s", "0"], "argument --deadline-s: '0' is no number of seconds"),
 ]
 
 

@@ -61,7 +61,7 @@ def add_data_commands(commands: Any) -> None:
     check.add_argument("--seed", type=int, default=0, help="of the sample")
     check.add_argument("--allow-outside", action="store_true", help="as the index was told")
     check.add_argument(
-        "--deadline-s", type=float, metavar="X", help="as training's deadline_s (default: its default)"
+        "--deadline-s", type=_seconds, metavar="X", help="as training's deadline_s (default: its default)"
     )
     check.set_defaults(run=_data_check)
     for parser in (stats, check):
@@ -77,6 +77,17 @@ def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 0 or more")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    """An argument that is a time to wait."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds greater than 0")
+    return seconds
 
 
 def _sampling(args: argparse.Namespace) -> Any:
