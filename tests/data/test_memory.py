@@ -17,7 +17,7 @@ def measure(root: str) -> None:
     """Prints the growth over files of every kind, good and damaged."""
     files = write_damaged(Path(root), seed=0)
     names = {file.reference for file in files if not file.reference.startswith(("/", ".."))}
-    paths = [Path(root) / name for name in names] + 3 * sorted((Path(root) / "good").iterdir())
+    paths = [Path(root) / name for name in sorted(names)] + 3 * sorted((Path(root) / "good").iterdir())
     print(json.dumps(memory_growth(paths, reads=READS)))
 
 
