@@ -5,36 +5,27 @@ its own and earlier media (cross-attention), the frames around its own (V2V in a
 integers a query where a mask would cost T x S.
 """
 
-import functools
 import logging
 import math
-from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from crosslmm_jax.config import AttentionBackend
-from crosslmm_jax.model import splash
-from crosslmm_jax.model.blockwise import MASKED, RESIDUALS, BlockSizes, blockwise_attention
+from crosslmm_jax.model import cudnn, splash
+from crosslmm_jax.model.blockwise import MASKED, block_sizes, blockwise_attention
 from crosslmm_jax.model.partitioning import AxisRules
 
 logger = logging.getLogger(__name__)
 
 # Scores up to this size are simply held on a CPU or TPU: several times faster to run and to compile.
 SMALL_SCORE_BYTES = 32 * 2**20
-# A GPU is idle on small blocks: there, scores of one block may take this many bytes.
-GPU_SCORE_BYTES = 64 * 2**20
-# Up to this many queries over many keys, cuDNN leaves most of a GPU idle: it splits work by queries only.
-FEW_QUERIES, MANY_KEYS = 128, 8192
 # Up to this many queries, reading keys once is all the work of a GPU or TPU: two plain products and a softmax
 # over scores of up to this many bytes.
 DECODE_QUERIES, DECODE_SCORE_BYTES = 8, 2**30
 SUM_PARTS = 64
-# Implementation of the fused attention; tests put "xla" in its place, since CPUs have no cuDNN.
-FUSED: Literal["cudnn", "xla"] = "cudnn"
 
 
 def attention(
@@ -60,9 +51,8 @@ def attention(
       kv_start: int32[B, T], first key a query reads (default 0).
       kv_stop: int32[B, T], one past the last key a query reads (default S); [B, 1] for all queries of a row,
         by numpy if it is known.
-      backend: "auto" takes cuDNN on a GPU where it applies (`blockwise` for few queries over many keys), on a
-        TPU splash where it does, on both `plain` for up to 8 queries; `blockwise` for many keys, `reference`
-        elsewhere.
+      backend: "auto" takes cuDNN on a GPU where it applies, on a TPU splash where it does, on both `plain`
+        for up to 8 queries; `blockwise` for many keys, `reference` elsewhere.
       rules: logical axes, for the one backend that the compiler cannot spread over devices: splash.
       axes: logical axes of the batch and of the heads.
 
@@ -79,7 +69,7 @@ def attention(
     if chosen in ("cudnn", "splash"):
         k, v = k.astype(q.dtype), v.astype(q.dtype)
     if chosen == "cudnn":
-        return _cudnn(q, k, v, causal=causal, kv_stop=kv_stop)
+        return cudnn.cudnn_attention(q, k, v, causal=causal, kv_stop=kv_stop)
     kv_stop = None if kv_stop is None else jnp.broadcast_to(kv_stop, q.shape[:2])
     if chosen == "splash":
         stop = _ranges(q, k, causal=True, kv_start=None, kv_stop=None)[1] if causal else kv_stop
@@ -89,21 +79,11 @@ def attention(
         return reference_attention(q, k, v, start, stop)
     if chosen == "plain":
         return plain_attention(q, k, v, start, stop)
-    return blockwise_attention(q, k, v, start, stop, q.shape[-1] ** -0.5, _block_sizes(q))[0]
-
-
-def _block_sizes(q: Array) -> BlockSizes:
-    """The default blocks, or on a GPU blocks of keys that grow as queries get fewer."""
-    if jax.default_backend() != "gpu":
-        return BlockSizes()
-    batch, length, heads, _ = q.shape
-    query = min(length, BlockSizes().query)
-    key = GPU_SCORE_BYTES // (4 * batch * heads * query) // 1024 * 1024
-    return BlockSizes(query, max(1024, key))
+    return blockwise_attention(q, k, v, start, stop, q.shape[-1] ** -0.5, block_sizes(q))[0]
 
 
 def _choose(backend: AttentionBackend, q: Array, k: Array, kv_start: Array | None) -> AttentionBackend:
-    applies = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and kv_start is None
+    applies = cudnn.is_applicable(q) and kv_start is None
     if backend == "cudnn" and not applies:
         raise ValueError(
             "attention backend 'cudnn' needs bfloat16 or float16, a head size divisible by 8 and no kv_start;"
@@ -113,7 +93,6 @@ def _choose(backend: AttentionBackend, q: Array, k: Array, kv_start: Array | Non
         splash.check(k.shape[1], kv_start)
     if backend != "auto":
         return backend
-    starved = q.shape[1] <= FEW_QUERIES and k.shape[1] >= MANY_KEYS
     platform = jax.default_backend()
     batch, length, heads, _ = q.shape
     score_bytes = batch * length * heads * k.shape[1] * 4
@@ -123,7 +102,7 @@ def _choose(backend: AttentionBackend, q: Array, k: Array, kv_start: Array | Non
         return "reference"
     if platform == "tpu":
         return "splash" if splash.is_worthwhile(q, k, kv_start) else "blockwise"
-    return "cudnn" if platform == "gpu" and applies and not starved else "blockwise"
+    return "cudnn" if platform == "gpu" and applies else "blockwise"
 
 
 def _ranges(
@@ -188,73 +167,3 @@ def plain_attention(q: Array, k: Array, v: Array, kv_start: Array, kv_stop: Arra
     out = jnp.sum(jnp.einsum("bqcs,bcsw->bcqw", p, v, preferred_element_type=jnp.float32), axis=1)
     out = out.reshape(batch, length, heads, kv_heads, size)
     return jnp.einsum("btnkh,nk->btnh", out, own.astype(jnp.float32)).astype(q.dtype)
-
-
-def _cudnn(
-    q: Array, k: Array, v: Array, *, causal: bool, kv_stop: Array | np.ndarray | None
-) -> Float[Array, "b t n h"]:
-    """cuDNN's fused attention. It knows one length a row, not one a query.
-
-    Rows in which every query reads either nothing or the same keys (one medium in the row, the common case)
-    run on it; others run blockwise. Which it is, is decided on the device, but for lengths given by row.
-    """
-    if kv_stop is None:
-        return _fused(q, k, v, None, causal)
-    stop, longest = jnp.asarray(kv_stop), jnp.max(kv_stop, axis=1)
-    known = isinstance(kv_stop, np.ndarray) and kv_stop.min() > 0  # no query without keys
-
-    def by_length(q: Array, k: Array, v: Array) -> Array:
-        # A length of 0 is not defined for every cuDNN version; such rows are zeroed below.
-        out = cast(Array, _fused(q, k, v, jnp.maximum(longest, 1), False))
-        return out if known else jnp.where((stop > 0)[:, :, None, None], out, 0)
-
-    if stop.shape[1] == 1:
-        return by_length(q, k, v)
-
-    def by_query(q: Array, k: Array, v: Array) -> Array:
-        start, scale = jnp.zeros_like(stop), q.shape[-1] ** -0.5
-        return blockwise_attention(q, k, v, start, stop, scale, _block_sizes(q))[0]
-
-    uniform = jnp.all((stop == 0) | (stop == longest[:, None]))
-    return jax.lax.cond(uniform, by_length, by_query, q, k, v)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _fused(q: Array, k: Array, v: Array, lengths: Array | None, causal: bool) -> Array:
-    """cuDNN over the first `lengths` keys of each row (all keys without).
-
-    Its backward pass takes even lengths only, and an encoder with 27 x 27 patches has odd ones: only where
-    gradients are asked for, queries and keys are padded by one.
-    """
-    return jax.nn.dot_product_attention(
-        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation=FUSED
-    )
-
-
-def _fused_even(q: Array, k: Array, v: Array, lengths: Array | None, causal: bool) -> Array:
-    """`_fused` on even lengths: what is padded is read by no query, and dropped."""
-    length, odd_keys = q.shape[1], k.shape[1] % 2
-    if odd_keys and not causal and lengths is None:
-        lengths = jnp.full((q.shape[0],), k.shape[1], jnp.int32)
-    q = _padded(q, length % 2)
-    k, v = _padded(k, odd_keys), _padded(v, odd_keys)
-    out = jax.nn.dot_product_attention(
-        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation=FUSED
-    )
-    return out[:, :length]
-
-
-def _padded(x: Array, count: int) -> Array:
-    return jnp.pad(x, ((0, 0), (0, count), (0, 0), (0, 0))) if count else x
-
-
-def _fused_forward(q: Array, k: Array, v: Array, lengths: Array | None, causal: bool) -> tuple[Array, Any]:
-    out, backward = jax.vjp(lambda q, k, v: _fused_even(q, k, v, lengths, causal), q, k, v)
-    return out, jax.tree.map(lambda x: checkpoint_name(x, RESIDUALS), backward)
-
-
-def _fused_backward(causal: bool, backward: Any, d_out: Array) -> tuple[Any, ...]:
-    return (*backward(d_out), None)
-
-
-_fused.defvjp(_fused_forward, _fused_backward)

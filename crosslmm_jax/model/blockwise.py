@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Int
 RESIDUALS = "attention_residuals"
 # Finite, so that maxima over nothing stay free of NaN; far below any score.
 MASKED = -1e30
+# A GPU is idle on small blocks: there, scores of one block may take this many bytes.
+GPU_SCORE_BYTES = 64 * 2**20
 
 
 class BlockSizes(NamedTuple):
@@ -24,6 +26,16 @@ class BlockSizes(NamedTuple):
 
     query: int = 512
     key: int = 1024
+
+
+def block_sizes(q: Float[Array, "b t n h"]) -> BlockSizes:
+    """The default blocks, or on a GPU blocks of keys that grow as queries get fewer."""
+    if jax.default_backend() != "gpu":
+        return BlockSizes()
+    batch, length, heads, _ = q.shape
+    query = min(length, BlockSizes().query)
+    key = GPU_SCORE_BYTES // (4 * batch * heads * query) // 1024 * 1024
+    return BlockSizes(query, max(1024, key))
 
 
 def blockwise_attention(

@@ -152,7 +152,7 @@ def test_wrong_calls_are_refused():
 )  # fmt: skip
 def test_odd_lengths_are_padded_for_gradients_alone(monkeypatch, queries, keys, causal, limited):
     """cuDNN's backward pass takes even lengths; XLA's attention stands in for it, called the same way."""
-    module = importlib.import_module("crosslmm_jax.model.attention")
+    module = importlib.import_module("crosslmm_jax.model.cudnn")
     monkeypatch.setattr(module, "FUSED", "xla")
     rng = np.random.default_rng(keys)
     q, k, v = (rng.standard_normal((2, n, 2, 8), np.float32) for n in (queries, keys, keys))
@@ -178,7 +178,7 @@ def test_odd_lengths_are_padded_for_gradients_alone(monkeypatch, queries, keys, 
 @pytest.mark.parametrize("lengths", [(17, 4), (17, 0)])
 def test_a_length_for_all_queries_of_a_row(monkeypatch, backend, lengths, known):
     """Given by row it is the same for all queries: cuDNN takes it without asking the device whether it is."""
-    monkeypatch.setattr(importlib.import_module("crosslmm_jax.model.attention"), "FUSED", "xla")
+    monkeypatch.setattr(importlib.import_module("crosslmm_jax.model.cudnn"), "FUSED", "xla")
     dtype = jnp.bfloat16 if backend == "cudnn" else jnp.float32
     q, k, v = (jnp.asarray(x, dtype) for x in draw(3, batch=2, length=6, keys=17, heads=2, groups=2)[:3])
     stop = np.array(lengths, np.int32)[:, None]
