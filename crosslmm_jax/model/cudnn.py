@@ -185,7 +185,12 @@ def _with_log_sum_exp(q: Array, k: Array, v: Array, lengths: Array | None) -> tu
     The log-sum-exp that `jax.nn.dot_product_attention` returns is rounded to the dtype of the queries, by up
     to 3% of a weight. What it keeps for the backward pass is not: the one float32 array [B, N, T].
     """
+    length, odd_keys = q.shape[1], k.shape[1] % 2
+    if odd_keys and lengths is None:
+        lengths = jnp.full((q.shape[0],), k.shape[1], jnp.int32)
+    # As for a backward pass, lengths are to be even.
+    q, k, v = _padded(q, length % 2), _padded(k, odd_keys), _padded(v, odd_keys)
     out, backward = jax.vjp(lambda q: _call(q, k, v, lengths), q)
     shape = (q.shape[0], q.shape[2], q.shape[1])
     (lse,) = [x for x in jax.tree.leaves(backward) if x.dtype == jnp.float32 and x.shape == shape]
-    return out, jnp.swapaxes(lse, 1, 2)
+    return out[:, :length], jnp.swapaxes(lse, 1, 2)[:, :length]
