@@ -9,7 +9,7 @@ full. Only without gradients: a backward pass has a block for every 128 keys any
 
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def cudnn_attention(
 
     def by_length(q: Array, k: Array, v: Array) -> Array:
         # A length of 0 is not defined for every cuDNN version; such rows are zeroed below.
-        out = _fused(q, k, v, jnp.maximum(longest, 1), False)
+        out = cast(Array, _fused(q, k, v, jnp.maximum(longest, 1), False))
         return out if known else jnp.where((stop > 0)[:, :, None, None], out, 0)
 
     if stop.shape[1] == 1:
