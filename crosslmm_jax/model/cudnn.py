@@ -2,9 +2,9 @@
 
 cuDNN cuts work into blocks of 128 queries of one head, and a block reads all keys. The text of a prompt, 64
 queries of 12 heads over the 186,624 tokens of 256 frames, is 12 blocks: on one H200 (132 multiprocessors)
-2.2 ms, where a trial with keys in 18 parts took 0.19. Where blocks do not fill the GPU, keys are therefore cut
-too, and the parts are merged by their log-sum-exp, exactly. Queries that share a key head are put one behind the other first, which makes the blocks
-full. Only without gradients: a backward pass has a block for every 128 keys anyway.
+2.2 ms, where a trial with keys in 18 parts took 0.19. Where blocks do not fill the GPU, keys are cut too, and
+the parts are merged by their log-sum-exp, exactly. Queries that share a key head are put one behind the other
+first, which makes the blocks full. Only without gradients: a backward pass has a block for every 128 keys.
 """
 
 import functools
