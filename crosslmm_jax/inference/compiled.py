@@ -7,7 +7,6 @@ programs. The T2V part of a cache belongs to the video and is shared by all ques
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from jaxtyping import Array, Float
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.inference.generate import Generation, Sampling, generate, start
 from crosslmm_jax.model import Cache, CrossLMM, Visual
-from crosslmm_jax.parallel.compiling import matmul_options
+from crosslmm_jax.parallel.compiling import program
 from crosslmm_jax.parallel.rules import activation_rules
 
 TEXT_BUCKET = 32  # tokens
@@ -50,13 +49,13 @@ class Compiled:
     def encode(self, params: Any, frames: np.ndarray) -> Visual:
         """uint8[B, F, R, R, 3] to compact and original tokens."""
         with jax.set_mesh(self.mesh):
-            return _program(_encode)(self.model, params, frames)
+            return program(_encode)(self.model, params, frames)
 
     def prefill(self, params: Any, visual: Visual, batch: dict[str, np.ndarray]) -> Cache:
         """Runs a prompt without padding; the cache has room for just that."""
         counts = np.full(batch["tokens"].shape[0], batch["tokens"].shape[1], np.int32)
         with jax.set_mesh(self.mesh):
-            return _program(_prefill)(self.model, params, visual, batch, counts)
+            return program(_prefill)(self.model, params, visual, batch, counts)
 
     def begin(
         self, params: Any, cache: Cache, ids: np.ndarray, *, room: int, key: Array, sampling: Sampling,
@@ -112,12 +111,6 @@ def _padded(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.zeros((1, round_up(len(ids), TEXT_BUCKET)), np.int32)
     tokens[0, : len(ids)] = ids
     return tokens, np.array([len(ids)], np.int32)
-
-
-@functools.cache
-def _program(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled for large matrix products; made late, since asking for the platform starts it."""
-    return jax.jit(function, static_argnames="model", compiler_options=matmul_options())
 
 
 def _encode(model: CrossLMM, params: Any, frames: Array) -> Visual:

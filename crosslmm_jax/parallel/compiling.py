@@ -1,5 +1,9 @@
 """Options of XLA for programs that are made of large matrix products."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 
 
@@ -17,3 +21,12 @@ def matmul_options() -> dict[str, bool | int] | None:
     if jax.default_backend() != "gpu":
         return None
     return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+
+
+@functools.cache
+def program(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose `model` is static, compiled with these options; the same one at every call.
+
+    Made late, since asking for the platform starts it.
+    """
+    return jax.jit(function, static_argnames="model", compiler_options=matmul_options())

@@ -59,6 +59,10 @@ def _add_choices(profile: argparse.ArgumentParser) -> None:
         help="what is recomputed of the encoder; each is measured (train)",
     )  # fmt: skip
     profile.add_argument(
+        "--parts", type=int, nargs="+", default=[], metavar="N",
+        help="that cuDNN reads keys in; each that divides them is measured (attention)",
+    )  # fmt: skip
+    profile.add_argument(
         "--devices", type=int, nargs="+", default=[], metavar="N", help="compared (scaling); default: 1 2"
     )
     profile.add_argument(
@@ -77,6 +81,7 @@ def _profile(args: argparse.Namespace) -> None:
             "compile_jobs": args.compile_jobs, "trace": args.trace,
             "videos": args.videos, "overrides": tuple(args.set),
             "v2v_scopes": tuple(args.v2v_scope), "remats": tuple(args.remat), "devices": tuple(args.devices),
+            "parts": tuple(args.parts),
         },
         outputs=Outputs(json=args.json, markdown=args.markdown, figure=args.figure), timeout=args.timeout,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from crosslmm_jax.config import AttentionBackend, ModelConfig
 from crosslmm_jax.model.attention import attention
+from crosslmm_jax.model.cudnn import split_attention
 from crosslmm_jax.model.vision import frame_chunk
 from crosslmm_jax.profiling import flops, timing
 from crosslmm_jax.profiling.cases import Case, run_cases
@@ -51,6 +52,9 @@ def run(record: Record) -> None:
             for backend in BACKENDS:
                 if _applies(backend, shape, config):
                     cases.append(case(config, shape, frames, backend, rates["memory_tb_per_s"]))
+            for parts in request.parts if shape.ranged and _applies("cudnn", shape, config) else ():
+                if shape.keys % parts == 0:
+                    cases.append(case(config, shape, frames, "cudnn", rates["memory_tb_per_s"], parts))
     run_cases(cases, record, make_weights=dict)
 
 
@@ -78,9 +82,10 @@ def shapes(config: ModelConfig, request: Request, frames: int) -> list[Shape]:
 
 
 def case(
-    config: ModelConfig, shape: Shape, frames: int, backend: AttentionBackend, memory_tb_per_s: float
-) -> Case:
-    """One attention with one backend."""
+    config: ModelConfig, shape: Shape, frames: int, backend: AttentionBackend, memory_tb_per_s: float,
+    parts: int | None = None,
+) -> Case:  # fmt: skip
+    """One attention with one backend; on cuDNN, with all keys read in `parts` parts where that is given."""
     dtype = jnp.dtype(config.compute_dtype)
     q = jax.ShapeDtypeStruct((shape.batch, shape.queries, shape.heads, shape.size), dtype)
     kv = jax.ShapeDtypeStruct((shape.batch, shape.keys, shape.kv_heads, shape.size), dtype)
@@ -91,6 +96,8 @@ def case(
         return [*arrays, jnp.full(stop.shape, shape.keys, jnp.int32)]
 
     def lower() -> Any:
+        if parts is not None:
+            return _attend_in_parts.lower(q, kv, kv, stop, parts=parts)
         return _attend.lower(q, kv, kv, stop, causal=shape.causal, ranged=shape.ranged, backend=backend)
 
     def call(compiled: Any, _: Any, inputs: Any, __: None) -> Any:
@@ -108,6 +115,8 @@ def case(
         "shape": shape._asdict(),
         "floor_bytes_ms": 1e-9 * moved / memory_tb_per_s,
     }
+    if parts is not None:
+        row["parts"] = parts
     return Case(
         row=row, lower=lower, inputs=inputs, call=call, input_bytes=num_bytes((q, kv, kv, stop)), costs=cost,
         per_call=timing.IN_A_ROW,
@@ -119,3 +128,9 @@ def _attend(
     q: Array, k: Array, v: Array, stop: Array, *, causal: bool, ranged: bool, backend: AttentionBackend
 ) -> Array:
     return attention(q, k, v, causal=causal, kv_stop=stop if ranged else None, backend=backend)
+
+
+@functools.partial(jax.jit, static_argnames="parts")
+def _attend_in_parts(q: Array, k: Array, v: Array, stop: Array, *, parts: int) -> Array:
+    del stop  # all keys, as a prompt reads them whose video is whole
+    return split_attention(q, k, v, None, parts)[0]

@@ -39,7 +39,7 @@ class Case:
         """For messages and folders."""
         kinds = (
             "what", "frames", "tokens_per_frame", "v2v_scope", "remat", "devices", "mesh", "precision",
-            "backend",
+            "backend", "parts",
         )  # fmt: skip
         named = [self.row[kind] for kind in kinds if kind in self.row]
         return "_".join(map(str, named)).replace("+", "_with_")

@@ -11,7 +11,7 @@ PANELS = {
 }
 
 # Fields of a row that make another line; V2V over the whole video goes without saying.
-KINDS = ("backend", "v2v_scope", "remat", "mesh", "devices")
+KINDS = ("backend", "parts", "v2v_scope", "remat", "mesh", "devices")
 
 
 def draw(report: dict[str, Any], path: str) -> None:

@@ -21,6 +21,7 @@ from crosslmm_jax.model.ops import layer_norm
 from crosslmm_jax.model.quantise import DTYPES, Rows, quantise, quantised_product
 from crosslmm_jax.model.vision import Visual, encode_in_chunks
 from crosslmm_jax.model.weights import cast
+from crosslmm_jax.parallel.compiling import program
 from crosslmm_jax.profiling.inputs import (
     OPEN_GATE,
     WEIGHT_STD,
@@ -124,9 +125,10 @@ def compare(
         for what, of in (("features", lambda x: x.features), ("tokens", lambda x: x.visual.originals)):
             yield {"what": what, **row, **differences(*(_rows(map(of, part)) for part in (found, exact)))}
         for cache in caches:
+            # Not of `chosen`: a model is compiled once a cache, whatever the products were.
             cross = dataclasses.replace(config.cross_attention, cache_dtype=cache)
-            chosen = dataclasses.replace(config, cross_attention=cross)
-            got = np.concatenate([logits(chosen, request, params, clip.visual) for clip in found])
+            cached = dataclasses.replace(config, cross_attention=cross)
+            got = np.concatenate([logits(cached, request, params, clip.visual) for clip in found])
             row["cache"] = config.compute_dtype if cache == "compute" else cache
             yield {"what": "logits", **row, **differences(got, exact_logits), **choices(got, exact_logits)}
 
@@ -138,10 +140,9 @@ def _rows(parts: Iterable[Array]) -> Float[np.ndarray, "n d"]:
 def encode(config: ModelConfig, params: Any, frames: np.ndarray) -> Encoded:
     """Features and visual tokens of a clip uint8[F, R, R, 3]."""
     parts = {part: params[part] for part in ("encoder", "projector")}
-    return _encode(CrossLMM(config), parts, frames)
+    return program(_encode)(CrossLMM(config), parts, frames)
 
 
-@functools.partial(jax.jit, static_argnames="model")
 def _encode(model: CrossLMM, params: Any, frames: Array) -> Encoded:
     def both(model: Any) -> Encoded:
         features = model.encoder(frames)  # what `encode` would make again
@@ -163,10 +164,9 @@ def logits(config: ModelConfig, request: Request, params: Any, visual: Visual) -
     prompt = {name: batch[name][:, :end] for name in ("tokens", "positions", "visible_frames")}
     prompt |= {"visual_slots": batch["visual_slots"], "text_slots": batch["text_slots"][:, : work.before]}
     parts = {part: params[part] for part in ("v2v", "t2v", "decoder")}
-    return np.asarray(_logits(CrossLMM(config), parts, visual, prompt, batch["tokens"][:, end:]))
+    return np.asarray(program(_logits)(CrossLMM(config), parts, visual, prompt, batch["tokens"][:, end:]))
 
 
-@functools.partial(jax.jit, static_argnames="model")
 def _logits(model: CrossLMM, params: Any, visual: Visual, prompt: Any, text: Array) -> Array:
     variables = {"params": params}
     end, steps = prompt["tokens"].shape[1], text.shape[1]

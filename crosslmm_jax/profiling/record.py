@@ -26,6 +26,7 @@ class Request:
     precision: Precision = "compute"  # of encoder, projector and T2V's cache
     v2v_scopes: tuple[str, ...] = ()  # each is measured; (): the preset's own
     remats: tuple[str, ...] = ()  # of the encoder in training, each is measured; (): the preset's own
+    parts: tuple[int, ...] = ()  # that keys are cut into for cross-attention on cuDNN, each is measured
     devices: tuple[int, ...] = ()  # device counts that scaling compares; none: one and two
     text: int = 64  # tokens of the prompt that are not visual
     before: int = 16  # of these, how many stand before the video

@@ -218,7 +218,7 @@ COLUMNS = {
     "mesh": "mesh", "ms": "ms",
     "ms_min": "min", "ms_max": "max", "peak_mb": "peak MB", "model_tflop": "TFLOP", "tflops": "TFLOP/s",
     "fraction_of_matmul": "of matmul", "over_floor": "over floor",
-    "efficiency": "efficiency", "backend": "backend",
+    "efficiency": "efficiency", "backend": "backend", "parts": "parts",
     "compile_s": "compile s", "clips": "clips", "weights": "weights", "products": "products",
     "cache": "T2V cache", "scales": "scales", "cosine_mean": "cosine", "cosine_min": "least",
     "error_mean": "error", "error_max": "largest", "rms": "rms", "kl_mean": "KL", "kl_max": "largest KL",

@@ -39,6 +39,7 @@ IN_8_BITS = ("encoder", "prefill", "decode")  # tasks that take --precision
 CHOICES = {
     "v2v_scopes": ("--v2v-scope", ("prefill", "long_video")),
     "remats": ("--remat", ("train",)),
+    "parts": ("--parts", ("attention",)),
     "devices": ("--devices", ("scaling",)),
 }
 FIGURES = (".png", ".svg", ".pdf")
@@ -107,7 +108,7 @@ def _requests(
     """One request a process; mistakes show before the first one starts."""
     if not presets and not peer_names:
         raise UserError("nothing to measure; give --preset crosslmm_2b, or --peer")
-    for name in ("frames", "devices"):
+    for name in ("frames", "devices", "parts"):
         if any(count < 1 for count in options.get(name, ())):
             raise UserError(f"--{name} {min(options[name])}: give numbers of at least 1")
     for name in ("repeats", "compile_jobs", "steps"):

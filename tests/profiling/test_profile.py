@@ -11,10 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from crosslmm_jax.cli import main
+from crosslmm_jax.model import cudnn
+from crosslmm_jax.model.blockwise import blockwise_attention
 from crosslmm_jax.profiling import arguments, attention, figure_long_video, record, report, suite
+from crosslmm_jax.profiling.cases import Case
 from crosslmm_jax.profiling.figure import draw
 from crosslmm_jax.profiling.record import Request
 
@@ -246,12 +251,40 @@ def test_each_case_has_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(names) == len(set(names)) == 10
 
 
+def by_blocks(q, k, v, lengths):
+    """What cuDNN would compute of each part, all keys."""
+    start, stop = jnp.zeros(q.shape[:2], jnp.int32), jnp.full(q.shape[:2], k.shape[1])
+    return blockwise_attention(q, k, v, start, stop, q.shape[-1] ** -0.5)
+
+
+def test_keys_in_parts_are_cases_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each count that divides the keys, for cross-attention alone; and it gives what all keys at once do."""
+    request = Request(task="attention", system="tiny", frames=(2,), parts=(2, 4, 5))
+    monkeypatch.setattr(attention, "_applies", lambda *_: True)
+    monkeypatch.setattr(cudnn, "_with_log_sum_exp", by_blocks)
+    cases: list[Case] = []
+    monkeypatch.setattr(attention, "run_cases", lambda found, *_, **__: cases.extend(found))
+    attention.run(record.Record(str(tmp_path / "r.json"), request))
+    split = [case for case in cases if "parts" in case.row]
+    assert {(case.row["what"], case.row["parts"]) for case in split} == {
+        (what, parts) for what in ("v2v", "t2v", "t2v_decode") for parts in (2, 4)
+    }
+    assert len({case.name for case in cases}) == len(cases)
+    whole = {case.row["what"]: case for case in cases if case.row["backend"] == "blockwise"}
+    for case in split:
+        arrays = case.inputs()
+        got, expected = (c.lower().compile()(*arrays) for c in (case, whole[case.row["what"]]))
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
 MISTAKES = [
     (["prefill"], "nothing to measure; give --preset"),
     (["fly", "--preset", "tiny"], "invalid choice: 'fly'"),
     (["prefill", "--preset", "3b"], "--preset '3b' is unknown"),
     (["prefill", "--preset", "tiny", "--frames", "0"], "--frames 0: give numbers of at least 1"),
     (["scaling", "--preset", "tiny", "--devices", "0"], "--devices 0: give numbers of at least 1"),
+    (["attention", "--preset", "tiny", "--parts", "0"], "--parts 0: give numbers of at least 1"),
+    (["prefill", "--preset", "tiny", "--parts", "2"], "--parts with prefill: give it with attention"),
     (["train", "--preset", "tiny", "--devices", "2"], "--devices with train: give it with scaling"),
     (["prefill", "--preset", "tiny", "--set", "vision.remat"], "--set vision.remat: give FIELD=VALUE"),
     (["train", "--preset", "tiny", "--remat", "all"], "invalid choice: 'all'"),
