@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.inference.generate import Generation, Sampling, generate, start
-from crosslmm_jax.model import Cache, CrossLMM, Visual
+from crosslmm_jax.model import Cache, CrossLMM, Visual, reads_of
 from crosslmm_jax.parallel.compiling import program
 from crosslmm_jax.parallel.rules import activation_rules
 
@@ -54,8 +54,9 @@ class Compiled:
     def prefill(self, params: Any, visual: Visual, batch: dict[str, np.ndarray]) -> Cache:
         """Runs a prompt without padding; the cache has room for just that."""
         counts = np.full(batch["tokens"].shape[0], batch["tokens"].shape[1], np.int32)
+        model = self.model.clone(reads=reads_of(batch["visible_frames"], visual.originals.shape[1]))
         with jax.set_mesh(self.mesh):
-            return program(_prefill)(self.model, params, visual, batch, counts)
+            return program(_prefill)(model, params, visual, batch, counts)
 
     def begin(
         self, params: Any, cache: Cache, ids: np.ndarray, *, room: int, key: Array, sampling: Sampling,

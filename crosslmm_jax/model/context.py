@@ -22,11 +22,11 @@ def context_parallel_attention(
     k: Float[Array, "b f p k h"],
     v: Float[Array, "b f p k h"],
     *,
-    kv_stop: Int[Array, "b t"],
+    kv_stop: Int[Array, "b t"] | Int[Array, "b 1"] | None,
     backend: AttentionBackend,
     rules: AxisRules | None,
 ) -> Float[Array, "b t n h"]:
-    """Attention of each query over the first `kv_stop` of the F*P keys.
+    """Attention of each query over the first `kv_stop` of the F*P keys (None: all), or of one for a row.
 
     With `act_context` on more than one device and F divisible by their number, each device handles its
     own frames and the results are merged in float32; otherwise it is plain `attention`.
@@ -35,6 +35,8 @@ def context_parallel_attention(
     if rules is None or shards == 1 or k.shape[1] % shards:
         k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v))
         return attention(q, k, v, kv_stop=kv_stop, backend=backend, rules=rules)
+    stop = k.shape[1] * k.shape[2] if kv_stop is None else kv_stop
+    kv_stop = jnp.broadcast_to(stop, q.shape[:2])
     batch = dividing_axes(rules, "act_batch", q.shape[0])
     heads = dividing_axes(rules, "act_heads", k.shape[3])
     frames = rules["act_context"]

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model.cache import Cache
-from crosslmm_jax.model.cross_attention import cross_attention_weights, kv_width
+from crosslmm_jax.model.cross_attention import Reads, cross_attention_weights, kv_width
 from crosslmm_jax.model.decoder_layer import Batch, decoder_layer
 from crosslmm_jax.model.loss import logits_of, next_token_loss
 from crosslmm_jax.model.merge import Projector
@@ -33,6 +34,12 @@ from crosslmm_jax.model.siglip import SiglipEncoder
 from crosslmm_jax.model.stack import Placement, scan_layers
 from crosslmm_jax.model.vision import Visual, encode_in_chunks
 from crosslmm_jax.model.weights import WeightTable, declare, layer_of
+
+
+def reads_of(visible_frames: Int[np.ndarray, "b t"], frames: int) -> Reads:
+    """What holds for a batch's `visible_frames`, of rows with `frames` frames: for `CrossLMM.reads`."""
+    whole = np.isin(visible_frames, (0, frames)).all()
+    return "whole" if whole else "each"
 
 
 class Weights(nn.Module):
@@ -57,11 +64,13 @@ class CrossLMM(nn.Module):
       rules: logical axis of an activation -> mesh axes, or None to leave all layout to the compiler.
       stacked: parameters are as `init_params` makes them, the layers of a stack in one array; False: as
         `separate_layers` makes them, which is what inference on accelerators should read.
+      reads: what holds for `visible_frames` of all batches (`reads_of`).
     """
 
     config: ModelConfig
     rules: AxisRules | None = None
     stacked: bool = True
+    reads: Reads = "each"
 
     def setup(self) -> None:
         """Declares the parameters."""
@@ -195,8 +204,9 @@ class CrossLMM(nn.Module):
         """All decoder layers over a whole sequence: one program for all, recomputed in the backward pass."""
         c = self.config
         one = functools.partial(
-            decoder_layer, positions=positions, visible_frames=visible_frames, config=c, rules=self.rules
-        )
+            decoder_layer, positions=positions, visible_frames=visible_frames, reads=self.reads, config=c,
+            rules=self.rules,
+        )  # fmt: skip
 
         def plain(x: Array, layer: Any) -> Array:
             return one(x, layer, None)[0]
@@ -241,7 +251,7 @@ class CrossLMM(nn.Module):
                 x, layer_of(layers, index), cross, positions=positions, visible_frames=visible_frames,
                 own=None if cache is None else cache.layer(index), visual=visual, batch=batch,
                 t2v=None if cache is None or cache.t2v is None or cross is None else cache.t2v[number],
-                observed=observed, config=c, rules=self.rules,
+                observed=observed, reads=self.reads, config=c, rules=self.rules,
             )  # fmt: skip
             if keep:
                 left.append((keys, values, crossed))

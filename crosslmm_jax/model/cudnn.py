@@ -25,7 +25,7 @@ BLOCK = 128  # queries that cuDNN handles at once
 MULTIPROCESSORS = 132  # of a GPU that does not say how many it has: Hopper's
 FEWEST_KEYS = 512  # of a part
 MOST_PARTS = 128
-PART_COST = 256  # keys that could be read in the time that a part takes to begin and end
+PART_COST = 1024  # keys that could be read in the time that a part takes to begin and end
 WORTHWHILE = 0.95  # of the time without parts
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model.cross_attention import (
     KeysValues,
+    Reads,
     attention_map,
     compress,
     cross_attend,
@@ -37,6 +38,7 @@ def decoder_layer(
     batch: Batch | None = None,
     t2v: KeysValues | None = None,
     observed: Int[Array, " b"] | None = None,
+    reads: Reads = "each",
     config: ModelConfig,
     rules: AxisRules | None = None,
 ) -> tuple[Array, Array, Array, Any]:
@@ -53,6 +55,7 @@ def decoder_layer(
       batch: the same, with the sequence's slots.
       t2v: cached keys and values of the video, when `x` is text behind a cache.
       observed: int32[B], the token in each row whose attention map is asked for.
+      reads: what holds for `visible_frames` of a whole sequence; text behind a cache always reads alike.
       config: the whole model's.
       rules: logical axes.
 
@@ -68,7 +71,7 @@ def decoder_layer(
     if cross is not None:
         cross = {direction: cast(part, dtype) for direction, part in cross.items()}
         if visual is not None and batch is not None:
-            x, left = _dual_cross_attention(x, cross, visual, batch, c, rules)
+            x, left = _dual_cross_attention(x, cross, visual, batch, reads, c, rules)
         elif t2v is not None and "t2v" in cross:
             x, left = _text_to_visual(x, cross["t2v"], t2v, visible_frames, observed, c, rules)
     x = constrain(mlp(weights, x, config=c.decoder), rules, "act_batch", "act_len", "act_embed")
@@ -80,6 +83,7 @@ def _dual_cross_attention(
     cross: dict[str, Any],
     visual: Visual,
     batch: Batch,
+    reads: Reads,
     config: ModelConfig,
     rules: AxisRules | None,
 ) -> tuple[Array, KeysValues | None]:
@@ -97,7 +101,8 @@ def _dual_cross_attention(
             update = cross_attend(
                 cross["v2v"], gather_tokens(x, slots), originals,
                 visible_frames=jnp.take_along_axis(visible, slots, axis=1),
-                times=jnp.broadcast_to(frame, slots.shape), config=c, scoped=True, rules=rules,
+                times=jnp.broadcast_to(frame, slots.shape), config=c, reads=reads,
+                scoped=True, rules=rules,
             )  # fmt: skip
             out = add_at(out, slots, update)
     if "t2v" in cross:
@@ -110,7 +115,7 @@ def _dual_cross_attention(
             source = originals if is_long(originals, config=c, rules=rules) else t2v
             update = cross_attend(
                 cross["t2v"], gather_tokens(x, slots), source,
-                visible_frames=seen, times=seen, config=c, rules=rules,
+                visible_frames=seen, times=seen, config=c, reads=reads, rules=rules,
             )  # fmt: skip
             out = add_at(out, slots, update)
             t2v = compress(t2v, c.cross_attention.cache_dtype)
@@ -134,6 +139,6 @@ def _text_to_visual(
     with jax.named_scope("t2v"):
         update = cross_attend(
             weights, x, kv, visible_frames=visible_frames, times=visible_frames, config=config,
-            rules=rules,
+            reads="alike", rules=rules,
         )  # fmt: skip
     return x + update, maps

@@ -51,7 +51,7 @@ def attend_tokens(
     tokens: Float[Array, "b f p d"],
     *,
     make: MakeKeysValues,
-    visible_frames: Int[Array, "b t"],
+    visible_frames: Int[Array, "b t"] | Int[Array, "b 1"] | None,
     config: ModelConfig,
     scoped: bool,
     rules: AxisRules | None,
@@ -63,7 +63,8 @@ def attend_tokens(
       weights: one layer's and direction's; of them those of keys and values are read.
       tokens: float[B, F, P, D], the original tokens.
       make: makes keys and values.
-      visible_frames: int32[B, T], how many frames a query may read, from the first on.
+      visible_frames: int32[B, T], how many frames a query may read, from the first on; [B, 1] for all
+        queries of a row (not with `scoped`), None: all frames.
       config: the whole model's.
       scoped: narrow what is read to `v2v_scope`.
       rules: logical axes; frames or heads that are spread over devices are small enough on each.
@@ -107,7 +108,7 @@ def attend(
     q: Float[Array, "b t n h"],
     kv: "KeysValues",
     *,
-    visible_frames: Int[Array, "b t"],
+    visible_frames: Int[Array, "b t"] | Int[Array, "b 1"] | None,
     config: ModelConfig,
     scoped: bool,
     rules: AxisRules | None,
@@ -118,20 +119,22 @@ def attend(
         return _attend_frame(q, kv, visible_frames, config, rules)
     if scope == "window":
         return _attend_window(q, kv, visible_frames, 0, config, rules)
-    stop = visible_frames * kv.keys.shape[2]
+    stop = None if visible_frames is None else visible_frames * kv.keys.shape[2]
     return context_parallel_attention(
         q, kv.keys, kv.values, kv_stop=stop, backend=config.attention, rules=rules
     )
 
 
 def _attend_frame(
-    q: Array, kv: "KeysValues", visible_frames: Array, config: ModelConfig, rules: AxisRules | None
+    q: Array, kv: "KeysValues", visible_frames: Array | None, config: ModelConfig, rules: AxisRules | None
 ) -> Float[Array, "b t n h"]:
     """Each compact token reads the patches of its own frame: linear in frames."""
     batch, frames, patches = kv.keys.shape[:3]
     by_frame = q.reshape(batch * frames, -1, *q.shape[2:])
-    visible = visible_frames.reshape(batch, frames, -1) > jnp.arange(frames)[:, None]
-    stop = jnp.where(visible, patches, 0).reshape(batch * frames, -1)
+    stop = None
+    if visible_frames is not None:
+        visible = visible_frames.reshape(batch, frames, -1) > jnp.arange(frames)[:, None]
+        stop = jnp.where(visible, patches, 0).reshape(batch * frames, -1)
     keys, values = (x.reshape(batch * frames, patches, *x.shape[3:]) for x in (kv.keys, kv.values))
     out = attention(by_frame, keys, values, kv_stop=stop, backend=config.attention, rules=rules)
     return out.reshape(q.shape)
@@ -140,7 +143,7 @@ def _attend_frame(
 def _attend_window(
     q: Array,
     kv: "KeysValues",
-    visible_frames: Array,
+    visible_frames: Array | None,
     offset: Array | int,
     config: ModelConfig,
     rules: AxisRules | None,
@@ -160,6 +163,8 @@ def _attend_window(
     # Within a block, frames are counted from the first one of the previous block.
     first = offset + ((jnp.arange(count) - 1) * window)[:, None]
     low = jnp.maximum(frame - window, 0) - first
+    if visible_frames is None:
+        visible_frames = jnp.full((batch, own * tokens), frames, jnp.int32)
     seen = jnp.pad(visible_frames, ((0, 0), (0, pad * tokens))).reshape(batch, count, -1)
     high = jnp.minimum(jnp.minimum(frame + window + 1, frames), seen) - first
     low, high = jnp.broadcast_to(low, seen.shape), jnp.maximum(high, low)
@@ -187,7 +192,7 @@ def _begins(frames: int, size: int) -> Array:
 
 
 def _by_part(
-    q: Array, weights: dict[str, Array], tokens: Array, make: MakeKeysValues, visible_frames: Array,
+    q: Array, weights: dict[str, Array], tokens: Array, make: MakeKeysValues, visible_frames: Array | None,
     size: int, config: ModelConfig, rules: AxisRules | None,
 ) -> Float[Array, "b t n h"]:  # fmt: skip
     """`v2v_scope` "frame" or "window" for `size` frames at a time."""
@@ -197,13 +202,14 @@ def _by_part(
 
     def one(begin: Array) -> Array:
         first = jnp.clip(begin - beside, 0, frames - read)
-        own, visible = (
-            jax.lax.dynamic_slice_in_dim(x, begin * c, size * c, axis=1) for x in (q, visible_frames)
-        )
+        own = jax.lax.dynamic_slice_in_dim(q, begin * c, size * c, axis=1)
+        visible = visible_frames
+        if visible is not None:
+            visible = jax.lax.dynamic_slice_in_dim(visible, begin * c, size * c, axis=1) - first
         kv = make(weights, jax.lax.dynamic_slice_in_dim(tokens, first, read, axis=1), first)
         if cross.v2v_scope == "frame":
-            return _attend_frame(own, kv, visible - first, config, rules)
-        return _attend_window(own, kv, visible - first, begin - first, config, rules)
+            return _attend_frame(own, kv, visible, config, rules)
+        return _attend_window(own, kv, visible, begin - first, config, rules)
 
     begins = _begins(frames, size)
     out = jax.lax.map(jax.checkpoint(one, prevent_cse=False), begins)
@@ -213,7 +219,7 @@ def _by_part(
 
 
 def _by_head(
-    q: Array, weights: dict[str, Array], tokens: Array, make: MakeKeysValues, visible_frames: Array,
+    q: Array, weights: dict[str, Array], tokens: Array, make: MakeKeysValues, visible_frames: Array | None,
     size: int, config: ModelConfig, rules: AxisRules | None,
 ) -> Float[Array, "b t n h"]:  # fmt: skip
     """Every query over all frames, for one key head and the queries that read it at a time.
@@ -224,7 +230,7 @@ def _by_head(
     heads, head_dim = config.decoder.num_kv_heads, q.shape[3]
     of_head = {"wk": 1, "wv": 1, "bk": 0, "bv": 0}  # the axis of the heads
     by_head = {name: jnp.moveaxis(weights[name], axis, 0) for name, axis in of_head.items()}
-    stop = visible_frames * patches
+    stop = None if visible_frames is None else visible_frames * patches
 
     def one(head: Any) -> Array:
         q, own = head

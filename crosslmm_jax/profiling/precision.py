@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from crosslmm_jax.config import ModelConfig, Precision
 from crosslmm_jax.inference.clips import read_clips
-from crosslmm_jax.model import CrossLMM, quantise_params
+from crosslmm_jax.model import CrossLMM, quantise_params, reads_of
 from crosslmm_jax.model.ops import layer_norm
 from crosslmm_jax.model.quantise import DTYPES, Rows, quantise, quantised_product
 from crosslmm_jax.model.vision import Visual, encode_in_chunks
@@ -164,7 +164,8 @@ def logits(config: ModelConfig, request: Request, params: Any, visual: Visual) -
     prompt = {name: batch[name][:, :end] for name in ("tokens", "positions", "visible_frames")}
     prompt |= {"visual_slots": batch["visual_slots"], "text_slots": batch["text_slots"][:, : work.before]}
     parts = {part: params[part] for part in ("v2v", "t2v", "decoder")}
-    return np.asarray(program(_logits)(CrossLMM(config), parts, visual, prompt, batch["tokens"][:, end:]))
+    model = CrossLMM(config, reads=reads_of(prompt["visible_frames"], frames))
+    return np.asarray(program(_logits)(model, parts, visual, prompt, batch["tokens"][:, end:]))
 
 
 def _logits(model: CrossLMM, params: Any, visual: Visual, prompt: Any, text: Array) -> Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.model import CrossLMM
+from crosslmm_jax.model import CrossLMM, reads_of
 from crosslmm_jax.model.loss import logits_of
 from crosslmm_jax.parallel.compiling import matmul_options
 from crosslmm_jax.profiling import flops
@@ -59,9 +59,10 @@ def case(config: ModelConfig, request: Request, frames: int, *, cached: bool) ->
     batch, pixels = random_text(config, work), frames_shape(config, frames)
     batch.pop("loss_mask")
     function = _with_cache if cached else _first_logits
+    model = CrossLMM(config, stacked=False, reads=reads_of(batch["visible_frames"], frames))
 
     def lower() -> Any:
-        return function.lower(CrossLMM(config, stacked=False), param_shapes(config), pixels, shapes_of(batch))
+        return function.lower(model, param_shapes(config), pixels, shapes_of(batch))
 
     def inputs() -> Any:
         return random_frames(config, frames), jax.device_put(batch)

@@ -197,12 +197,14 @@ def test_a_length_for_all_queries_of_a_row(monkeypatch, backend, lengths, known)
 
 @pytest.mark.parametrize("keys", [2560, 256 * 729, 2048 * 729])
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_decoding_is_plain_on_accelerators_however_long_the_video(monkeypatch, caplog, platform, keys):
+def test_decoding_takes_few_products_on_accelerators_or_cudnn_in_parts(monkeypatch, caplog, platform, keys):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(cudnn, "cudnn_attention", lambda q, *_, **__: q)
     q = jax.ShapeDtypeStruct((1, 1, 28, 128), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((1, keys, 4, 128), jnp.bfloat16)
     stop = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     with caplog.at_level("DEBUG", "crosslmm_jax.model.attention"):
         jax.eval_shape(lambda q, k, stop: attention(q, k, k, kv_stop=stop), q, k, stop)
     by_size = "blockwise" if keys > 2**18 else "reference"
-    assert caplog.messages[-1].endswith(f": {by_size if platform == 'cpu' else 'plain'}")
+    chosen = {"cpu": by_size, "tpu": "plain", "gpu": "cudnn" if keys > 2560 else "plain"}[platform]
+    assert caplog.messages[-1].endswith(f": {chosen}")

@@ -11,7 +11,7 @@ import pytest
 
 from crosslmm_jax import presets
 from crosslmm_jax.config import MeshConfig
-from crosslmm_jax.model import CrossLMM, frame_parts, init_params
+from crosslmm_jax.model import CrossLMM, cudnn, frame_parts, init_params, reads_of
 from crosslmm_jax.model.cross_attention import cross_attend, keys_values
 from crosslmm_jax.parallel.mesh import make_mesh
 from crosslmm_jax.parallel.rules import activation_rules
@@ -103,6 +103,72 @@ def test_the_model_and_its_cache_are_the_same_in_parts(
     monkeypatch.setattr(frame_parts, "PART_BYTES", 2**40)
     for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(run()), strict=True):
         np.testing.assert_allclose(got, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_reads_that_are_known_beforehand_change_nothing(
+    tiny_config, replace_config, monkeypatch, in_parts, scope, parts
+) -> None:
+    """Tokens that read all frames or none, or a row's alike: forward and gradients."""
+    config = replace_config(tiny_config, merge={"grid": 2}, cross_attention={"v2v_scope": scope})
+    if not parts:
+        monkeypatch.setattr(frame_parts, "WHOLE_BYTES", 2**40)
+        monkeypatch.setattr(frame_parts, "PART_BYTES", 2**40)
+    weights, x, tokens, visible, times = one_layer(config, 5)
+    scoped = {"scoped": True, "times": times, "visible_frames": np.full_like(visible, 5)}
+    text = x[:, :3]
+    some = np.array([[0, 5, 5], [5, 5, 0]], np.int32)
+    alike = np.array([[2, 2, 2], [0, 0, 0]], np.int32)
+    cases = [(x, "whole", scoped)]
+    cases += [
+        (text, name, {"times": seen, "visible_frames": seen})
+        for name, seen in (("whole", some), ("alike", alike))
+    ]
+    for x, reads, seen in cases:
+
+        def run(weights, x, tokens, reads=reads, seen=seen):
+            update = cross_attend(weights, x, tokens, config=config, reads=reads, **seen)
+            return jnp.sum(jnp.cos(update)), update
+
+        graded = jax.jit(jax.grad(run, (0, 1, 2), has_aux=True), static_argnums=3)
+        found, expected = (graded(weights, x, tokens, name) for name in (reads, "each"))
+        for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(got, wanted, atol=2e-6 * max(1, np.abs(wanted).max()))
+        nothing = np.asarray(found[1])[np.asarray(seen["visible_frames"]) == 0]
+        assert not nothing.any()
+
+
+def test_a_prefill_of_a_whole_video_asks_nothing_on_the_way(
+    tiny_config, replace_config, make_batch, monkeypatch
+) -> None:
+    """On cuDNN, no branch is taken on the device; and the result is that of the program with branches."""
+    monkeypatch.setattr(cudnn, "FUSED", "xla")
+    config = replace_config(
+        tiny_config,
+        vision={"width": 32},
+        cross_attention={"gate_init": 0.5},
+        attention="cudnn",
+        compute_dtype="bfloat16",
+    )
+    params = {"params": init_params(config, jax.random.key(0))}
+    batch = make_batch(config, frames=3)
+    visible = np.where(batch["visible_frames"] > 0, 3, 0).astype(np.int32)
+    assert reads_of(visible, 3) == "whole" and reads_of(np.array([[0, 2, 3]]), 3) == "each"
+    batch = {**batch, "visible_frames": visible}
+    counts = np.full(2, visible.shape[1], np.int32)
+    found = {}
+    for reads in ("whole", "each"):
+        model = CrossLMM(config, reads=reads)
+
+        def run(batch, model=model):
+            visual = model.apply(params, batch["frames"], method="encode")
+            size = int(counts[0])
+            return model.apply(params, visual, batch, counts, cache_size=size, method="prefill")[0]
+
+        assert ("stablehlo.case" in jax.jit(run).lower(batch).as_text()) == (reads == "each")
+        found[reads] = np.asarray(jax.jit(run)(batch), np.float32)
+    np.testing.assert_allclose(found["whole"], found["each"], atol=2e-2)
 
 
 @pytest.mark.parametrize("tensor", [2, 8])  # heads of keys are spread; there are fewer than devices
