@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crosslmm_jax.model import cudnn
 from crosslmm_jax.model.attention import attention, reference_attention
 from crosslmm_jax.model.blockwise import MASKED, BlockSizes, blockwise_attention
 
