@@ -26,11 +26,11 @@ def stand_in(q, k, v, lengths):
     return out.reshape(q.shape).astype(q.dtype), jax.nn.logsumexp(scores, axis=-1).reshape(q.shape[:3])
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_parts_are_merged_to_the_whole(data):
-    parts, size, length = (data.draw(st.integers(1, n)) for n in (6, 9, 5))
-    kv_heads, groups, batch = (data.draw(st.integers(1, 3)) for _ in range(3))
+    parts, size, length = (data.draw(st.integers(1, n)) for n in (5, 7, 3))
+    kv_heads, groups, batch = (data.draw(st.integers(1, 2)) for _ in range(3))
     keys = parts * size
     lengths = data.draw(st.none() | st.lists(st.integers(1, keys), min_size=batch, max_size=batch))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
