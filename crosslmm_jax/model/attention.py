@@ -69,7 +69,7 @@ def attention(
     """
     if causal and (kv_start is not None or kv_stop is not None or q.shape[1] != k.shape[1]):
         raise ValueError("causal attention takes as many keys as queries, and no ranges")
-    chosen = _choose(backend, q, k, kv_start, kv_stop)
+    chosen = _choose(backend, q, k, kv_start, kv_stop, rules)
     logger.debug("attention of %s over %s keys: %s", q.shape, k.shape[1], chosen)
     if chosen in ("cudnn", "splash"):
         k, v = k.astype(q.dtype), v.astype(q.dtype)
@@ -88,8 +88,9 @@ def attention(
 
 
 def _choose(
-    backend: AttentionBackend, q: Array, k: Array, kv_start: Array | None, kv_stop: Any
-) -> AttentionBackend:
+    backend: AttentionBackend, q: Array, k: Array, kv_start: Array | None, kv_stop: Any = None,
+    rules: AxisRules | None = None,
+) -> AttentionBackend:  # fmt: skip
     applies = cudnn.is_applicable(q) and kv_start is None
     if backend == "cudnn" and not applies:
         raise ValueError(
@@ -103,17 +104,23 @@ def _choose(
     platform = jax.default_backend()
     batch, length, heads, _ = q.shape
     score_bytes = batch * length * heads * k.shape[1] * 4
-    alike = kv_stop is None or kv_stop.shape[1] == 1
-    large = 2 * k.size * k.dtype.itemsize >= FUSED_DECODE_BYTES
-    if platform == "gpu" and applies and alike and k.dtype == q.dtype and large:
-        return "cudnn"
-    if platform in ("gpu", "tpu") and length <= DECODE_QUERIES and score_bytes <= DECODE_SCORE_BYTES:
-        return "plain"
+    if platform in ("gpu", "tpu") and length <= DECODE_QUERIES:
+        if platform == "gpu" and applies and rules is None and _is_long_decode(q, k, kv_stop):
+            return "cudnn"
+        if score_bytes <= DECODE_SCORE_BYTES:
+            return "plain"
     if platform != "gpu" and score_bytes <= SMALL_SCORE_BYTES:
         return "reference"
     if platform == "tpu":
         return "splash" if splash.is_worthwhile(q, k, kv_start) else "blockwise"
     return "cudnn" if platform == "gpu" and applies else "blockwise"
+
+
+def _is_long_decode(q: Array, k: Array, kv_stop: Any) -> bool:
+    """Whether keys and values of a row are as many as cuDNN reads faster, as they lie: odd ones it copies."""
+    alike = kv_stop is None or kv_stop.shape[1] == 1
+    row_bytes = 2 * k.size // k.shape[0] * k.dtype.itemsize
+    return alike and k.dtype == q.dtype and k.shape[1] % 2 == 0 and row_bytes >= FUSED_DECODE_BYTES
 
 
 def _ranges(

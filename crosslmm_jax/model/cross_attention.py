@@ -127,7 +127,7 @@ def cross_attend(
       times: int32[B, T], a token's place on the frame axis: its frame, or for text the frames before it.
         Only the rotary embedding over time reads it.
       config: the whole model's.
-      reads: what holds for `visible_frames`.
+      reads: what holds for `visible_frames`; "alike" not with `scoped`.
       scoped: narrow what is read to `v2v_scope` (V2V only).
       rules: logical axes; frames may be spread over devices.
 

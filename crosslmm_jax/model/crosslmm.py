@@ -13,7 +13,7 @@
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model.cache import Cache
-from crosslmm_jax.model.cross_attention import Reads, cross_attention_weights, kv_width
+from crosslmm_jax.model.cross_attention import cross_attention_weights, kv_width
 from crosslmm_jax.model.decoder_layer import Batch, decoder_layer
 from crosslmm_jax.model.loss import logits_of, next_token_loss
 from crosslmm_jax.model.merge import Projector
@@ -36,7 +36,7 @@ from crosslmm_jax.model.vision import Visual, encode_in_chunks
 from crosslmm_jax.model.weights import WeightTable, declare, layer_of
 
 
-def reads_of(visible_frames: Int[np.ndarray, "b t"], frames: int) -> Reads:
+def reads_of(visible_frames: Int[np.ndarray, "b t"], frames: int) -> Literal["each", "whole"]:
     """What holds for a batch's `visible_frames`, of rows with `frames` frames: for `CrossLMM.reads`."""
     whole = np.isin(visible_frames, (0, frames)).all()
     return "whole" if whole else "each"
@@ -70,7 +70,7 @@ class CrossLMM(nn.Module):
     config: ModelConfig
     rules: AxisRules | None = None
     stacked: bool = True
-    reads: Reads = "each"
+    reads: Literal["each", "whole"] = "each"
 
     def setup(self) -> None:
         """Declares the parameters."""

@@ -40,7 +40,7 @@ def cudnn_attention(
     v: Float[Array, "b s k h"],
     *,
     causal: bool,
-    kv_stop: Int[Array, "b t"] | Int[np.ndarray, "b 1"] | None,
+    kv_stop: Int[Array, "b t"] | Int[Array, "b 1"] | Int[np.ndarray, "b 1"] | None,
 ) -> Float[Array, "b t n h"]:
     """Attention of each query over its first `kv_stop` keys; arguments as of `attention`.
 
@@ -120,7 +120,8 @@ _fused.defvjp(_fused_forward, _fused_backward)
 def best_parts(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> int:
     """Parts of equal size to cut keys into, or 0 for cuDNN as it is, by the blocks that the GPU runs at once.
 
-    Time is taken as rounds of blocks on all multiprocessors, times the keys of a block. Shapes are those of
+    Time is taken as rounds of blocks on all multiprocessors, times the keys of a block and `PART_COST`. Parts
+    are of even size where keys are even, since odd ones are copied (`_with_log_sum_exp`). Shapes are those of
     the whole batch: where it is spread over devices, a device has fewer blocks and may be left emptier.
     """
     batch, length, heads, _ = q_shape
@@ -132,7 +133,8 @@ def best_parts(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> int:
         return math.ceil(blocks / at_once) * (keys / parts + PART_COST)
 
     most = min(keys // FEWEST_KEYS, MOST_PARTS)
-    choices = [parts for parts in range(1, most + 1) if keys % parts == 0]
+    step = 2 if keys % 2 == 0 else 1
+    choices = [parts for parts in range(1, most + 1) if keys % (step * parts) == 0]
     folded = functools.partial(time, kv_heads, heads // kv_heads * length)
     best = min(choices, key=folded, default=0)
     return best if best and folded(best) < WORTHWHILE * time(heads, length, 1) else 0

@@ -31,7 +31,7 @@ class Shape(NamedTuple):
     kv_heads: int
     size: int
     causal: bool = False
-    ranged: bool = False  # called with one range a query, as cross-attention is
+    ranged: bool = False  # called with a stop a query, as cross-attention is in training; in parts, without
 
     @property
     def pairs(self) -> int:
@@ -52,7 +52,9 @@ def run(record: Record) -> None:
             for backend in BACKENDS:
                 if _applies(backend, shape, config):
                     cases.append(case(config, shape, frames, backend, rates["memory_tb_per_s"]))
-            for parts in request.parts if shape.ranged and _applies("cudnn", shape, config) else ():
+            for parts in (
+                dict.fromkeys(request.parts) if shape.ranged and _applies("cudnn", shape, config) else ()
+            ):
                 if shape.keys % parts == 0:
                     cases.append(case(config, shape, frames, "cudnn", rates["memory_tb_per_s"], parts))
     run_cases(cases, record, make_weights=dict)
@@ -132,5 +134,5 @@ def _attend(
 
 @functools.partial(jax.jit, static_argnames="parts")
 def _attend_in_parts(q: Array, k: Array, v: Array, stop: Array, *, parts: int) -> Array:
-    del stop  # all keys, as a prompt reads them whose video is whole
+    del stop  # all keys, as a prompt whose video is whole reads them; a decode does so by length
     return split_attention(q, k, v, None, parts)[0]

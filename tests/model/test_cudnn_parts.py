@@ -75,17 +75,21 @@ def test_attention_without_gradients_reads_parts_and_with_them_does_not(monkeypa
 @pytest.mark.parametrize(
     ("queries", "keys", "heads", "expected"),
     [
-        (64, 256 * FRAME, (12, 2), range(16, 65)),  # T2V of the 2B model: 6 blocks
+        (64, 256 * FRAME, (12, 2), range(18, 19)),  # T2V of the 2B model: 6 blocks
         (64, 256 * FRAME, (28, 4), range(8, 9)),  # of the 7B model: 16 blocks, 128 of 132 places
         (288, 32 * FRAME, (12, 2), range(4, 10)),  # V2V of few frames
         (2304, 256 * FRAME, (12, 2), range(3, 4)),  # 216 blocks are two rounds, 648 are five
         (FRAME, FRAME, (16, 16), range(1)),  # encoder
+        (1, 256 * FRAME, (12, 2), range(54, 65)),  # a generated token
+        (1, 192 * FRAME, (12, 2), range(32, 65)),  # 64 parts would be odd
         (64, 448003, (12, 2), range(2)),  # a prime: no more than one part
     ],
 )  # fmt: skip
 def test_as_many_parts_as_fill_the_gpu(queries, keys, heads, expected):
     batch = 32 if queries == FRAME else 1
-    assert cudnn.best_parts((batch, queries, heads[0], 128), (batch, keys, heads[1], 128)) in expected
+    parts = cudnn.best_parts((batch, queries, heads[0], 128), (batch, keys, heads[1], 128))
+    assert parts in expected
+    assert keys % 2 or not parts or keys // parts % 2 == 0, "odd parts are copied"
 
 
 def test_a_part_that_nobody_reads_weighs_nothing(monkeypatch):
