@@ -54,7 +54,7 @@ class Compiled:
     def prefill(self, params: Any, visual: Visual, batch: dict[str, np.ndarray]) -> Cache:
         """Runs a prompt without padding; the cache has room for just that."""
         counts = np.full(batch["tokens"].shape[0], batch["tokens"].shape[1], np.int32)
-        model = self.model.clone(reads=reads_of(batch["visible_frames"], visual.originals.shape[1]))
+        model = self.model.clone(reads=reads_of(batch, visual.originals.shape[1]))
         with jax.set_mesh(self.mesh):
             return program(_prefill)(model, params, visual, batch, counts)
 

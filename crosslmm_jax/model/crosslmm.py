@@ -13,6 +13,7 @@
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -35,11 +36,18 @@ from crosslmm_jax.model.stack import Placement, scan_layers
 from crosslmm_jax.model.vision import Visual, encode_in_chunks
 from crosslmm_jax.model.weights import WeightTable, declare, layer_of
 
+SequenceReads = Literal["each", "whole", "visual"]
 
-def reads_of(visible_frames: Int[np.ndarray, "b t"], frames: int) -> Literal["each", "whole"]:
-    """What holds for a batch's `visible_frames`, of rows with `frames` frames: for `CrossLMM.reads`."""
-    whole = np.isin(visible_frames, (0, frames)).all()
-    return "whole" if whole else "each"
+
+def reads_of(batch: Mapping[str, np.ndarray], frames: int) -> SequenceReads:
+    """What holds for a batch's `visible_frames`, of rows with `frames` frames: for `CrossLMM.reads`.
+
+    "visual" is "whole" where no text token reads a frame, as in a prompt that ends with its video.
+    """
+    if not np.isin(batch["visible_frames"], (0, frames)).all():
+        return "each"
+    by_text = np.take_along_axis(batch["visible_frames"], batch["text_slots"], axis=1)
+    return "whole" if by_text.any() else "visual"
 
 
 class Weights(nn.Module):
@@ -70,7 +78,7 @@ class CrossLMM(nn.Module):
     config: ModelConfig
     rules: AxisRules | None = None
     stacked: bool = True
-    reads: Literal["each", "whole"] = "each"
+    reads: SequenceReads = "each"
 
     def setup(self) -> None:
         """Declares the parameters."""

@@ -1,7 +1,7 @@
 """One decoder layer: Qwen2's, with both directions of cross-attention between its halves (paper fig. 2)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def decoder_layer(
     batch: Batch | None = None,
     t2v: KeysValues | None = None,
     observed: Int[Array, " b"] | None = None,
-    reads: Reads = "each",
+    reads: Reads | Literal["visual"] = "each",
     config: ModelConfig,
     rules: AxisRules | None = None,
 ) -> tuple[Array, Array, Array, Any]:
@@ -55,7 +55,8 @@ def decoder_layer(
       batch: the same, with the sequence's slots.
       t2v: cached keys and values of the video, when `x` is text behind a cache.
       observed: int32[B], the token in each row whose attention map is asked for.
-      reads: what holds for `visible_frames` of a whole sequence; text behind a cache always reads alike.
+      reads: what holds for `visible_frames` of a whole sequence (`crosslmm.reads_of`); text behind a cache
+        always reads alike.
       config: the whole model's.
       rules: logical axes.
 
@@ -83,12 +84,13 @@ def _dual_cross_attention(
     cross: dict[str, Any],
     visual: Visual,
     batch: Batch,
-    reads: Reads,
+    reads: Reads | Literal["visual"],
     config: ModelConfig,
     rules: AxisRules | None,
 ) -> tuple[Array, KeysValues | None]:
     """Both directions in parallel: each reads the hidden states that self-attention left."""
-    c, frames = config, visual.originals.shape[1]
+    c, frames, text_reads = config, visual.originals.shape[1], reads != "visual"
+    reads = "whole" if reads == "visual" else reads
     if frames == 0:
         return x, None
     visible, out, t2v = batch["visible_frames"], x, None
@@ -110,14 +112,15 @@ def _dual_cross_attention(
             slots = batch["text_slots"]
             out, originals = jax.lax.optimization_barrier((out, visual.originals))
             t2v = keys_values(cross["t2v"], originals, config=c)
-            seen = jnp.take_along_axis(visible, slots, axis=1)
-            # Of a long video, these are for the cache alone: what is read here is made part by part.
-            source = originals if is_long(originals, config=c, rules=rules) else t2v
-            update = cross_attend(
-                cross["t2v"], gather_tokens(x, slots), source,
-                visible_frames=seen, times=seen, config=c, reads=reads, rules=rules,
-            )  # fmt: skip
-            out = add_at(out, slots, update)
+            if text_reads:
+                seen = jnp.take_along_axis(visible, slots, axis=1)
+                # Of a long video, `t2v` is for the cache alone: what is read here is made part by part.
+                source = originals if is_long(originals, config=c, rules=rules) else t2v
+                update = cross_attend(
+                    cross["t2v"], gather_tokens(x, slots), source,
+                    visible_frames=seen, times=seen, config=c, reads=reads, rules=rules,
+                )  # fmt: skip
+                out = add_at(out, slots, update)
             t2v = compress(t2v, c.cross_attention.cache_dtype)
     return out, t2v
 

@@ -164,7 +164,7 @@ def logits(config: ModelConfig, request: Request, params: Any, visual: Visual) -
     prompt = {name: batch[name][:, :end] for name in ("tokens", "positions", "visible_frames")}
     prompt |= {"visual_slots": batch["visual_slots"], "text_slots": batch["text_slots"][:, : work.before]}
     parts = {part: params[part] for part in ("v2v", "t2v", "decoder")}
-    model = CrossLMM(config, reads=reads_of(prompt["visible_frames"], frames))
+    model = CrossLMM(config, reads=reads_of(prompt, frames))
     return np.asarray(program(_logits)(model, parts, visual, prompt, batch["tokens"][:, end:]))
 
 

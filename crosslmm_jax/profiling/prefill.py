@@ -59,7 +59,7 @@ def case(config: ModelConfig, request: Request, frames: int, *, cached: bool) ->
     batch, pixels = random_text(config, work), frames_shape(config, frames)
     batch.pop("loss_mask")
     function = _with_cache if cached else _first_logits
-    model = CrossLMM(config, stacked=False, reads=reads_of(batch["visible_frames"], frames))
+    model = CrossLMM(config, stacked=False, reads=reads_of(batch, frames))
 
     def lower() -> Any:
         return function.lower(model, param_shapes(config), pixels, shapes_of(batch))
