@@ -58,7 +58,8 @@ def attention(
         by numpy if it is known.
       backend: "auto" takes cuDNN on a GPU where it applies, on a TPU splash where it does, on both `plain`
         for up to 8 queries (but for very many keys); `blockwise` for many keys, `reference` elsewhere.
-      rules: logical axes, for the one backend that the compiler cannot spread over devices: splash.
+      rules: logical axes, for the one backend that the compiler cannot spread over devices: splash. None, one
+        device: only there "auto" takes cuDNN for up to 8 queries.
       axes: logical axes of the batch and of the heads.
 
     Returns:

@@ -14,7 +14,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model.cache import Cache
 from crosslmm_jax.model.cross_attention import cross_attention_weights, kv_width
-from crosslmm_jax.model.decoder_layer import Batch, decoder_layer
+from crosslmm_jax.model.decoder_layer import Batch, SequenceReads, decoder_layer
 from crosslmm_jax.model.loss import logits_of, next_token_loss
 from crosslmm_jax.model.merge import Projector
 from crosslmm_jax.model.ops import gather_tokens, rms_norm, with_fewest_rows
@@ -35,8 +35,6 @@ from crosslmm_jax.model.siglip import SiglipEncoder
 from crosslmm_jax.model.stack import Placement, scan_layers
 from crosslmm_jax.model.vision import Visual, encode_in_chunks
 from crosslmm_jax.model.weights import WeightTable, declare, layer_of
-
-SequenceReads = Literal["each", "whole", "visual"]
 
 
 def reads_of(batch: Mapping[str, np.ndarray], frames: int) -> SequenceReads:

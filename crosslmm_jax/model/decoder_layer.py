@@ -24,6 +24,8 @@ from crosslmm_jax.model.vision import Visual
 from crosslmm_jax.model.weights import cast
 
 Batch = Mapping[str, Array]
+# `Reads` of all tokens of a sequence; "visual": the compact tokens read all frames, text tokens none.
+SequenceReads = Literal["each", "whole", "visual"]
 
 
 def decoder_layer(
@@ -38,7 +40,7 @@ def decoder_layer(
     batch: Batch | None = None,
     t2v: KeysValues | None = None,
     observed: Int[Array, " b"] | None = None,
-    reads: Reads | Literal["visual"] = "each",
+    reads: SequenceReads = "each",
     config: ModelConfig,
     rules: AxisRules | None = None,
 ) -> tuple[Array, Array, Array, Any]:
@@ -84,13 +86,13 @@ def _dual_cross_attention(
     cross: dict[str, Any],
     visual: Visual,
     batch: Batch,
-    reads: Reads | Literal["visual"],
+    reads: SequenceReads,
     config: ModelConfig,
     rules: AxisRules | None,
 ) -> tuple[Array, KeysValues | None]:
     """Both directions in parallel: each reads the hidden states that self-attention left."""
     c, frames, text_reads = config, visual.originals.shape[1], reads != "visual"
-    reads = "whole" if reads == "visual" else reads
+    known: Reads = "each" if reads == "each" else "whole"
     if frames == 0:
         return x, None
     visible, out, t2v = batch["visible_frames"], x, None
@@ -103,7 +105,7 @@ def _dual_cross_attention(
             update = cross_attend(
                 cross["v2v"], gather_tokens(x, slots), originals,
                 visible_frames=jnp.take_along_axis(visible, slots, axis=1),
-                times=jnp.broadcast_to(frame, slots.shape), config=c, reads=reads,
+                times=jnp.broadcast_to(frame, slots.shape), config=c, reads=known,
                 scoped=True, rules=rules,
             )  # fmt: skip
             out = add_at(out, slots, update)
@@ -118,7 +120,7 @@ def _dual_cross_attention(
                 source = originals if is_long(originals, config=c, rules=rules) else t2v
                 update = cross_attend(
                     cross["t2v"], gather_tokens(x, slots), source,
-                    visible_frames=seen, times=seen, config=c, reads=reads, rules=rules,
+                    visible_frames=seen, times=seen, config=c, reads=known, rules=rules,
                 )  # fmt: skip
                 out = add_at(out, slots, update)
             t2v = compress(t2v, c.cross_attention.cache_dtype)

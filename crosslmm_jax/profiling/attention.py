@@ -52,10 +52,9 @@ def run(record: Record) -> None:
             for backend in BACKENDS:
                 if _applies(backend, shape, config):
                     cases.append(case(config, shape, frames, backend, rates["memory_tb_per_s"]))
-            for parts in (
-                dict.fromkeys(request.parts) if shape.ranged and _applies("cudnn", shape, config) else ()
-            ):
-                if shape.keys % parts == 0:
+            in_parts = shape.ranged and _applies("cudnn", shape, config)
+            for parts in dict.fromkeys(request.parts):
+                if in_parts and shape.keys % parts == 0:
                     cases.append(case(config, shape, frames, "cudnn", rates["memory_tb_per_s"], parts))
     run_cases(cases, record, make_weights=dict)
 
