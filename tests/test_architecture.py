@@ -146,6 +146,7 @@ def test_every_package_that_is_imported_is_declared() -> None:
         "google": "tensorflow_datasets",
         "tokenizers": "transformers",
         "numpy": "numpy",
+        "jaxlib": "jax",
     }
     imported = {name.split(".")[0] for path in MODULES for name in imports_of(path, parse(path))}
     imported -= sys.stdlib_module_names | {"crosslmm_jax"}

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from crosslmm_jax.config import AttentionBackend
-from crosslmm_jax.model import cudnn, splash
+from crosslmm_jax.model import cudnn, mosaic, splash
 from crosslmm_jax.model.blockwise import MASKED, block_sizes, blockwise_attention
-from crosslmm_jax.model.partitioning import AxisRules
+from crosslmm_jax.model.partitioning import AxisRules, map_devices
 
 logger = logging.getLogger(__name__)
 
@@ -56,22 +56,26 @@ def attention(
       kv_start: int32[B, T], first key a query reads (default 0).
       kv_stop: int32[B, T], one past the last key a query reads (default S); [B, 1] for all queries of a row,
         by numpy if it is known.
-      backend: "auto" takes cuDNN on a GPU where it applies, on a TPU splash where it does, on both `plain`
-        for up to 8 queries (but for very many keys); `blockwise` for many keys, `reference` elsewhere.
-      rules: logical axes, for the one backend that the compiler cannot spread over devices: splash. None, one
-        device: only there "auto" takes cuDNN for up to 8 queries.
+      backend: "auto" takes `mosaic` on a GPU where it applies, else cuDNN where that does, splash on a TPU,
+        `plain` on both for up to 8 queries (but for very many keys); `blockwise` for many keys, `reference`
+        elsewhere.
+      rules: logical axes, for the backends that the compiler cannot spread over devices: splash and mosaic.
+        None, one device: only there "auto" takes cuDNN for up to 8 queries.
       axes: logical axes of the batch and of the heads.
 
     Returns:
       float[B, T, N, H] in the dtype of `q`. Scores and sums are float32 in every backend.
 
     Raises:
-      ValueError: `causal` together with ranges, or with T != S; "cudnn" or "splash" where it does not apply.
+      ValueError: `causal` together with ranges, or with T != S; "cudnn", "mosaic" or "splash" where it does
+        not apply.
     """
     if causal and (kv_start is not None or kv_stop is not None or q.shape[1] != k.shape[1]):
         raise ValueError("causal attention takes as many keys as queries, and no ranges")
-    chosen = _choose(backend, q, k, kv_start, kv_stop, rules)
+    chosen = _choose(backend, q, k, kv_start, kv_stop, rules, causal=causal, axes=axes)
     logger.debug("attention of %s over %s keys: %s", q.shape, k.shape[1], chosen)
+    if chosen == "mosaic":
+        return mosaic.mosaic_attention(q, k, v, kv_start, kv_stop, causal=causal, rules=rules, axes=axes)
     if chosen in ("cudnn", "splash"):
         k, v = k.astype(q.dtype), v.astype(q.dtype)
     if chosen == "cudnn":
@@ -79,7 +83,7 @@ def attention(
     kv_stop = None if kv_stop is None else jnp.broadcast_to(kv_stop, q.shape[:2])
     if chosen == "splash":
         stop = _ranges(q, k, causal=True, kv_start=None, kv_stop=None)[1] if causal else kv_stop
-        return splash.sharded_splash_attention(q, k, v, kv_start, stop, rules=rules, axes=axes)
+        return map_devices(splash.splash_attention, q, k, v, kv_start, stop, rules=rules, axes=axes)
     start, stop = _ranges(q, k, causal=causal, kv_start=kv_start, kv_stop=kv_stop)
     if chosen == "reference":
         return reference_attention(q, k, v, start, stop)
@@ -90,7 +94,8 @@ def attention(
 
 def _choose(
     backend: AttentionBackend, q: Array, k: Array, kv_start: Array | None, kv_stop: Any = None,
-    rules: AxisRules | None = None,
+    rules: AxisRules | None = None, *, causal: bool = False,
+    axes: tuple[str, str | None] = ("act_batch", "act_heads"),
 ) -> AttentionBackend:  # fmt: skip
     applies = cudnn.is_applicable(q) and kv_start is None
     if backend == "cudnn" and not applies:
@@ -114,7 +119,10 @@ def _choose(
         return "reference"
     if platform == "tpu":
         return "splash" if splash.is_worthwhile(q, k, kv_start) else "blockwise"
-    return "cudnn" if platform == "gpu" and applies else "blockwise"
+    if platform == "gpu" and applies:
+        takes = mosaic.is_applicable(q, k, kv_start, kv_stop, causal=causal, rules=rules, axes=axes)
+        return "mosaic" if takes else "cudnn"
+    return "blockwise"
 
 
 def _is_long_decode(q: Array, k: Array, kv_stop: Any) -> bool:

@@ -105,16 +105,18 @@ def _padded(x: Array, count: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, count), (0, 0), (0, 0))) if count else x
 
 
-def _fused_forward(q: Array, k: Array, v: Array, lengths: Array | None, causal: bool) -> tuple[Array, Any]:
+def fused_forward(q: Array, k: Array, v: Array, lengths: Array | None, causal: bool) -> tuple[Array, Any]:
+    """Output, and what `fused_backward` needs."""
     out, backward = jax.vjp(lambda q, k, v: _fused_even(q, k, v, lengths, causal), q, k, v)
     return out, jax.tree.map(lambda x: checkpoint_name(x, RESIDUALS), backward)
 
 
-def _fused_backward(causal: bool, backward: Any, d_out: Array) -> tuple[Any, ...]:
+def fused_backward(causal: bool, backward: Any, d_out: Array) -> tuple[Any, ...]:
+    """Gradients of queries, keys, values and (None) lengths."""
     return (*backward(d_out), None)
 
 
-_fused.defvjp(_fused_forward, _fused_backward)
+_fused.defvjp(fused_forward, fused_backward)
 
 
 def best_parts(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> int:
@@ -126,7 +128,7 @@ def best_parts(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> int:
     """
     batch, length, heads, _ = q_shape
     keys, kv_heads = k_shape[1], k_shape[2]
-    at_once = getattr(jax.local_devices()[0], "core_count", None) or MULTIPROCESSORS
+    at_once = multiprocessors()
 
     def time(rows: int, queries: int, parts: int) -> float:
         blocks = batch * rows * math.ceil(queries / BLOCK) * parts
@@ -138,6 +140,11 @@ def best_parts(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> int:
     folded = functools.partial(time, kv_heads, heads // kv_heads * length)
     best = min(choices, key=folded, default=0)
     return best if best and folded(best) < WORTHWHILE * time(heads, length, 1) else 0
+
+
+def multiprocessors() -> int:
+    """Of the GPU."""
+    return getattr(jax.local_devices()[0], "core_count", None) or MULTIPROCESSORS
 
 
 def split_attention(

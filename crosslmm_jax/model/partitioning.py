@@ -1,6 +1,7 @@
 """Logical axes of activations. The model knows names only; `parallel` decides what they mean."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jaxtyping import Array
@@ -41,6 +42,31 @@ def constrain_output(x: Array, rules: AxisRules | None, *axes: str | None) -> Ar
 def dividing_axes(rules: AxisRules, axis: str, size: int) -> MeshAxes:
     """Mesh axes of a logical axis, or None (every device has all of it) where they do not divide `size`."""
     return rules[axis] if size % num_shards(rules, axis) == 0 else None
+
+
+def map_devices(
+    function: Callable[..., Array], q: Array, k: Array, v: Array, *ranges: Any, rules: AxisRules | None,
+    axes: tuple[str, str | None],
+) -> Array:  # fmt: skip
+    """An attention of each device's own rows and heads, for kernels: the compiler cannot divide those itself.
+
+    Args:
+      function: (q, k, v, *ranges) -> float[B, T, N, H].
+      q: float[B, T, N, H].
+      k: float[B, S, K, H].
+      v: float[B, S, K, H].
+      ranges: int32[B, T] each, or None.
+      rules: logical axis to mesh axes of the mesh in use, or None on one device.
+      axes: logical axes of B and of the heads; one that does not divide evenly is not divided.
+    """
+    if rules is None or jax.sharding.get_abstract_mesh().size == 1:
+        return function(q, k, v, *ranges)
+    batch = dividing_axes(rules, axes[0], q.shape[0])
+    heads = None if axes[1] is None else dividing_axes(rules, axes[1], k.shape[2])
+    spec = jax.sharding.PartitionSpec
+    whole = spec(batch, None, heads, None)
+    specs = (whole,) * 3 + (spec(batch, None),) * len(ranges)
+    return jax.shard_map(function, in_specs=specs, out_specs=whole, check_vma=False)(q, k, v, *ranges)
 
 
 def num_shards(rules: AxisRules | None, axis: str) -> int:

@@ -16,11 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from crosslmm_jax.model.blockwise import BlockSizes
-from crosslmm_jax.model.partitioning import AxisRules, dividing_axes
 
 LANES = 128  # the last dimension of a TPU's tile: head sizes and blocks are multiples of it
 BLOCKS = BlockSizes(512, 1024)
@@ -88,33 +86,6 @@ def is_worthwhile(q: Array, k: Array, kv_start: Array | None) -> bool:
     """Whether the kernel applies and its smallest block of rows is not mostly padding, as for one token."""
     rows = q.shape[1] * q.shape[2] // k.shape[2]
     return rows >= LANES and (kv_start is None or k.shape[1] <= MOST_KEYS_WITH_START)
-
-
-def sharded_splash_attention(
-    q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], v: Float[Array, "b s k h"],
-    kv_start: Int[Array, "b t"] | None, kv_stop: Int[Array, "b t"] | None, *,
-    rules: AxisRules | None, axes: tuple[str, str | None],
-) -> Float[Array, "b t n h"]:  # fmt: skip
-    """`splash_attention` of each device's own rows and heads: the compiler cannot divide a kernel itself.
-
-    Args:
-      q: float[B, T, N, H].
-      k: float[B, S, K, H].
-      v: float[B, S, K, H].
-      kv_start: as of `splash_attention`.
-      kv_stop: as of `splash_attention`.
-      rules: logical axis to mesh axes of the mesh in use, or None on one device.
-      axes: logical axes of B and of the heads; one that does not divide evenly is not divided.
-    """
-    if rules is None or jax.sharding.get_abstract_mesh().size == 1:
-        return splash_attention(q, k, v, kv_start, kv_stop)
-    batch = dividing_axes(rules, axes[0], q.shape[0])
-    heads = None if axes[1] is None else dividing_axes(rules, axes[1], k.shape[2])
-    whole, ranges = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
-    mapped = jax.shard_map(
-        splash_attention, in_specs=(whole, whole, whole, ranges, ranges), out_specs=whole, check_vma=False
-    )
-    return mapped(q, k, v, kv_start, kv_stop)
 
 
 def _block(length: int, limit: int) -> int:

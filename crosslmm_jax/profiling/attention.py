@@ -10,13 +10,14 @@ from jaxtyping import Array
 from crosslmm_jax.config import AttentionBackend, ModelConfig
 from crosslmm_jax.model.attention import attention
 from crosslmm_jax.model.cudnn import split_attention
+from crosslmm_jax.model.mosaic import is_applicable
 from crosslmm_jax.model.vision import frame_chunk
 from crosslmm_jax.profiling import flops, timing
 from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.inputs import config_of, num_bytes, random_array
 from crosslmm_jax.profiling.record import Record, Request
 
-BACKENDS: tuple[AttentionBackend, ...] = ("auto", "cudnn", "blockwise")
+BACKENDS: tuple[AttentionBackend, ...] = ("auto", "cudnn", "mosaic", "blockwise")
 BLOCKWISE_TFLOP = 4.0  # on more work than this the portable backend is not tried: it would take a second
 
 
@@ -60,10 +61,21 @@ def run(record: Record) -> None:
 
 
 def _applies(backend: AttentionBackend, shape: Shape, config: ModelConfig) -> bool:
+    if backend == "mosaic":
+        q, kv, _ = _arrays(shape, config)
+        return not shape.ranged and is_applicable(q, kv, causal=shape.causal)
     if backend == "cudnn":
         return jax.default_backend() == "gpu" and config.compute_dtype == "bfloat16"
     tflop = 4e-12 * shape.pairs * shape.heads * shape.size
     return backend == "auto" or tflop <= BLOCKWISE_TFLOP
+
+
+def _arrays(shape: Shape, config: ModelConfig) -> tuple[Any, Any, Any]:
+    """Queries, keys (or values), and stops."""
+    dtype = jnp.dtype(config.compute_dtype)
+    q = jax.ShapeDtypeStruct((shape.batch, shape.queries, shape.heads, shape.size), dtype)
+    kv = jax.ShapeDtypeStruct((shape.batch, shape.keys, shape.kv_heads, shape.size), dtype)
+    return q, kv, jax.ShapeDtypeStruct((shape.batch, shape.queries), jnp.int32)
 
 
 def shapes(config: ModelConfig, request: Request, frames: int) -> list[Shape]:
@@ -87,13 +99,10 @@ def case(
     parts: int | None = None,
 ) -> Case:  # fmt: skip
     """One attention with one backend; on cuDNN, with all keys read in `parts` parts where that is given."""
-    dtype = jnp.dtype(config.compute_dtype)
-    q = jax.ShapeDtypeStruct((shape.batch, shape.queries, shape.heads, shape.size), dtype)
-    kv = jax.ShapeDtypeStruct((shape.batch, shape.keys, shape.kv_heads, shape.size), dtype)
-    stop = jax.ShapeDtypeStruct((shape.batch, shape.queries), jnp.int32)
+    q, kv, stop = _arrays(shape, config)
 
     def inputs() -> Any:
-        arrays = [random_array(x.shape, dtype, seed=seed, std=1.0) for seed, x in enumerate((q, kv, kv))]
+        arrays = [random_array(x.shape, x.dtype, seed=seed, std=1.0) for seed, x in enumerate((q, kv, kv))]
         return [*arrays, jnp.full(stop.shape, shape.keys, jnp.int32)]
 
     def lower() -> Any:

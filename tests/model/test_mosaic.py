@@ -1,0 +1,134 @@
+"""The encoder's attention kernel for GPUs, without one: where it is chosen, that it lowers, what devices get.
+
+What the kernel itself computes, `test_mosaic_gpu.py` compares on a GPU.
+"""
+
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crosslmm_jax.config import ConfigError, MeshConfig
+from crosslmm_jax.model import cudnn, mosaic, mosaic_kernel
+from crosslmm_jax.model.attention import _choose, attention, reference_attention
+from crosslmm_jax.parallel import activation_rules, make_mesh
+
+ENCODER = (4, 729, 2, 72)
+
+
+def arrays(shape: Any = ENCODER, dtype: Any = jnp.bfloat16, count: int = 3) -> list[Any]:
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for _ in range(count)]
+
+
+def stand_in(q: Any, k: Any, v: Any, *, read: int) -> Any:
+    stop = jnp.full(q.shape[:2], read, jnp.int32)
+    return reference_attention(q, k, v, jnp.zeros_like(stop), stop)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mosaic, "_is_available", lambda: True)
+    monkeypatch.setattr(mosaic, "_kernel", stand_in)
+    monkeypatch.setattr(cudnn, "FUSED", "xla")
+
+
+@pytest.mark.parametrize(
+    ("shape", "keys", "stop", "others", "expected"),
+    [
+        (ENCODER, ENCODER, None, {}, True),
+        (ENCODER, ENCODER, np.full((4, 1), 700), {}, True),
+        (ENCODER, ENCODER, np.array([[700], [700], [3], [700]]), {}, False),  # rows that read unlike numbers
+        (ENCODER, ENCODER, np.zeros((4, 1), int), {}, False),
+        (ENCODER, ENCODER, jnp.full((4, 1), 700), {}, False),  # known on the device only
+        (ENCODER, ENCODER, None, {"causal": True}, False),
+        (ENCODER, ENCODER, None, {"kv_start": jnp.zeros((4, 729), jnp.int32)}, False),
+        (ENCODER, (4, 729, 1, 72), None, {}, False),  # heads that share keys
+        ((4, 729, 2, 64), (4, 729, 2, 64), None, {}, False),  # cuDNN pads nothing
+        ((4, 729, 2, 128), (4, 729, 2, 128), None, {}, False),
+        ((4, 9, 2, 72), ENCODER, None, {}, False),
+    ],
+)
+def test_applies_to(
+    on_hopper: None, shape: Any, keys: Any, stop: Any, others: dict[str, Any], expected: bool
+) -> None:
+    q, k = jnp.zeros(shape, jnp.bfloat16), jnp.zeros(keys, jnp.bfloat16)
+    start = others.pop("kv_start", None)
+    assert mosaic.is_applicable(q, k, start, stop, **others) == expected
+    assert not mosaic.is_applicable(q.astype(jnp.float32), k.astype(jnp.float32), start, stop, **others)
+
+
+def test_auto_takes_it_on_a_hopper_gpu_only(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, _ = arrays()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert _choose("auto", q, k, None) == "mosaic"
+    assert _choose("auto", q, k, None, causal=True) == "cudnn"
+    monkeypatch.setattr(mosaic, "_is_available", lambda: False)
+    assert _choose("auto", q, k, None) == "cudnn"
+
+
+def test_asked_for_where_it_does_not_apply(tiny_config: Any, replace_config: Any) -> None:
+    with pytest.raises(ValueError, match="backend 'mosaic' needs a Hopper GPU.*use 'auto'"):
+        attention(*arrays(), backend="mosaic")
+    with pytest.raises(ConfigError, match="attention is 'mosaic'; it must be 'auto'"):
+        replace_config(tiny_config, attention="mosaic")
+
+
+def test_gradients_are_those_of_cudnn(on_hopper: None) -> None:
+    q, k, v, weights = arrays((2, 70, 2, 72), jnp.bfloat16, 4)
+    stop = np.full((2, 1), 65)
+
+    def loss(q: Any, k: Any, v: Any, backend: Any) -> Any:
+        return jnp.sum(weights * attention(q, k, v, kv_stop=stop, backend=backend).astype(jnp.float32))
+
+    ours, expected = (jax.grad(loss, argnums=(0, 1, 2))(q, k, v, name) for name in ("mosaic", "cudnn"))
+    for mine, other in zip(ours, expected, strict=True):
+        assert jnp.any(other)
+        np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}])
+def test_every_device_computes_its_own_rows(on_hopper: None, axes: dict[str, int]) -> None:
+    q, k, v = arrays((8, 70, 2, 72))
+    stop, names = np.full((8, 1), 65), ("act_frames", None)
+    expected = stand_in(q, k, v, read=65)
+    with jax.set_mesh(make_mesh(MeshConfig(**axes))):
+        attend = jax.jit(
+            lambda q, k, v: attention(
+                q, k, v, kv_stop=stop, backend="mosaic", rules=activation_rules(), axes=names
+            )
+        )
+        out, expected = (x.astype(jnp.float32) for x in (attend(q, k, v), expected))
+        np.testing.assert_allclose(out, expected, rtol=2**-7)  # of a number that bfloat16 rounds otherwise
+        assert f"tensor<{8 // 8}x70x2x72xbf16>" in attend.lower(q, k, v).as_text()
+        # Seven rows do not divide.
+        assert not mosaic.is_applicable(q[:7], k[:7], rules=activation_rules(), axes=names)
+
+
+@pytest.mark.parametrize(
+    ("shape", "read"), [((2, 730, 730, 2, 72), 729), ((1, 64, 300, 3, 80), 129), ((1, 64, 64, 1, 72), 7)]
+)
+def test_lowers_for_a_gpu(shape: tuple[int, ...], read: int) -> None:
+    batch, queries, keys, heads, size = shape
+    plan = mosaic_kernel.Plan(batch, queries, keys, heads, size, read, "bfloat16", 132)
+    q, kv = (jax.ShapeDtypeStruct((batch, n, heads, size), jnp.bfloat16) for n in (queries, keys))
+    lowered = jax.jit(mosaic_kernel.build(plan)).trace(q, kv, kv).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("mosaic_gpu") >= 1
+    assert lowered.out_info.shape == q.shape
+
+
+def test_a_jax_that_does_not_take_the_kernel_gets_cudnn(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert mosaic._can_be_built.__wrapped__()
+
+    def changed(plan: Any) -> Any:
+        raise AttributeError("no attribute 'as_gpu_kernel'")
+
+    monkeypatch.setattr(mosaic_kernel, "build", changed)
+    with caplog.at_level(logging.WARNING):
+        assert not mosaic._can_be_built.__wrapped__()
+    assert "cuDNN takes its place" in caplog.text
