@@ -16,7 +16,7 @@ from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.inputs import config_of, num_bytes, random_prompt, with_overrides
 from crosslmm_jax.profiling.record import Record, Request
 from crosslmm_jax.train.state import abstract_state, random_state
-from crosslmm_jax.train.step import compile_train_step
+from crosslmm_jax.train.step import compile_train_step, reads_of_step
 
 STAGE = StageConfig(
     name="stage2", trainable=PARTS, directions=("v2v", "t2v"), steps=1000, learning_rate=1e-5,
@@ -55,7 +55,7 @@ def case(config: ModelConfig, request: Request, frames: int, mesh: Mesh) -> Case
             for name, x in batch.items()
         }
         with jax.set_mesh(mesh):
-            step: Any = compile_train_step(config, STAGE, mesh)
+            step: Any = compile_train_step(config, STAGE, mesh, reads_of_step(row))
             return step.lower(abstract_state(config, STAGE, mesh), shapes)
 
     def call(compiled: Any, state: list[Any], inputs: Any, _: None) -> Any:

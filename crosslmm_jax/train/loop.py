@@ -8,6 +8,7 @@ The command that started a run also continues it: after a kill, a crash, or on a
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ from crosslmm_jax.train.optimizer import learning_rates
 from crosslmm_jax.train.processes import check_alike, exchange
 from crosslmm_jax.train.stages import model_of_stage
 from crosslmm_jax.train.state import TrainState, abstract_state, random_state, state_of_params
-from crosslmm_jax.train.step import compile_train_step
+from crosslmm_jax.train.step import compile_train_step, reads_of_step
 from crosslmm_jax.train.window import NonFiniteStep, Window
 
 _POSITION = "global_next_index"
@@ -180,10 +181,12 @@ class _Run:
         self, state: TrainState, done: int, *, progress: Progress, log: MetricsLog | None, stop: StopRequest
     ) -> TrainState:
         run, stage = self.config.run, self.config.stage
-        train_step, window = compile_train_step(self.config.model, stage, self.mesh), Window()
+        program = functools.cache(functools.partial(compile_train_step, self.config.model, stage, self.mesh))
+        window = Window()
         for step in range(done + 1, stage.steps + 1):
             position = self.iterator.get_state()[_POSITION]
             batch = window.next_batch(self.iterator)
+            train_step = program(reads_of_step(batch))
             state, metrics = train_step(state, to_global(batch, self.mesh, num_shards=self.shard_count))
             tokens = batch["tokens"].size * self.shard_count
             window.add(step, metrics, position=position, tokens=tokens)

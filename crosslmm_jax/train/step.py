@@ -5,12 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
 from crosslmm_jax.config import ModelConfig, StageConfig
-from crosslmm_jax.model import CrossLMM
+from crosslmm_jax.model import CrossLMM, SequenceReads, reads_of
 from crosslmm_jax.parallel.compiling import matmul_options
 from crosslmm_jax.parallel.rules import activation_rules
 from crosslmm_jax.parallel.sharding import replicated
@@ -24,7 +25,18 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Any, Batch], tuple[Array, Array]]
 
 
-def make_train_step(config: ModelConfig, stage: StageConfig) -> TrainStep:
+def reads_of_step(batch: Mapping[str, np.ndarray]) -> SequenceReads:
+    """What a step may count on of this host's batch: "whole" if each token that reads frames reads all.
+
+    A step without the question, asked on the device in every layer, is 3% faster on one H200 (64 frames).
+    Of several processes each knows its own rows only, and all have to run the same program: "each".
+    """
+    if jax.process_count() > 1 or reads_of(batch, batch["frames"].shape[1]) == "each":
+        return "each"
+    return "whole"
+
+
+def make_train_step(config: ModelConfig, stage: StageConfig, reads: SequenceReads = "each") -> TrainStep:
     """The pure function `train_step(state, batch) -> (state, metrics)` of a stage.
 
     The loss is the mean over the targets of the whole batch, whatever row, device or microbatch they are in.
@@ -35,9 +47,11 @@ def make_train_step(config: ModelConfig, stage: StageConfig) -> TrainStep:
         weight      targets in the batch
         finite      whether loss and grad_norm are
         gate        direction -> float32[layers], tanh of the gates after the update
+
+    `reads` is what holds for all batches (`reads_of_step`).
     """
     config = model_of_stage(config, stage)
-    model, optimizer = CrossLMM(config, rules=activation_rules()), make_optimizer(stage)
+    model, optimizer = CrossLMM(config, rules=activation_rules(), reads=reads), make_optimizer(stage)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def objective(trainable: Any, batch: Batch) -> tuple[Array, Array]:
@@ -85,11 +99,13 @@ def _accumulate(
     return jax.lax.scan(add, start, jax.tree.map(interleaved, dict(batch)))[0]
 
 
-def compile_train_step(config: ModelConfig, stage: StageConfig, mesh: Mesh) -> TrainStep:
+def compile_train_step(
+    config: ModelConfig, stage: StageConfig, mesh: Mesh, reads: SequenceReads = "each"
+) -> TrainStep:
     """`make_train_step` under `jax.jit`, to be called within `jax.set_mesh(mesh)`; uses up its state."""
     shardings = shardings_of(abstract_state(config, stage, mesh))
     return jax.jit(
-        make_train_step(config, stage),
+        make_train_step(config, stage, reads),
         donate_argnums=0,
         out_shardings=(shardings, replicated(mesh)),
         compiler_options=matmul_options(),

@@ -11,13 +11,13 @@ from crosslmm_jax.config import MeshConfig
 from crosslmm_jax.model import CrossLMM
 from crosslmm_jax.parallel import make_mesh, to_global
 from crosslmm_jax.train.state import random_state
-from crosslmm_jax.train.step import compile_eval_step, compile_train_step
+from crosslmm_jax.train.step import compile_eval_step, compile_train_step, reads_of_step
 
 
-def run(config, stage, mesh, batches):
+def run(config, stage, mesh, batches, reads="each"):
     """State and metrics of each step, on the host."""
     state = random_state(config, stage, mesh, seed=3)
-    step, reports = compile_train_step(config, stage, mesh), []
+    step, reports = compile_train_step(config, stage, mesh, reads), []
     with jax.set_mesh(mesh):
         for batch in batches:
             state, metrics = step(state, to_global(batch, mesh))
@@ -155,3 +155,28 @@ def test_eval_step(reference, random_batches, micro_config, make_stage, one_devi
         batch = to_global(random_batches[0], one_device)
         loss_sum, weight = compile_eval_step(micro_config, one_device)(params, batch)
     assert float(loss_sum / weight) == pytest.approx(float(reference[1][0]["loss"]), rel=1e-5)
+
+
+def test_a_step_that_counts_on_whole_videos_equals_one_that_asks(
+    micro_config, stage, one_device, make_batch
+) -> None:
+    """Text before a video reads nothing, text behind it all frames; a row may end with its video."""
+    frames, text = (3,) * 8, (10, 8, 5, 6, 7, 9, 1, 10)
+    batch = make_batch(micro_config, batch=8, frames=3, valid_frames=frames, valid_text=text)
+    assert set(np.unique(batch["visible_frames"])) == {0, 3}
+    assert reads_of_step(batch) == "whole"
+    (state, reports), (expected, asked) = (
+        run(micro_config, stage, one_device, [batch], reads) for reads in ("whole", "each")
+    )
+    assert_close(reports, asked, atol=1e-6)
+    assert_close(state.params, expected.params, atol=1e-6)
+
+
+def test_what_a_step_may_count_on(micro_config, make_batch, random_batches, monkeypatch) -> None:
+    assert reads_of_step(random_batches[0]) == "each"  # videos of fewer frames than the row has
+    whole = make_batch(micro_config, batch=2, frames=3, valid_frames=(3, 3), valid_text=(4, 4))
+    assert reads_of_step(whole) == "whole"
+    nothing = {**whole, "visible_frames": np.zeros_like(whole["visible_frames"])}
+    assert reads_of_step(nothing) == "whole"
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert reads_of_step(whole) == "each"  # the other process may have other rows
