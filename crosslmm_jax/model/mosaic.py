@@ -65,13 +65,14 @@ def mosaic_attention(
             f" as many for keys as for queries, and {FEWEST_QUERIES} queries or more that all read the same"
             f" number of keys; got {q.dtype}{q.shape} over {k.dtype}{k.shape}; use 'auto'"
         )
-    lengths = None if read == k.shape[1] else jnp.full((k.shape[0],), read, jnp.int32)
 
     @jax.custom_vjp
     def attend(q: Array, k: Array, v: Array) -> Array:
         return map_devices(functools.partial(_kernel, read=read), q, k, v, rules=rules, axes=axes)
 
     def forward(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+        # Made here: from outside, it would belong to the trace of a layer that is long over by now.
+        lengths = None if read == k.shape[1] else jnp.full((k.shape[0],), read, jnp.int32)
         return cudnn.fused_forward(q, k, v, lengths, False)
 
     def backward(residuals: Any, d_out: Array) -> tuple[Array, Array, Array]:

@@ -132,3 +132,21 @@ def test_a_jax_that_does_not_take_the_kernel_gets_cudnn(
     with caplog.at_level(logging.WARNING):
         assert not mosaic._can_be_built.__wrapped__()
     assert "cuDNN takes its place" in caplog.text
+
+
+def test_gradients_through_a_scan_of_layers_compiled_ahead(on_hopper: None) -> None:
+    """As the encoder trains: what belongs to the trace of a layer must not outlive it."""
+    (x,) = arrays((2, 70, 2, 72), count=1)
+    stop = np.full((2, 1), 65)
+
+    def gradient(backend: Any) -> Any:
+        @jax.checkpoint
+        def layer(x: Any, _: None) -> Any:
+            return x + attention(x, x, x, kv_stop=stop, backend=backend), None
+
+        def loss(x: Any) -> Any:
+            return jnp.sum(jax.lax.scan(layer, x, length=2)[0].astype(jnp.float32) ** 2)
+
+        return jax.jit(jax.grad(loss)).lower(x).compile()(x).astype(jnp.float32)
+
+    np.testing.assert_array_equal(gradient("mosaic"), gradient("cudnn"))
