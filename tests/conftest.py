@@ -1,13 +1,16 @@
 """Eight simulated CPU devices for every test, and the fixtures that several rooms share."""
 
 import collections
+import contextlib
 import dataclasses
 import datetime
 import gc
 import json
 import os
 import shlex
+import socket
 import sys
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -89,6 +92,24 @@ def programs_of_modules():
     if (jax := sys.modules.get("jax")) and (not maps.exists() or maps.read_text().count("\n") > 25_000):
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def free_port() -> Iterator[Callable[[], int]]:
+    """`free_port()`: a port for process 0 of several, which nothing else is given until the test ends.
+
+    Held by a socket that never listens: beside it only one that also asks to share the port may have it, as
+    the coordinator of JAX does.
+    """
+    with contextlib.ExitStack() as held:
+
+        def take() -> int:
+            holder = held.enter_context(socket.socket())
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            holder.bind(("", 0))
+            return holder.getsockname()[1]
+
+        yield take
 
 
 @pytest.fixture

@@ -37,11 +37,12 @@ def config(synthetic: SyntheticSet, tokenizer_folder: Path, tmp_path: Path, make
 class Hosts:
     """Processes of one run, started at once."""
 
-    def __init__(self, folder: Path, config: DataConfig, *, hosts: int, workers: int, begin: int) -> None:
+    def __init__(
+        self, folder: Path, config: DataConfig, port: int, *, hosts: int, workers: int, begin: int
+    ) -> None:
         self.results = [folder / f"{hosts}x{workers}-{begin}-{number}.json" for number in range(hosts)]
         settings = folder / f"{hosts}x{workers}.json"
         settings.write_text(json.dumps(to_dict(dataclasses.replace(config, num_workers=workers))))
-        port = 21000 + (os.getpid() + begin + hosts) % 20000
         self.processes = []
         for number, result in enumerate(self.results):
             environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
@@ -70,11 +71,11 @@ class Hosts:
 
 @pytest.mark.slow
 @pytest.mark.multihost
-def test_500_batches_are_the_same_for_any_layout(config: DataConfig, tmp_path: Path) -> None:
+def test_500_batches_are_the_same_for_any_layout(config: DataConfig, tmp_path: Path, free_port) -> None:
     """And a run that stops at batch 237 goes on the same under another layout, from one integer."""
     running = [
-        Hosts(tmp_path, config, hosts=1, workers=2, begin=0),
-        Hosts(tmp_path, config, hosts=2, workers=1, begin=0),
+        Hosts(tmp_path, config, free_port(), hosts=1, workers=2, begin=0),
+        Hosts(tmp_path, config, free_port(), hosts=2, workers=1, begin=0),
     ]
     source = Source(config, tokens_per_frame=TOKENS_PER_FRAME, image_size=IMAGE_SIZE)
     assert len({(bucket.frames, bucket.text) for bucket in source.buckets}) > 1
@@ -90,7 +91,7 @@ def test_500_batches_are_the_same_for_any_layout(config: DataConfig, tmp_path: P
     for hosts in running:
         assert hosts.join()[0] == expected
     assert state == {"global_next_index": STOP * BATCH_SIZE}
-    resumed, parts = Hosts(tmp_path, config, hosts=2, workers=0, begin=STOP).join()
+    resumed, parts = Hosts(tmp_path, config, free_port(), hosts=2, workers=0, begin=STOP).join()
     assert resumed == expected[STOP:]
     # What jax holds of a global batch is where it belongs.
     for part in parts:

@@ -84,8 +84,8 @@ TWO_PROCESSES = """
 
 
 @pytest.mark.multihost
-def test_two_processes_share_a_batch() -> None:
-    port = 20000 + os.getpid() % 20000
+def test_two_processes_share_a_batch(free_port) -> None:
+    port = free_port()
     processes = []
     for index in range(2):
         environment = os.environ | {

@@ -105,9 +105,9 @@ TWO_PROCESSES = """
 
 
 @pytest.mark.multihost
-def test_two_processes_skip_what_one_cannot_read(tmp_path: Path) -> None:
+def test_two_processes_skip_what_one_cannot_read(tmp_path: Path, free_port) -> None:
     """And end together when one refuses the checkpoint."""
-    port = 20000 + os.getpid() % 20000
+    port = free_port()
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(TWO_PROCESSES), str(tmp_path)],
