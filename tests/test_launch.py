@@ -20,7 +20,7 @@ from crosslmm_jax.data.tokenizer import write_default_tokenizer
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 LOCAL = LAUNCH / "local_multiproc.sh"
-STEPS = 400  # seconds more than a stop needs to reach both processes
+STEPS = 150  # seconds more than a stop needs to reach both processes
 TINY = """
     import dataclasses
     from pathlib import Path

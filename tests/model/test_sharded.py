@@ -1,5 +1,6 @@
 """The model on eight simulated devices against one."""
 
+import dataclasses
 import math
 import re
 
@@ -7,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from crosslmm_jax.config import MeshConfig
+from crosslmm_jax import presets
+from crosslmm_jax.config import MeshConfig, ModelConfig
 from crosslmm_jax.model import CrossLMM, init_params, logical_axes
 from crosslmm_jax.parallel.mesh import make_mesh
 from crosslmm_jax.parallel.rules import activation_rules
@@ -18,6 +20,21 @@ COLLECTIVE = r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|re
 
 def loss(params, batch, model):
     return model.apply({"params": params}, batch, method="loss")[0]
+
+
+@pytest.fixture(scope="module")
+def chunks_of_two() -> ModelConfig:
+    tiny = presets.tiny()
+    return dataclasses.replace(tiny, vision=dataclasses.replace(tiny.vision, frame_chunk=2))
+
+
+@pytest.fixture(scope="module")
+def on_one_device(chunks_of_two, make_batch):
+    """Parameters, a batch whose rows with padded frames leave whole devices idle, its loss and gradients."""
+    params = init_params(chunks_of_two, jax.random.key(0))
+    batch = make_batch(chunks_of_two, batch=8, frames=8, text=8, valid_frames=(8, 1, 5, 8, 2, 3, 8, 4))
+    step = jax.jit(jax.value_and_grad(loss), static_argnums=2)
+    return params, batch, *step(params, batch, CrossLMM(chunks_of_two))
 
 
 @pytest.mark.parametrize(
@@ -31,16 +48,12 @@ def loss(params, batch, model):
     ],
     ids=str,
 )
-def test_loss_and_gradients_on_any_mesh_equal_one_device(tiny_config, replace_config, make_batch, mesh):
-    """Frames over `context` are merged by log-sum-exp; rows with padded frames leave whole devices idle."""
-    config = replace_config(tiny_config, vision={"frame_chunk": 2})
-    params = init_params(config, jax.random.key(0))
-    batch = make_batch(config, batch=8, frames=8, text=8, valid_frames=(8, 1, 5, 8, 2, 3, 8, 4))
-
-    value, gradients = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, batch, CrossLMM(config))
+def test_loss_and_gradients_on_any_mesh_equal_one_device(chunks_of_two, on_one_device, mesh):
+    """Frames over `context` are merged by log-sum-exp."""
+    params, batch, value, gradients = on_one_device
     devices = make_mesh(MeshConfig(**mesh))
-    shardings = param_shardings(logical_axes(config), params, devices)
-    model = CrossLMM(config, activation_rules())
+    shardings = param_shardings(logical_axes(chunks_of_two), params, devices)
+    model = CrossLMM(chunks_of_two, activation_rules())
     with jax.set_mesh(devices):
         step = jax.jit(jax.value_and_grad(lambda p, b: loss(p, b, model)))
         placed = jax.device_put(params, shardings)
