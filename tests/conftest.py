@@ -7,6 +7,7 @@ import datetime
 import gc
 import json
 import os
+import re
 import shlex
 import socket
 import sys
@@ -92,6 +93,12 @@ def programs_of_modules():
     if (jax := sys.modules.get("jax")) and (not maps.exists() or maps.read_text().count("\n") > 25_000):
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session")
+def one_device_flags() -> str:
+    """XLA_FLAGS for a process that a test starts: one device, and to compile as fast as here."""
+    return re.sub(r"(xla_force_host_platform_device_count)=\d+", r"\1=1", os.environ["XLA_FLAGS"])
 
 
 @pytest.fixture

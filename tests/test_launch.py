@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -113,10 +114,11 @@ def config(tmp_path_factory) -> Path:
     return folder / "tiny.py"
 
 
-def environment(port: int) -> dict[str, str]:
-    compile_fast = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-    settings = {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compile_fast}
-    return os.environ | settings | {"PORT": str(port)}
+@pytest.fixture
+def environment(one_device_flags: str, free_port) -> Callable[[], dict[str, str]]:
+    """`environment()`: variables for the launcher, with a port of its own."""
+    settings = {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": one_device_flags}
+    return lambda: os.environ | settings | {"PORT": str(free_port())}
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -127,11 +129,11 @@ def steps_in(folder: Path) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.multihost
-def test_two_processes_train_stop_and_resume(config: Path, free_port) -> None:
+def test_two_processes_train_stop_and_resume(config: Path, environment) -> None:
     """SIGTERM to the launcher stops both at one saved step; the same command goes on behind it."""
     command, out = [LOCAL, "2", config], config.parent / "run"
     process = subprocess.Popen(
-        command, env=environment(free_port()), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     deadline = time.monotonic() + 240
     while len(steps_in(out)) < 3 and process.poll() is None and time.monotonic() < deadline:
@@ -143,16 +145,14 @@ def test_two_processes_train_stop_and_resume(config: Path, free_port) -> None:
     assert len(stops) == 2 and len(set(stops)) == 1, output
     assert 3 <= int(stops[0]) < STEPS
 
-    result = subprocess.run(
-        command, env=environment(free_port()), capture_output=True, text=True, timeout=240
-    )
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert steps_in(out) == list(range(1, STEPS + 1))
     assert (out / "model" / "config.json").exists()
 
 
 @pytest.mark.multihost
-def test_one_process_that_fails_ends_all(tmp_path: Path, free_port) -> None:
+def test_one_process_that_fails_ends_all(tmp_path: Path, environment) -> None:
     """The second fails at once; the first would go on for a minute."""
     script = tmp_path / "python"
     script.write_text(
@@ -161,7 +161,7 @@ def test_one_process_that_fails_ends_all(tmp_path: Path, free_port) -> None:
     )
     script.chmod(0o755)
     start = time.monotonic()
-    settings = environment(free_port()) | {"PYTHON": str(script)}
+    settings = environment() | {"PYTHON": str(script)}
     result = subprocess.run([LOCAL, "2", "x.py"], env=settings, timeout=50)
     assert result.returncode == 3
     assert time.monotonic() - start < 30

@@ -72,11 +72,11 @@ def experiment(files, micro_config, make_stage):
 
 
 @pytest.fixture(scope="module")
-def start(experiment, tmp_path_factory):
+def start(experiment, tmp_path_factory, one_device_flags):
     """`start(name)`: begins or continues the run `name` by the command line, on one device."""
     folder = tmp_path_factory.mktemp("runs")
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiling takes longer than running here
+        "XLA_FLAGS": one_device_flags,
         # Every process of this module compiles the same programs.
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
