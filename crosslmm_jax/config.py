@@ -13,7 +13,7 @@ from crosslmm_jax.errors import ConfigError
 
 Direction = Literal["v2v", "t2v"]
 Pooling = Literal["average", "bilinear", "bilinear_antialias"]
-AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn", "mosaic", "splash", "plain"]
+AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn", "splash", "plain"]
 # "compute": in `ModelConfig.compute_dtype`. The others are 8 bits with float32 scales.
 Precision = Literal["compute", "fp8", "int8"]
 TimeInstruction = Literal["none", "short", "full"]
@@ -176,7 +176,6 @@ class ModelConfig:
                 f"CrossAttentionConfig.cross_attn_offset is {offset}; it must be below the decoder's"
                 f" {layers} layers"
             )
-        _require(self, "attention", self.attention != "mosaic", "'auto': mosaic is for the encoder only")
         if self.attention == "cudnn":
             sizes, cross = (self.vision.head_dim, self.decoder.head_dim), self.cross_attention
             windowed = cross.v2v_scope == "window" and "v2v" in cross.directions

@@ -7,7 +7,7 @@ integers a query where a mask would cost T x S.
 
 import logging
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from crosslmm_jax.model.blockwise import MASKED, block_sizes, blockwise_attentio
 from crosslmm_jax.model.partitioning import AxisRules, map_devices
 
 logger = logging.getLogger(__name__)
+
+Backend = AttentionBackend | Literal["mosaic"]  # which is no choice for a model: its decoder cannot take it
 
 # Scores up to this size are simply held on a CPU or TPU: several times faster to run and to compile.
 SMALL_SCORE_BYTES = 32 * 2**20
@@ -41,7 +43,7 @@ def attention(
     causal: bool = False,
     kv_start: Int[Array, "b t"] | None = None,
     kv_stop: Int[Array, "b t"] | Int[Array, "b 1"] | Int[np.ndarray, "b 1"] | None = None,
-    backend: AttentionBackend = "auto",
+    backend: Backend = "auto",
     rules: AxisRules | None = None,
     axes: tuple[str, str | None] = ("act_batch", "act_heads"),
 ) -> Float[Array, "b t n h"]:
@@ -93,10 +95,10 @@ def attention(
 
 
 def _choose(
-    backend: AttentionBackend, q: Array, k: Array, kv_start: Array | None, kv_stop: Any = None,
+    backend: Backend, q: Array, k: Array, kv_start: Array | None, kv_stop: Any = None,
     rules: AxisRules | None = None, *, causal: bool = False,
     axes: tuple[str, str | None] = ("act_batch", "act_heads"),
-) -> AttentionBackend:  # fmt: skip
+) -> Backend:  # fmt: skip
     applies = cudnn.is_applicable(q) and kv_start is None
     if backend == "cudnn" and not applies:
         raise ValueError(

@@ -67,7 +67,8 @@ class CrossLMM(nn.Module):
 
     Attributes:
       config: sizes and choices; `config.cross_attention.directions` says what is in the graph.
-      rules: logical axis of an activation -> mesh axes, or None to leave all layout to the compiler.
+      rules: logical axis of an activation -> mesh axes, or None to leave all layout to the compiler, and with
+        it, on several devices, the attention kernels that it cannot divide.
       stacked: parameters are as `init_params` makes them, the layers of a stack in one array; False: as
         `separate_layers` makes them, which is what inference on accelerators should read.
       reads: what holds for `visible_frames` of all batches (`reads_of`).

@@ -36,6 +36,7 @@ COLUMNS = 80
 SWIZZLE_WIDE, SWIZZLE_NARROW = 128, 32
 PIECES = ((0, WIDE, SWIZZLE_WIDE), (WIDE, NARROW, SWIZZLE_NARROW))
 LOWEST = -1e30
+ALIGNMENT, MOST_BYTES = 1024, 227 * 1024  # bytes, of what is swizzled, and of shared memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Plan:
 
 
 class _Memory(NamedTuple):
-    """Shared memory of a block of threads. Buffers lie in this order, each at a multiple of 1,024 bytes."""
+    """Shared memory of a block of threads. Buffers lie in this order, each at a multiple of `ALIGNMENT`."""
 
     queries: Any  # by piece of columns: [STAGES, WARPGROUPS, 64, columns]
     keys: Any  # by piece: [STAGES, BLOCK, columns]
@@ -117,9 +118,17 @@ def build(plan: Plan) -> Callable[..., jax.Array]:
         values=shape((STAGES, COLUMNS // NARROW, BLOCK, NARROW)), out=pieces(WARPGROUPS, ROWS),
         full=barriers(1), free=barriers(WARPGROUPS),
     )  # fmt: skip
+    _check_layout(memory)
     body = functools.partial(_kernel, plan)
     with mlir.make_ir_context(), ir.Location.unknown():
         return mgpu.as_gpu_kernel(body, grid, block, (q, kv, kv), q, memory, module_name="crosslmm_attention")
+
+
+def _check_layout(memory: _Memory) -> None:
+    """Holds for the numbers above; others may break it, and the kernel would read what is elsewhere."""
+    buffers = (*memory.queries, *memory.keys, memory.values, *memory.out)
+    sizes = [math.prod(x.shape) * x.dtype.itemsize for x in buffers]
+    assert all(size % ALIGNMENT == 0 for size in sizes) and sum(sizes) + ALIGNMENT <= MOST_BYTES, sizes
 
 
 def _kernel(plan: Plan, ctx: Any, q: Any, k: Any, v: Any, out: Any, memory: _Memory) -> None:
@@ -132,7 +141,9 @@ def _kernel(plan: Plan, ctx: Any, q: Any, k: Any, v: Any, out: Any, memory: _Mem
         scf.yield_([])
     with ir.InsertionPoint(cast(Any, branch.else_block)):
         nvvm.setmaxregister(REGISTERS_TO_FETCH, nvvm.SetMaxRegisterAction.decrease)
-        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+        # Not `mgpu.single_thread`, which knows by a global variable whether it is in use: two threads of a
+        # program that trace kernels at once would spoil each other's.
+        with mgpu.when(mgpu.single_thread_predicate(mgpu.ThreadSubset.WARPGROUP)):
             _Fetcher(plan, ctx, memory, {"queries": q, "keys": k, "values": v}).run()
         scf.yield_([])
 

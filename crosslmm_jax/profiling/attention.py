@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from crosslmm_jax.config import AttentionBackend, ModelConfig
-from crosslmm_jax.model.attention import attention
+from crosslmm_jax.config import ModelConfig
+from crosslmm_jax.model.attention import Backend, attention
 from crosslmm_jax.model.cudnn import split_attention
 from crosslmm_jax.model.mosaic import is_applicable
 from crosslmm_jax.model.vision import frame_chunk
@@ -17,7 +17,7 @@ from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.inputs import config_of, num_bytes, random_array
 from crosslmm_jax.profiling.record import Record, Request
 
-BACKENDS: tuple[AttentionBackend, ...] = ("auto", "cudnn", "mosaic", "blockwise")
+BACKENDS: tuple[Backend, ...] = ("auto", "cudnn", "mosaic", "blockwise")
 BLOCKWISE_TFLOP = 4.0  # on more work than this the portable backend is not tried: it would take a second
 
 
@@ -60,7 +60,7 @@ def run(record: Record) -> None:
     run_cases(cases, record, make_weights=dict)
 
 
-def _applies(backend: AttentionBackend, shape: Shape, config: ModelConfig) -> bool:
+def _applies(backend: Backend, shape: Shape, config: ModelConfig) -> bool:
     if backend == "mosaic":
         q, kv, _ = _arrays(shape, config)
         return not shape.ranged and is_applicable(q, kv, causal=shape.causal)
@@ -95,7 +95,7 @@ def shapes(config: ModelConfig, request: Request, frames: int) -> list[Shape]:
 
 
 def case(
-    config: ModelConfig, shape: Shape, frames: int, backend: AttentionBackend, memory_tb_per_s: float,
+    config: ModelConfig, shape: Shape, frames: int, backend: Backend, memory_tb_per_s: float,
     parts: int | None = None,
 ) -> Case:  # fmt: skip
     """One attention with one backend; on cuDNN, with all keys read in `parts` parts where that is given."""
@@ -135,7 +135,7 @@ def case(
 
 @functools.partial(jax.jit, static_argnames=("causal", "ranged", "backend"))
 def _attend(
-    q: Array, k: Array, v: Array, stop: Array, *, causal: bool, ranged: bool, backend: AttentionBackend
+    q: Array, k: Array, v: Array, stop: Array, *, causal: bool, ranged: bool, backend: Backend
 ) -> Array:
     return attention(q, k, v, causal=causal, kv_stop=stop if ranged else None, backend=backend)
 

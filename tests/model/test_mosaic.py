@@ -3,7 +3,9 @@
 What the kernel itself computes, `test_mosaic_gpu.py` compares on a GPU.
 """
 
+import concurrent.futures
 import logging
+import re
 from typing import Any
 
 import jax
@@ -11,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crosslmm_jax.config import ConfigError, MeshConfig
-from crosslmm_jax.model import cudnn, mosaic, mosaic_kernel
+from crosslmm_jax.config import MeshConfig
+from crosslmm_jax.model import cudnn, mosaic
 from crosslmm_jax.model.attention import _choose, attention, reference_attention
 from crosslmm_jax.parallel import activation_rules, make_mesh
 
+mosaic_kernel = pytest.importorskip("crosslmm_jax.model.mosaic_kernel")  # by the version of JAX
 ENCODER = (4, 729, 2, 72)
 
 
@@ -43,6 +46,9 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         (ENCODER, ENCODER, np.full((4, 1), 700), {}, True),
         (ENCODER, ENCODER, np.array([[700], [700], [3], [700]]), {}, False),  # rows that read unlike numbers
         (ENCODER, ENCODER, np.zeros((4, 1), int), {}, False),
+        (ENCODER, ENCODER, np.full((4, 1), -1), {}, False),
+        (ENCODER, ENCODER, np.full((4, 1), 1000), {}, True),  # as all
+        ((0, 729, 2, 72), (0, 729, 2, 72), None, {}, False),
         (ENCODER, ENCODER, jnp.full((4, 1), 700), {}, False),  # known on the device only
         (ENCODER, ENCODER, None, {"causal": True}, False),
         (ENCODER, ENCODER, None, {"kv_start": jnp.zeros((4, 729), jnp.int32)}, False),
@@ -70,11 +76,9 @@ def test_auto_takes_it_on_a_hopper_gpu_only(on_hopper: None, monkeypatch: pytest
     assert _choose("auto", q, k, None) == "cudnn"
 
 
-def test_asked_for_where_it_does_not_apply(tiny_config: Any, replace_config: Any) -> None:
+def test_asked_for_where_it_does_not_apply() -> None:
     with pytest.raises(ValueError, match="backend 'mosaic' needs a Hopper GPU.*use 'auto'"):
         attention(*arrays(), backend="mosaic")
-    with pytest.raises(ConfigError, match="attention is 'mosaic'; it must be 'auto'"):
-        replace_config(tiny_config, attention="mosaic")
 
 
 def test_gradients_are_those_of_cudnn(on_hopper: None) -> None:
@@ -103,9 +107,10 @@ def test_every_device_computes_its_own_rows(on_hopper: None, axes: dict[str, int
         )
         out, expected = (x.astype(jnp.float32) for x in (attend(q, k, v), expected))
         np.testing.assert_allclose(out, expected, rtol=2**-7)  # of a number that bfloat16 rounds otherwise
-        assert f"tensor<{8 // 8}x70x2x72xbf16>" in attend.lower(q, k, v).as_text()
-        # Seven rows do not divide.
+        assert "tensor<1x70x2x72xbf16>" in attend.lower(q, k, v).as_text()
+        # Seven rows do not divide; and without rules all rows would be gathered on every device.
         assert not mosaic.is_applicable(q[:7], k[:7], rules=activation_rules(), axes=names)
+        assert not mosaic.is_applicable(q, k)
 
 
 @pytest.mark.parametrize(
@@ -114,10 +119,47 @@ def test_every_device_computes_its_own_rows(on_hopper: None, axes: dict[str, int
 def test_lowers_for_a_gpu(shape: tuple[int, ...], read: int) -> None:
     batch, queries, keys, heads, size = shape
     plan = mosaic_kernel.Plan(batch, queries, keys, heads, size, read, "bfloat16", 132)
-    q, kv = (jax.ShapeDtypeStruct((batch, n, heads, size), jnp.bfloat16) for n in (queries, keys))
-    lowered = jax.jit(mosaic_kernel.build(plan)).trace(q, kv, kv).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("mosaic_gpu") >= 1
+    assert "mosaic_gpu" in lowered_for_cuda(plan)
+
+
+def lowered_for_cuda(plan: Any) -> str:
+    q, kv = (
+        jax.ShapeDtypeStruct((plan.batch, n, plan.heads, plan.size), plan.dtype)
+        for n in (plan.queries, plan.keys)
+    )
+    kernel = mosaic_kernel.build.__wrapped__(plan)  # anew
+    lowered = jax.jit(kernel).trace(q, kv, kv).lower(lowering_platforms=("cuda",))
     assert lowered.out_info.shape == q.shape
+    return lowered.as_text()
+
+
+def test_threads_that_build_at_once_get_what_one_gets() -> None:
+    plans = [mosaic_kernel.Plan(2 + i, 730, 730, 2, 72, 729, "bfloat16", 132) for i in range(4)] * 3
+    alone = [lowered_for_cuda(plan) for plan in plans[:4]]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lowered_for_cuda, plans))
+    assert together == alone * 3
+
+
+def test_the_kernel_itself_is_spread_over_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mosaic, "_is_available", lambda: True)
+    rules, stop = activation_rules(), np.full((8, 1), 729)
+    x = jax.ShapeDtypeStruct((8, 730, 2, 72), jnp.bfloat16)
+
+    @jax.jit
+    def layers(x: Any) -> Any:
+        def layer(x: Any, _: None) -> Any:
+            out = attention(
+                x, x, x, kv_stop=stop, backend="mosaic", rules=rules, axes=("act_frames", None)
+            )  # fmt: skip
+            return out, None
+
+        return jax.lax.scan(jax.checkpoint(layer), x, length=2)[0]
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2, context=2))):
+        text = layers.trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = re.findall(r"mosaic_gpu_v2.*?-> *(tensor<[^>]*>)", text, re.DOTALL)
+    assert call == "tensor<1x730x2x72xbf16>"
 
 
 def test_a_jax_that_does_not_take_the_kernel_gets_cudnn(

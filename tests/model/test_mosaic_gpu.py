@@ -50,7 +50,7 @@ def draw(shape: tuple[int, ...], dtype: str) -> tuple[list[Any], np.ndarray]:
         rng.standard_normal((batch, n, heads, size), np.float32) * std
         for n, std in ((queries, 2.0), (keys, 2.0), (keys, 1.0), (queries, 1.0))
     ]
-    # Later keys weigh more, as running maxima have to notice, and what lies behind is never seen.
+    # Later keys weigh more, as running maxima have to notice; what lies behind must not be seen.
     arrays[1] *= np.linspace(0.5, 2, keys, dtype=np.float32)[:, None, None]
     arrays[1][:, read:], arrays[2][:, read:] = 30, 1e4
     return [jnp.asarray(x, dtype) for x in arrays], np.full((batch, 1), read, np.int32)
@@ -75,6 +75,7 @@ def test_equals_the_definition_forward_and_backward(
 
     wide = (x.astype(jnp.float32) for x in (q, k, v, d_out))
     wanted = jax.jit(both, compiler_options=matmul_options())(*wide)
+    # With one key, whose weight is 1, gradients of queries and keys are 0, and those of cuDNN rounding.
     errors = [relative_error(mine, other) for mine, other in zip(got, wanted, strict=True) if np.any(other)]
     record_property("errors", errors)
     assert max(errors) < TOLERANCE
@@ -82,7 +83,7 @@ def test_equals_the_definition_forward_and_backward(
 
 @pytest.mark.parametrize("frames", [1, 5])
 def test_the_encoder_takes_it_and_equals_float32(record_property: Any, caplog: Any, frames: int) -> None:
-    """Three layers at SigLIP2's sizes, under a mesh and without, stacked and not."""
+    """Three layers at SigLIP2's sizes, under a mesh of one device and without."""
     vision = dataclasses.replace(presets.crosslmm_2b().vision, num_layers=4)
     config = dataclasses.replace(presets.crosslmm_2b(), vision=vision)
     params = {"params": init_params(config, jax.random.key(0))["encoder"]}

@@ -187,6 +187,27 @@ def test_what_a_run_leaves(finished) -> None:
     assert result.bad_rows == {}
 
 
+def test_a_step_counts_on_what_holds_for_its_batch(experiment, tmp_path, monkeypatch) -> None:
+    """Each answer has a program of its own, compiled once and used for the batches with that answer."""
+    answers, asked, compiled, used = iter(["each", "whole", "each"]), [], [], []
+
+    def answer(batch):
+        asked.append(batch)
+        return next(answers)
+
+    def compile_step(config, stage, mesh, reads):
+        compiled.append(reads)
+        step = real(config, stage, mesh, reads)
+        return lambda *args: used.append(reads) or step(*args)
+
+    real = loop.compile_train_step
+    monkeypatch.setattr(loop, "reads_of_step", answer)
+    monkeypatch.setattr(loop, "compile_train_step", compile_step)
+    loop.train(experiment(tmp_path, stage={"steps": 3}), quiet=True)
+    assert compiled == ["each", "whole"] and used == ["each", "whole", "each"]
+    assert all({"frames", "visible_frames"} <= set(batch) for batch in asked)
+
+
 def test_repeating_a_finished_run_does_nothing(finished, monkeypatch) -> None:
     config, result = finished
     monkeypatch.setattr(loop, "compile_train_step", None)

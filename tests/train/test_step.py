@@ -170,6 +170,12 @@ def test_a_step_that_counts_on_whole_videos_equals_one_that_asks(
     )
     assert_close(reports, asked, atol=1e-6)
     assert_close(state.params, expected.params, atol=1e-6)
+    # On videos that are not whole it is wrong.
+    padded = make_batch(micro_config, batch=8, frames=3, valid_frames=(1,) * 8)
+    wrong, right = (
+        run(micro_config, stage, one_device, [padded], reads)[1][0] for reads in ("whole", "each")
+    )
+    assert abs(wrong["loss"] - right["loss"]) > 1e-4
 
 
 def test_what_a_step_may_count_on(micro_config, make_batch, random_batches, monkeypatch) -> None:
