@@ -70,7 +70,8 @@ def mosaic_attention(
         raise ValueError(
             "attention backend 'mosaic' needs a Hopper GPU, bfloat16 or float16, heads of 72 or 80 columns,"
             f" as many for keys as for queries, and {FEWEST_QUERIES} queries or more that all read the same"
-            f" number of keys; got {q.dtype}{q.shape} over {k.dtype}{k.shape}; use 'auto'"
+            " number of keys, on several devices with rules that share rows evenly; got"
+            f" {q.dtype}{q.shape} over {k.dtype}{k.shape}; use 'auto'"
         )
 
     @jax.custom_vjp

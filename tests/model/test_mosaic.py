@@ -4,6 +4,7 @@ What the kernel itself computes, `test_mosaic_gpu.py` compares on a GPU.
 """
 
 import concurrent.futures
+import contextlib
 import logging
 import re
 from typing import Any
@@ -160,6 +161,22 @@ def test_the_kernel_itself_is_spread_over_devices(monkeypatch: pytest.MonkeyPatc
         text = layers.trace(x).lower(lowering_platforms=("cuda",)).as_text()
     (call,) = re.findall(r"mosaic_gpu_v2.*?-> *(tensor<[^>]*>)", text, re.DOTALL)
     assert call == "tensor<1x730x2x72xbf16>"
+
+
+@pytest.mark.parametrize("axes", [None, {"data": 8}])
+def test_the_question_may_be_asked_within_a_trace(axes: dict[str, int] | None) -> None:
+    """Where a model first asks it: in a scanned layer of a program, under a mesh."""
+    answers = []
+
+    @jax.checkpoint
+    def layer(x: Any, _: None) -> Any:
+        answers.append(mosaic._can_be_built.__wrapped__())
+        return x + 1, None
+
+    program = jax.jit(lambda x: jax.lax.scan(layer, x, length=2)[0])
+    with contextlib.nullcontext() if axes is None else jax.set_mesh(make_mesh(MeshConfig(**axes))):
+        program.lower(jnp.zeros(8))
+    assert answers and all(answers)
 
 
 def test_a_jax_that_does_not_take_the_kernel_gets_cudnn(
