@@ -55,13 +55,12 @@ def test_siglip(sources, tmp_path, name) -> None:
         np.testing.assert_allclose(features, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "layers"), [("crosslmm_2b", 2), ("crosslmm_7b", 1)])
-def test_qwen2(sources, tmp_path, make_batch, name, layers) -> None:
-    """A second layer of the larger one would add a gigabyte to each file and no width."""
+@pytest.mark.parametrize("name", ["crosslmm_2b", "crosslmm_7b"])
+def test_qwen2(sources, tmp_path, make_batch, name) -> None:
     sizes = presets.get_preset(name).decoder
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
-        vocab_size=ROWS, hidden_size=sizes.width, intermediate_size=sizes.mlp_width, num_hidden_layers=layers,
+        vocab_size=ROWS, hidden_size=sizes.width, intermediate_size=sizes.mlp_width, num_hidden_layers=2,
         num_attention_heads=sizes.num_heads, num_key_value_heads=sizes.num_kv_heads, rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6}, max_position_embeddings=32768,
         tie_word_embeddings=sizes.tie_embeddings,
