@@ -1,9 +1,8 @@
 """Fused attention for heads of 72 or 80 columns on Hopper's GPUs, which cuDNN computes as if they had 128.
 
-SigLIP2's heads have 72. On one H200, 32 frames of one encoder layer take cuDNN 0.32 to 0.35 ms, and this 0.20 to
-0.21 (docs/results/h200_attention.json).
-Forward only: where gradients are asked for, cuDNN does both passes, which share its log-sum-exp. There is no
-rule for `jax.vmap`.
+SigLIP2's heads have 72. On one H200, 32 frames of one encoder layer take cuDNN 0.32 to 0.35 ms, and this 0.20
+to 0.23 (docs/results/h200_attention.json). Forward only: where gradients are asked for, cuDNN does both
+passes, which share its log-sum-exp. There is no rule for `jax.vmap`.
 """
 
 import functools
