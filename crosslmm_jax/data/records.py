@@ -22,6 +22,7 @@ _KEPT_READERS = 128  # open files of a process
 # One record at a time: nothing is read ahead, and no threads are started, which a fork would lose.
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:64K"
 _BUFFER_BYTES = 32768
+_LOADING = threading.Lock()
 _LAST = threading.local()  # `record` of a thread: reader, number and values while it has media left to read
 
 
@@ -121,6 +122,17 @@ def _reader(path: str, size: int, mtime: int) -> Any:
 os.register_at_fork(after_in_child=_reader.cache_clear)
 
 
+def _example_type() -> Any:
+    """tf.train.Example. TensorFlow Datasets loads its modules when they are first used.
+
+    Two threads of a worker that do so at once can each hold the lock that the other waits for, for ever.
+    """
+    with _LOADING:
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        return tf_example_pb2.Example  # type: ignore[attr-defined]
+
+
 def parse_example(record: bytes, where: str) -> Mapping[str, Sequence[Any]]:
     """Values of each feature of a tf.train.Example: bytes, ints or floats. Names of nested ones are "a/b".
 
@@ -128,10 +140,9 @@ def parse_example(record: bytes, where: str) -> Mapping[str, Sequence[Any]]:
         MediaError: "corrupt"; it is none.
     """
     from google.protobuf.message import DecodeError
-    from tensorflow_datasets.proto import tf_example_pb2
 
     try:
-        features = tf_example_pb2.Example.FromString(record).features.feature  # type: ignore[attr-defined]
+        features = _example_type().FromString(record).features.feature
     except DecodeError as error:
         fix = "write the data set with TensorFlow Datasets"
         raise MediaError(f"{where}: is no tf.train.Example; {fix}", "corrupt") from error

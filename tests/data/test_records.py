@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -148,3 +149,14 @@ def test_threads_share_a_file(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda number: read_record(path, number), wanted))
     assert found == [bytes([number]) * 5000 for number in wanted]
+
+
+def test_one_thread_at_a_time_loads_what_reads_examples() -> None:
+    """Two that did so at once have been seen to wait for each other for ever."""
+    reader = threading.Thread(target=records.parse_example, args=(b"", "x"), daemon=True)
+    with records._LOADING:
+        reader.start()
+        reader.join(0.3)
+        assert reader.is_alive()
+    reader.join(60)
+    assert not reader.is_alive()
