@@ -197,7 +197,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Which frames of a video are read; `crosslmm_jax.data.sampling` says how."""
+    """Which frames of a video are read; `crosslmm_jax.data.media.frame_sampling` says how."""
 
     policy: Literal["uniform", "fps", "llava", "dynamic_fps1"] = "uniform"
     frames: int = 32  # uniform: exactly this many; fps and llava: at most this many

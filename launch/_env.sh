@@ -25,7 +25,7 @@ elif [[ -z ${COORDINATOR_ADDRESS:-} && -n ${TPU_WORKER_HOSTNAMES:-} && -n ${TPU_
   export COORDINATOR_ADDRESS="${hosts[0]}:8476" NUM_PROCESSES=${#hosts[@]} PROCESS_ID=$TPU_WORKER_ID
 fi
 
-line=$("$python" -m crosslmm_jax.xla_flags)
+line=$("$python" -m crosslmm_jax.parallel.xla_flags)
 eval "$line"
 
 exec "$python" -m crosslmm_jax.cli "$@"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import crosslmm_jax
-from crosslmm_jax.cli import build_parser, main
+from crosslmm_jax.cli.app import build_parser, main
 from crosslmm_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +38,7 @@ def test_help_answers_in_under_a_second() -> None:
 def test_parsing_imports_nothing_heavy(words: list[str]) -> None:
     program = f"""
 import sys
-from crosslmm_jax.cli import main
+from crosslmm_jax.cli.app import main
 try:
     main({words!r})
 except SystemExit:

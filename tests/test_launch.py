@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from crosslmm_jax.data.indexing import build_index
-from crosslmm_jax.data.synthetic import write_dataset
-from crosslmm_jax.data.tokenizer import write_default_tokenizer
+from crosslmm_jax.data.index.build import build_index
+from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
+from crosslmm_jax.demo.synthetic import write_dataset
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
@@ -66,7 +66,7 @@ def fake_interpreter(folder: Path) -> Path:
     """Says in place of python what it was called with and where it stands among the processes."""
     script = folder / "python"
     script.write_text(
-        '#!/usr/bin/env bash\n[[ $2 == crosslmm_jax.xla_flags ]] && exit\n'
+        '#!/usr/bin/env bash\n[[ $2 == crosslmm_jax.parallel.xla_flags ]] && exit\n'
         'echo "$COORDINATOR_ADDRESS $NUM_PROCESSES $PROCESS_ID $*"\n'
     )  # fmt: skip
     script.chmod(0o755)
@@ -156,7 +156,7 @@ def test_one_process_that_fails_ends_all(tmp_path: Path, environment) -> None:
     """The second fails at once; the first would go on for a minute."""
     script = tmp_path / "python"
     script.write_text(
-        "#!/usr/bin/env bash\n[[ $2 == crosslmm_jax.xla_flags ]] && exit\n"
+        "#!/usr/bin/env bash\n[[ $2 == crosslmm_jax.parallel.xla_flags ]] && exit\n"
         "((PROCESS_ID == 0)) || exit 3\nexec sleep 60\n"
     )
     script.chmod(0o755)

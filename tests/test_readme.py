@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import crosslmm_jax.model
-from crosslmm_jax.cli import build_parser, main
+from crosslmm_jax.cli.app import build_parser, main
 from crosslmm_jax.config_io import load_experiment
 from crosslmm_jax.presets import get_preset
 
@@ -117,9 +117,9 @@ def test_files_named_in_the_text_exist() -> None:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what README's examples name: a MODEL in `runs/demo` and a video `clip.mp4`."""
-    from crosslmm_jax.data.indexing import build_index
-    from crosslmm_jax.data.synthetic import write_dataset
-    from crosslmm_jax.data.tokenizer import write_default_tokenizer
+    from crosslmm_jax.data.index.build import build_index
+    from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
+    from crosslmm_jax.demo.synthetic import write_dataset
     from crosslmm_jax.train.loop import train
 
     folder = tmp_path_factory.mktemp("readme")

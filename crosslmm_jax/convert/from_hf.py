@@ -8,14 +8,6 @@ from typing import Any
 
 from crosslmm_jax.config import DecoderConfig, MergeConfig, ModelConfig, SamplingConfig, VisionConfig
 from crosslmm_jax.config_io import apply_overrides
-from crosslmm_jax.convert.folder import (
-    Processor,
-    check_replaceable,
-    completed_folder,
-    copy_tokenizer,
-    make_processor,
-    write_settings,
-)
 from crosslmm_jax.convert.hf_config import (
     Sizes,
     decoder_sizes,
@@ -37,6 +29,14 @@ from crosslmm_jax.convert.report import Report
 from crosslmm_jax.convert.rules import shapes_of
 from crosslmm_jax.convert.stream import DeviceSink, FileSink, run_plan
 from crosslmm_jax.errors import ConfigError, UserError
+from crosslmm_jax.model_folder import (
+    Processor,
+    check_replaceable,
+    completed_folder,
+    copy_tokenizer,
+    make_processor,
+    write_settings,
+)
 from crosslmm_jax.presets import get_preset
 
 SYSTEM_PROMPT = "You are a helpful assistant."

@@ -6,9 +6,9 @@ from typing import Any
 
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.config_io import from_dict, to_dict
-from crosslmm_jax.convert.folder import Processor, write_json
 from crosslmm_jax.convert.hf_config import read_json
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.model_folder import Processor, write_json
 
 _RESAMPLE = {"bicubic": 3, "bilinear": 2}  # PIL's numbers
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from crosslmm_jax.convert.hf_config import read_json
 from crosslmm_jax.convert.report import condense
-from crosslmm_jax.convert.safetensors_file import Reader
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.model_folder import Reader
 
 FLOATS = ("float32", "bfloat16", "float16")
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

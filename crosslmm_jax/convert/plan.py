@@ -9,7 +9,7 @@ from crosslmm_jax.convert.hf_files import FLOATS, NpzSource, Source
 from crosslmm_jax.convert.report import Report, condense, summed_dtypes
 from crosslmm_jax.convert.rules import Ignored, Rule, Shape, Slot, expand
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.model.initialise import COPIED
+from crosslmm_jax.model import COPIED
 
 
 @dataclasses.dataclass(frozen=True)

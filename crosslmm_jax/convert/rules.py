@@ -250,8 +250,8 @@ def shapes_of(config: ModelConfig) -> dict[str, Shape]:
     """Shape of every parameter of a model, by path."""
     import jax
 
-    from crosslmm_jax.convert.weights import flatten
     from crosslmm_jax.model import init_params
+    from crosslmm_jax.model_folder import flatten
 
     tree: Any = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     return {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()}

@@ -13,10 +13,9 @@ import numpy as np
 
 from crosslmm_jax.convert.plan import Leaf, Plan
 from crosslmm_jax.convert.report import Progress
-from crosslmm_jax.convert.safetensors_file import Writer
-from crosslmm_jax.convert.weights import INDEX_FILE, MAX_SHARD_BYTES, flatten, plan_shards, unflatten
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import init_params
+from crosslmm_jax.model_folder import INDEX_FILE, MAX_SHARD_BYTES, Writer, flatten, plan_shards, unflatten
 
 Tensors = Mapping[str, tuple[tuple[int, ...], str]]  # name -> (shape, dtype)
 

@@ -14,21 +14,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from crosslmm_jax.convert import cross, hf_export, llava, qwen2
-from crosslmm_jax.convert.folder import (
+from crosslmm_jax.convert.hf_files import FLOATS
+from crosslmm_jax.convert.report import Progress, Report, summed_dtypes
+from crosslmm_jax.convert.rules import Rule, Slot, expand, shapes_of
+from crosslmm_jax.convert.stream import FileSink, cast, write_index
+from crosslmm_jax.errors import UserError
+from crosslmm_jax.model_folder import (
+    INDEX_FILE,
+    MAX_SHARD_BYTES,
     Processor,
+    Reader,
+    check_tensors,
     completed_folder,
     copy_tokenizer,
+    files_of,
     load_model_config,
     load_processor,
     write_json,
 )
-from crosslmm_jax.convert.hf_files import FLOATS
-from crosslmm_jax.convert.report import Progress, Report, summed_dtypes
-from crosslmm_jax.convert.rules import Rule, Slot, expand, shapes_of
-from crosslmm_jax.convert.safetensors_file import Reader
-from crosslmm_jax.convert.stream import FileSink, cast, write_index
-from crosslmm_jax.convert.weights import INDEX_FILE, MAX_SHARD_BYTES, check_tensors, files_of
-from crosslmm_jax.errors import UserError
 
 PARTS: dict[str, tuple[Rule, ...]] = {
     "vision": llava.VISION_RULES,

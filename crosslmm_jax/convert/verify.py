@@ -17,18 +17,21 @@ import numpy as np
 
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.convert import verify_source
-from crosslmm_jax.convert.folder import load_model_config
 from crosslmm_jax.convert.hf_files import open_source
 from crosslmm_jax.convert.hf_processor import ImageSettings, image_settings
 from crosslmm_jax.convert.rules import shapes_of
-from crosslmm_jax.convert.safetensors_file import Reader
-from crosslmm_jax.convert.weights import check_tensors, files_of
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.model.loss import logits_of
-from crosslmm_jax.model.merge import Projector
-from crosslmm_jax.model.ops import rms_norm
-from crosslmm_jax.model.qwen2 import mlp, self_attention
-from crosslmm_jax.model.siglip import SiglipEncoder, encoder_layer, patchify
+from crosslmm_jax.model import (
+    Projector,
+    SiglipEncoder,
+    encoder_layer,
+    logits_of,
+    mlp,
+    patchify,
+    rms_norm,
+    self_attention,
+)
+from crosslmm_jax.model_folder import Reader, check_tensors, files_of, load_model_config
 
 FRAMES, TOKENS = 2, 32
 Layer = dict[str, Any]

@@ -1,5 +1,12 @@
 """The whole path in small: videos, both stages, evaluation, a control, questions."""
 
 from crosslmm_jax.demo.command import run
+from crosslmm_jax.demo.synthetic import COLOURS, SHAPES, caption_of, question_of
 
-__all__ = ["run"]
+__all__ = [
+    "COLOURS",
+    "SHAPES",
+    "caption_of",
+    "question_of",
+    "run",
+]

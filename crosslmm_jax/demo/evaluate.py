@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from crosslmm_jax.config import DataConfig
-from crosslmm_jax.convert.folder import load_model_config, load_weights
-from crosslmm_jax.data.source import Source
+from crosslmm_jax.data.loading import Source
 from crosslmm_jax.model import CrossLMM
+from crosslmm_jax.model_folder import load_model_config, load_weights
 
 
 def answered_exactly(model_folder: str | Path, data: DataConfig) -> Bool[np.ndarray, " rows"]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from crosslmm_jax.inference.figure import draw_frame
+from crosslmm_jax.inference import draw_frame
 
 Lines = Sequence[dict[str, Any]]
 

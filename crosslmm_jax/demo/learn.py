@@ -9,8 +9,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from crosslmm_jax.config import DataConfig, ExperimentConfig
-from crosslmm_jax.data.workers import end_with_parent
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.utils import end_with_parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ def learn(stages: Sequence[ExperimentConfig], heldout: DataConfig, *, quiet: boo
     A stage that an earlier call finished is not trained again; one that it began goes on.
     """
     from crosslmm_jax.demo.evaluate import answered_exactly
-    from crosslmm_jax.train.loop import train
+    from crosslmm_jax.train import train
 
     results, seconds = [], {}
     for config in stages:

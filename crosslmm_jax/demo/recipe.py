@@ -17,7 +17,7 @@ from crosslmm_jax.config import (
     SamplingConfig,
     StageConfig,
 )
-from crosslmm_jax.data.synthetic import SCENES
+from crosslmm_jax.demo.synthetic import SCENES
 from crosslmm_jax.presets import tiny
 
 

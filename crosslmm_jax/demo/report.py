@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 import crosslmm_jax
-from crosslmm_jax.data.synthetic import CHANCE
 from crosslmm_jax.demo.ask import Asked
 from crosslmm_jax.demo.learn import Learned
+from crosslmm_jax.demo.synthetic import CHANCE
 
 _PHASES = {
     "data": "videos and tokenizer",

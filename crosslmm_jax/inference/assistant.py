@@ -16,19 +16,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from crosslmm_jax.config import MeshConfig, ModelConfig, Precision, SamplingConfig
-from crosslmm_jax.convert.folder import Processor, load_model_config, load_processor, load_weights
-from crosslmm_jax.data.collate import lay_out
-from crosslmm_jax.data.conversation import TokenSequence, next_question, question_suffix, video_prefix
-from crosslmm_jax.data.time_instruction import ClipMeta, time_text
-from crosslmm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from crosslmm_jax.data.video import read_frames
+from crosslmm_jax.data.loading import lay_out
+from crosslmm_jax.data.media import read_frames
+from crosslmm_jax.data.text import (
+    ClipMeta,
+    Tokenizer,
+    TokenSequence,
+    load_tokenizer,
+    next_question,
+    question_suffix,
+    time_text,
+    video_prefix,
+)
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.inference.compiled import Compiled
 from crosslmm_jax.inference.generate import Generation, Sampling
 from crosslmm_jax.inference.prepare import prepare_params
 from crosslmm_jax.model import Cache, init_params, logical_axes
-from crosslmm_jax.parallel.mesh import make_mesh
-from crosslmm_jax.parallel.sharding import param_shardings
+from crosslmm_jax.model_folder import Processor, load_model_config, load_processor, load_weights
+from crosslmm_jax.parallel import make_mesh, param_shardings
 
 # Positions that are kept for questions and answers.
 _CHAT_ROOM = 256

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from crosslmm_jax.config import Precision
-from crosslmm_jax.data.conversation import check_question
+from crosslmm_jax.data.text import check_question
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.assistant import load
 from crosslmm_jax.inference.figure import draw_attention

@@ -18,8 +18,7 @@ from jaxtyping import Array, Float
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.inference.generate import Generation, Sampling, generate, start
 from crosslmm_jax.model import Cache, CrossLMM, Visual, reads_of
-from crosslmm_jax.parallel.compiling import program
-from crosslmm_jax.parallel.rules import activation_rules
+from crosslmm_jax.parallel import activation_rules, program
 
 TEXT_BUCKET = 32  # tokens
 CACHE_BUCKET = 256  # tokens

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model import quantise_params, quantised_axes, separate_layers
-from crosslmm_jax.parallel.sharding import param_shardings
+from crosslmm_jax.parallel import param_shardings
 
 QUANTISED = ("encoder", "projector")
 

@@ -22,16 +22,52 @@ Glossary of shape letters, the same in names, einsums and docstrings:
 The paper's K, "cross-attention every K layers", is `cross_attn_every`.
 """
 
-from crosslmm_jax.model.attention import attention
-from crosslmm_jax.model.cache import Cache
+from crosslmm_jax.model.attention.dispatch import attention
+from crosslmm_jax.model.cross_attention import KeysValues
 from crosslmm_jax.model.crosslmm import CrossLMM, reads_of
 from crosslmm_jax.model.decoder_layer import SequenceReads
-from crosslmm_jax.model.initialise import copy_cross_attention, init_params, logical_axes, quantised_axes
-from crosslmm_jax.model.quantise import quantise_params
-from crosslmm_jax.model.vision import Visual
-from crosslmm_jax.model.weights import is_decayed, separate_layers
+from crosslmm_jax.model.encode_frames import Visual, frame_chunk
+from crosslmm_jax.model.encoder import SiglipEncoder, encoder_layer, patchify
+from crosslmm_jax.model.kv_cache import Cache
+from crosslmm_jax.model.loss import logits_of
+from crosslmm_jax.model.ops import rms_norm
+from crosslmm_jax.model.params.initialise import (
+    COPIED,
+    copy_cross_attention,
+    init_params,
+    logical_axes,
+    quantised_axes,
+)
+from crosslmm_jax.model.params.tables import has_own_dtype, is_decayed, separate_layers
+from crosslmm_jax.model.pooler import Projector
+from crosslmm_jax.model.quantisation.quantise import DTYPES, quantise_params
+from crosslmm_jax.model.qwen2 import mlp, self_attention
 
 __all__ = [
-    "Cache", "CrossLMM", "SequenceReads", "Visual", "attention", "copy_cross_attention", "init_params",
-    "is_decayed", "logical_axes", "quantise_params", "quantised_axes", "reads_of", "separate_layers",
-]  # fmt: skip
+    "COPIED",
+    "Cache",
+    "CrossLMM",
+    "DTYPES",
+    "KeysValues",
+    "Projector",
+    "SequenceReads",
+    "SiglipEncoder",
+    "Visual",
+    "attention",
+    "copy_cross_attention",
+    "encoder_layer",
+    "frame_chunk",
+    "has_own_dtype",
+    "init_params",
+    "is_decayed",
+    "logical_axes",
+    "logits_of",
+    "mlp",
+    "patchify",
+    "quantise_params",
+    "quantised_axes",
+    "reads_of",
+    "rms_norm",
+    "self_attention",
+    "separate_layers",
+]

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from crosslmm_jax.config import ModelConfig, Precision
-from crosslmm_jax.model.blockwise import MASKED
-from crosslmm_jax.model.frame_parts import attend, attend_tokens
+from crosslmm_jax.model.attention.blockwise import MASKED
 from crosslmm_jax.model.ops import from_heads, pad_tokens, rms_norm, rotate, to_heads
-from crosslmm_jax.model.partitioning import AxisRules
-from crosslmm_jax.model.quantise import DTYPES, quantise
+from crosslmm_jax.model.params.partitioning import AxisRules
+from crosslmm_jax.model.params.tables import Weight, WeightTable, constant, ones, stack
+from crosslmm_jax.model.quantisation.quantise import DTYPES, quantise
 from crosslmm_jax.model.qwen2 import attention_weights
-from crosslmm_jax.model.weights import Weight, WeightTable, constant, ones, stack
+from crosslmm_jax.model.video_attention import attend, attend_tokens
 
 # What is known of the frames that tokens may read before the program runs. "each": a number a token; "alike":
 # all tokens of a row read the same; "whole": a token reads all frames, or none. With "each" a GPU asks,

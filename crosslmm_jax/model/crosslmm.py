@@ -23,18 +23,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.model.cache import Cache
 from crosslmm_jax.model.cross_attention import cross_attention_weights, kv_width
 from crosslmm_jax.model.decoder_layer import Batch, SequenceReads, decoder_layer
+from crosslmm_jax.model.encode_frames import Visual, encode_in_chunks
+from crosslmm_jax.model.encoder import SiglipEncoder
+from crosslmm_jax.model.kv_cache import Cache
+from crosslmm_jax.model.layer_scan import Placement, scan_layers
 from crosslmm_jax.model.loss import logits_of, next_token_loss
-from crosslmm_jax.model.merge import Projector
 from crosslmm_jax.model.ops import gather_tokens, rms_norm, with_fewest_rows
-from crosslmm_jax.model.partitioning import AxisRules, constrain, constrain_output
+from crosslmm_jax.model.params.partitioning import AxisRules, constrain, constrain_output
+from crosslmm_jax.model.params.tables import WeightTable, declare, layer_of
+from crosslmm_jax.model.pooler import Projector
 from crosslmm_jax.model.qwen2 import decoder_weights
-from crosslmm_jax.model.siglip import SiglipEncoder
-from crosslmm_jax.model.stack import Placement, scan_layers
-from crosslmm_jax.model.vision import Visual, encode_in_chunks
-from crosslmm_jax.model.weights import WeightTable, declare, layer_of
 
 
 def reads_of(batch: Mapping[str, np.ndarray], frames: int) -> SequenceReads:

@@ -16,12 +16,12 @@ from crosslmm_jax.model.cross_attention import (
     cross_attend,
     keys_values,
 )
-from crosslmm_jax.model.frame_parts import is_long
+from crosslmm_jax.model.encode_frames import Visual
 from crosslmm_jax.model.ops import add_at, gather_tokens
-from crosslmm_jax.model.partitioning import AxisRules, constrain
+from crosslmm_jax.model.params.partitioning import AxisRules, constrain
+from crosslmm_jax.model.params.tables import cast
 from crosslmm_jax.model.qwen2 import LayerCache, mlp, self_attention
-from crosslmm_jax.model.vision import Visual
-from crosslmm_jax.model.weights import cast
+from crosslmm_jax.model.video_attention import is_long
 
 Batch = Mapping[str, Array]
 # `Reads` of all tokens of a sequence; "visual": the compact tokens read all frames, text tokens none.

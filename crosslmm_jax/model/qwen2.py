@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from crosslmm_jax.config import AttentionBackend, DecoderConfig
-from crosslmm_jax.model.attention import attention
+from crosslmm_jax.model.attention.dispatch import attention
 from crosslmm_jax.model.ops import from_heads, matmul, pad_tokens, rms_norm, rotate, to_heads
-from crosslmm_jax.model.partitioning import AxisRules
-from crosslmm_jax.model.weights import Weight, WeightTable, fan_in, normal, ones, stack, zeros
+from crosslmm_jax.model.params.partitioning import AxisRules
+from crosslmm_jax.model.params.tables import Weight, WeightTable, fan_in, normal, ones, stack, zeros
 
 
 def attention_weights(config: DecoderConfig, kv_width: int) -> dict[str, Weight]:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from crosslmm_jax.errors import ConfigError
-from crosslmm_jax.parallel.rules import RULES, MeshAxes, partition_spec
+from crosslmm_jax.parallel.axis_rules import RULES, MeshAxes, partition_spec
 
 # Logical axes of the leading dimensions of each array of a batch; the other dimensions are whole.
 _BATCH_AXES: Mapping[str, tuple[str, ...]] = {

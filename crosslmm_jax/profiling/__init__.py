@@ -1,1 +1,8 @@
 """Sizes, FLOPs, memory and timing of the model."""
+
+from crosslmm_jax.profiling.suite import Outputs, profile
+
+__all__ = [
+    "Outputs",
+    "profile",
+]

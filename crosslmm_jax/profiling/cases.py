@@ -146,7 +146,7 @@ class _AttentionBackends(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
         self.seen: set[str] = set()
-        self._logger = logging.getLogger("crosslmm_jax.model.attention")
+        self._logger = logging.getLogger("crosslmm_jax.model.attention.dispatch")
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keeps the message."""

@@ -8,11 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.inference.generate import Generation, Sampling, generate
-from crosslmm_jax.model import CrossLMM
-from crosslmm_jax.model.cache import Cache
-from crosslmm_jax.model.cross_attention import KeysValues
-from crosslmm_jax.model.quantise import DTYPES
+from crosslmm_jax.inference import Generation, Sampling, generate
+from crosslmm_jax.model import DTYPES, Cache, CrossLMM, KeysValues
 from crosslmm_jax.profiling import flops, timing
 from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.inputs import (

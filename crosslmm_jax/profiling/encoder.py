@@ -7,10 +7,8 @@ import jax
 from jaxtyping import Array
 
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.model import CrossLMM
-from crosslmm_jax.model.siglip import SiglipEncoder
-from crosslmm_jax.model.vision import frame_chunk
-from crosslmm_jax.parallel.compiling import matmul_options
+from crosslmm_jax.model import CrossLMM, SiglipEncoder, frame_chunk
+from crosslmm_jax.parallel import matmul_options
 from crosslmm_jax.profiling import flops
 from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.inputs import (

@@ -20,8 +20,7 @@ from jaxtyping import Array
 from crosslmm_jax.config import PARTS, ModelConfig
 from crosslmm_jax.config_io import from_dict, to_dict
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.model import init_params, quantise_params, separate_layers
-from crosslmm_jax.model.weights import has_own_dtype
+from crosslmm_jax.model import has_own_dtype, init_params, quantise_params, separate_layers
 from crosslmm_jax.presets import get_preset
 from crosslmm_jax.profiling.flops import Workload
 from crosslmm_jax.profiling.record import Request

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.model import CrossLMM, reads_of
-from crosslmm_jax.model.loss import logits_of
-from crosslmm_jax.parallel.compiling import matmul_options
+from crosslmm_jax.model import CrossLMM, logits_of, reads_of
+from crosslmm_jax.parallel import matmul_options
 from crosslmm_jax.profiling import flops
 from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.inputs import (

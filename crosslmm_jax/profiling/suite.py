@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crosslmm_jax import xla_flags
 from crosslmm_jax.config import Precision
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.parallel import xla_flags
 from crosslmm_jax.presets import get_preset
-from crosslmm_jax.profiling import peers
 from crosslmm_jax.profiling.inputs import config_of
 from crosslmm_jax.profiling.record import Request
 from crosslmm_jax.profiling.report import markdown, new_report, with_bars
+from perf import peers
 
 # By the allocator that counts, since its high-water mark is to be read, and up to nearly all of the device.
 # Memory is taken as it is needed, but for tasks whose temporaries take half of it: regions that are added one
@@ -186,7 +186,7 @@ def _write(report: dict[str, Any], outputs: Outputs) -> None:
                 Path(target).write_text(text + "\n")
         target = outputs.figure
         if target is not None and report["rows"]:
-            from crosslmm_jax.profiling import figure, figure_long_video
+            from perf import figure, figure_long_video
 
             chosen = figure_long_video if report["task"] == "long_video" else figure
             chosen.draw(finished, target)

@@ -8,15 +8,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from crosslmm_jax.config import PARTS, MeshConfig, ModelConfig, StageConfig
-from crosslmm_jax.parallel.compiling import matmul_options
-from crosslmm_jax.parallel.mesh import make_mesh
-from crosslmm_jax.parallel.sharding import batch_shardings, to_global
+from crosslmm_jax.parallel import batch_shardings, make_mesh, matmul_options, to_global
 from crosslmm_jax.profiling import flops
 from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.inputs import config_of, num_bytes, random_prompt, with_overrides
 from crosslmm_jax.profiling.record import Record, Request
-from crosslmm_jax.train.state import abstract_state, random_state
-from crosslmm_jax.train.step import compile_train_step, reads_of_step
+from crosslmm_jax.train import abstract_state, compile_train_step, random_state, reads_of_step
 
 STAGE = StageConfig(
     name="stage2", trainable=PARTS, directions=("v2v", "t2v"), steps=1000, learning_rate=1e-5,

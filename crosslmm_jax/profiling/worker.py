@@ -35,7 +35,7 @@ def _measure(record: Record) -> None:
 
     request = record.request
     if request.system not in PRESETS:
-        importlib.import_module("crosslmm_jax.profiling.peers").run(record)
+        importlib.import_module("perf.peers").run(record)
         return
     import jax
 

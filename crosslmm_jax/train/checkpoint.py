@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from crosslmm_jax.convert.weights import flatten
 from crosslmm_jax.errors import ConfigError, UserError
+from crosslmm_jax.model_folder import flatten
 from crosslmm_jax.train.checksum import checksums
 from crosslmm_jax.train.processes import FailedSomewhere, together
 from crosslmm_jax.train.state import TrainState

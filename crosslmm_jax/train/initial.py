@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from crosslmm_jax.config import DataConfig, ModelConfig
-from crosslmm_jax.convert.folder import CONFIG_FILE, PROCESSOR_FILE, load_model_config, load_processor
 from crosslmm_jax.errors import ConfigError
+from crosslmm_jax.model_folder import CONFIG_FILE, PROCESSOR_FILE, load_model_config, load_processor
 
 logger = logging.getLogger(__name__)
 

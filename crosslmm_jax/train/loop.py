@@ -20,14 +20,19 @@ from jax.sharding import Mesh
 
 from crosslmm_jax.config import ExperimentConfig
 from crosslmm_jax.config_io import to_dict
-from crosslmm_jax.convert.folder import check_replaceable, is_model_folder, load_weights, save_model_folder
 from crosslmm_jax.data.index import open_index
-from crosslmm_jax.data.pipeline import BatchIterator, make_iterator
-from crosslmm_jax.data.source import Source
+from crosslmm_jax.data.loading import BatchIterator, Source, make_iterator
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.model import logical_axes
-from crosslmm_jax.parallel.mesh import initialize_processes, make_mesh
-from crosslmm_jax.parallel.sharding import check_batch_size, param_shardings, row_shard, to_global
+from crosslmm_jax.model_folder import check_replaceable, is_model_folder, load_weights, save_model_folder
+from crosslmm_jax.parallel import (
+    check_batch_size,
+    initialize_processes,
+    make_mesh,
+    param_shardings,
+    row_shard,
+    to_global,
+)
 from crosslmm_jax.train.checkpoint import Checkpoints, check_room, state_bytes
 from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs
 from crosslmm_jax.train.interrupt import Interrupted, StopRequest

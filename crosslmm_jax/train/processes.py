@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from crosslmm_jax.convert.weights import flatten
 from crosslmm_jax.errors import ConfigError, UserError
+from crosslmm_jax.model_folder import flatten
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from crosslmm_jax.config import ModelConfig, StageConfig
 from crosslmm_jax.model import init_params, logical_axes
-from crosslmm_jax.parallel.sharding import param_shardings, replicated
+from crosslmm_jax.parallel import param_shardings, replicated
 from crosslmm_jax.train.optimizer import make_optimizer
 from crosslmm_jax.train.stages import merge, split
 

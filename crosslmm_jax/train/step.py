@@ -12,9 +12,7 @@ from jaxtyping import Array
 
 from crosslmm_jax.config import ModelConfig, StageConfig
 from crosslmm_jax.model import CrossLMM, SequenceReads, reads_of
-from crosslmm_jax.parallel.compiling import matmul_options
-from crosslmm_jax.parallel.rules import activation_rules
-from crosslmm_jax.parallel.sharding import replicated
+from crosslmm_jax.parallel import activation_rules, matmul_options, replicated
 from crosslmm_jax.train.optimizer import make_optimizer
 from crosslmm_jax.train.stages import merge, model_of_stage
 from crosslmm_jax.train.state import TrainState, abstract_state, shardings_of

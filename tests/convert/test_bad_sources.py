@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from crosslmm_jax.cli import MODEL_FIELDS, main
+from crosslmm_jax.cli.app import MODEL_FIELDS, main
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.config_io import option_types
 from crosslmm_jax.convert.from_hf import Request, convert_from_hf

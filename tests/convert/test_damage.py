@@ -16,8 +16,8 @@ from crosslmm_jax.convert.from_hf import Request, convert_from_hf
 from crosslmm_jax.convert.hf_config import decoder_sizes, llava_sizes, vision_sizes
 from crosslmm_jax.convert.hf_files import open_source
 from crosslmm_jax.convert.hf_processor import image_settings
-from crosslmm_jax.convert.safetensors_file import Reader, read_header
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.model_folder.safetensors_file import Reader, read_header
 
 QUICK = settings(
     deadline=None,

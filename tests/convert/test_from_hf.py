@@ -11,10 +11,10 @@ import torch
 import transformers
 
 from crosslmm_jax.config import MeshConfig
-from crosslmm_jax.convert.folder import load_model_config, load_processor, load_weights
 from crosslmm_jax.convert.from_hf import Request, convert_from_hf, load_from_hf
 from crosslmm_jax.model import CrossLMM, init_params, logical_axes
-from crosslmm_jax.model.siglip import SiglipEncoder
+from crosslmm_jax.model.encoder import SiglipEncoder
+from crosslmm_jax.model_folder.folder import load_model_config, load_processor, load_weights
 from crosslmm_jax.parallel import make_mesh, param_shardings
 
 CROSS = ("--cross-attention.cross-attn-every", "2")

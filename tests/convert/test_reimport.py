@@ -13,14 +13,14 @@ import safetensors.torch
 import torch
 
 from crosslmm_jax import presets
-from crosslmm_jax.cli import main
+from crosslmm_jax.cli.app import main
 from crosslmm_jax.config import CrossAttentionConfig, MergeConfig, ModelConfig, SamplingConfig
-from crosslmm_jax.convert.folder import load_processor, save_model_folder
 from crosslmm_jax.convert.from_hf import Request, convert_from_hf, load_from_hf
 from crosslmm_jax.convert.to_hf import convert_to_hf
-from crosslmm_jax.convert.weights import flatten
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import init_params
+from crosslmm_jax.model_folder.folder import load_processor, save_model_folder
+from crosslmm_jax.model_folder.weights import flatten
 
 CROSS = ("--cross-attention.cross-attn-every", "2", "--cross-attention.gate-init", "0.5")
 

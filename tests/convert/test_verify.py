@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from crosslmm_jax import cli
+from crosslmm_jax.cli import app as cli
 from crosslmm_jax.convert.from_hf import Request, convert_from_hf
 from crosslmm_jax.convert.verify import Difference, compare, verify
 from crosslmm_jax.errors import UserError

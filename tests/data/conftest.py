@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from lookalikes import write_lookalikes
 
-from crosslmm_jax.data.indexing import build_index
-from crosslmm_jax.data.synthetic import SyntheticSet, write_dataset
-from crosslmm_jax.data.tokenizer import Tokenizer, load_tokenizer, write_default_tokenizer
+from crosslmm_jax.data.index.build import build_index
+from crosslmm_jax.data.text.tokenizer import Tokenizer, load_tokenizer, write_default_tokenizer
+from crosslmm_jax.demo.synthetic import SyntheticSet, write_dataset
 
 QWEN = Path(__file__).resolve().parents[3] / "shared" / "tokenizer" / "qwen2.5"
 

@@ -3,7 +3,7 @@
 import os
 from typing import NoReturn
 
-from crosslmm_jax.data.loader import ExampleLoader
+from crosslmm_jax.data.loading.example import ExampleLoader
 
 
 class DyingLoader(ExampleLoader):

@@ -17,8 +17,8 @@ import numpy as np
 
 from crosslmm_jax.config import DataConfig, MeshConfig
 from crosslmm_jax.config_io import from_dict
-from crosslmm_jax.data.pipeline import make_iterator
-from crosslmm_jax.data.source import Source
+from crosslmm_jax.data.loading.dataset import Source
+from crosslmm_jax.data.loading.loader import make_iterator
 from crosslmm_jax.parallel import initialize_processes, make_mesh, row_shard, to_global
 
 TOKENS_PER_FRAME, IMAGE_SIZE = 1, 32

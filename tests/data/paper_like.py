@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from crosslmm_jax.data.index import META, ROW_GROUP, SCHEMA, VERSION
+from crosslmm_jax.data.index.table import META, ROW_GROUP, SCHEMA, VERSION
 
 
 class Part(NamedTuple):

@@ -9,7 +9,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from crosslmm_jax.data.clip import Clip
+from crosslmm_jax.data.media.image import Clip
 
 SIZE = 24
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from crosslmm_jax import load
-from crosslmm_jax.cli import main
+from crosslmm_jax.cli.app import main
 from crosslmm_jax.config_io import to_dict
-from crosslmm_jax.convert.folder import load_model_config
 from crosslmm_jax.demo import recipe, run
 from crosslmm_jax.demo.evaluate import answered_exactly
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.model_folder.folder import load_model_config
 
 Finished = tuple[Path, dict[str, Any]]
 

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.convert.folder import save_model_folder
-from crosslmm_jax.data.collate import lay_out
-from crosslmm_jax.data.conversation import prompt_segments, question_suffix
-from crosslmm_jax.data.synthetic import write_dataset
-from crosslmm_jax.data.time_instruction import ClipMeta, time_text
-from crosslmm_jax.data.tokenizer import write_default_tokenizer
-from crosslmm_jax.data.video import read_frames
+from crosslmm_jax.data.loading.collate import lay_out
+from crosslmm_jax.data.media.video import read_frames
+from crosslmm_jax.data.text.chat import prompt_segments, question_suffix
+from crosslmm_jax.data.text.time_instruction import ClipMeta, time_text
+from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
+from crosslmm_jax.demo.synthetic import write_dataset
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference import Sampling, load
 from crosslmm_jax.inference.commands import ask, chat
 from crosslmm_jax.model import CrossLMM, init_params
+from crosslmm_jax.model_folder.folder import save_model_folder
 
 
 @pytest.fixture(scope="module")

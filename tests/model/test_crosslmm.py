@@ -10,7 +10,7 @@ import pytest
 
 from crosslmm_jax.model import CrossLMM, init_params
 from crosslmm_jax.model.cross_attention import cross_attend, keys_values
-from crosslmm_jax.model.stack import Placement, scan_layers
+from crosslmm_jax.model.layer_scan import Placement, scan_layers
 
 # Tests are compiled in the quickest way, which may round two programs otherwise; this is how users' are.
 AS_USERS = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else None

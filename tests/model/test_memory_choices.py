@@ -13,7 +13,8 @@ import optax
 import pytest
 
 from crosslmm_jax import presets
-from crosslmm_jax.model import CrossLMM, init_params, vision
+from crosslmm_jax.model import CrossLMM, init_params
+from crosslmm_jax.model import encode_frames as vision
 
 REMATS = ("none", "elementwise", "layer", "chunk")  # from most memory to least
 FRAMES = 16
@@ -56,7 +57,9 @@ def products(jaxpr) -> Iterator[str]:
 )
 def test_an_odd_number_of_patches_is_padded_once_to_train_on_a_gpu(monkeypatch, backend, dtype, tolerance):
     """cuDNN's backward pass takes even lengths only. Padding is read by nobody and gets no gradient."""
-    monkeypatch.setattr(sys.modules["crosslmm_jax.model.cudnn"], "FUSED", "xla")  # in place of cuDNN
+    monkeypatch.setattr(
+        sys.modules["crosslmm_jax.model.attention.cudnn"], "FUSED", "xla"
+    )  # in place of cuDNN
     config = encoder_of("elementwise", backend, dtype)
     config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=56))
     assert config.vision.num_patches == 49
@@ -76,7 +79,9 @@ def test_an_odd_number_of_patches_is_padded_once_to_train_on_a_gpu(monkeypatch, 
 
 @pytest.mark.parametrize("backend", ["blockwise", "cudnn"])
 def test_gradients_are_equal_and_memory_is_as_promised(backend, monkeypatch) -> None:
-    monkeypatch.setattr(sys.modules["crosslmm_jax.model.cudnn"], "FUSED", "xla")  # in place of cuDNN
+    monkeypatch.setattr(
+        sys.modules["crosslmm_jax.model.attention.cudnn"], "FUSED", "xla"
+    )  # in place of cuDNN
     dtype = "bfloat16" if backend == "cudnn" else "float32"
     gradients, temporaries, counts = {}, {}, {}
     for remat in REMATS:

@@ -13,9 +13,9 @@ from crosslmm_jax.config import MeshConfig, ModelConfig
 from crosslmm_jax.inference.generate import Sampling, generate, start
 from crosslmm_jax.model import CrossLMM, init_params
 from crosslmm_jax.model.cross_attention import KeysValues, compress, cross_attend
-from crosslmm_jax.model.quantise import largest
+from crosslmm_jax.model.quantisation.quantise import largest
+from crosslmm_jax.parallel.axis_rules import activation_rules
 from crosslmm_jax.parallel.mesh import make_mesh
-from crosslmm_jax.parallel.rules import activation_rules
 from crosslmm_jax.profiling import decode
 from crosslmm_jax.profiling.record import Request
 

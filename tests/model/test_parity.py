@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from crosslmm_jax.model import CrossLMM, init_params
-from crosslmm_jax.model.siglip import SiglipEncoder
+from crosslmm_jax.model.encoder import SiglipEncoder
 
 
 def stacked(layers: list, fields: dict) -> dict:

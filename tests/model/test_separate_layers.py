@@ -10,8 +10,8 @@ import pytest
 
 from crosslmm_jax.config import MeshConfig
 from crosslmm_jax.model import CrossLMM, init_params, logical_axes, ops, separate_layers
+from crosslmm_jax.parallel.axis_rules import activation_rules
 from crosslmm_jax.parallel.mesh import make_mesh
-from crosslmm_jax.parallel.rules import activation_rules
 from crosslmm_jax.parallel.sharding import param_shardings
 
 

@@ -11,8 +11,8 @@ import pytest
 from crosslmm_jax import presets
 from crosslmm_jax.config import MeshConfig, ModelConfig
 from crosslmm_jax.model import CrossLMM, init_params, logical_axes
+from crosslmm_jax.parallel.axis_rules import activation_rules
 from crosslmm_jax.parallel.mesh import make_mesh
-from crosslmm_jax.parallel.rules import activation_rules
 from crosslmm_jax.parallel.sharding import param_shardings
 
 COLLECTIVE = r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("

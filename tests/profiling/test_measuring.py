@@ -16,7 +16,7 @@ import pytest
 from crosslmm_jax import presets
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import CrossLMM, init_params
-from crosslmm_jax.profiling import attention, decode, flops, memory, prefill, timing, worker
+from crosslmm_jax.profiling import decode, flops, memory, prefill, timing, worker
 from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.inputs import (
     config_of,
@@ -29,6 +29,7 @@ from crosslmm_jax.profiling.inputs import (
     with_overrides,
 )
 from crosslmm_jax.profiling.record import Record, Request
+from perf import attention
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -312,7 +313,7 @@ def test_the_peer(tmp_path: Path) -> None:
 def test_the_peers_parameters_are_llava_onevisions() -> None:
     """Counted on no device: 7.6B of Qwen2-7B, the tower without its last layer, the projector."""
     torch = pytest.importorskip("torch")
-    from crosslmm_jax.profiling import peers
+    from perf import peers
 
     config = presets.crosslmm_7b()
     model = peers._make("llava-onevision-7b", config, "meta")

@@ -15,13 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crosslmm_jax.cli import main
-from crosslmm_jax.model import cudnn
-from crosslmm_jax.model.blockwise import blockwise_attention
-from crosslmm_jax.profiling import arguments, attention, figure_long_video, record, report, suite
+from crosslmm_jax.cli import profile as arguments
+from crosslmm_jax.cli.app import main
+from crosslmm_jax.model.attention import cudnn
+from crosslmm_jax.model.attention.blockwise import blockwise_attention
+from crosslmm_jax.profiling import record, report, suite
 from crosslmm_jax.profiling.cases import Case
-from crosslmm_jax.profiling.figure import draw
 from crosslmm_jax.profiling.record import Request
+from perf import attention, figure_long_video
+from perf.figure import draw
 
 
 def row(system: str, frames: int, ms: float, **fields: Any) -> dict[str, Any]:

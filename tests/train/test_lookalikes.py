@@ -9,9 +9,9 @@ import pytest
 
 from crosslmm_jax import presets
 from crosslmm_jax.config import DataConfig, SamplingConfig
-from crosslmm_jax.data.indexing import build_index
-from crosslmm_jax.data.source import Source
-from crosslmm_jax.data.tokenizer import write_default_tokenizer
+from crosslmm_jax.data.index.build import build_index
+from crosslmm_jax.data.loading.dataset import Source
+from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
 
 WRITER = Path(__file__).resolve().parents[1] / "data" / "lookalikes.py"
 DATASETS = {

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from crosslmm_jax.config import DataConfig, ExperimentConfig, ModalityWeights, RunConfig, SamplingConfig
-from crosslmm_jax.convert.folder import load_processor
-from crosslmm_jax.data.indexing import build_index
-from crosslmm_jax.data.synthetic import write_dataset
-from crosslmm_jax.data.tokenizer import write_default_tokenizer
+from crosslmm_jax.data.index.build import build_index
+from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
+from crosslmm_jax.demo.synthetic import write_dataset
+from crosslmm_jax.model_folder.folder import load_processor
 from crosslmm_jax.train import loop
 
 

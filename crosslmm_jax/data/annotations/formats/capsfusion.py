@@ -1,0 +1,70 @@
+"""CapsFusion as img2dataset leaves it: Parquet with key, status and caption, and the images beside it.
+
+img2dataset writes `<shard>.parquet` and either a folder `<shard>/<key>.jpg` or a tar `<shard>.tar`. The
+Parquet files that CapsFusion publishes hold addresses only; they are refused with a hint.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from crosslmm_jax.data.annotations.json_files import files_of
+from crosslmm_jax.data.annotations.options import choice_option, fill, path_option, text_option
+from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, Origin, Row, caption_turns, make_row
+from crosslmm_jax.errors import UserError
+
+OPTIONS = frozenset({"caption", "images", "path", "question"})
+_PATHS = {"files": "{shard}/{key}.jpg", "tar": "{shard}.tar::{key}.jpg"}
+_QUESTION = "Describe the image briefly."
+
+
+def entries(spec: DatasetSpec) -> Iterator[Entry]:
+    """Rows of all files in order, read in batches.
+
+    Options: `caption` names the column (capsfusion if there is one, else caption); `images` is files (the
+    default) or tar; `path` of an image, made of {shard} and {key}; `question` asks for the caption.
+
+    Raises:
+        UserError: an option is wrong, or a file cannot be read or has no such columns.
+    """
+    images = choice_option(spec, "images", ("files", "tar"))
+    path = path_option(spec, _PATHS[images], ("shard", "key"))
+    question = text_option(spec, "question", _QUESTION)
+    for file in files_of(spec.path, ".parquet"):
+        for number, row in enumerate(_rows(file, spec)):
+            where = f"{file}: row {number}"
+            if row["key"] is not None:
+                where += f" (key {row['key']})"
+            yield Entry(where, {**row, "shard": Path(file).stem, "path": path, "question": question})
+
+
+def _rows(file: str, spec: DatasetSpec) -> Iterator[dict[str, Any]]:
+    """`key`, `status` and `caption` of each row of a file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(file) as table:
+            columns = set(table.schema_arrow.names)
+            default = "capsfusion" if "capsfusion" in columns else "caption"
+            caption = text_option(spec, "caption", default)
+            if missing := {"key", "status", caption} - columns:
+                hint = "download its images with img2dataset and name the Parquet files that it wrote"
+                raise UserError(f"{file}: has no column {sorted(missing)[0]!r}; {hint}")
+            for batch in table.iter_batches(batch_size=4096, columns=["key", "status", caption]):
+                for row in batch.to_pylist():
+                    yield {"key": row["key"], "status": row["status"], "caption": row[caption]}
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        fix = "correct the path or download the file again"
+        raise UserError(f"{file}: cannot be read as Parquet ({reason}); {fix}") from error
+
+
+def to_row(value: Mapping[str, Any], origin: Origin) -> Row:
+    """A row of one image. Raises RowFault when it was not downloaded or has no caption."""
+    key = value["key"]
+    path = fill(value["path"], {"shard": value["shard"], "key": key}, origin)
+    if value["status"] != "success":
+        detail = f"img2dataset did not download it (status {value['status']!r})"
+        raise origin.fault("not_downloaded", detail, path)
+    return make_row(origin, caption_turns(origin, value["question"], value["caption"]), images=[path])

@@ -1,0 +1,93 @@
+"""MovieChat-1K: one JSON file a video, with questions about all of it, about a moment of it, and a caption.
+
+    {"info": {"video_path", "fps", ...}, "global": [{"question", "answer"}],
+     "breakpoint": [{"question", "time", "answer"}], "caption": "..."}
+
+A video gives a row of its global questions, a row of its caption, and a row for each breakpoint. The question
+of a breakpoint is about "now": what is read is the video up to its `time`, a frame's number.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from crosslmm_jax.data.annotations.json_files import read_json_folder
+from crosslmm_jax.data.annotations.options import choices_option, text_option
+from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, Origin, Row, caption_turns, make_row
+from crosslmm_jax.data.text import RowFault
+
+OPTIONS = frozenset({"parts", "question"})
+_PARTS = ("global", "breakpoint", "caption")
+_QUESTION = "Describe the video in detail."
+
+
+def entries(spec: DatasetSpec) -> Iterator[Entry]:
+    """What each file holds, file by file. Options: `parts`, some of global, breakpoint and caption (all by
+    default), and `question`, which asks for the caption.
+
+    Raises:
+        UserError: an option is wrong.
+    """
+    parts = choices_option(spec, "parts", _PARTS, _PARTS)
+    question = text_option(spec, "question", _QUESTION)
+    for where, value in read_json_folder(spec.path):
+        if isinstance(value, RowFault):
+            yield Entry(where, value)
+        elif not isinstance(value, Mapping) or not isinstance(value.get("info"), Mapping):
+            yield Entry(where, RowFault(where, "malformed", "must be an object with info"))
+        else:
+            found = False
+            for part in parts:
+                for suffix, content in _contents(part, value.get(part)):
+                    found = True
+                    name = f"{where}: {part}{suffix}"
+                    yield Entry(name, (part, value["info"], content, question))
+            if not found:
+                detail = f"holds none of {', '.join(parts)}"
+                yield Entry(where, RowFault(where, "conversation", detail))
+
+
+def _contents(part: str, content: Any) -> list[tuple[str, Any]]:
+    """What one part of a file gives a row each of, with what tells it from its neighbours."""
+    if not content:
+        return []
+    if part == "breakpoint" and isinstance(content, list):
+        return [(f"[{number}]", [item]) for number, item in enumerate(content)]
+    return [("", content)]
+
+
+def to_row(value: Any, origin: Origin) -> Row:
+    """A row of one part of a file. Raises RowFault when it cannot be used."""
+    part, info, content, question = value
+    bounds = None
+    if part == "caption":
+        turns = caption_turns(origin, question, content)
+    else:
+        turns = _questions(content, origin)
+        if part == "breakpoint":
+            bounds = (0.0, _moment(content[0].get("time"), info.get("fps"), origin))
+    return make_row(origin, turns, videos=[info.get("video_path")], bounds=bounds)
+
+
+def _questions(pairs: Any, origin: Origin) -> list[dict[str, str]]:
+    if not isinstance(pairs, list) or not all(isinstance(pair, Mapping) for pair in pairs):
+        raise origin.fault("conversation", "must be a list of objects with question and answer")
+    turns = []
+    for number, pair in enumerate(pairs):
+        question, answer = pair.get("question"), pair.get("answer")
+        for text in (question, answer):
+            if not isinstance(text, str) or not text.strip():
+                raise origin.fault("conversation", "a question or an answer is missing or no text")
+        turns.append({"from": "human", "value": question if number else f"<image>\n{question}"})
+        turns.append({"from": "gpt", "value": answer})
+    return turns
+
+
+def _moment(frame: Any, fps: Any, origin: Origin) -> float:
+    """Seconds up to and with a frame."""
+    most = sys.float_info.max  # JSON has integers beyond it
+    numbers = [number for number in (frame, fps) if isinstance(number, int | float)]
+    if len(numbers) < 2 or not 0 <= frame <= most or not 0 < fps <= most:
+        detail = f"time {frame!r} and fps {fps!r} must be a frame's number and frames a second"
+        raise origin.fault("clip_times", detail)
+    return (frame + 1) / fps

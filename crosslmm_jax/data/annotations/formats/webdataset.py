@@ -1,0 +1,134 @@
+"""Webdataset tars: the files of one sample share the name before the first dot, and stand side by side.
+
+A sample is an image, several images or a video, with a .json that holds `conversations` as LLaVA writes them,
+or with a caption in a .txt or in a field of the .json, as img2dataset and video2dataset leave it.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from crosslmm_jax.data.annotations.formats.llava import read_type_of
+from crosslmm_jax.data.annotations.json_files import files_of
+from crosslmm_jax.data.annotations.options import text_option
+from crosslmm_jax.data.annotations.rows import (
+    DatasetSpec,
+    Entry,
+    Origin,
+    Row,
+    caption_turns,
+    make_row,
+    parse_bounds,
+)
+from crosslmm_jax.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, look_at, read_member, spanned, walk
+from crosslmm_jax.data.text import RowFault
+from crosslmm_jax.errors import UserError
+
+OPTIONS = frozenset({"caption", "question"})
+_QUESTIONS = {"images": "Describe the image briefly.", "videos": "Describe the video briefly."}
+
+
+@dataclasses.dataclass
+class Sample:
+    """The files of one sample.
+
+    Attributes:
+        tar: path of the tar.
+        key: the name they share.
+        media: references by kind: images and videos.
+        texts: content of the .json and .txt, by suffix.
+        caption: field of the .json that holds the caption; "" for the .txt, or the field `caption`.
+        question: asks for the caption; "" for one that fits the medium.
+    """
+
+    tar: str
+    key: str
+    caption: str
+    question: str
+    media: dict[str, list[str]] = dataclasses.field(default_factory=lambda: {"images": [], "videos": []})
+    texts: dict[str, bytes] = dataclasses.field(default_factory=dict)
+
+
+def entries(spec: DatasetSpec) -> Iterator[Entry]:
+    """Samples, tar by tar. Where a damaged tar breaks off stands a fault in place of a sample.
+
+    Options: `caption`, the field of the .json that holds it, and `question`, which asks for it.
+
+    Raises:
+        UserError: an option is wrong.
+    """
+    caption = text_option(spec, "caption", "caption") if "caption" in spec.options else ""
+    question = text_option(spec, "question", "?") if "question" in spec.options else ""
+    for tar in files_of(spec.path, ".tar"):
+        try:
+            look_at(tar)
+            for sample in _samples(tar, caption, question):
+                yield Entry(f"{tar}: {sample.key}", sample)
+        except UserError as error:
+            detail = str(error).removeprefix(f"{tar}: ")
+            yield Entry(tar, RowFault(tar, "malformed", detail, os.path.basename(tar)))
+
+
+def _samples(path: str, caption: str, question: str) -> Iterator[Sample]:
+    sample = None
+    for tar, member in walk(path):
+        folder, name = os.path.split(member.name)
+        stem, _, suffix = name.partition(".")
+        key = os.path.join(folder, stem)
+        if sample is None or sample.key != key:
+            if sample is not None:
+                yield sample
+            sample = Sample(path, key, caption, question)
+        kind = "." + suffix.rpartition(".")[2].lower()
+        if kind in (".json", ".txt"):
+            sample.texts[kind[1:]] = read_member(tar, member)
+        elif kind in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
+            media = sample.media["images" if kind in IMAGE_SUFFIXES else "videos"]
+            place = spanned(member.name, member.offset_data, member.size)
+            media.append(f"{os.path.basename(path)}::{place}")
+    if sample is not None:
+        yield sample
+
+
+def to_row(value: Any, origin: Origin) -> Row:
+    """A row of one sample, its media relative to the folder of the tar. Raises RowFault."""
+    sample: Sample = value
+    root = os.path.dirname(sample.tar) or "."
+    origin = dataclasses.replace(origin, spec=dataclasses.replace(origin.spec, root=root))
+    about = _json_of(sample, origin)
+    kinds = [kind for kind, names in sample.media.items() if names]
+    if len(kinds) > 1:
+        raise origin.fault("malformed", "holds images and a video; put them into samples of their own")
+    conversations = about.get("conversations")
+    if conversations is None:
+        if not kinds:
+            raise origin.fault("missing", "holds no image, no video and no conversations")
+        question = sample.question or _QUESTIONS[kinds[0]]
+        conversations = caption_turns(origin, question, _caption_of(sample, about))
+    bounds = parse_bounds(origin, about.get("start"), about.get("end")) if sample.media["videos"] else None
+    return make_row(
+        origin,
+        conversations,
+        images=sample.media["images"],
+        videos=sample.media["videos"],
+        bounds=bounds,
+        read_type=read_type_of(about, origin),
+    )
+
+
+def _json_of(sample: Sample, origin: Origin) -> Mapping[str, Any]:
+    try:
+        about = json.loads(sample.texts.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        about = None
+    if not isinstance(about, Mapping):
+        raise origin.fault("malformed", "its .json is no valid JSON object")
+    return about
+
+
+def _caption_of(sample: Sample, about: Mapping[str, Any]) -> Any:
+    if sample.caption or "txt" not in sample.texts:
+        return about.get(sample.caption or "caption")
+    return sample.texts["txt"].decode("utf-8", "replace")

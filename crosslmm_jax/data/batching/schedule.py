@@ -1,0 +1,264 @@
+"""Which rows every step reads: a pure function of (index, seed, step), the same on every host.
+
+The rows of a bucket form an endless stream: all of them in a random order, then all in another one. Batch k
+of a bucket takes positions k * B to (k + 1) * B of its stream, so a leftover that is smaller than a batch is
+carried into the next epoch and no row is lost or favoured. An epoch holds the batches that begin in it, of
+all buckets, in random order. Where modalities have weights, each has its own epochs, and a fixed pattern
+deals the steps out. Nothing is stored but the rows of each bucket: any step is found directly, so a run
+resumes anywhere from one integer.
+"""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from crosslmm_jax.data.batching.buckets import Bucket
+
+_CYCLE = 1000  # weights of modalities are kept to a thousandth
+_ROUNDS = 4  # of grain's index shuffle: its own default
+_SHORT = 4096  # orders up to this length are written out: the index shuffle is slow on them
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """The rows of a bucket that share one weight.
+
+    Attributes:
+        rows: int[n], row numbers, ascending.
+        weight: how often an epoch holds each of them; may be a fraction.
+    """
+
+    rows: np.ndarray
+    weight: Fraction = Fraction(1)
+
+    def before(self, epoch: int) -> int:
+        """Rows that the epochs before `epoch` hold."""
+        return epoch * len(self.rows) * self.weight.numerator // self.weight.denominator
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedBatch:
+    """The rows of one global batch, in order, and the shape they are padded to."""
+
+    bucket_number: int
+    bucket: Bucket
+    rows: np.ndarray  # int64[B]
+
+
+class _Stream:
+    """The endless stream of the rows of one bucket."""
+
+    def __init__(self, number: int, members: Sequence[Members], *, batch_size: int, key: str) -> None:
+        self.number = number
+        self.members = members
+        self.batch_size = batch_size
+        self.key = key  # "" leaves the rows in order
+
+    def before(self, epoch: int) -> int:
+        """Positions before `epoch`."""
+        return sum(part.before(epoch) for part in self.members)
+
+    def first_batch(self, epoch: int) -> int:
+        """Number of the first batch that begins in `epoch` or later."""
+        return -(-self.before(epoch) // self.batch_size)
+
+    def batch(self, number: int) -> np.ndarray:
+        """int64[B], the rows of batch `number`."""
+        begin = number * self.batch_size
+        epoch = _last_at_most(self.before, begin)
+        rows = []
+        for position in range(begin, begin + self.batch_size):
+            while self.before(epoch + 1) <= position:
+                epoch += 1
+            rows.append(self._row(epoch, position - self.before(epoch)))
+        return np.array(rows, np.int64)
+
+    def _row(self, epoch: int, place: int) -> int:
+        length = self.before(epoch + 1) - self.before(epoch)
+        place = _shuffled(place, length, f"{self.key}/{epoch}" if self.key else "")
+        for part_number, part in enumerate(self.members):
+            held = part.before(epoch + 1) - part.before(epoch)
+            if place < held:
+                turn, within = divmod(part.before(epoch) + place, len(part.rows))
+                key = f"{self.key}/{part_number}/{turn}" if self.key else ""
+                return int(part.rows[_shuffled(within, len(part.rows), key)])
+            place -= held
+        raise AssertionError("a position lies in its epoch")
+
+
+class _Mix:
+    """Batches of several buckets over epochs, each bucket as often as its rows ask for."""
+
+    def __init__(self, streams: Sequence[_Stream], *, key: str) -> None:
+        self.streams = streams
+        self.key = key
+
+    def _first(self, epoch: int) -> int:
+        return sum(stream.first_batch(epoch) for stream in self.streams)
+
+    def batch(self, number: int) -> tuple[_Stream, np.ndarray]:
+        """Batch `number` counted over all buckets."""
+        epoch = _last_at_most(self._first, number)
+        place, begin = number - self._first(epoch), epoch
+        length = self._first(epoch + 1) - self._first(epoch)
+        place = _shuffled(place, length, f"{self.key}/{begin}" if self.key else "")
+        for stream in self.streams:
+            first = stream.first_batch(epoch)
+            count = stream.first_batch(epoch + 1) - first
+            if place < count:
+                return stream, stream.batch(first + place)
+            place -= count
+        raise AssertionError("a batch lies in its epoch")
+
+
+class Plan:
+    """Step to rows. Cheap to send to another process: it holds the rows of each bucket and nothing else."""
+
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        members: Sequence[Sequence[Members]],
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        modality_weights: dict[str, float] | None = None,
+    ) -> None:
+        """Plans batches of `batch_size` rows.
+
+        Args:
+            buckets: shapes that hold at least one row.
+            members: the rows of each bucket.
+            batch_size: B, rows of a global batch.
+            seed: of every order.
+            shuffle: False reads bucket after bucket, the rows of each in order.
+            modality_weights: shares of the steps by modality, of those that have rows; None: by their rows.
+        """
+        self.buckets = list(buckets)
+        self.members = [list(parts) for parts in members]
+        streams = [
+            _Stream(number, parts, batch_size=batch_size, key=f"{seed}/{number}" if shuffle else "")
+            for number, parts in enumerate(members)
+        ]
+        if modality_weights is None:
+            groups, weights = [streams], [1.0]
+        else:
+            held = {bucket.modality for bucket in self.buckets}
+            names = [name for name, weight in modality_weights.items() if weight > 0 and name in held]
+            groups = [[s for s in streams if self.buckets[s.number].modality == name] for name in names]
+            weights = [modality_weights[name] for name in names]
+        self._mixes = [
+            _Mix(group, key=f"{seed}/mix{number}" if shuffle else "") for number, group in enumerate(groups)
+        ]
+        self._pattern, self._seen = _deal_steps(weights)
+
+    def batch(self, step: int) -> PlannedBatch:
+        """The batch of `step`, counted from 0."""
+        cycle, place = divmod(step, len(self._pattern))
+        group = self._pattern[place]
+        number = cycle * int(self._seen[-1, group]) + int(self._seen[place, group])
+        stream, rows = self._mixes[group].batch(number)
+        return PlannedBatch(stream.number, self.buckets[stream.number], rows)
+
+    def epoch_steps(self) -> int:
+        """Steps in which each row is read at least once."""
+        needed = [mix._first(1) for mix in self._mixes]
+        cycles = [math.ceil(count / int(self._seen[-1, group])) for group, count in enumerate(needed)]
+        return needed[0] if len(needed) == 1 else max(cycles) * len(self._pattern)
+
+    def substitute(self, bucket_number: int, row: int, attempt: int) -> int:
+        """The row that stands in for `row` at an attempt: of the same bucket, the same on every host."""
+        parts = self.members[bucket_number]
+        place = zlib.crc32(f"{row}/{attempt}".encode()) % sum(len(part.rows) for part in parts)
+        for part in parts:
+            if place < len(part.rows):
+                return int(part.rows[place])
+            place -= len(part.rows)
+        raise AssertionError("a bucket holds rows")
+
+
+def _last_at_most(before: Callable[[int], int], target: int) -> int:
+    """The largest n with before(n) <= target, of a function that grows from before(0) = 0 without end."""
+    high = 1
+    while before(high) <= target:
+        high *= 2
+    low = 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if before(middle) <= target else (low, middle)
+    return low
+
+
+def _shuffled(place: int, length: int, key: str) -> int:
+    """Where `place` of 0..length-1 goes in the random order named `key`; "" keeps the order."""
+    if not key or length == 1:
+        return place
+    seed = zlib.crc32(key.encode())
+    if length <= _SHORT:
+        return int(_permutation(length, seed)[place])
+    from grain.experimental import index_shuffle
+
+    return index_shuffle(place, max_index=length - 1, seed=seed, rounds=_ROUNDS)
+
+
+@functools.lru_cache(maxsize=256)
+def _permutation(length: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(length)
+
+
+def _deal_steps(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """A cycle of steps in which each group has its share, spread evenly.
+
+    Returns:
+        int[L], the group of each step, and int[L + 1, groups], how often each group came before it.
+    """
+    shares = [weight / sum(weights) for weight in weights]
+    counts = [max(1, round(share * _CYCLE)) for share in shares]
+    divisor = math.gcd(*counts)
+    counts = np.array([count // divisor for count in counts], np.int64)
+    total = int(counts.sum())
+    seen = np.zeros((total + 1, len(counts)), np.int64)
+    pattern = np.zeros(total, np.int64)
+    for step in range(total):
+        pattern[step] = np.argmax((step + 1) * counts - seen[step] * total)
+        seen[step + 1] = seen[step]
+        seen[step + 1, pattern[step]] += 1
+    return pattern, seen
+
+
+def deal_evenly(costs: Sequence[int] | np.ndarray) -> np.ndarray:
+    """An order of the rows of a batch in which contiguous parts of equal size cost about the same.
+
+    The costliest rows are dealt out one after the other, there and back, to two (or three, ...) parts, and
+    each part is dealt out again in the same way. So the parts are even for any number of hosts that divides
+    the batch into such parts, above all for powers of two, and the order does not depend on that number.
+
+    Args:
+        costs: work of each row.
+
+    Returns:
+        int64[rows], positions in `costs`.
+    """
+    order = np.argsort(-np.asarray(costs, np.int64), kind="stable")
+    return _deal(order)
+
+
+def _deal(order: np.ndarray) -> np.ndarray:
+    parts = _smallest_prime(len(order))
+    if len(order) <= parts:
+        return order
+    rounds = order.reshape(-1, parts)
+    rounds = np.where((np.arange(len(rounds)) % 2 == 1)[:, None], rounds[:, ::-1], rounds)
+    return np.concatenate([_deal(rounds[:, part]) for part in range(parts)])
+
+
+def _smallest_prime(number: int) -> int:
+    for candidate in range(2, math.isqrt(number) + 1):
+        if number % candidate == 0:
+            return candidate
+    return max(number, 1)

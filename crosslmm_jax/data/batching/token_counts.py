@@ -1,0 +1,163 @@
+"""How many frames and text tokens each row of an index brings, without opening a file.
+
+Never fewer than the loader returns, so that a row always fits the bucket that was planned for it. Counts are
+exact where the index knows enough: frames of whole videos, and text without a time instruction, also of rows
+that lose turns. With a time instruction a row is planned with all turns that might fit.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+
+from crosslmm_jax.config import SamplingConfig, TimeInstruction
+from crosslmm_jax.data.annotations import MODALITIES
+from crosslmm_jax.data.index import Columns
+from crosslmm_jax.data.media import count_frames
+from crosslmm_jax.data.text import most_time_tokens
+
+_LLAVA_ROUNDING = 1.5  # frames that rounding LLaVA's step can add: 1.49 frames a step become 1
+_SLACK = 1e-9  # of seconds, which are not computed in the same way everywhere
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """What rows bring, at most.
+
+    Attributes:
+        frames: int64[rows], of all media.
+        text: int64[rows], tokens that are not visual, at most as many as rows may have.
+        usable: bool[rows]; the others do not fit the style, or not even their first exchange fits.
+        truncated: bool[rows], usable ones that may lose turns at their end.
+    """
+
+    frames: np.ndarray
+    text: np.ndarray
+    usable: np.ndarray
+    truncated: np.ndarray
+
+
+def row_lengths(
+    columns: Columns,
+    sampling: SamplingConfig,
+    *,
+    most_text: int,
+    style: Literal["chat", "plain"] = "chat",
+    time_instruction: TimeInstruction = "none",
+    wording: Mapping[str, int],
+    more_system: int = 0,
+) -> Lengths:
+    """The lengths of all rows.
+
+    Args:
+        columns: of the index.
+        sampling: that gives the frames.
+        most_text: tokens of a row that are not visual, at most.
+        style: of the prompts.
+        time_instruction: of a chat.
+        wording: tokens of the words of each time instruction, from the index.
+        more_system: tokens by which the system prompt exceeds the default one.
+    """
+    per_medium = media_frames(columns, sampling)
+    if style == "plain":
+        frames = _sum_media(per_medium, columns, columns.media_per_row)
+        text = columns.plain_tokens.astype(np.int64)
+        usable = (text > 0) & (text <= most_text)
+        return Lengths(frames, np.minimum(text, most_text), usable, np.zeros(len(text), bool))
+    times = np.zeros(len(per_medium), np.int64)
+    if time_instruction != "none":
+        times = _time_tokens(columns, per_medium, time_instruction, wording[time_instruction])
+    more = np.where(columns.own_system, 0, more_system)
+    whole, first = columns.text_tokens + more, _first_answers(columns)
+    rows = np.flatnonzero(whole > most_text)  # they lose turns, whatever their time instructions cost
+    last = _last_answers(columns, rows, most_text - more[rows])
+    text, media = whole.copy(), columns.media_per_row.copy()
+    text[rows], media[rows] = columns.answer_tokens[last] + more[rows], columns.answer_media[last]
+    text += _sum_media(times, columns, media)
+    whole += _sum_media(times, columns, columns.media_per_row)
+    least = columns.answer_tokens[first] + more + _sum_media(times, columns, columns.answer_media[first])
+    usable = least <= most_text
+    return Lengths(
+        _sum_media(per_medium, columns, media), np.minimum(text, most_text), usable,
+        usable & (whole > most_text),
+    )  # fmt: skip
+
+
+def _first_answers(columns: Columns) -> np.ndarray:
+    """int64[rows], the place of each row's first answer."""
+    return np.cumsum(columns.answers_per_row) - columns.answers_per_row
+
+
+def _last_answers(columns: Columns, rows: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """int64[n], for each of `rows` the place of its last answer that `most` tokens hold, or of its first."""
+    first, counts = _first_answers(columns)[rows], columns.answers_per_row[rows]
+    begins = np.cumsum(counts) - counts
+    places = np.arange(counts.sum()) + np.repeat(first - begins, counts)
+    fits = columns.answer_tokens[places] <= np.repeat(most, counts)
+    held = np.bincount(np.repeat(np.arange(len(rows)), counts), weights=fits, minlength=len(rows))
+    return first + np.maximum(held.astype(np.int64), 1) - 1
+
+
+def media_frames(columns: Columns, sampling: SamplingConfig) -> np.ndarray:
+    """int64[media]: frames of each medium; an image is one frame."""
+    counts = np.ones(len(columns.duration), np.int64)
+    is_video, start, end = _videos(columns)
+    counts[is_video] = video_frames(
+        columns.duration[is_video], columns.num_frames[is_video], sampling, start=start, end=end
+    )
+    return counts
+
+
+def video_frames(
+    duration: np.ndarray,
+    num_frames: np.ndarray,
+    sampling: SamplingConfig,
+    *,
+    start: np.ndarray,
+    end: np.ndarray,
+) -> np.ndarray:
+    """int64[videos]: how many frames `sampling` reads.
+
+    Exact for whole videos. Between bounds it is the most that any spacing of the frames can give.
+    """
+    whole = (start <= 0) & (end >= duration)
+    inside = np.maximum(np.minimum(end, duration) - start, 1e-6)
+    seconds = np.where(whole, duration, inside * (1 + _SLACK) + _SLACK)
+    count = count_frames(num_frames=num_frames, duration=seconds, sampling=sampling)
+    if sampling.policy == "llava" and not sampling.force_sample:
+        later = count_frames(num_frames=num_frames, duration=seconds * (1 + _SLACK), sampling=sampling)
+        most = np.ceil(_LLAVA_ROUNDING * sampling.fps * seconds).astype(np.int64)
+        most = np.minimum(np.minimum(most, num_frames), sampling.frames)
+        count = np.where(whole, np.maximum(count, later), np.where(duration > 0, most, 1))
+    return count
+
+
+def _videos(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """bool[media], and the bounds of those that are videos: float64[videos] each."""
+    of_row = np.repeat(np.arange(len(columns.modality)), columns.media_per_row)
+    is_video = (columns.modality == MODALITIES.index("video"))[of_row]
+    rows = of_row[is_video]
+    return is_video, columns.start[rows], columns.end[rows]
+
+
+def _sum_media(values: np.ndarray, columns: Columns, count: np.ndarray) -> np.ndarray:
+    """int64[rows], sums of `values` of media over the first `count` of each row."""
+    sums = np.concatenate([[0], np.cumsum(values)])
+    ends = np.cumsum(columns.media_per_row)
+    begins = ends - columns.media_per_row
+    return sums[np.minimum(begins + count, ends)] - sums[begins]
+
+
+def _time_tokens(
+    columns: Columns, frames: np.ndarray, kind: Literal["short", "full"], wording: int
+) -> np.ndarray:
+    """int64[media]: tokens of the time instruction of each, at most; 0 for images."""
+    is_video, start, end = _videos(columns)
+    last = np.minimum(end, columns.duration[is_video])
+    tokens = np.zeros(len(frames), np.int64)
+    tokens[is_video] = most_time_tokens(
+        kind, wording, num_frames=frames[is_video], duration=np.maximum(last - start, 0), last=last
+    )
+    tokens[columns.duration <= 0] = 0
+    return tokens

@@ -1,0 +1,125 @@
+"""The rows of a run: their index, the buckets they fall in, the plan over them, and batches made of them."""
+
+import logging
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from crosslmm_jax.config import DataConfig
+from crosslmm_jax.data.batching import (
+    LEFT_OUT,
+    Bucket,
+    Members,
+    Plan,
+    PlannedBatch,
+    deal_evenly,
+    make_shapes,
+    row_cost,
+)
+from crosslmm_jax.data.index import Columns, RowStore, fingerprint, open_index
+from crosslmm_jax.data.loading.collate import Batch, Example, collate
+from crosslmm_jax.data.loading.example import BadRow, ExampleLoader
+from crosslmm_jax.data.text import DEFAULT_SYSTEM_PROMPT, Tokenizer, load_tokenizer
+from crosslmm_jax.errors import ConfigError, UserError
+
+_LOG = logging.getLogger(__name__)
+
+
+class Source:
+    """The rows of a `DataConfig`, planned once, and what turns them into batches.
+
+    Attributes:
+        buckets: shapes of batches that a run may see.
+        left_out: rows that no bucket holds.
+        padding: shares of an epoch's batches that are padding.
+    """
+
+    def __init__(self, config: DataConfig, *, tokens_per_frame: int, image_size: int) -> None:
+        """Reads index and tokenizer. Raises UserError naming what is wrong with them."""
+        self.config = config
+        self.tokens_per_frame = tokens_per_frame
+        self.tokenizer: Tokenizer = load_tokenizer(config.tokenizer)
+        index = open_index(config.index)
+        if fingerprint(self.tokenizer) != index.tokenizer:
+            raise ConfigError(
+                f"DataConfig.index {config.index} was made with another tokenizer than {config.tokenizer};"
+                f" run `crosslmm data index` again with --tokenizer {config.tokenizer}"
+            )
+        self.rows = RowStore(index)
+        self.loader = ExampleLoader(self.rows, config, tokenizer=self.tokenizer, image_size=image_size)
+        columns = index.columns()
+        more = len(self.tokenizer.encode_plain(config.system_prompt))
+        more -= len(self.tokenizer.encode_plain(DEFAULT_SYSTEM_PROMPT))
+        shapes = make_shapes(config, index, columns, tokens_per_frame=tokens_per_frame, more_system=more)
+        self.buckets: list[Bucket] = shapes.buckets
+        self.left_out, self.padding = shapes.left_out, shapes.padding
+        self._of_row = shapes.of_row
+        self._costs = row_cost(shapes.lengths.frames, shapes.lengths.text).astype(np.int32)  # type: ignore[arg-type]
+        if shapes.left_out:
+            _LOG.warning(
+                "%d of %d rows are left out: too many tokens or frames, not of style %r, or of a modality"
+                " without weight", shapes.left_out, len(self.rows), config.style,
+            )  # fmt: skip
+        held = {bucket.modality for bucket in self.buckets}
+        if absent := (config.modality_weights.as_dict() or {}).keys() - held:
+            _LOG.warning(
+                "no row is of modality %s, to which DataConfig.modality_weights gives steps: others get them",
+                ", ".join(sorted(absent)),
+            )
+        self.plan = self._make_plan(
+            columns, [Fraction(weight).limit_denominator(1000) for weight in index.weights]
+        )
+
+    def _make_plan(self, columns: Columns, weights: Sequence[Fraction]) -> Plan:
+        of_weight = {weight: [n for n, one in enumerate(weights) if one == weight] for weight in weights}
+        members, buckets = [], []
+        for number, bucket in enumerate(self.buckets):
+            inside = self._of_row == number
+            parts = [
+                Members(np.flatnonzero(inside & np.isin(columns.dataset, names)).astype(np.int32), weight)
+                for weight, names in sorted(of_weight.items())
+            ]
+            members.append([part for part in parts if len(part.rows)])
+            buckets.append(bucket)
+        config = self.config
+        return Plan(
+            buckets, members, batch_size=config.batch_size, seed=config.seed, shuffle=config.shuffle,
+            modality_weights=config.modality_weights.as_dict(),
+        )  # fmt: skip
+
+    def planned(self, step: int) -> PlannedBatch:
+        """The rows of the global batch of `step`, in their order in it."""
+        batch = self.plan.batch(step)
+        if not self.config.shuffle:
+            return batch
+        order = deal_evenly(self._costs[batch.rows])
+        return PlannedBatch(batch.bucket_number, batch.bucket, batch.rows[order])
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """The batch of these rows, in their order. Raises UserError where one is unreadable."""
+        places = self._of_row[np.asarray(numbers)]
+        if (places == LEFT_OUT).any():
+            row = self.rows[int(numbers[int(np.argmax(places == LEFT_OUT))])]
+            raise UserError(f"{row.where}: fits no bucket; look at text_buckets and frame_buckets")
+        held = [self.buckets[place] for place in places]
+        bucket = Bucket(held[0].modality, max(b.frames for b in held), max(b.text for b in held))
+        examples = []
+        for number in numbers:
+            found = self.loader.load(int(number), bucket)
+            if isinstance(found, BadRow):
+                raise UserError(found.detail)
+            examples.append(found)
+        return self.collate(examples, bucket)
+
+    def collate(self, examples: list[Example], bucket: Bucket) -> Batch:
+        """One batch of the shape of `bucket`; see `crosslmm_jax.data.loading.collate.collate`."""
+        return collate(
+            examples,
+            tokens_per_frame=self.tokens_per_frame,
+            image_size=self.loader.image_size,
+            frame_buckets=(bucket.frames,),
+            text_buckets=(bucket.text,),
+            pad_id=self.tokenizer.pad,
+            placeholder=self.tokenizer.video_pad,
+        )

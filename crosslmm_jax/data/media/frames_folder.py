@@ -1,0 +1,46 @@
+"""A folder of pictures read as a video of one frame a second."""
+
+import os
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from crosslmm_jax.data.media.image import Resampling, is_image, read_image
+from crosslmm_jax.data.media.locate import Deadline, Media, PathOrMedia
+from crosslmm_jax.errors import MediaError
+
+
+def list_pictures(folder: PathOrMedia) -> list[PathOrMedia]:
+    """The pictures in a folder, by name, with numbers in names by value: 2 comes before 10.
+
+    Raises:
+        MediaError: "empty" when there are none.
+    """
+    if isinstance(folder, Media):
+        if folder.pictures:
+            return list(folder.pictures)
+        folder = folder.path
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if is_image(entry.name) and not entry.name.startswith(".")]
+    if not names:
+        raise MediaError(f"{folder}: is a folder that holds no pictures; give a video or its frames", "empty")
+    names.sort(key=_by_value)
+    return [os.path.join(folder, name) for name in names]
+
+
+def _by_value(name: str) -> tuple[list[tuple[str, int]], str]:
+    """Sorting key of a name: its words and numbers in turn."""
+    parts = re.findall(r"([^0-9]*)([0-9]*)", name)
+    return [(word, int(number or -1)) for word, number in parts], name
+
+
+def read_pictures(
+    pictures: Sequence[PathOrMedia], *, size: int, resampling: Resampling, deadline: Deadline
+) -> np.ndarray:
+    """uint8[n, size, size, 3] of the pictures. Raises MediaError when one is damaged."""
+    images = np.empty((len(pictures), size, size, 3), np.uint8)
+    for number, path in enumerate(pictures):
+        deadline.check()
+        images[number] = read_image(path, size, resampling).frames[0]
+    return images

@@ -1,0 +1,281 @@
+"""Media that annotations name: where they may lie, what may be opened, how long it may take.
+
+A medium is a file, a folder of pictures, a part of a file (a member of a tar) or bytes (of a record). Nothing
+here decodes. A file is looked at before it is opened, since opening a pipe or a device can block.
+"""
+
+import io
+import os
+import stat
+import time
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple
+
+from crosslmm_jax.config import DataConfig
+from crosslmm_jax.data.media.array_record import is_record_file, read_values
+from crosslmm_jax.data.media.tar import is_tar, member_name, member_span, spanned
+from crosslmm_jax.errors import MediaError
+
+MAX_PIXELS = 2**27  # of one frame; 16k video has 2**27
+DEADLINE_S = DataConfig.deadline_s  # unless the caller says otherwise
+
+_PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")
+_VIDEO_STARTS = (b"\x1a\x45\xdf\xa3", b"FLV\x01", b"OggS", b"\x00\x00\x01\xba", b"GIF8", b"\x30\x26\xb2\x75")
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
+
+
+class Media(NamedTuple):
+    """One medium that is not just a path.
+
+    Attributes:
+        path: the file or folder on disk.
+        name: of what is in it, for messages and the suffix; "" when the medium is the whole file.
+        offset: of a part of the file, bytes.
+        length: of that part; None for the whole file.
+        data: the content itself, when it does not stand in the file as it is.
+        pictures: of a video that is kept as pictures, one a second; the fields above are then of no account
+            but for messages.
+    """
+
+    path: str
+    name: str = ""
+    offset: int = 0
+    length: int | None = None
+    data: bytes | None = None
+    pictures: tuple["Media", ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.path}::{self.name}" if self.name else self.path
+
+
+PathOrMedia = str | os.PathLike[str] | Media
+
+
+def open_media(root: str, reference: str, *, allow_outside: bool = False) -> Media:
+    """The medium that an annotation names: "a/b.mp4", a folder, "a.tar::b.mp4" or "a.array_record::17".
+
+    Of a tar the header in front of the member is read, of a file of records the whole record.
+
+    Args:
+        root: folder that the media lie in; may itself be a symbolic link.
+        reference: as in the annotation.
+        allow_outside: take absolute paths, "..", and links that lead out of `root`.
+
+    Raises:
+        MediaError: it lies outside `root`, there is no such member, or its file is damaged.
+    """
+    file, member = split_reference(reference)
+    if member is None:
+        path = resolve(root, reference, allow_outside=allow_outside)
+        if not allow_outside and os.path.isdir(path):
+            _check_links(root, path)
+        return Media(path)
+    path = resolve(root, file, allow_outside=allow_outside)
+    if look_at(path) == "folder":
+        raise MediaError(f"{path}: is a folder; give the path of a file", "not_a_file")
+    if is_record_file(file):
+        return _medium_of(path, member, *read_values(path, member))
+    offset, length = member_span(path, member)
+    return Media(path, member_name(member), offset, length)
+
+
+def split_reference(reference: str) -> tuple[str, str | None]:
+    """The file of a reference, and the member in it or None: a name with "::" may be that of a file."""
+    file, mark, member = reference.partition("::")
+    return (file, member) if mark and (is_tar(file) or is_record_file(file)) else (reference, None)
+
+
+def _medium_of(path: str, member: str, values: list[bytes], suffix: str, in_folder: bool) -> Media:
+    """The medium that `values` of a record are: a file, or the pictures of a video, be it one picture."""
+    if not suffix:
+        member += suffix_by_content(values[0])
+    if not in_folder:
+        return Media(path, member, data=values[0])
+    pictures = (Media(path, f"{member}#{place}{suffix}", data=value) for place, value in enumerate(values))
+    return Media(path, member, pictures=tuple(pictures))
+
+
+def _check_links(root: str, folder: str) -> None:
+    """Raises MediaError ("outside_root") when a link in a folder of pictures leads out of `root`."""
+    with os.scandir(folder) as entries:
+        links = [entry.path for entry in entries if entry.is_symlink()]
+    for path in links:
+        resolve(root, os.path.relpath(path, root))
+
+
+def direct_reference(reference: str, medium: Media) -> str:
+    """`reference` with the place of a member written out, so that nobody has to look for it again."""
+    if medium.length is None:
+        return reference
+    return f"{reference.partition('::')[0]}::{spanned(medium.name, medium.offset, medium.length)}"
+
+
+def open_file(source: PathOrMedia) -> BinaryIO:
+    """What `source` holds, as a file that can be read and sought."""
+    if not isinstance(source, Media):
+        return open(source, "rb")
+    if source.data is not None:
+        return io.BytesIO(source.data)
+    if source.length is None:
+        return open(source.path, "rb")
+    return io.BufferedReader(_Part(source.path, source.offset, source.length))
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, as a file that begins and ends with it."""
+
+    def __init__(self, path: str, offset: int, length: int) -> None:
+        self._file = -1
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._offset, self._length, self._position = offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: "memoryview | bytearray", /) -> int:  # type: ignore[override]
+        room = max(0, min(len(buffer), self._length - self._position))
+        count = os.preadv(self._file, [memoryview(buffer)[:room]], self._offset + self._position)
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        super().close()
+
+
+def suffix_of(source: PathOrMedia) -> str:
+    """The suffix of its name in lower case: ".mp4"."""
+    name = (source.name or source.path) if isinstance(source, Media) else source
+    return Path(name).suffix.lower()
+
+
+def whole_file(source: PathOrMedia) -> str | None:
+    """The path of a medium that is a file or folder of its own; None for a part of one."""
+    if not isinstance(source, Media):
+        return os.fspath(source)
+    return source.path if source.data is None and source.length is None else None
+
+
+def size_of(source: PathOrMedia) -> int:
+    """Bytes of a medium that is no folder."""
+    if isinstance(source, Media):
+        if source.data is not None:
+            return len(source.data)
+        if source.length is not None:
+            return source.length
+        return os.path.getsize(source.path)
+    return os.path.getsize(source)
+
+
+class Deadline:
+    """By when the next packet or picture of a file must have been read; each sets it anew."""
+
+    def __init__(self, path: PathOrMedia, seconds: float | None) -> None:
+        """`seconds` from now, and from each `check`; None for no limit."""
+        self.path = path
+        self.seconds = seconds
+        self._last = time.monotonic()
+
+    def check(self) -> None:
+        """Notes that reading goes on. Raises MediaError ("timeout") when it stood still for too long."""
+        now = time.monotonic()
+        if self.seconds is not None and now - self._last > self.seconds:
+            raise self.error()
+        self._last = now
+
+    def error(self) -> MediaError:
+        """The error of a file that nothing comes from."""
+        return MediaError(
+            f"{self.path}: gave nothing new for {self.seconds:g} seconds; fetch or convert it again, or raise"
+            " deadline_s", "timeout",
+        )  # fmt: skip
+
+
+def resolve(root: str, reference: str, *, allow_outside: bool = False) -> str:
+    """The path of a file or folder that an annotation names relative to its media root.
+
+    Args:
+        root: folder that the media lie in; may itself be a symbolic link.
+        reference: as in the annotation, without a member of an archive.
+        allow_outside: take absolute paths, "..", and links that lead out of `root`.
+
+    Raises:
+        MediaError: "outside_root" when the path leaves `root`, "missing" when the reference is no path.
+    """
+    if not reference or "\0" in reference:
+        raise MediaError(f"{root}: {reference!r} is not the name of a file; mend the annotation", "missing")
+    path = os.path.join(root, reference)
+    if allow_outside:
+        return path
+    if os.path.isabs(reference) or ".." in reference.replace("\\", "/").split("/"):
+        raise MediaError(
+            f"{reference}: leads out of the media root {root}; name it relative to it", "outside_root"
+        )
+    real_root = os.path.realpath(root)
+    if os.path.commonpath([real_root, os.path.realpath(path)]) != real_root:
+        raise MediaError(
+            f"{path}: a link that leads out of the media root; copy the file there", "outside_root"
+        )
+    return path
+
+
+def look_at(path: PathOrMedia) -> Literal["file", "folder"]:
+    """What lies at `path`, without opening it, links followed. Part of a file is a file, pictures a folder.
+
+    Raises:
+        MediaError: "missing", "empty", or "not_a_file" for pipes, sockets and devices.
+    """
+    try:
+        found = os.stat(path.path if isinstance(path, Media) else path)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise MediaError(f"{path}: no such file; give the path of a picture or video", "missing") from error
+    except OSError as error:
+        raise MediaError(
+            f"{path}: cannot be reached ({error.strerror}); mend its name or permissions", "other"
+        ) from error
+    if stat.S_ISDIR(found.st_mode) or (isinstance(path, Media) and path.pictures):
+        return "folder"
+    if not stat.S_ISREG(found.st_mode):
+        raise MediaError(f"{path}: is a pipe, a socket or a device; give a regular file", "not_a_file")
+    if size_of(path) == 0:
+        raise MediaError(f"{path}: cannot be decoded (holds no bytes); fetch it again", "empty")
+    return "file"
+
+
+def suffix_by_content(content: bytes) -> str:
+    """A suffix for a medium without a name: that of its picture format, or ".mp4" for all other videos."""
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return ".webp"
+    starts = zip(_PICTURE_STARTS, (".jpg", ".png", ".bmp", ".gif"), strict=True)
+    return next((suffix for start, suffix in starts if content.startswith(start)), ".mp4")
+
+
+def unreadable_reason(path: PathOrMedia, kind: Literal["picture", "video"]) -> str:
+    """Why no reader knows a file, by its first bytes: "truncated", "corrupt" or "wrong_type"."""
+    with open_file(path) as file:
+        head = file.read(16)
+    if kind == "picture":
+        webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+        return "corrupt" if webp or head.startswith(_PICTURE_STARTS) else "wrong_type"
+    if head[4:8] in _MP4_BOXES:
+        return "truncated"  # its table of frames often stands at the end
+    avi = head[:4] == b"RIFF" and head[8:11] == b"AVI"
+    return "corrupt" if avi or head.startswith(_VIDEO_STARTS) else "wrong_type"
+
+
+def check_pixels(path: PathOrMedia, width: int, height: int) -> None:
+    """Raises MediaError ("too_large") for pictures that would fill the memory."""
+    if width * height > MAX_PIXELS:
+        raise MediaError(
+            f"{path}: frames of {width} x {height} are too large to read; make them smaller", "too_large"
+        )

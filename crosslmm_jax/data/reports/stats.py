@@ -1,0 +1,91 @@
+"""What an index holds: counts, durations, frames, tokens, and how full the buckets of a config would be."""
+
+import numpy as np
+
+from crosslmm_jax.config import DataConfig
+from crosslmm_jax.data.annotations import MODALITIES
+from crosslmm_jax.data.batching import FRAME_COST, Shapes, make_shapes
+from crosslmm_jax.data.index import Columns, Index, open_index
+
+_BAR = 40  # characters
+_BINS = 10
+
+
+def describe(config: DataConfig, *, tokens_per_frame: int) -> list[str]:
+    """Lines of text about the index of a config.
+
+    Args:
+        config: index, sampling, lengths, style, batch size and shapes; its tokenizer is not read.
+        tokens_per_frame: C.
+
+    Raises:
+        UserError: the index cannot be read, or none of its rows fits.
+    """
+    index = open_index(config.index)
+    columns = index.columns()
+    shapes = make_shapes(config, index, columns, tokens_per_frame=tokens_per_frame)
+    lines = [f"{len(index)} rows, {len(columns.duration)} media, {columns.duration.sum() / 3600:.2f} hours"]
+    lines += _counts(index, columns)
+    lines += _histogram("seconds of a video", columns.duration[columns.duration > 0])
+    lines += _histogram("frames of a row", shapes.lengths.frames)
+    lines += _histogram("text tokens of a row", shapes.lengths.text)
+    return lines + _buckets(shapes, tokens_per_frame)
+
+
+def _counts(index: Index, columns: Columns) -> list[str]:
+    lines = []
+    for code, name in enumerate(MODALITIES):
+        if count := int((columns.modality == code).sum()):
+            lines.append(f"  {name:<12} {count:>10}")
+    for number, name in enumerate(index.datasets):
+        count = int((columns.dataset == number).sum())
+        lines.append(f"  {name:<24} {count:>10}  weight {index.weights[number]:g}")
+    return lines
+
+
+def _buckets(shapes: Shapes, tokens_per_frame: int) -> list[str]:
+    """Each bucket and how full it is, then the padding of them all."""
+    lengths = shapes.lengths
+    count = len({(bucket.frames, bucket.text) for bucket in shapes.buckets})
+    lines = [
+        f"buckets: {count} shapes (F, T), T = text + {tokens_per_frame} F",
+        f"  {'modality':<12} {'F':>5} {'text':>6} {'T':>6} {'rows':>10} {'F full':>7} {'T full':>7}",
+    ]
+    for number, bucket in enumerate(shapes.buckets):
+        inside = shapes.of_row == number
+        count, total = int(inside.sum()), bucket.text + bucket.frames * tokens_per_frame
+        frames, text = int(lengths.frames[inside].sum()), int(lengths.text[inside].sum())
+        full = frames / (count * bucket.frames) if count and bucket.frames else 1.0
+        used = (text + frames * tokens_per_frame) / (count * total) if count else 1.0
+        lines.append(
+            f"  {bucket.modality:<12} {bucket.frames:>5} {bucket.text:>6} {total:>6} {count:>10}"
+            f" {full:>7.1%} {used:>7.1%}"
+        )
+    waste = shapes.padding
+    lines += [
+        "padding, each row read once:",
+        f"  {waste.frames:>6.1%}  padded frames over all frames",
+        f"  {waste.positions:>6.1%}  padded positions over all positions of the decoder (T, visual and text)",
+        f"  {waste.work:>6.1%}  of the work, a frame's encoding counted as {FRAME_COST} positions",
+        f"truncated: {shapes.truncated} rows lose turns at their end to fit max_text_tokens",
+        f"left out: {shapes.left_out} rows",
+    ]
+    return lines
+
+
+def _histogram(title: str, values: np.ndarray) -> list[str]:
+    """A bar for each of a few ranges, which grow where the values spread widely."""
+    if not len(values):
+        return []
+    low, high = float(values.min()), float(values.max())
+    lines = [f"{title}: mean {values.mean():.1f}, median {np.median(values):.1f}, {low:g} to {high:g}"]
+    if low == high:
+        return lines
+    wide = low > 0 and high / low > 20
+    edges = np.geomspace(low, high, _BINS + 1) if wide else np.linspace(low, high, _BINS + 1)
+    edges[0], edges[-1] = low, high
+    counts, _ = np.histogram(values, edges)
+    for count, begin, end in zip(counts.tolist(), edges[:-1], edges[1:], strict=True):
+        bar = "█" * round(_BAR * count / counts.max())
+        lines.append(f"  {begin:>10.1f} - {end:>10.1f}  {count:>10}  {bar}")
+    return lines

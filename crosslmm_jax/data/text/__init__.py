@@ -1,0 +1,42 @@
+"""TODO."""
+
+from crosslmm_jax.data.text.chat import (
+    DEFAULT_SYSTEM_PROMPT,
+    MEDIUM,
+    TokenSequence,
+    check_question,
+    count_tokens,
+    next_question,
+    plain_sequence,
+    question_suffix,
+    tokenise,
+    video_prefix,
+)
+from crosslmm_jax.data.text.time_instruction import ClipMeta, most_time_tokens, time_text, wording_tokens
+from crosslmm_jax.data.text.tokenizer import Tokenizer, load_tokenizer, write_default_tokenizer
+from crosslmm_jax.data.text.turns import RowFault, Turn, check_placeholders, parse_turns, writable
+
+__all__ = [
+    "ClipMeta",
+    "DEFAULT_SYSTEM_PROMPT",
+    "MEDIUM",
+    "RowFault",
+    "TokenSequence",
+    "Tokenizer",
+    "Turn",
+    "check_placeholders",
+    "check_question",
+    "count_tokens",
+    "load_tokenizer",
+    "most_time_tokens",
+    "next_question",
+    "parse_turns",
+    "plain_sequence",
+    "question_suffix",
+    "time_text",
+    "tokenise",
+    "video_prefix",
+    "wording_tokens",
+    "writable",
+    "write_default_tokenizer",
+]

@@ -1,0 +1,7 @@
+"""TODO."""
+
+from crosslmm_jax.data.tfds_export.to_tfds import to_tfds
+
+__all__ = [
+    "to_tfds",
+]

@@ -1,0 +1,242 @@
+"""One ArrayRecord file of rows with their media, for `to_tfds`: whole, or not there under its name."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crosslmm_jax.data.annotations import BadEntry, Row
+from crosslmm_jax.data.index import guarded, late_start, probe_for, row_hash, stamp
+from crosslmm_jax.data.media import (
+    FOLDER_MARK,
+    Media,
+    PathOrMedia,
+    is_record_file,
+    list_pictures,
+    look_at,
+    mean_record_size,
+    open_file,
+    open_media,
+    resolve,
+    size_of,
+    split_reference,
+)
+from crosslmm_jax.data.text import writable
+from crosslmm_jax.errors import MediaError
+from crosslmm_jax.utils import cannot_write
+
+_MOST_BYTES = 2**31 - 2**20  # of the media of a row: a record is a protobuf message of less than 2 GiB
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The rows of a file, in order, and among them those that cannot be used."""
+
+    number: int
+    rows: tuple[Row | BadEntry, ...]
+    allow_outside: bool
+
+    def digest(self) -> str:
+        """Of the rows and of the sizes and times of their files."""
+        content: list[Any] = [self.allow_outside]
+        for row in self.rows:
+            if isinstance(row, Row):
+                content.append(
+                    [row_hash(row), row.row, row.root, [stamp(row.root, name) for name in row.media]]
+                )
+            else:
+                content.append(row.line())
+        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardResult:
+    """What came of a shard.
+
+    Attributes:
+        digest: of the shard that was asked for.
+        file: name of what was written.
+        datasets: records of each data set, in order.
+        size_bytes: of the records.
+        bad: rows that could not be used.
+    """
+
+    digest: str
+    file: str
+    datasets: dict[str, int]
+    size_bytes: int
+    bad: tuple[BadEntry, ...]
+
+    @property
+    def rows(self) -> int:
+        """Records in the file."""
+        return sum(self.datasets.values())
+
+
+def row_size(row: Row, *, allow_outside: bool) -> int:
+    """About how many bytes a row takes, by the sizes of its media; no medium is read."""
+    media = sum(_size(row.root, reference, allow_outside) for reference in row.media)
+    return media + sum(len(turn.text) for turn in row.turns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _size(root: str, reference: str, allow_outside: bool) -> int:
+    file, member = split_reference(reference)
+    with contextlib.suppress(OSError, MediaError):
+        if member is not None and is_record_file(file):
+            return mean_record_size(resolve(root, file, allow_outside=allow_outside))
+        medium = open_media(root, reference, allow_outside=allow_outside)
+        return sum(size_of(file) for file in _files(medium))
+    return 0
+
+
+@functools.cache
+def tfds_features() -> Any:
+    """The features of a record. Times are texts, as tf.train.Example keeps numbers with 24 bits only."""
+    from tensorflow_datasets import features
+
+    return features.FeaturesDict({
+        "conversations": features.Sequence({"role": features.Text(), "content": features.Text()}),
+        "images": features.Sequence(features.Text()),
+        "videos": features.Sequence(features.Text()),
+        "media_names": features.Sequence(features.Text()),
+        "media_files": features.Sequence(features.Scalar(np.int64)),
+        "start": features.Text(),
+        "end": features.Text(),
+        "video_read_type": features.Text(),
+        "dataset": features.Text(),
+        "row": features.Scalar(np.int64),
+    })  # fmt: skip
+
+
+def write_shard(shard: Shard, folder: str) -> ShardResult:
+    """Writes a shard into `folder`, unless an earlier try has written the same there.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    name = f"shard-{shard.number:05d}"
+    path, note, digest = Path(folder, name), Path(folder, f"{name}.json"), shard.digest()
+    earlier = _read_note(note)
+    if earlier is not None and earlier.digest == digest and path.exists():
+        return earlier
+    note.unlink(missing_ok=True)
+    temporary = f"{path}.incomplete"
+    try:
+        datasets, size, bad = _write_rows(shard, temporary)
+        os.replace(temporary, path)
+        result = ShardResult(digest, name, datasets, size, tuple(bad))
+        Path(f"{note}.incomplete").write_text(json.dumps(dataclasses.asdict(result)), encoding="utf-8")
+        os.replace(f"{note}.incomplete", note)
+    except (OSError, RuntimeError) as error:  # the writer's are RuntimeErrors
+        for part in (temporary, f"{note}.incomplete"):
+            Path(part).unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+    return result
+
+
+def _read_note(note: Path) -> ShardResult | None:
+    try:
+        content = json.loads(note.read_text(encoding="utf-8"))
+        bad = tuple(BadEntry(**entry) for entry in content.pop("bad"))
+        return ShardResult(**content, bad=bad)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_rows(shard: Shard, path: str) -> tuple[dict[str, int], int, list[BadEntry]]:
+    """Records of each data set, the bytes of all, and the rows that could not be used."""
+    from array_record.python.array_record_module import ArrayRecordWriter  # type: ignore[attr-defined]
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    features = tfds_features()
+    serialiser = ExampleSerializer(features.get_serialized_info())
+    # Media are compressed already. Groups of one record make reading at random cheap.
+    writer = ArrayRecordWriter(path, "group_size:1,uncompressed")
+    datasets: collections.Counter[str] = collections.Counter()
+    size, bad = 0, []
+    try:
+        for row in shard.rows:
+            example = row if isinstance(row, BadEntry) else _example(row, allow_outside=shard.allow_outside)
+            if isinstance(example, BadEntry):
+                bad.append(example)
+                continue
+            message = serialiser.get_tf_example(features.encode_example(example))
+            record = message.SerializeToString(deterministic=True)  # type: ignore[attr-defined]
+            writer.write(record)
+            datasets[row.dataset] += 1
+            size += len(record)
+    finally:
+        writer.close()
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return dict(datasets), size, bad
+
+
+def _example(row: Row, *, allow_outside: bool) -> dict[str, Any] | BadEntry:
+    """Values of the features, or why a medium of the row cannot be used."""
+    names, values, counts, durations = [], [], [], []
+    left = _MOST_BYTES
+    for reference in row.media:
+        try:
+            with guarded(row.root, reference):
+                medium = open_media(row.root, reference, allow_outside=allow_outside)
+                files = _read(medium, left)
+                whole, inside = files[0], ""
+                if look_at(medium) == "folder":
+                    whole, inside = medium._replace(pictures=files), FOLDER_MARK
+                durations.append(probe_for(row, whole).duration)
+        except MediaError as error:
+            return BadEntry(row.where, row.dataset, row.row, reference, error.reason, str(error))
+        names += [inside + writable(os.path.basename(file.name or file.path)) for file in files]
+        values += [file.data for file in files]
+        counts.append(len(files))
+        left -= sum(size_of(file) for file in files)
+    fault = late_start(row, durations)
+    if fault is not None:
+        return fault
+    start, end = row.bounds or (None, math.inf)
+    return {
+        "conversations": [{"role": turn.role, "content": turn.text} for turn in row.turns],
+        "images": values if row.modality != "video" else [],
+        "videos": values if row.modality == "video" else [],
+        "media_names": names,
+        "media_files": counts,
+        "start": "" if start is None else repr(float(start)),
+        "end": "" if end == math.inf else repr(float(end)),
+        "video_read_type": row.read_type or "",
+        "dataset": row.dataset,
+        "row": row.row,
+    }
+
+
+def _read(medium: Media, most_bytes: int) -> tuple[Media, ...]:
+    """The content of a medium, picture by picture if it is a folder of them.
+
+    Raises:
+        MediaError: "too_large" above `most_bytes`, or it cannot be read.
+    """
+    files = _files(medium)
+    if sum(size_of(file) for file in files) > most_bytes:
+        raise MediaError(f"{medium}: is too large for a record of 2 GB; cut or encode it", "too_large")
+    return tuple(_in_memory(file) for file in files)
+
+
+def _files(medium: Media) -> list[PathOrMedia]:
+    return [medium] if look_at(medium) == "file" else list_pictures(medium)
+
+
+def _in_memory(source: PathOrMedia) -> Media:
+    medium = source if isinstance(source, Media) else Media(os.fspath(source))
+    if medium.data is not None:
+        return medium
+    with open_file(medium) as file:
+        return medium._replace(data=file.read())

@@ -1,0 +1,246 @@
+"""A mixture written as a data set of TensorFlow Datasets: rows and their media in ArrayRecord files.
+
+    OUT/<name>-train.array_record-00000-of-00010 ...   a record for each row, with the bytes of its media
+    OUT/features.json, OUT/dataset_info.json           what `tfds.builder_from_directory(OUT)` reads
+    OUT/mixture.yaml                                   the data sets with their weights, read from here
+    OUT/bad.jsonl                                      rows that cannot be used, as in an index
+
+A folder of pictures stays one video: its pictures stand in a row, and the record tells how many there are.
+Until all is done, it lies in a hidden folder beside OUT; files that are finished there are kept by the next
+try. Files are written one row at a time, several of them at once.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import yaml
+
+from crosslmm_jax.data.annotations import BadEntry, DatasetSpec, Row, read_mixture, read_rows
+from crosslmm_jax.data.index import BAD
+from crosslmm_jax.data.tfds_export.shard_writer import (
+    Shard,
+    ShardResult,
+    row_size,
+    tfds_features,
+    write_shard,
+)
+from crosslmm_jax.errors import UserError
+from crosslmm_jax.utils import RowProgress, put, worker_pool, working_folder
+
+SPLIT = "train"
+_MANIFEST = "to_tfds.json"  # what OUT was made of
+_MOST_ROWS = 2**16  # of a shard whose number of rows nobody asked for; they are held as text
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsReport:
+    """What was written."""
+
+    rows: int
+    shards: int
+    size_bytes: int
+    bad: dict[str, int]  # reason -> rows
+
+    def lines(self) -> list[str]:
+        """For people."""
+        head = f"{self.rows} rows in {self.shards} shards, {self.size_bytes / 1e6:.1f} MB"
+        return [
+            f"{head}, {sum(self.bad.values())} bad",
+            *(f"  {count} {reason}" for reason, count in sorted(self.bad.items())),
+        ]
+
+
+def to_tfds(
+    mixture: str,
+    out: str | os.PathLike[str],
+    *,
+    media_root: str | None = None,
+    shards: int | None = None,
+    shard_mb: float = 512,
+    workers: int = 0,
+    seed: int = 0,
+    allow_outside: bool = False,
+    quiet: bool = False,
+) -> TfdsReport:
+    """Writes the rows of a mixture, after their sampling strategies, in order.
+
+    Args:
+        mixture: a YAML file, or one file of annotations.
+        out: folder to write. One that holds the same already is left as it is.
+        media_root: folder of the media where the mixture names none.
+        shards: how many files to write, or fewer where rows are few or large; None: by `shard_mb`.
+        shard_mb: megabytes of a file, about.
+        workers: processes; 0 does everything in this one.
+        seed: of the mixture's random strategies.
+        allow_outside: media paths may leave their root.
+        quiet: no progress on stderr.
+
+    Raises:
+        UserError: a file of the mixture cannot be read, `out` holds something else or cannot be written, the
+            disk is full, no row is good, or a worker process died.
+    """
+    if not 0 < shard_mb < float("inf") or (shards is not None and shards < 1):
+        raise UserError("--shards and --shard-mb must be above 0")
+    specs = read_mixture(mixture, media_root=media_root)
+    target = Path(os.path.realpath(out))  # a link stays one
+
+    def items() -> Iterator[Row | BadEntry]:
+        return (item for spec in specs for item in read_rows(spec, seed=seed, allow_outside=allow_outside))
+
+    if shards is None:
+        limits = (int(shard_mb * 1e6), _MOST_ROWS)
+    else:
+        total = sum(row_size(item, allow_outside=allow_outside) for item in items() if isinstance(item, Row))
+        limits = (max(1, -(-total // shards)), None)
+    planned = _plan(items(), *limits, allow_outside=allow_outside)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        return _present(target, out, planned)
+    return _pack(target, planned, specs, workers=workers, quiet=quiet)
+
+
+def _pack(
+    target: Path, planned: Iterator[Shard], specs: list[DatasetSpec], *, workers: int, quiet: bool
+) -> TfdsReport:
+    """Writes the shards, and all that belongs to them, to their place."""
+    with working_folder(target) as work:
+        progress = RowProgress("to-tfds", quiet=quiet)
+        results: list[ShardResult] = []
+        bad: collections.Counter[str] = collections.Counter()
+        done, size = 0, 0
+        try:
+            with open(work / BAD, "w", encoding="utf-8") as report:
+                for result in _write(planned, work, workers):
+                    report.writelines(entry.line() for entry in result.bad)
+                    bad.update(entry.reason for entry in result.bad)
+                    results.append(dataclasses.replace(result, bad=()))
+                    done, size = done + result.rows + len(result.bad), size + result.size_bytes
+                    progress.update(done, f"{size / 1e6:.0f} MB, {bad.total()} bad")
+            return _finish(work, target, results, bad, specs)
+        finally:
+            progress.close()
+
+
+def _plan(
+    items: Iterator[Row | BadEntry], most_bytes: int, most_rows: int | None, *, allow_outside: bool
+) -> Iterator[Shard]:
+    """Rows in shards of about `most_bytes`, by the sizes of their files."""
+    number, size = 0, 0
+    rows: list[Row | BadEntry] = []
+    for item in items:
+        rows.append(item)
+        if isinstance(item, Row):
+            size += row_size(item, allow_outside=allow_outside)
+        if size >= most_bytes or len(rows) == most_rows:
+            yield Shard(number, tuple(rows), allow_outside)
+            number, size, rows = number + 1, 0, []
+    if rows:
+        yield Shard(number, tuple(rows), allow_outside)
+
+
+def _present(target: Path, out: str | os.PathLike[str], planned: Iterator[Shard]) -> TfdsReport:
+    """The report of what is at `target`. Raises UserError unless it was made of the same rows and files."""
+    try:
+        manifest = json.loads((target / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["shards"] == [shard.digest() for shard in planned]:
+            return TfdsReport(**manifest["report"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--out {out}: exists and was not written by to-tfds; name another folder") from None
+    raise UserError(f"--out {out}: holds another mixture, or files that changed since; name another folder")
+
+
+def _write(planned: Iterator[Shard], work: Path, workers: int) -> Iterator[ShardResult]:
+    """What came of each shard, in order; at most `workers` + 1 shards are in memory, as text."""
+    for stale in work.glob("*-of-*"):  # of a try that was killed while it gave files their last names
+        stale.unlink()
+    if not workers:
+        yield from (write_shard(shard, str(work)) for shard in planned)
+        return
+    pool = worker_pool(workers)
+    waiting: collections.deque[Future[ShardResult]] = collections.deque()
+    try:
+        for shard in planned:
+            waiting.append(pool.submit(write_shard, shard, str(work)))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process died, perhaps for want of memory; run the same command again, with fewer"
+            " --workers: finished files are kept"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finish(
+    work: Path, target: Path, results: list[ShardResult], bad: Mapping[str, int], specs: list[DatasetSpec]
+) -> TfdsReport:
+    """What describes the files, their last names, and the folder to its place."""
+    good = [result for result in results if result.rows]
+    if not good:
+        raise UserError(f"{target}: no usable row; {work / BAD} says why")
+    name = re.sub(r"\W+", "_", target.name.lower(), flags=re.ASCII).strip("_") or "mixture"
+    name = name if name[0].isalpha() else f"set_{name}"
+    _describe(work, name, good, specs)
+    _write_mixture(work / "mixture.yaml", good, specs)
+    rows, size = (sum(getattr(result, name) for result in good) for name in ("rows", "size_bytes"))
+    report = TfdsReport(rows, len(good), size, dict(bad))
+    manifest = {"shards": [result.digest for result in results], "report": dataclasses.asdict(report)}
+    (work / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    for number, result in enumerate(good):
+        last = f"{name}-{SPLIT}.array_record-{number:05d}-of-{len(good):05d}"
+        os.replace(work / result.file, work / last)
+    for leftover in work.glob("shard-*"):
+        leftover.unlink()
+    put(work, target)
+    return report
+
+
+def _describe(work: Path, name: str, results: list[ShardResult], specs: list[DatasetSpec]) -> None:
+    """features.json and dataset_info.json."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import dataset_info, file_adapters, naming, splits
+
+    identity = dataset_info.DatasetIdentity(
+        name=name, version=tfds.core.Version("1.0.0"), data_dir=str(work), module_name=""
+    )
+    about = f"Written by `crosslmm data to-tfds`: {', '.join(spec.name for spec in specs)}."
+    info = tfds.core.DatasetInfo(builder=identity, features=tfds_features(), description=about)
+    info.set_file_format(file_adapters.FileFormat.ARRAY_RECORD)
+    template = naming.ShardedFileTemplate(
+        data_dir=work,  # type: ignore[arg-type]
+        dataset_name=name,
+        split=SPLIT,
+        filetype_suffix="array_record",
+    )
+    split = splits.SplitInfo(
+        name=SPLIT,
+        shard_lengths=[result.rows for result in results],
+        num_bytes=sum(result.size_bytes for result in results),
+        filename_template=template,
+    )
+    info.set_splits(splits.SplitDict([split]))
+    info.write_to_directory(work)
+
+
+def _write_mixture(path: Path, results: list[ShardResult], specs: list[DatasetSpec]) -> None:
+    """A mixture in which each data set is the part of the records that came from it."""
+    counts: collections.Counter[str] = collections.Counter()
+    for result in results:
+        counts.update(result.datasets)
+    datasets, begin = [], 0
+    for spec in specs:  # whose rows were written in this order
+        if not (count := counts[spec.name]):
+            continue
+        split = f"{SPLIT}[{begin}:{begin + count}]"
+        datasets.append({"path": ".", "name": spec.name, "weight": spec.weight, "options": {"split": split}})
+        begin += count
+    path.write_text(yaml.safe_dump({"datasets": datasets}, sort_keys=False), encoding="utf-8")

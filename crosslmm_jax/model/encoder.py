@@ -1,0 +1,192 @@
+"""SigLIP2 vision encoder: frames to patch features, with the layer stack as one scan.
+
+Reference implementation: Hugging Face's `SiglipVisionModel` (no class token, learned positions, pre-norm,
+tanh-approximated GELU). The attention-pooling head is not part of it.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, UInt8
+
+from crosslmm_jax.config import AttentionBackend, Precision, VisionConfig
+from crosslmm_jax.model.attention.blockwise import RESIDUALS
+from crosslmm_jax.model.attention.dispatch import attention
+from crosslmm_jax.model.ops import layer_norm, pad_tokens
+from crosslmm_jax.model.params.partitioning import AxisRules, constrain, num_shards
+from crosslmm_jax.model.params.tables import (
+    Weight,
+    WeightTable,
+    cast,
+    declare,
+    fan_in,
+    layer_of,
+    normal,
+    ones,
+    stack,
+    zeros,
+)
+from crosslmm_jax.model.quantisation.quantise import linear, operand, quantised_table
+
+FP8_ROWS = 16  # of which an fp8 product on a GPU takes a multiple
+KEPT = "encoder_kept"  # by the backward pass with remat="elementwise"
+
+
+def encoder_weights(
+    config: VisionConfig, matmul: Precision = "compute", *, stacked: bool = True
+) -> WeightTable:
+    """Parameters of the tower, up to and including the layer that features are read from.
+
+    With `matmul` other than "compute", those of its layers are as `quantise_params` leaves them.
+    """
+    W, N, H, M = config.width, config.num_heads, config.head_dim, config.mlp_width
+    pixels = 3 * config.patch_size**2
+    layer = {
+        "norm1_scale": Weight((W,), ("vision_embed",), ones),
+        "norm1_bias": Weight((W,), ("vision_embed",), zeros),
+        "wq": Weight((W, N, H), ("vision_embed", "vision_heads", "vision_head_dim"), fan_in(W)),
+        "bq": Weight((N, H), ("vision_heads", "vision_head_dim"), zeros),
+        "wk": Weight((W, N, H), ("vision_embed", "vision_heads", "vision_head_dim"), fan_in(W)),
+        "bk": Weight((N, H), ("vision_heads", "vision_head_dim"), zeros),
+        "wv": Weight((W, N, H), ("vision_embed", "vision_heads", "vision_head_dim"), fan_in(W)),
+        "bv": Weight((N, H), ("vision_heads", "vision_head_dim"), zeros),
+        "wo": Weight((N, H, W), ("vision_heads", "vision_head_dim", "vision_embed"), fan_in(W)),
+        "bo": Weight((W,), ("vision_embed",), zeros),
+        "norm2_scale": Weight((W,), ("vision_embed",), ones),
+        "norm2_bias": Weight((W,), ("vision_embed",), zeros),
+        "w1": Weight((W, M), ("vision_embed", "vision_mlp"), fan_in(W)),
+        "b1": Weight((M,), ("vision_mlp",), zeros),
+        "w2": Weight((M, W), ("vision_mlp", "vision_embed"), fan_in(M)),
+        "b2": Weight((W,), ("vision_embed",), zeros),
+    }
+    return {
+        "patch_embedding": Weight((pixels, W), ("patch", "vision_embed"), fan_in(pixels)),
+        "patch_bias": Weight((W,), ("vision_embed",), zeros),
+        "position_embedding": Weight((config.num_patches, W), ("patch", "vision_embed"), normal(W**-0.5)),
+        "layers": stack(config.depth, quantised_table(layer, matmul, bounded=True), stacked=stacked),
+        "post_norm_scale": Weight((W,), ("vision_embed",), ones),
+        "post_norm_bias": Weight((W,), ("vision_embed",), zeros),
+    }
+
+
+class SiglipEncoder(nn.Module):
+    """Frames to features of `feature_layer`, one frame independent of the next.
+
+    Attributes:
+      matmul: of the layers' matrices; patch embedding and attention scores stay in the compute dtype.
+      stacked: layers' weights are stacked and scanned; otherwise each has its own, and the loop is unrolled.
+    """
+
+    config: VisionConfig
+    compute_dtype: str
+    backend: AttentionBackend
+    rules: AxisRules | None = None
+    matmul: Precision = "compute"
+    stacked: bool = True
+
+    def setup(self) -> None:
+        """Declares the parameters."""
+        self.weights = declare(self, encoder_weights(self.config, self.matmul, stacked=self.stacked))
+
+    def __call__(self, frames: UInt8[Array, "n r r 3"]) -> Float[Array, "n p w"]:
+        """uint8[N, R, R, 3] frames to float[N, P, W] features in the compute dtype."""
+        config, dtype = self.config, jnp.dtype(self.compute_dtype)
+        weights = {name: value for name, value in self.weights.items() if name != "layers"}
+        weights = cast(weights, dtype)
+
+        def embed(frames: Array) -> Array:
+            pixels = (frames / 255.0 - jnp.array(config.image_mean)) / jnp.array(config.image_std)
+            patches = patchify(pixels.astype(dtype), config.patch_size)
+            x = patches @ weights["patch_embedding"] + weights["patch_bias"] + weights["position_embedding"]
+            return constrain(x, self.rules, "act_frames", None, None)
+
+        patches = config.num_patches
+
+        def body(x: Array, layer: dict[str, Array]) -> tuple[Array, None]:
+            layer = cast(layer, dtype)
+            x = encoder_layer(
+                layer, x, patches=patches, config=config, backend=self.backend, rules=self.rules
+            )
+            # Else the compiler may cut activations as it finds the weights cut, by width, and then move
+            # those of all frames several times a layer, where gathering the layer's weights would do.
+            return constrain(x, self.rules, "act_frames", None, None), None
+
+        x, layers = _recomputed(embed, config)(frames), _recomputed(body, config)
+        x = pad_tokens(x, self._padded_patches(frames.shape[0]))
+        if self.stacked:
+            x, _ = jax.lax.scan(layers, x, self.weights["layers"])
+        else:
+            for index in range(config.depth):
+                x, _ = layers(x, layer_of(self.weights["layers"], index))
+        x = x[:, :patches]
+        if config.post_layernorm:
+            scale, bias = weights["post_norm_scale"], weights["post_norm_bias"]
+            x = layer_norm(x, scale, bias, eps=config.layer_norm_eps)
+        return x
+
+    def _padded_patches(self, frames: int) -> int:
+        """Tokens a frame that the layers handle: on a GPU some more than patches, once for all layers.
+
+        cuDNN's backward pass takes even lengths only; without padding here it would take six passes a layer.
+        cuBLASLt's fp8 products take multiples of 16 rows; else XLA pads and cuts around each of them, and
+        bias, GELU and residual stay outside.
+        """
+        patches = self.config.num_patches
+        if jax.default_backend() != "gpu":
+            return patches
+        rows = frames // num_shards(self.rules, "act_frames") * patches  # on each device
+        if self.matmul == "fp8" and rows % FP8_ROWS:
+            return -(-patches // FP8_ROWS) * FP8_ROWS
+        return patches + patches % 2 if self.stacked else patches
+
+
+def _recomputed(function: Callable, config: VisionConfig) -> Callable:
+    """`function` as the backward pass shall treat it; with remat="chunk" as with "layer", in one chunk."""
+    if config.remat == "none":
+        return function
+    # Results of products and of the attention are named. All else is a few passes over memory to make again.
+    keep = jax.checkpoint_policies.save_only_these_names(KEPT, RESIDUALS)
+    return jax.checkpoint(function, prevent_cse=False, policy=keep if config.remat == "elementwise" else None)
+
+
+def patchify(frames: Float[Array, "n r r 3"], patch: int) -> Float[Array, "n p d"]:
+    """Square patches in row-major order, each flattened as (row, column, channel).
+
+    Equals a VALID convolution with stride `patch`: pixels that fill no whole patch are left out.
+    """
+    count, grid = frames.shape[0], frames.shape[1] // patch
+    frames = frames[:, : grid * patch, : grid * patch]
+    frames = frames.reshape(count, grid, patch, grid, patch, 3)
+    return jnp.einsum("nyaxbc->nyxabc", frames).reshape(count, grid * grid, patch * patch * 3)
+
+
+def encoder_layer(
+    weights: dict[str, Array],
+    x: Float[Array, "n r w"],
+    *,
+    patches: int,
+    config: VisionConfig,
+    backend: AttentionBackend,
+    rules: AxisRules | None = None,
+) -> Float[Array, "n r w"]:
+    """One pre-norm transformer layer; every patch of a frame reads every other, none reads padding behind."""
+    w, eps = weights, config.layer_norm_eps
+    frames, heads = x.shape, (*x.shape[:2], config.num_heads, config.head_dim)
+    # Two-dimensional throughout: a reshape between GELU and its rounding to fp8 would be a pass over memory.
+    x = x.reshape(-1, x.shape[-1])
+    y = operand(layer_norm(x, w["norm1_scale"], w["norm1_bias"], eps=eps), w, "wq")
+    q, k, v = (
+        linear(y, w, matrix, bias).reshape(heads)
+        for matrix, bias in (("wq", "bq"), ("wk", "bk"), ("wv", "bv"))
+    )
+    stop = None if frames[1] == patches else np.full((frames[0], 1), patches, np.int32)
+    out = attention(q, k, v, kv_stop=stop, backend=backend, rules=rules, axes=("act_frames", None))
+    out = checkpoint_name(out, KEPT)
+    x = checkpoint_name(x + linear(operand(out.reshape(x.shape), w, "wo"), w, "wo", "bo"), KEPT)
+    y = operand(layer_norm(x, w["norm2_scale"], w["norm2_bias"], eps=eps), w, "w1")
+    y = jax.nn.gelu(checkpoint_name(linear(y, w, "w1", "b1"), KEPT), approximate=True)
+    return (x + linear(operand(y, w, "w2"), w, "w2", "b2")).reshape(frames)

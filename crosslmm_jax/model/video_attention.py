@@ -1,0 +1,253 @@
+"""What queries read of the original tokens, in memory that does not grow with a long video's keys and values.
+
+Keys and values of one layer and direction that are small are simply made. Those of a long video are not all
+there at once: where a query reads the frames around its own (`v2v_scope` "frame" and "window") they are made
+and used for a part of the frames at a time; where it reads all frames, for one key head at a time, which
+needs no merge of partial results and so leaves the choice of the attention's backend as it is. Both are
+exact. What a prefill of the 2B model at 9 tokens a frame holds over its weights, in GB of bfloat16:
+
+    frames                             4,096      8,192     16,384    bytes
+    pixels (input)                       1.8        3.6        7.2    F R R 3
+    original tokens                      9.2       18.3       36.7    F P D 2
+    V2V: keys and values of a head       1.5        3.1        6.1    F P H 4
+         queries, hidden states          0.6        1.1        2.3    5 F C D 2
+    or MLP: hidden units                 2.0        4.0        7.9    3 F C M 2
+         hidden states                   0.2        0.5        0.9    2 F C D 2
+    sum, with the larger                13.2       26.4       52.7    + 4.0 of weights: fits 80 GB
+
+Keys and values whole would be 3.1, 6.1 and 12.2; those of "window" (each frame's in three blocks) three times
+that. T2V's of seven layers, which a decode keeps, are 21, 43 and 86: with them 8,192 frames fit 80 GB, and
+16,384 do not fit 141 GB.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from crosslmm_jax.config import ModelConfig
+from crosslmm_jax.model.attention.context_parallel import context_parallel_attention
+from crosslmm_jax.model.attention.dispatch import attention
+from crosslmm_jax.model.params.partitioning import AxisRules, num_shards
+
+if TYPE_CHECKING:  # it makes them, and imports this
+    from crosslmm_jax.model.cross_attention import KeysValues
+
+# Keys and values on one device, of one layer and direction: up to this size they are made at once.
+WHOLE_BYTES = 2**30
+# Otherwise, or where a scope makes parts possible, for so many at a time.
+PART_BYTES = 2**28
+
+
+# (weights of some key heads, tokens float[B, F, P, D], their first frame) -> keys and values of those heads
+MakeKeysValues = Callable[[dict[str, Array], Array, Any], "KeysValues"]
+
+
+def attend_tokens(
+    q: Float[Array, "b t n h"],
+    weights: dict[str, Array],
+    tokens: Float[Array, "b f p d"],
+    *,
+    make: MakeKeysValues,
+    visible_frames: Int[Array, "b t"] | Int[Array, "b 1"] | None,
+    config: ModelConfig,
+    scoped: bool,
+    rules: AxisRules | None,
+) -> Float[Array, "b t n h"]:
+    """Attention of the queries over keys and values that are made from `tokens` on the way.
+
+    Args:
+      q: float[B, T, N, H]; with `scoped` the F*C compact tokens' in frame order.
+      weights: one layer's and direction's; of them those of keys and values are read.
+      tokens: float[B, F, P, D], the original tokens.
+      make: makes keys and values.
+      visible_frames: int32[B, T], how many frames a query may read, from the first on; [B, 1] for all
+        queries of a row (not with `scoped`), None: all frames.
+      config: the whole model's.
+      scoped: narrow what is read to `v2v_scope`.
+      rules: logical axes; frames or heads that are spread over devices are small enough on each.
+    """
+    frames, narrow = tokens.shape[1], scoped and config.cross_attention.v2v_scope != "video"
+    same = {"config": config, "rules": rules}
+    if not is_long(tokens, narrow=narrow, **same):
+        kv = make(weights, tokens, 0)
+        return attend(q, kv, visible_frames=visible_frames, scoped=scoped, **same)
+    count = min(-(-_kv_bytes(tokens, **same) // PART_BYTES), frames)
+    cut = _by_part if narrow else _by_head
+    return cut(q, weights, tokens, make, visible_frames, -(-frames // count), **same)
+
+
+def is_long(tokens: Array, *, config: ModelConfig, rules: AxisRules | None, narrow: bool = False) -> bool:
+    """Whether keys and values of these original tokens are made part by part.
+
+    Args:
+      tokens: float[B, F, P, D].
+      config: the whole model's.
+      rules: logical axes. Frames that are spread over devices are not cut further; with heads spread, parts
+        of frames are possible, but not one head at a time.
+      narrow: a query reads the frames around its own.
+    """
+    if num_shards(rules, "act_context") > 1 or (num_shards(rules, "act_heads") > 1 and not narrow):
+        return False
+    return _kv_bytes(tokens, config, rules) > (PART_BYTES if narrow else WHOLE_BYTES)
+
+
+def _kv_bytes(tokens: Array, config: ModelConfig, rules: AxisRules | None) -> int:
+    """Bytes of the keys and values of `tokens` on one device."""
+    batch, frames, patches, _ = tokens.shape
+    rows = max(1, batch // num_shards(rules, "act_batch"))
+    decoder = config.decoder
+    shards = num_shards(rules, "act_heads")
+    heads = decoder.num_kv_heads // (shards if decoder.num_kv_heads % shards == 0 else 1)
+    return 2 * rows * frames * patches * heads * decoder.head_dim * tokens.dtype.itemsize
+
+
+def attend(
+    q: Float[Array, "b t n h"],
+    kv: "KeysValues",
+    *,
+    visible_frames: Int[Array, "b t"] | Int[Array, "b 1"] | None,
+    config: ModelConfig,
+    scoped: bool,
+    rules: AxisRules | None,
+) -> Float[Array, "b t n h"]:
+    """Attention over keys and values that are there; arguments as of `attend_tokens`."""
+    scope = config.cross_attention.v2v_scope if scoped else "video"
+    if scope == "frame":
+        return _attend_frame(q, kv, visible_frames, config, rules)
+    if scope == "window":
+        return _attend_window(q, kv, visible_frames, 0, config, rules)
+    stop = None if visible_frames is None else visible_frames * kv.keys.shape[2]
+    return context_parallel_attention(
+        q, kv.keys, kv.values, kv_stop=stop, backend=config.attention, rules=rules
+    )
+
+
+def _attend_frame(
+    q: Array, kv: "KeysValues", visible_frames: Array | None, config: ModelConfig, rules: AxisRules | None
+) -> Float[Array, "b t n h"]:
+    """Each compact token reads the patches of its own frame: linear in frames."""
+    batch, frames, patches = kv.keys.shape[:3]
+    by_frame = q.reshape(batch * frames, -1, *q.shape[2:])
+    stop = None
+    if visible_frames is not None:
+        visible = visible_frames.reshape(batch, frames, -1) > jnp.arange(frames)[:, None]
+        stop = jnp.where(visible, patches, 0).reshape(batch * frames, -1)
+    keys, values = (x.reshape(batch * frames, patches, *x.shape[3:]) for x in (kv.keys, kv.values))
+    out = attention(by_frame, keys, values, kv_stop=stop, backend=config.attention, rules=rules)
+    return out.reshape(q.shape)
+
+
+def _attend_window(
+    q: Array,
+    kv: "KeysValues",
+    visible_frames: Array | None,
+    offset: Array | int,
+    config: ModelConfig,
+    rules: AxisRules | None,
+) -> Float[Array, "b t n h"]:
+    """Each compact token reads the frames up to `v2v_window` before and after its own: linear in frames.
+
+    Blocks of `window` frames read their own, the previous and the next block; ranges cut what is further.
+    Frames are counted from the first that `kv` has; `offset` is the first that `q` has.
+    """
+    batch, frames, patches = kv.keys.shape[:3]
+    tokens = config.merge.tokens_per_frame
+    own = q.shape[1] // tokens
+    window = min(config.cross_attention.v2v_window, frames)
+    count = -(-own // window)
+    pad = count * window - own
+    frame = offset + jnp.repeat(jnp.arange(own + pad), tokens).reshape(count, window * tokens)
+    # Within a block, frames are counted from the first one of the previous block.
+    first = offset + ((jnp.arange(count) - 1) * window)[:, None]
+    low = jnp.maximum(frame - window, 0) - first
+    if visible_frames is None:
+        visible_frames = jnp.full((batch, own * tokens), frames, jnp.int32)
+    seen = jnp.pad(visible_frames, ((0, 0), (0, pad * tokens))).reshape(batch, count, -1)
+    high = jnp.minimum(jnp.minimum(frame + window + 1, frames), seen) - first
+    low, high = jnp.broadcast_to(low, seen.shape), jnp.maximum(high, low)
+    ranges = [(x * patches).reshape(batch * count, -1) for x in (low, high)]
+
+    def three_blocks(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (window, pad + window)) + ((0, 0),) * (x.ndim - 2))
+        x = jax.lax.dynamic_slice_in_dim(x, offset, (count + 2) * window, axis=1)
+        x = x.reshape(batch, count + 2, window, *x.shape[2:])
+        x = jnp.concatenate([x[:, :-2], x[:, 1:-1], x[:, 2:]], axis=2)
+        return x.reshape(batch * count, 3 * window * patches, *x.shape[4:])
+
+    q_blocks = jnp.pad(q, ((0, 0), (0, pad * tokens), (0, 0), (0, 0)))
+    q_blocks = q_blocks.reshape(batch * count, window * tokens, *q.shape[2:])
+    out = attention(
+        q_blocks, three_blocks(kv.keys), three_blocks(kv.values),
+        kv_start=ranges[0], kv_stop=ranges[1], backend=config.attention, rules=rules,
+    )  # fmt: skip
+    return out.reshape(batch, -1, *q.shape[2:])[:, : q.shape[1]]
+
+
+def _begins(frames: int, size: int) -> Array:
+    """First frames of the parts; the last part is moved back to end with the last frame."""
+    return jnp.minimum(jnp.arange(-(-frames // size)) * size, frames - size)
+
+
+def _by_part(
+    q: Array, weights: dict[str, Array], tokens: Array, make: MakeKeysValues, visible_frames: Array | None,
+    size: int, config: ModelConfig, rules: AxisRules | None,
+) -> Float[Array, "b t n h"]:  # fmt: skip
+    """`v2v_scope` "frame" or "window" for `size` frames at a time."""
+    frames, c, cross = tokens.shape[1], config.merge.tokens_per_frame, config.cross_attention
+    beside = cross.v2v_window if cross.v2v_scope == "window" else 0
+    read = min(frames, size + 2 * beside)
+
+    def one(begin: Array) -> Array:
+        first = jnp.clip(begin - beside, 0, frames - read)
+        own = jax.lax.dynamic_slice_in_dim(q, begin * c, size * c, axis=1)
+        visible = visible_frames
+        if visible is not None:
+            visible = jax.lax.dynamic_slice_in_dim(visible, begin * c, size * c, axis=1) - first
+        kv = make(weights, jax.lax.dynamic_slice_in_dim(tokens, first, read, axis=1), first)
+        if cross.v2v_scope == "frame":
+            return _attend_frame(own, kv, visible, config, rules)
+        return _attend_window(own, kv, visible, begin - first, config, rules)
+
+    begins = _begins(frames, size)
+    out = jax.lax.map(jax.checkpoint(one, prevent_cse=False), begins)
+    again = (len(begins) * size - frames) * c  # tokens at the end of the last part but one, made twice
+    before = jnp.moveaxis(out[:-1], 0, 1).reshape(q.shape[0], -1, *q.shape[2:])
+    return jnp.concatenate([before, out[-1][:, again:]], axis=1)
+
+
+def _by_head(
+    q: Array, weights: dict[str, Array], tokens: Array, make: MakeKeysValues, visible_frames: Array | None,
+    size: int, config: ModelConfig, rules: AxisRules | None,
+) -> Float[Array, "b t n h"]:  # fmt: skip
+    """Every query over all frames, for one key head and the queries that read it at a time.
+
+    Keys and values of a head are made for `size` frames at a time, in matrix products of ordinary size.
+    """
+    batch, frames, patches, _ = tokens.shape
+    heads, head_dim = config.decoder.num_kv_heads, q.shape[3]
+    of_head = {"wk": 1, "wv": 1, "bk": 0, "bv": 0}  # the axis of the heads
+    by_head = {name: jnp.moveaxis(weights[name], axis, 0) for name, axis in of_head.items()}
+    stop = None if visible_frames is None else visible_frames * patches
+
+    def one(head: Any) -> Array:
+        q, own = head
+        own = weights | {name: jnp.expand_dims(own[name], axis) for name, axis in of_head.items()}
+
+        def add(kv: tuple[Array, Array], begin: Array) -> tuple[Any, None]:
+            part = make(own, jax.lax.dynamic_slice_in_dim(tokens, begin, size, axis=1), begin)
+            pairs = zip(kv, (part.keys, part.values), strict=True)
+            return tuple(jax.lax.dynamic_update_slice_in_dim(x, new, begin, axis=1) for x, new in pairs), None
+
+        none = jnp.zeros((batch, frames, patches, 1, head_dim), tokens.dtype)
+        # Recomputed too: the scan would keep the tokens of all its parts, a copy of the whole video's.
+        add_again = jax.checkpoint(add, prevent_cse=False)
+        (k, v), _ = jax.lax.scan(add_again, (none, none), _begins(frames, size))
+        k, v = (x.reshape(batch, -1, 1, head_dim) for x in (k, v))
+        return attention(q, k, v, kv_stop=stop, backend=config.attention, rules=rules)
+
+    groups = jnp.moveaxis(q.reshape(*q.shape[:2], heads, -1, head_dim), 2, 0)
+    out = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (groups, by_head))
+    return jnp.moveaxis(out, 0, 2).reshape(q.shape)

@@ -1,0 +1,157 @@
+"""Frames a second that the input pipeline delivers here, and how long training steps wait for them.
+
+Run: python -m perf.input_throughput --workers 2 --out docs/results/input_throughput.json
+
+Nothing is cached: every frame of every batch is decoded. Training runs `crosslmm train` on the `tiny` preset
+in a process of its own, on the same cores as the workers that decode.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crosslmm_jax.config import DataConfig, SamplingConfig
+from crosslmm_jax.data.index.build import build_index
+from crosslmm_jax.data.loading.dataset import Source
+from crosslmm_jax.data.loading.loader import make_iterator
+from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
+from crosslmm_jax.errors import UserError
+
+VIDEOS, SECONDS, RATE, HEIGHT, WIDTH, GOP = 16, 20, 25, 360, 640, 50
+IMAGE_SIZE, BATCH, PREFETCH = 384, 4, 4
+FRAMES = (8, 64)  # of a video
+WARM_STEPS = 20  # those that compile, and those whose batches were fetched meanwhile
+_TRAINING = """
+    from crosslmm_jax.config import (
+        PARTS, DataConfig, ExperimentConfig, RunConfig, SamplingConfig, StageConfig,
+    )
+    from crosslmm_jax.presets import tiny
+
+    def get_config():
+        return ExperimentConfig(
+            model=tiny(),
+            data=DataConfig(
+                index={index!r}, tokenizer={tokenizer!r}, batch_size={batch}, num_workers={workers},
+                prefetch={prefetch}, sampling=SamplingConfig(frames={frames}),
+            ),
+            stage=StageConfig(
+                name="throughput", trainable=PARTS, directions=("v2v", "t2v"), steps={steps},
+                learning_rate=1e-3,
+            ),
+            run=RunConfig(out={out!r}, log_every=1, save_every={steps}, tensorboard=False),
+        )
+"""
+
+
+def write_set(folder: Path) -> None:
+    """VIDEOS h264 files of moving texture, and a row for each in rows.json."""
+    import av
+
+    rng = np.random.default_rng(0)
+    for number in range(VIDEOS):
+        texture = rng.integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8)
+        picture = np.kron(texture, np.ones((8, 8, 1), np.uint8))
+        with av.open(str(folder / f"{number}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=RATE)
+            stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+            stream.options = {"preset": "veryfast", "g": str(GOP)}
+            for step in range(SECONDS * RATE):
+                frame = av.VideoFrame.from_ndarray(np.roll(picture, 2 * step, axis=1), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+
+
+def index_set(folder: Path, media: Path) -> None:
+    """A row for each mp4 of `media`, indexed; all else goes to `folder`. Raises UserError without any."""
+    names = sorted(path.name for path in media.glob("*.mp4"))
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+    rows = [{"video": name, "conversations": turns} for name in names]
+    if not rows:
+        raise UserError(f"--videos {media}: holds no .mp4 file; name another folder")
+    (folder / "rows.json").write_text(json.dumps(rows))
+    write_default_tokenizer(folder / "tokenizer")
+    build_index(
+        str(folder / "rows.json"), folder / "index", tokenizer=str(folder / "tokenizer"),
+        media_root=str(media), quiet=True,
+    )  # fmt: skip
+
+
+def measure(folder: Path, *, frames: int, workers: int, batches: int) -> dict[str, Any]:
+    """Frames a second once the first batches, which were read ahead, are gone."""
+    config = DataConfig(
+        index=str(folder / "index"), tokenizer=str(folder / "tokenizer"), batch_size=BATCH,
+        sampling=SamplingConfig(frames=frames), num_workers=workers, prefetch=PREFETCH,
+    )  # fmt: skip
+    iterator = make_iterator(Source(config, tokens_per_frame=9, image_size=IMAGE_SIZE))
+    for _ in range(PREFETCH + 1):
+        next(iterator)
+    begin = time.perf_counter()
+    for _ in range(batches):
+        next(iterator)
+    seconds = time.perf_counter() - begin
+    iterator.close()
+    return {"frames": frames, "workers": workers, "frames_per_second": batches * BATCH * frames / seconds}
+
+
+def measure_training(folder: Path, *, frames: int, workers: int, steps: int) -> dict[str, Any]:
+    """What a step of `tiny` takes after the first WARM_STEPS, and its share of waiting for input."""
+    out = folder / f"run{frames}"
+    text = textwrap.dedent(_TRAINING).format(
+        index=str(folder / "index"), tokenizer=str(folder / "tokenizer"), batch=BATCH, workers=workers,
+        prefetch=PREFETCH, frames=frames, steps=WARM_STEPS + steps, out=str(out),
+    )  # fmt: skip
+    config = folder / f"train{frames}.py"
+    config.write_text(text, encoding="utf-8")
+    subprocess.run([sys.executable, "-m", "crosslmm_jax.cli", "train", str(config)], check=True)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][WARM_STEPS:]
+    seconds = sum(line["step_seconds"] for line in lines)
+    waited = sum(line["input_wait_seconds"] for line in lines)
+    return {
+        "frames": frames, "workers": workers, "steps": len(lines), "step_seconds": seconds / len(lines),
+        "input_wait_share": waited / seconds,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measures FRAMES frames a video and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--batches", type=int, default=20, help="that are timed, and steps of training")
+    parser.add_argument("--videos", type=Path, help="folder of .mp4 files; by default some are made")
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if args.videos is None:
+            write_set(folder)
+        index_set(folder, args.videos or folder)
+        runs = [measure(folder, frames=n, workers=args.workers, batches=args.batches) for n in FRAMES]
+        training = [
+            measure_training(folder, frames=n, workers=args.workers, steps=args.batches) for n in FRAMES
+        ]
+    made = {
+        "files": VIDEOS, "seconds": SECONDS, "fps": RATE, "height": HEIGHT, "width": WIDTH, "codec": "h264",
+        "gop": GOP,
+    }  # fmt: skip
+    result = {
+        "cpus": os.cpu_count(), "load_before": load, "image_size": IMAGE_SIZE, "batch": BATCH,
+        "videos": made if args.videos is None else args.videos.name, "runs": runs, "training_tiny": training,
+    }  # fmt: skip
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.out:
+        Path(args.out).write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""What 8 bits cost: encoder features, projected tokens and logits against float32, on frames of real videos.
+
+Accuracy only; it may run on a CPU. Weights are random at real size, so no channel stands out as some do in
+trained models; a second set of rows has such channels put in (`with_outliers`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from crosslmm_jax.config import ModelConfig, Precision
+from crosslmm_jax.model import CrossLMM, quantise_params, reads_of
+from crosslmm_jax.model.encode_frames import Visual, encode_in_chunks
+from crosslmm_jax.model.ops import layer_norm
+from crosslmm_jax.model.params.tables import cast
+from crosslmm_jax.model.quantisation.quantise import DTYPES, Rows, quantise, quantised_product
+from crosslmm_jax.parallel.compiler_options import program
+from crosslmm_jax.profiling.inputs import (
+    OPEN_GATE,
+    WEIGHT_STD,
+    preset_with_tokens,
+    random_params,
+    random_prompt,
+)
+from crosslmm_jax.profiling.record import Record, Request
+from perf.clips import read_clips
+
+OUTLIERS_EVERY, OUTLIER_SCALE = 200, 20.0  # 0.5% of the channels
+
+
+class Encoded(NamedTuple):
+    """What encoder and projector make of one clip."""
+
+    features: Array  # [F, P, W]
+    visual: Visual
+
+
+# Of encoder and projector; and with each, of T2V's keys and values.
+CACHES: dict[Precision, tuple[Precision, ...]] = {
+    "compute": ("compute", "fp8", "int8"), "fp8": ("compute", "fp8"), "int8": ("compute", "int8"),
+}  # fmt: skip
+
+
+def run(record: Record) -> None:
+    """Adds the rows of every variant, for both kinds of weights, at each number of frames of the request."""
+    request = record.request
+    config = preset_with_tokens(request.system, request.tokens_per_frame)
+    assert request.videos is not None  # the suite has seen to it
+    record.add_facts(note=_note(config))
+    for frames in request.frames:
+        clips = read_clips(request.videos, frames=frames, size=config.vision.image_size)
+        shared = {"frames": frames, "clips": len(clips), "tokens_per_frame": config.merge.tokens_per_frame}
+        for kind in ("random", "outliers"):
+            params = random_params(dataclasses.replace(config, compute_dtype="float32"), stacked=True)
+            if kind == "outliers":
+                params = jax.jit(with_outliers, donate_argnums=0)(params)
+            for row in compare(config, request, params, list(clips.values())):
+                record.add_row({**shared, "weights": kind, **row})
+
+
+def _note(config: ModelConfig) -> str:
+    return (
+        f"{config.vision.depth} encoder layers of width {config.vision.width},"
+        f" {config.decoder.num_layers} decoder layers of width {config.decoder.width}, gates"
+        f" {OPEN_GATE}; random weights (deviation {WEIGHT_STD}), bfloat16 but for what is named, against"
+        " float32. Rows 'outliers':"
+        f" {1 / OUTLIERS_EVERY:.1%} of the channels of the encoder's LayerNorm outputs, of its hidden units"
+        f" and of T2V's keys and values are {OUTLIER_SCALE:g} times as large, and what reads them as much"
+        " smaller. Errors are of single numbers; rms is that of the float32 numbers."
+    )
+
+
+def with_outliers(params: dict[str, Any]) -> dict[str, Any]:
+    """`params` with channels that stand out, as trained transformers have them.
+
+    What reads such a channel is as much smaller. So the function stays the same (nearly: GELU lies between a
+    hidden unit and what reads it), and errors compare with those of `params`.
+    """
+    layers, t2v = dict(params["encoder"]["layers"]), dict(params["t2v"])
+
+    def larger(size: int) -> Array:
+        return jnp.ones(size).at[::OUTLIERS_EVERY].set(OUTLIER_SCALE)
+
+    width = larger(layers["w1"].shape[1])
+    for norm, readers in (("norm1", ("wq", "wk", "wv")), ("norm2", ("w1",))):
+        for name in (f"{norm}_scale", f"{norm}_bias"):
+            layers[name] = layers[name] * width
+        for name in readers:
+            layers[name] = layers[name] / width.reshape(-1, *[1] * (layers[name].ndim - 2))
+    hidden = larger(layers["w1"].shape[2])
+    layers |= {"w1": layers["w1"] * hidden, "b1": layers["b1"] * hidden, "w2": layers["w2"] / hidden[:, None]}
+    kv_heads, size = t2v["wk"].shape[2:]
+    channels = larger(kv_heads * size).reshape(kv_heads, size)
+    readers = jnp.repeat(channels, t2v["wq"].shape[2] // kv_heads, axis=0)
+    t2v |= {name: t2v[name] * channels for name in ("wk", "bk", "wv", "bv")}
+    t2v |= {name: t2v[name] / readers for name in ("wq", "bq")}
+    t2v["wo"] = t2v["wo"] / readers[..., None]
+    return {**params, "t2v": t2v, "encoder": {**params["encoder"], "layers": layers}}
+
+
+def compare(
+    config: ModelConfig, request: Request, params: dict[str, Any], clips: list[np.ndarray]
+) -> Iterator[dict[str, Any]]:
+    """The rows of all precisions, on float32 `params`, which are used up."""
+    wide = dataclasses.replace(config, compute_dtype="float32")
+    with jax.default_matmul_precision("highest"):  # GPUs and TPUs would take fewer bits
+        exact = [encode(wide, params, clip) for clip in clips]
+        exact_logits = np.concatenate([logits(wide, request, params, clip.visual) for clip in exact])
+        rows = product_rows(config, params, exact[0].features)
+    yield from rows
+    params = jax.jit(functools.partial(cast, dtype=config.compute_dtype), donate_argnums=0)(params)
+    for products, caches in CACHES.items():
+        chosen = dataclasses.replace(config, visual_matmul=products)
+        quantised = jax.jit(functools.partial(quantise_params, precision=products))(
+            {part: params[part] for part in ("encoder", "projector")}
+        )
+        found = [encode(chosen, quantised, clip) for clip in clips]
+        row = {"products": config.compute_dtype if products == "compute" else products}
+        for what, of in (("features", lambda x: x.features), ("tokens", lambda x: x.visual.originals)):
+            yield {"what": what, **row, **differences(*(_rows(map(of, part)) for part in (found, exact)))}
+        for cache in caches:
+            # Not of `chosen`: a model is compiled once a cache, whatever the products were.
+            cross = dataclasses.replace(config.cross_attention, cache_dtype=cache)
+            cached = dataclasses.replace(config, cross_attention=cross)
+            got = np.concatenate([logits(cached, request, params, clip.visual) for clip in found])
+            row["cache"] = config.compute_dtype if cache == "compute" else cache
+            yield {"what": "logits", **row, **differences(got, exact_logits), **choices(got, exact_logits)}
+
+
+def _rows(parts: Iterable[Array]) -> Float[np.ndarray, "n d"]:
+    return np.concatenate([np.asarray(x, np.float32).reshape(-1, x.shape[-1]) for x in parts])
+
+
+def encode(config: ModelConfig, params: Any, frames: np.ndarray) -> Encoded:
+    """Features and visual tokens of a clip uint8[F, R, R, 3]."""
+    parts = {part: params[part] for part in ("encoder", "projector")}
+    return program(_encode)(CrossLMM(config), parts, frames)
+
+
+def _encode(model: CrossLMM, params: Any, frames: Array) -> Encoded:
+    def both(model: Any) -> Encoded:
+        features = model.encoder(frames)  # what `encode` would make again
+        visual = encode_in_chunks(
+            features[None], encode=lambda x: x, project=model.projector, config=model.config, rules=None
+        )
+        return Encoded(features, visual)
+
+    encoded: Any = model.apply({"params": params}, method=both)
+    return encoded
+
+
+def logits(config: ModelConfig, request: Request, params: Any, visual: Visual) -> Float[np.ndarray, "t v"]:
+    """float32[T, V] behind each text token of a random prompt: the video at once, then token by token."""
+    frames = visual.originals.shape[1]
+    work = request.workload(frames)
+    batch = random_prompt(config, work)
+    end = work.before + frames * config.merge.tokens_per_frame
+    prompt = {name: batch[name][:, :end] for name in ("tokens", "positions", "visible_frames")}
+    prompt |= {"visual_slots": batch["visual_slots"], "text_slots": batch["text_slots"][:, : work.before]}
+    parts = {part: params[part] for part in ("v2v", "t2v", "decoder")}
+    model = CrossLMM(config, reads=reads_of(prompt, frames))
+    return np.asarray(program(_logits)(model, parts, visual, prompt, batch["tokens"][:, end:]))
+
+
+def _logits(model: CrossLMM, params: Any, visual: Visual, prompt: Any, text: Array) -> Array:
+    variables = {"params": params}
+    end, steps = prompt["tokens"].shape[1], text.shape[1]
+    counts = jnp.full((1,), end, jnp.int32)
+    cache: Any = model.apply(variables, visual, prompt, counts, cache_size=end + steps, method="prefill")[1]
+    t2v = cache.t2v
+
+    def step(cache: Any, token: Array) -> Any:
+        one = jnp.ones((1,), jnp.int32)
+        whole = cache._replace(t2v=t2v)
+        result: Any = model.apply(variables, whole, token[:, None], one, method="extend")
+        logits, whole = result
+        return whole._replace(t2v=None), logits[0]
+
+    return jax.lax.scan(step, cache._replace(t2v=None), text.T)[1]
+
+
+def differences(got: Float[np.ndarray, "n d"], expected: Float[np.ndarray, "n d"]) -> dict[str, float]:
+    """Cosine of each row with what is expected, and errors of single numbers."""
+    norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
+    cosines = np.einsum("nd,nd->n", got, expected) / norms
+    errors = np.abs(got - expected)
+    return {
+        "cosine_mean": float(cosines.mean()), "cosine_min": float(cosines.min()),
+        "error_mean": float(errors.mean()), "error_max": float(errors.max()),
+        "rms": float(np.sqrt(np.mean(expected**2))),
+    }  # fmt: skip
+
+
+def choices(got: Float[np.ndarray, "n v"], expected: Float[np.ndarray, "n v"]) -> dict[str, float]:
+    """KL divergence in nats of the next token's distribution from what is expected; how often both agree."""
+    log_p, log_q = (np.asarray(jax.nn.log_softmax(x.astype(np.float64), axis=-1)) for x in (expected, got))
+    kl = np.sum(np.exp(log_p) * (log_p - log_q), axis=1)
+    return {
+        "kl_mean": float(kl.mean()), "kl_max": float(kl.max()),
+        "top1": float(np.mean(got.argmax(axis=1) == expected.argmax(axis=1))),
+    }  # fmt: skip
+
+
+def product_rows(config: ModelConfig, params: Any, features: Array) -> list[dict[str, Any]]:
+    """One product, the first layer's w1 on normalised features: a scale a row and channel, or one for all."""
+    layer = {name: value[0] for name, value in params["encoder"]["layers"].items()}
+    features = features.reshape(-1, features.shape[-1])
+    x = layer_norm(features, layer["norm2_scale"], layer["norm2_bias"], eps=config.vision.layer_norm_eps)
+    expected = np.asarray(x @ layer["w1"])
+    rows = []
+    for precision, dtype in DTYPES.items():
+        for scales, axes in (("by row and channel", -1), ("one for all", (0, 1))):
+            weight, weight_scale = quantise(layer["w1"].T, dtype, axes)
+            scale = jnp.broadcast_to(weight_scale, (len(weight), 1))
+            got = quantised_product(Rows(*quantise(x, dtype, axes)), weight, scale, dtype=jnp.float32)
+            row = {"what": "product", "products": precision, "scales": scales}
+            rows.append({**row, **differences(np.asarray(got), expected)})
+    return rows

@@ -1,0 +1,119 @@
+"""Rows of LLaVA files: both forms, both placeholders, and every mistake named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crosslmm_jax.data.annotations.mixture import read_rows
+from crosslmm_jax.data.annotations.rows import BadEntry, DatasetSpec, Row
+from crosslmm_jax.errors import UserError
+
+TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        path.write_text(json.dumps(rows))
+    return str(path)
+
+
+def read(file: str, root: Path) -> list[Row | BadEntry]:
+    return list(read_rows(DatasetSpec("set", file, "llava", str(root)), seed=0))
+
+
+def fault(file: str, root: Path) -> BadEntry:
+    """The only entry that is bad, the last one."""
+    *good, entry = read(file, root)
+    assert all(isinstance(row, Row) for row in good) and isinstance(entry, BadEntry)
+    return entry
+
+
+def test_json_and_jsonl(tmp_path: Path) -> None:
+    two = [{"from": "human", "value": "<image> or <image>?"}, {"from": "gpt", "value": "b"}]
+    rows = [
+        {"id": 7, "video": "x/a.mp4", "conversations": TURNS, "start": 1, "end": 2.5},
+        {"image": ["a.png", "b.png"], "conversations": two},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+    ]
+    for name in ("a.json", "b.jsonl", "lines.json"):
+        file = write(tmp_path / name, rows)
+        if name == "lines.json":
+            Path(file).write_bytes(b"\xef\xbb\xbf" + (tmp_path / "b.jsonl").read_bytes())
+        found = [row for row in read(file, tmp_path) if isinstance(row, Row)]
+        assert [row.row for row in found] == [0, 1, 2] and {row.root for row in found} == {str(tmp_path)}
+        assert [row.media for row in found] == [("x/a.mp4",), ("a.png", "b.png"), ()]
+        assert [row.modality for row in found] == ["video", "multi_image", "text"]
+        assert found[0].bounds == (1.0, 2.5) and found[1].bounds is None
+        assert found[0].where == f"{file}: row 0 (id 7)" and found[1].where == f"{file}: row 1"
+
+
+@pytest.mark.parametrize("name", ["../a.mp4", "/etc/a.mp4", "x/../../a.mp4", "..", "C:\\a.mp4"])
+def test_media_stay_inside_the_root(tmp_path: Path, name: str) -> None:
+    file = write(tmp_path / "a.json", [{"image": [name], "conversations": TURNS}])
+    entry = fault(file, tmp_path)
+    assert entry.reason == "outside_root" and entry.where.endswith("row 0")
+    assert "must be relative to media_root" in entry.detail
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("text", "must be an object"),
+        ({"video": "a.mp4"}, "conversations is missing"),
+        ({"video": "a.mp4", "conversations": []}, "no human turn"),
+        ({"video": "a.mp4", "conversations": TURNS[:1]}, "conversations holds no answer"),
+        ({"video": "a.mp4", "conversations": [TURNS[1], TURNS[0]]}, "conversations holds no answer"),
+        (
+            {"video": "a.mp4", "conversations": [*TURNS, TURNS[1] | {"value": " \n"}]},
+            "an answer without words",
+        ),
+        ({"video": 3, "conversations": TURNS}, "video must be a path"),
+        ({"image": ["a.png", "b.png"], "conversations": TURNS}, "1 <image>/<video> placeholders for 2 media"),
+        ({"conversations": TURNS}, "1 <image>/<video> placeholders for 0 media"),
+        (
+            {"video": "a.mp4", "conversations": TURNS, "start": 3, "end": 2},
+            "are no times with 0 <= start < end",
+        ),
+        ({"video": "a.mp4", "conversations": TURNS, "start": 10**400}, "are no times with 0 <= start < end"),
+        ({"video": "a.mp4", "conversations": TURNS, "start": "x"}, "are no times with 0 <= start < end"),
+        ({"image": [""], "conversations": TURNS}, "must be a text that is not empty"),
+        ({"image": ["a\0b"], "conversations": TURNS}, "must be a text that is not empty"),
+    ],
+)
+def test_mistakes_name_file_and_row(tmp_path: Path, row: Any, words: str) -> None:
+    good = {"video": "a.mp4", "conversations": TURNS}
+    file = write(tmp_path / "a.json", [good, row])
+    entry = fault(file, tmp_path)
+    assert entry.where.startswith(f"{file}: row 1") and words in entry.detail and "\n" not in entry.detail
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
+    good = json.dumps({"video": "a.mp4", "conversations": TURNS})
+    for name, text in (("a.json", f"[{good}]"), ("a.jsonl", good)):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert [row.media for row in read(str(tmp_path / name), tmp_path)] == [("a.mp4",)]
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none.json: cannot be read"):
+        read(str(tmp_path / "none.json"), tmp_path)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{oops\n" * 2)
+    with pytest.raises(UserError, match="broken.jsonl: line 1 is no valid JSON"):
+        read(str(broken), tmp_path)
+    good = {"video": "a.mp4", "conversations": TURNS}
+    broken.write_text(json.dumps(good) + "\n{oops\n")
+    entry = fault(str(broken), tmp_path)
+    assert entry.where.endswith("broken.jsonl: row 1") and "line 2 is no valid JSON" in entry.detail
+    (tmp_path / "object.json").write_text("{\n}")
+    with pytest.raises(UserError, match="object.json: must hold a list of rows"):
+        read(str(tmp_path / "object.json"), tmp_path)
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="binary.json: cannot be read"):
+        read(str(tmp_path / "binary.json"), tmp_path)
+    with pytest.raises(UserError, match="holds no rows"):
+        read(write(tmp_path / "zero.json", []), tmp_path)

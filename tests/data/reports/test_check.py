@@ -1,0 +1,63 @@
+"""`data check`: what it says when a worker process dies, and how long a file may stand still."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import pytest
+
+from crosslmm_jax.cli.app import main
+from crosslmm_jax.config import DataConfig
+from crosslmm_jax.data.loading import example as loader
+from crosslmm_jax.data.loading.dataset import Source
+from crosslmm_jax.data.reports import check
+from crosslmm_jax.demo.synthetic import write_dataset
+
+
+class DyingPool:
+    """Runs one chunk; then its worker dies."""
+
+    def map(self, function: Callable[[Any], Any], chunks: list[Any]) -> Iterator[Any]:
+        yield function(chunks[0])
+        raise BrokenProcessPool
+
+    def shutdown(self, **_: Any) -> None:
+        pass
+
+
+def test_what_failed_before_a_worker_died_is_told(
+    tmp_path, make_index, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos = write_dataset(tmp_path / "set", num_train=8, num_heldout=4, seed=1)
+    index = make_index(videos.train)
+    (videos.folder / "videos/train_00000.mp4").write_text("no video")
+    monkeypatch.setattr(check, "worker_pool", lambda *_: DyingPool())
+    assert main(["data", "check", str(index), "--workers", "1"]) == 2
+    out, error = capsys.readouterr()
+    assert [line.split("\t")[:2] for line in out.splitlines()] == [
+        [f"row {n}", "wrong_type"] for n in range(4)
+    ]
+    assert f"{index}: a worker process died" in error and "after 4 of 32 rows" in error
+
+
+def test_the_deadline_is_the_same_for_training_and_check(
+    synthetic, make_index, tokenizer_folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = str(make_index(synthetic.train))
+    given: list[float | None] = []
+    for module in (check, loader):
+        real = module.read_frames
+
+        def noting(*arguments: Any, deadline_s: float | None, real: Any = real, **options: Any) -> Any:
+            given.append(deadline_s)
+            return real(*arguments, deadline_s=deadline_s, **options)
+
+        monkeypatch.setattr(module, "read_frames", noting)
+    for limit in (1800.0, None, 9.0):
+        config = DataConfig(index=index, tokenizer=str(tokenizer_folder), batch_size=4, deadline_s=limit)
+        source = Source(config, tokens_per_frame=1, image_size=16)
+        source.loader.load(0, source.buckets[source._of_row[0]])
+    assert given == [DataConfig.deadline_s, None, 9.0]
+    given.clear()
+    words = ["data", "check", index, "--workers", "0", "--sample", "1"]
+    assert [main(words), main([*words, "--deadline-s", "9"])] == [0, 0] and given == [1800.0, 9.0]

@@ -1,0 +1,229 @@
+"""The MODEL folder: what is written is read back, and every defect is named."""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crosslmm_jax.config import MeshConfig, SamplingConfig
+from crosslmm_jax.errors import UserError
+from crosslmm_jax.model import init_params, logical_axes
+from crosslmm_jax.model_folder import weights
+from crosslmm_jax.model_folder.folder import (
+    completed_folder,
+    load_model_config,
+    load_processor,
+    load_weights,
+    save_model_folder,
+)
+from crosslmm_jax.parallel import make_mesh, param_shardings
+from crosslmm_jax.presets import tiny
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Arbitrary values in the shapes of the tiny preset."""
+    shapes = jax.eval_shape(lambda key: init_params(tiny(), key), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "unrelated.bin").write_text("x")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, params, tokenizer):
+    """A MODEL folder; tests that damage it take a copy."""
+    folder = tmp_path_factory.mktemp("models") / "model"
+    save(folder, params, tokenizer)
+    return folder
+
+
+@pytest.fixture
+def copied(tmp_path, written):
+    return shutil.copytree(written, tmp_path / "copy")
+
+
+def save(folder, params, tokenizer, **changes) -> None:
+    arguments = {
+        "config": tiny(), "params": params, "tokenizer_folder": tokenizer, "system_prompt": "Be brief.",
+        "sampling": SamplingConfig(policy="fps", frames=8, fps=0.5),
+    }  # fmt: skip
+    save_model_folder(folder, **(arguments | changes))
+
+
+def assert_equal(left, right) -> None:
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_a_model_may_be_a_link_to_another_disk(tmp_path, params, tokenizer) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    for prompt in ("First.", "Second."):
+        save(tmp_path / "link", params, tokenizer, system_prompt=prompt)
+        assert load_processor(tmp_path / "disk" / "model").system_prompt == prompt
+    assert (tmp_path / "link").is_symlink() and not list(tmp_path.glob(".*"))
+
+
+def test_round_trip(written, params) -> None:
+    assert load_model_config(written) == tiny()
+    processor = load_processor(written)
+    assert processor.sampling == SamplingConfig(policy="fps", frames=8, fps=0.5)
+    assert (processor.system_prompt, processor.image_size, processor.tokens_per_frame) == ("Be brief.", 32, 1)
+    assert_equal(load_weights(written, tiny()), params)
+    assert sorted(path.name for path in written.iterdir()) == [
+        "config.json", "model.safetensors", "processor.json", "tokenizer.json",
+    ]  # fmt: skip
+    assert [path.name for path in written.parent.iterdir()] == ["model"]
+
+
+def test_bfloat16(tmp_path, params, tokenizer) -> None:
+    save(tmp_path / "model", params, tokenizer, dtype="bfloat16")
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    kept = load_weights(tmp_path / "model", tiny())
+    assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype("bfloat16")}
+    assert_equal(kept, rounded)
+    wide = load_weights(tmp_path / "model", tiny(), dtype="float32")
+    assert_equal(wide, jax.tree.map(lambda x: x.astype(np.float32), rounded))
+
+
+def test_shards_and_index(tmp_path, params) -> None:
+    weights.write_weights(tmp_path, params, dtype="float32", max_shard_bytes=200_000)
+    index = json.loads((tmp_path / weights.INDEX_FILE).read_text())
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 3
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert all(file.stat().st_size < max(200_000, largest) + 10_000 for file in files)
+    assert_equal(weights.read_weights(tmp_path, params, shardings=None, dtype=None), params)
+
+
+def test_sharded_in_and_out(tmp_path, written, params, tokenizer) -> None:
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    shardings = param_shardings(logical_axes(tiny()), params, mesh)
+    sharded = load_weights(written, tiny(), shardings=shardings)
+    assert_equal(sharded, params)
+    leaves = zip(jax.tree.leaves(sharded), jax.tree.leaves(shardings), strict=True)
+    assert all(leaf.sharding == sharding for leaf, sharding in leaves)
+    save(tmp_path / "again", sharded, tokenizer)
+    first, second = ((folder / weights.SINGLE_FILE).read_bytes() for folder in (written, tmp_path / "again"))
+    assert first == second
+
+
+def test_all_defects_in_one_message(tmp_path, params) -> None:
+    damaged = {part: dict(values) for part, values in params.items()}
+    del damaged["v2v"]["gate"]
+    damaged["decoder"]["final_norm"] = np.zeros(65, np.float32)
+    damaged["decoder"]["extra"] = np.zeros((2, 3), np.float32)
+    weights.write_weights(tmp_path, damaged, dtype="float32")
+    with pytest.raises(UserError) as error:
+        weights.read_weights(tmp_path, params, shardings=None, dtype=None)
+    message = str(error.value)
+    assert "\n" not in message
+    assert "v2v.gate [2] is missing" in message
+    assert "decoder.extra [2, 3] is unknown" in message
+    assert "decoder.final_norm has shape [65] instead of [64]" in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "processor.json", "tokenizer.json", "model.safetensors"])
+def test_missing_file(copied, name: str) -> None:
+    (copied / name).unlink()
+    with pytest.raises(UserError, match=f"lacks {name}"):
+        load_weights(copied, tiny())
+    with pytest.raises(UserError, match=f"lacks {name}"):
+        load_model_config(copied)
+
+
+def test_truncated_weights(copied) -> None:
+    path = copied / "model.safetensors"
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+        load_weights(copied, tiny())
+
+
+def test_missing_shard(tmp_path, params) -> None:
+    weights.write_weights(tmp_path, params, dtype="float32", max_shard_bytes=200_000)
+    gone = sorted(tmp_path.glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(UserError, match=f"lacks {gone.name}"):
+        weights.read_weights(tmp_path, params, shardings=None, dtype=None)
+
+
+def test_index_does_not_lead_out_of_the_folder(tmp_path, params) -> None:
+    (tmp_path / weights.INDEX_FILE).write_text(json.dumps({"weight_map": {"x": "../secret.safetensors"}}))
+    with pytest.raises(UserError, match="files beside it"):
+        weights.read_weights(tmp_path, params, shardings=None, dtype=None)
+
+
+def test_bad_field_in_config(copied) -> None:
+    path = copied / "config.json"
+    config = json.loads(path.read_text())
+    del config["decoder"]["rope_theta"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json: field decoder\.rope_theta is missing"):
+        load_model_config(copied)
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: is no readable JSON"):
+        load_model_config(copied)
+
+
+def test_failure_leaves_the_older_folder(copied, params, tmp_path) -> None:
+    before = (copied / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        save(copied, jax.tree.map(np.zeros_like, params), tmp_path)
+    assert (copied / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_replaces_an_older_model_but_nothing_else(copied, params, tokenizer, tmp_path) -> None:
+    save(copied, jax.tree.map(np.zeros_like, params), tokenizer)
+    assert not np.any(jax.tree.leaves(load_weights(copied, tiny()))[0])
+    other = tmp_path / "photos"
+    other.mkdir()
+    (other / "cat.png").write_text("x")
+    with pytest.raises(UserError, match="no MODEL folder; it is left alone"):
+        save(other, params, tokenizer)
+    assert [path.name for path in other.iterdir()] == ["cat.png"]
+
+
+def test_two_writers_of_one_folder(copied, tmp_path) -> None:
+    """The second is refused and leaves the first one's work alone."""
+    with completed_folder(copied) as first:
+        (first / "config.json").write_text("first")
+        with pytest.raises(UserError, match="copy: another process is writing it"), completed_folder(copied):
+            raise AssertionError("the block of the second was entered")
+        with completed_folder(tmp_path / "another"):
+            pass
+    assert [(path.name, path.read_text()) for path in copied.iterdir()] == [("config.json", "first")]
+    with completed_folder(copied):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "copy"], "no lock is left"
+
+
+def test_a_killed_writer_blocks_nobody(copied, tmp_path) -> None:
+    (tmp_path / ".copy.lock").touch()
+    (tmp_path / ".copy.incomplete").mkdir()
+    (tmp_path / ".copy.incomplete" / "half").touch()
+    with completed_folder(copied) as temporary:
+        assert list(temporary.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_the_older_folder_comes_back_when_the_new_one_cannot_take_its_place(copied, tmp_path) -> None:
+    before = sorted(path.name for path in copied.iterdir())
+    with pytest.raises(UserError, match="No such file"), completed_folder(copied) as temporary:
+        shutil.rmtree(temporary)
+    assert sorted(path.name for path in copied.iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
