@@ -25,7 +25,7 @@ MAX_FUNCTION_LINES = 100
 MAX_PARAMETERS = 12
 MAX_ENTRIES = 16  # of a folder below the package's top level
 MANY_ENTRIES = {"crosslmm_jax/data/annotations/formats"}  # one file per format
-MAX_ANY = 160  # lines of the package that say `Any`
+MAX_ANY = 155  # lines of the package that say `Any`, imports aside
 
 # room -> rooms that it may import, beside itself. "base" is errors, config, config_io, presets and batch.
 BASE = {"errors", "config", "config_io", "presets", "batch"}
@@ -284,9 +284,8 @@ def test_functions_have_few_parameters_and_types() -> None:
 
 
 def test_few_values_are_of_any_type() -> None:
-    lines = [
-        line for path in MODULES for line in path.read_text().splitlines() if re.search(r"\bAny\b", line)
-    ]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in MODULES).splitlines()
+    lines = [line for line in text if re.search(r"\bAny\b", line) and "import" not in line.split()[:3]]
     assert len(lines) <= MAX_ANY
 
 
