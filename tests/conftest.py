@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # Before jax starts its backend. Programs that ask for no mesh still run on one device.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -29,34 +30,99 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         flags += " --xla_cpu_use_fusion_emitters=false"  # half the time to compile
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
+# Compiled programs are kept beside pytest's own cache: the next run, and every process that a test starts,
+# read them instead of compiling. `pytest --cache-clear` removes them.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
 import numpy as np
 import pytest
 
 from crosslmm_jax import presets
 from crosslmm_jax.config import ModelConfig
 
+if TYPE_CHECKING:
+    from crosslmm_jax.demo.synthetic import SyntheticSet
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--gpu-report", metavar="PATH", help="write what the tests marked gpu found, as JSON")
+    for marker in ("gpu", "nightly"):
+        parser.addoption(
+            f"--{marker}-report", metavar="PATH", help=f"write what the tests marked {marker} found, as JSON"
+        )
+
+
+# Why a test may be skipped. Any other reason fails the run: a test that nobody runs is no test.
+MAY_SKIP = (
+    r"needs a GPU",
+    r"needs a Hopper GPU",
+    r"the real (clips|vocabulary) (are|is) not here",
+    r"this ffmpeg has no \w+",
+    r"this PyAV cannot write the rotation",
+    r"only root may mount a disk",
+    r"root may read everything",
+    r"needs Linux's /proc",
+    r"this jax has no Mosaic GPU",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Nightly tests run only when `-m` names them."""
+    if "nightly" not in config.option.markexpr:
+        nightly = [item for item in items if "nightly" in item.keywords]
+        if nightly:
+            config.hook.pytest_deselected(items=nightly)
+            items[:] = [item for item in items if "nightly" not in item.keywords]
+
+
+class SkipReasons:
+    """Fails the run when a test was skipped for a reason that is not in MAY_SKIP."""
+
+    def __init__(self) -> None:
+        self.wrong: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._look(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._look(report)
+
+    def _look(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.skipped and isinstance(report.longrepr, tuple) and not hasattr(report, "wasxfail"):
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+            if not any(re.fullmatch(pattern, reason) for pattern in MAY_SKIP):
+                self.wrong.append(f"{report.nodeid}: {reason}")
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        for line in self.wrong:
+            terminalreporter.write_line(f"SKIPPED for a reason that tests/conftest.py does not list: {line}")
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.wrong and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    path = config.getoption("--gpu-report")
-    if path and not hasattr(config, "workerinput"):  # pytest-xdist's workers report to the first process
-        config.pluginmanager.register(GpuReport(Path(path)))
+    if not hasattr(config, "workerinput"):  # pytest-xdist's workers report to the first process
+        config.pluginmanager.register(SkipReasons())
+        for marker in ("gpu", "nightly"):
+            if path := config.getoption(f"--{marker}-report"):
+                config.pluginmanager.register(MarkerReport(marker, Path(path)))
 
 
-class GpuReport:
-    """Outcome, seconds and properties of each test marked gpu, with the device and versions.
+class MarkerReport:
+    """Outcome, seconds and properties of each test with a marker, with the device and versions.
 
-    The file is written anew after each test: what a run that is stopped has found is kept.
+    The file is written after each test, so a run that is stopped keeps its results.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.tests = path, []
+    def __init__(self, marker: str, path: Path) -> None:
+        self.marker, self.path, self.tests = marker, path, []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if "gpu" in report.keywords and (report.when == "call" or report.outcome != "passed"):
+        if self.marker in report.keywords and (report.when == "call" or report.outcome != "passed"):
             facts = {"outcome": report.outcome, "seconds": round(report.duration, 2)}
             self.tests.append({"test": report.nodeid, **facts, **dict(report.user_properties)})
             self._write()
@@ -117,6 +183,37 @@ def free_port() -> Iterator[Callable[[], int]]:
             return holder.getsockname()[1]
 
         yield take
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_default_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> "SyntheticSet":
+    """A few synthetic videos with questions, to be read only."""
+    from crosslmm_jax.demo.synthetic import write_dataset
+
+    return write_dataset(tmp_path_factory.mktemp("data") / "set", num_train=16, num_heldout=8, seed=3)
+
+
+@pytest.fixture(scope="session")
+def make_index(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path):
+    """`make_index(annotations)`: the folder of a new index of them, made in this process."""
+
+    from crosslmm_jax.data.index.build import build_index
+
+    def make(annotations: Path | str, **options) -> Path:
+        out = tmp_path_factory.mktemp("index") / "index"
+        build_index(str(annotations), out, tokenizer=str(tokenizer_folder), quiet=True, **options)
+        return out
+
+    return make
 
 
 @pytest.fixture

@@ -312,7 +312,8 @@ def test_the_peer(tmp_path: Path) -> None:
 
 def test_the_peers_parameters_are_llava_onevisions() -> None:
     """Counted on no device: 7.6B of Qwen2-7B, the tower without its last layer, the projector."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     from perf import peers
 
     config = presets.crosslmm_7b()

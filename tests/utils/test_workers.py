@@ -45,7 +45,7 @@ def test_ctrl_c_is_left_to_the_parent() -> None:
         assert pool.submit(len, "alive").result() == 5
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks up processes in /proc")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("script", [POOL, TRAINING], ids=["pool", "training"])
 def test_no_worker_outlives_a_killed_process(
     script: str, synthetic: SyntheticSet, make_index, tokenizer_folder: Path, tmp_path: Path

@@ -250,7 +250,7 @@ def test_reading_goes_on_where_a_stream_begins_within_the_file() -> None:
 
 def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     if os.geteuid() == 0:
-        pytest.skip("everything may be read here")
+        pytest.skip("root may read everything")
     for path in (write_video(tmp_path / "a.mp4", 3), tmp_path / "a.png"):
         path.touch()
         path.write_bytes(b"x")

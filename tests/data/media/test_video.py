@@ -229,7 +229,7 @@ def test_real_clips() -> None:
     folder = Path(__file__).resolve().parents[4] / "shared" / "videos"
     clips = sorted(folder.glob("*.mp4"))
     if not clips:
-        pytest.skip("no real clips here")
+        pytest.skip("the real clips are not here")
     for path in clips[-2:]:
         frames, times = decode_all(path)
         clip = read_frames(path, SamplingConfig(frames=5), size=SIZE)

@@ -19,7 +19,9 @@ from crosslmm_jax.model.attention import cudnn, mosaic
 from crosslmm_jax.model.attention.dispatch import _choose, attention, reference_attention
 from crosslmm_jax.parallel import activation_rules, make_mesh
 
-mosaic_kernel = pytest.importorskip("crosslmm_jax.model.attention.mosaic_kernel")  # by the version of JAX
+mosaic_kernel = pytest.importorskip(
+    "crosslmm_jax.model.attention.mosaic_kernel", reason="this jax has no Mosaic GPU"
+)
 ENCODER = (4, 729, 2, 72)
 
 

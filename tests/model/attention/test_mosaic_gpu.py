@@ -22,7 +22,8 @@ from crosslmm_jax.parallel.compiler_options import matmul_options
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        getattr(jax.local_devices()[0], "compute_capability", None) != mosaic.HOPPER, reason="needs Hopper"
+        getattr(jax.local_devices()[0], "compute_capability", None) != mosaic.HOPPER,
+        reason="needs a Hopper GPU",
     ),
 ]
 

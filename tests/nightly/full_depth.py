@@ -1,6 +1,6 @@
 """Parity with torch at the full depth and width of the 2B model, random weights. Minutes and 15 GB of memory.
 
-    python tests/convert/full_depth.py --json docs/results/full_depth_parity.json
+    python tests/nightly/full_depth.py --json docs/results/full_depth_parity.json
 
 Writes a SigLIP so400m and a Qwen2.5-1.5B of random weights, converts them with `from-hf`, compares every
 block with `convert verify` and lets both sides generate greedily. One side is in memory at a time.
@@ -163,7 +163,7 @@ def main() -> int:
         figures = measure(root, args.preset)
     config = get_preset(args.preset)
     summary = {
-        "command": f"python tests/convert/full_depth.py --preset {args.preset} --json {args.json}",
+        "command": f"python tests/nightly/full_depth.py --preset {args.preset} --json {args.json}",
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "device": f"{jax.devices()[0].platform}, {platform.machine()}",
         "dtype": "float32",
