@@ -32,12 +32,12 @@ from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.model_folder import (
     Processor,
     check_replaceable,
-    completed_folder,
     copy_tokenizer,
     make_processor,
     write_settings,
 )
 from crosslmm_jax.presets import get_preset
+from crosslmm_jax.utils import atomic_folder
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 # Compact tokens along a side where neither a preset nor the user says: the paper's 9 tokens a frame.
@@ -109,7 +109,7 @@ def convert_from_hf(request: Request, out: str | Path, *, tokenizer: str | Path 
     named = Path(tokenizer or request.llm or request.llava or request.sources["--crosslmm"])
     with with_tokenizer_json(named) as tokenizer:
         planned = _planned(request, tokens=tokenizer_size(tokenizer), tokenizer=named)
-        with planned as (plan, processor), completed_folder(out) as folder:
+        with planned as (plan, processor), atomic_folder(out, resume=False) as folder:
             write_settings(folder, plan.config, processor)
             copy_tokenizer(tokenizer, folder)
             tensors = {leaf.name: (leaf.shape, leaf.dtype) for leaf in plan.leaves}

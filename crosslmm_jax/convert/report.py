@@ -1,13 +1,9 @@
-"""What a conversion says: progress while it runs, and an account of every tensor at its end."""
+"""What a conversion reports at its end: where every tensor went."""
 
 import dataclasses
 import re
-import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 def condense(names: Iterable[str]) -> list[str]:
@@ -76,53 +72,6 @@ class Report:
         kinds = ", ".join(f"{part} {dtype}" for part, dtype in sorted(self.dtypes.items()))
         rate = self.bytes / 1e6 / max(self.seconds, 1e-9)
         return [f"dtype: {kinds}", f"{self.bytes:,} bytes in {self.seconds:.1f} s ({rate:.0f} MB/s)"]
-
-
-class Progress:
-    """Bytes done: a bar on a terminal, a line every few seconds elsewhere. Writes to stderr."""
-
-    def __init__(self, title: str, total: int) -> None:
-        """Starts at 0 of `total` bytes."""
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-        from rich.progress import Progress as RichProgress
-
-        self._title, self._total, self._done, self._bar = title, total, 0, None
-        self._begin = self._last = time.perf_counter()
-        console = Console(stderr=True)
-        if console.is_terminal:
-            self._bar = RichProgress(
-                TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-                TimeRemainingColumn(), console=console,
-            )  # fmt: skip
-            self._task = self._bar.add_task(title, total=total)
-            self._bar.start()
-
-    def advance(self, count: int) -> None:
-        """`count` more bytes are written."""
-        self._done += count
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done)
-            return
-        now = time.perf_counter()
-        if now - self._last > _SECONDS_BETWEEN_LINES:
-            self._last = now
-            rate = self._done / 1e6 / (now - self._begin)
-            text = f"{self._title}: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate:.0f} MB/s"
-            print(text, file=sys.stderr, flush=True)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
 
 def summed_dtypes(dtypes: Mapping[str, str]) -> dict[str, str]:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from crosslmm_jax.convert.plan import Leaf, Plan
-from crosslmm_jax.convert.report import Progress
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import init_params
 from crosslmm_jax.model_folder import INDEX_FILE, MAX_SHARD_BYTES, Writer, flatten, plan_shards, unflatten
+from crosslmm_jax.utils import Progress
 
 Tensors = Mapping[str, tuple[tuple[int, ...], str]]  # name -> (shape, dtype)
 
@@ -49,12 +49,12 @@ def run_plan(plan: Plan, sink: Sink, *, seed: int) -> None:
     """
     begin = time.perf_counter()
     total = sum(_nbytes(leaf) for leaf in plan.leaves)
-    with Progress("convert", total) as progress:
+    with Progress("convert", unit="bytes", total=total) as progress:
         for leaf in plan.leaves:
             sink.begin(leaf)
             for row, value in _values(plan, leaf, seed):
                 sink.write(value, row)
-                progress.advance(value.nbytes)
+                progress.update(progress.done + value.nbytes)
             sink.end()
     plan.report.bytes, plan.report.seconds = total, time.perf_counter() - begin
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from crosslmm_jax.convert import cross, hf_export, llava, qwen2
 from crosslmm_jax.convert.hf_files import FLOATS
-from crosslmm_jax.convert.report import Progress, Report, summed_dtypes
+from crosslmm_jax.convert.report import Report, summed_dtypes
 from crosslmm_jax.convert.rules import Rule, Slot, expand, shapes_of
 from crosslmm_jax.convert.stream import FileSink, cast, write_index
 from crosslmm_jax.errors import UserError
@@ -25,13 +25,13 @@ from crosslmm_jax.model_folder import (
     Processor,
     Reader,
     check_tensors,
-    completed_folder,
     copy_tokenizer,
     files_of,
     load_model_config,
     load_processor,
     write_json,
 )
+from crosslmm_jax.utils import Progress, atomic_folder, is_vacant
 
 PARTS: dict[str, tuple[Rule, ...]] = {
     "vision": llava.VISION_RULES,
@@ -61,12 +61,12 @@ def convert_to_hf(
     _check_out(out)
     config, processor = load_model_config(model), load_processor(model)
     shapes, begin, report = shapes_of(config), time.perf_counter(), Report()
-    with _opened(model, shapes) as readers, completed_folder(out) as folder:
+    with _opened(model, shapes) as readers, atomic_folder(out, resume=False) as folder:
         slots = {part: expand(rules, config, shapes) for part, rules in PARTS.items()}
         for part in ("vision", "llm", "crosslmm"):
             (folder / part).mkdir()
         total = sum(reader.entries[name].nbytes for name, reader in readers.items())
-        with Progress("convert", total) as progress:
+        with Progress("convert", unit="bytes", total=total) as progress:
             where = {}
             for part, group in slots.items():
                 where |= _write_part(folder, part, group, readers, dtype, progress, report)
@@ -82,7 +82,7 @@ def convert_to_hf(
 
 def _check_out(out: Path) -> None:
     is_export = (out / "crosslmm" / "config.json").is_file() and (out / "llm").is_dir()
-    if out.exists() and not is_export and (not out.is_dir() or any(out.iterdir())):
+    if not is_export and not is_vacant(out):
         raise UserError(f"{out}: exists and is no export; it is left alone: give another name")
 
 
@@ -122,7 +122,7 @@ def _write_part(
     with FileSink(target, tensors, kind="pt", stem=stem, max_shard_bytes=MAX_SHARD_BYTES) as sink:
         for slot in slots:
             value = readers[slot.ours].read(slot.ours, slot.row)
-            progress.advance(value.nbytes)
+            progress.update(progress.done + value.nbytes)
             sink.write_tensor(slot.hf, cast(slot.out_of(value), kinds[slot.hf], name=slot.ours))
         report.written += tensors
         report.bytes += sink.nbytes

@@ -10,7 +10,6 @@ Repeated with the same OUT, seed and size it goes on where it stopped: what is t
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from crosslmm_jax.demo.ask import ask
 from crosslmm_jax.demo.learn import BackgroundLearner, Learned, learn
 from crosslmm_jax.demo.report import demo_json, print_questions, print_table
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.utils import atomic_folder, atomic_write
 
 _SETTINGS = "settings.json"
 
@@ -47,14 +47,15 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any
     learned, control, side_by_side = _learn_both(folder, size, seed)
     seconds |= learned.seconds | {"control": sum(control.seconds.values())}
     since = time.perf_counter()
-    _put_model(Path(learned.model), folder / "model")
+    with atomic_folder(folder / "model", resume=False) as model:
+        shutil.copytree(learned.model, model, dirs_exist_ok=True)
     asked = ask(folder, seed=seed)
     figure = _figure(learned, control, asked)
     seconds["questions"] = time.perf_counter() - since
     seconds["total"] = time.perf_counter() - begin
     result = demo_json(folder, learned, control, seconds, asked, seed=seed, quick=quick)
-    replace_file(folder / "demo.png", figure)
-    replace_file(folder / "demo.json", _as_json(result))
+    atomic_write(folder / "demo.png", figure)
+    atomic_write(folder / "demo.json", _as_json(result))
     print_table(learned, control, seconds, side_by_side=side_by_side)
     print_questions(asked)
     print(f"\n{folder / 'demo.png'}\n{folder / 'demo.json'}\n{folder / 'model'}: a MODEL folder")
@@ -81,23 +82,13 @@ def claim(out: Path, *, seed: int, quick: bool) -> Path:
                 f"--out {out}: holds the demo of another seed or size, {found}; name another folder, or give"
                 " the same --seed and --quick"
             )
-        replace_file(path, _as_json(settings))  # also shows that the folder can be written
+        atomic_write(path, _as_json(settings))  # also shows that the folder can be written
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--out {out}: {reason}; name a folder that can be written") from error
     except ValueError as error:
         raise UserError(f"{path}: is no JSON ({error}); name another folder with --out") from error
     return out.resolve()
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes `path` under another name first, so that it is never there half-written."""
-    temporary = path.with_name(f".{path.name}.incomplete")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _as_json(value: Any) -> bytes:
@@ -136,18 +127,6 @@ def _learn_both(folder: Path, size: recipe.Size, seed: int) -> tuple[Learned, Le
         learned = learn(with_it, heldout)
         control = background.result() if background else learn(without, heldout, quiet=True)
     return learned, control, side_by_side
-
-
-def _put_model(trained: Path, target: Path) -> None:
-    """Copies the MODEL folder of the last stage to `target`, which is complete or absent at any time."""
-    temporary, old = (target.with_name(f".{target.name}.{word}") for word in ("incomplete", "old"))
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    shutil.copytree(trained, temporary)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(temporary, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _figure(learned: Learned, control: Learned, asked: Any) -> bytes:

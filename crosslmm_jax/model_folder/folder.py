@@ -8,11 +8,9 @@ tokenizer.json ...  what `AutoTokenizer` reads
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +21,7 @@ from crosslmm_jax.config_io import from_dict, to_dict
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import init_params
 from crosslmm_jax.model_folder.weights import INDEX_FILE, SINGLE_FILE, read_weights, write_weights
+from crosslmm_jax.utils import atomic_folder, is_vacant
 
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "processor.json"
@@ -84,11 +83,11 @@ def save_model_folder(
         resampling=resampling,
     )  # fmt: skip
     writes = jax.process_index() == 0
-    with completed_folder(folder, writes=writes) as temporary:
+    with atomic_folder(folder, resume=False) if writes else contextlib.nullcontext(folder) as building:
         if writes:
-            write_settings(temporary, config, processor)
-            copy_tokenizer(tokenizer_folder, temporary)
-        write_weights(temporary, params, dtype=dtype)
+            write_settings(building, config, processor)
+            copy_tokenizer(tokenizer_folder, building)
+        write_weights(building, params, dtype=dtype)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -118,89 +117,11 @@ def write_settings(folder: Path, config: ModelConfig, processor: Processor) -> N
     write_json(folder / PROCESSOR_FILE, to_dict(processor))
 
 
-@contextlib.contextmanager
-def completed_folder(folder: Path, *, writes: bool = True) -> Iterator[Path]:
-    """A folder to fill, which takes the name `folder` only when the block ends without an error.
-
-    Args:
-      folder: its name in the end; what is there is replaced.
-      writes: this process makes and renames it; others only learn its temporary name.
-
-    Raises:
-      UserError: it cannot be written, the disk is full, or another process is writing it.
-    """
-    folder = Path(os.path.realpath(folder))  # a link stays one
-    temporary = folder.with_name(f".{folder.name}.incomplete")
-    if not writes:
-        yield temporary
-        return
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder), _removed(temporary):
-            temporary.mkdir()
-            yield temporary
-            _replace(folder, temporary)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: {error.strerror or error}; give a folder that can be written, on a disk with room"
-        ) from error
-
-
-@contextlib.contextmanager
-def _removed(folder: Path) -> Iterator[None]:
-    """No `folder` before the block and none after it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Raises a `UserError` when another process is in this block for the same `folder`.
-
-    The lock is a file beside the folder, as what lies inside is replaced.
-    """
-    path = folder.with_name(f".{folder.name}.lock")
-    with contextlib.ExitStack() as stack:
-        locked = False
-        while not locked:
-            lock = stack.enter_context(open(path, "w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder}: another process is writing it; wait for it") from None
-            # Whoever held it a moment ago may have removed the file that was opened.
-            with contextlib.suppress(FileNotFoundError):
-                locked = os.path.samestat(os.fstat(lock.fileno()), path.stat())
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
 def check_replaceable(folder: str | Path) -> None:
     """Raises a `UserError` when `folder` exists and is neither empty nor a MODEL folder."""
     folder = Path(folder)
-    if folder.exists() and not is_model_folder(folder) and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_model_folder(folder) and not is_vacant(folder):
         raise UserError(f"{folder}: exists and is no MODEL folder; it is left alone: give another name")
-
-
-def _replace(folder: Path, complete: Path) -> None:
-    """Puts `complete` in the place of `folder`."""
-    if not folder.exists():
-        os.rename(complete, folder)
-        return
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    os.rename(folder, old)
-    try:
-        os.rename(complete, folder)
-    except OSError:
-        os.rename(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:

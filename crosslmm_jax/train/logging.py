@@ -1,10 +1,11 @@
-"""What a run reports: metrics.jsonl, TensorBoard scalars, and a progress bar or plain lines."""
+"""Metrics of a run: metrics.jsonl and TensorBoard scalars."""
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from crosslmm_jax.utils import atomic_write
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -45,9 +46,7 @@ class MetricsLog:
         """Opens the files in `folder` for a run that has done `resumed_step` steps."""
         kept = [line for line in read_metrics(folder) if line["step"] <= resumed_step]
         path = folder / METRICS_FILE
-        temporary = path.with_suffix(".incomplete")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.rename(path)
+        atomic_write(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = path.open("a", encoding="utf-8")
         self._writer = None
         if tensorboard:
@@ -69,42 +68,3 @@ class MetricsLog:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
-
-
-class Progress:
-    """A progress bar on a terminal, plain lines elsewhere, nothing when quiet. Writes to stderr."""
-
-    def __init__(self, title: str, *, total: int, done: int, quiet: bool) -> None:
-        """Starts at `done` of `total` steps."""
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
-
-        self._title, self._total, self._quiet = title, total, quiet
-        self._bar = None
-        console = Console(stderr=True)
-        if console.is_terminal and not quiet:
-            self._bar = RichProgress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                TextColumn("{task.fields[report]}"), console=console,
-            )  # fmt: skip
-            self._task = self._bar.add_task(title, total=total, completed=done, report="")
-            self._bar.start()
-
-    def advance(self, step: int) -> None:
-        """`step` steps are done."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
-
-    def report(self, line: Mapping[str, Any]) -> None:
-        """Shows a line of metrics."""
-        text = f"loss {line['loss']:.4f}  {line['step_seconds'] * 1e3:.0f} ms/step"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=line["step"], report=text)
-        elif not self._quiet:
-            print(f"{self._title}: step {line['step']}/{self._total}  {text}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leaves the bar as it is."""
-        if self._bar is not None:
-            self._bar.stop()

@@ -36,13 +36,14 @@ from crosslmm_jax.parallel import (
 from crosslmm_jax.train.checkpoint import Checkpoints, check_room, state_bytes
 from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs
 from crosslmm_jax.train.interrupt import Interrupted, StopRequest
-from crosslmm_jax.train.logging import MetricsLog, Progress, read_metrics
+from crosslmm_jax.train.logging import MetricsLog, read_metrics
 from crosslmm_jax.train.optimizer import learning_rates
 from crosslmm_jax.train.processes import check_alike, exchange
 from crosslmm_jax.train.stages import model_of_stage
 from crosslmm_jax.train.state import TrainState, abstract_state, random_state, state_of_params
 from crosslmm_jax.train.step import compile_train_step, reads_of_step
 from crosslmm_jax.train.window import NonFiniteStep, Window
+from crosslmm_jax.utils import Progress
 
 _POSITION = "global_next_index"
 
@@ -169,7 +170,10 @@ class _Run:
         """All steps that are left."""
         run, stage, writes = self.config.run, self.config.stage, jax.process_index() == 0
         out = Path(run.out)
-        progress = Progress(stage.name, total=stage.steps, done=resumed_step, quiet=self.quiet or not writes)
+        progress = Progress(
+            stage.name, unit="steps", total=stage.steps, done=resumed_step, seconds_between_lines=None,
+            quiet=self.quiet or not writes,
+        )  # fmt: skip
         log = MetricsLog(out, resumed_step=resumed_step, tensorboard=run.tensorboard) if writes else None
         try:
             with StopRequest(enabled=jax.process_count() == 1) as stop:
@@ -198,7 +202,7 @@ class _Run:
             last = step == stage.steps
             if last or step == 1 or step % run.log_every == 0:
                 self._report(step, window, progress=progress, log=log)
-            progress.advance(step)
+            progress.update(step)
             stopped = stop.signal_name or self.checkpoints.preempted(step)
             if last or stopped or step % run.save_every == 0:
                 self._save(step, state, window)
@@ -219,7 +223,7 @@ class _Run:
         }
         if log is not None:
             log.write(line)
-        progress.report(line)
+        progress.report(step, f"loss {line['loss']:.4f}  {line['step_seconds'] * 1e3:.0f} ms/step")
 
     def _save(self, step: int, state: TrainState, window: Window) -> None:
         window.check()  # what is not finite is never saved

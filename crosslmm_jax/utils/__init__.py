@@ -1,14 +1,20 @@
-"""TODO."""
+"""What every room but the model may need and no library has.
 
-from crosslmm_jax.utils.atomic_folder import cannot_write, put, working_folder
-from crosslmm_jax.utils.progress import RowProgress
+atomic_folder    files and folders that are complete or absent
+progress         progress of a long task, on a terminal or in a log
+workers          worker processes that end with their parent
+"""
+
+from crosslmm_jax.utils.atomic_folder import atomic_folder, atomic_write, cannot_write, is_vacant
+from crosslmm_jax.utils.progress import Progress
 from crosslmm_jax.utils.workers import end_with_parent, worker_pool
 
 __all__ = [
-    "RowProgress",
+    "Progress",
+    "atomic_folder",
+    "atomic_write",
     "cannot_write",
     "end_with_parent",
-    "put",
+    "is_vacant",
     "worker_pool",
-    "working_folder",
 ]

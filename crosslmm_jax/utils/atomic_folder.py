@@ -1,4 +1,9 @@
-"""A folder that is complete or absent: it is made in a hidden one beside it, which outlives a failure."""
+"""Files and folders that are complete or absent: made under a hidden name beside the target, then renamed.
+
+.NAME.building    the folder, or the file, that is being made
+.NAME.lock        held by the process that makes the folder
+.NAME.old         the folder that was there before, while it is replaced
+"""
 
 import contextlib
 import fcntl
@@ -9,50 +14,102 @@ from pathlib import Path
 
 from crosslmm_jax.errors import UserError
 
-_LOCK = "lock"
+
+@contextlib.contextmanager
+def atomic_folder(target: str | Path, *, resume: bool) -> Iterator[Path]:
+    """A hidden folder to fill, which replaces `target` when the block ends without an error.
+
+    Args:
+        target: the final name. A symbolic link stays one: the folder that it points to is replaced.
+        resume: True keeps the contents after an error or a kill, for the next call to continue with.
+            False starts with an empty folder and deletes it after an error.
+
+    Raises:
+        UserError: `target` cannot be written, is a mount point, or another process is writing it. An OSError
+            inside the block becomes one too.
+    """
+    target = Path(os.path.realpath(target))
+    if os.path.ismount(target):
+        raise UserError(f"{target}: a disk is mounted there; name a folder inside it")
+    building = _hidden(target, "building")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target):
+            if not resume:
+                shutil.rmtree(building, ignore_errors=True)
+            try:
+                building.mkdir(exist_ok=True)
+                yield building
+                _replace(target, building)
+            finally:
+                if not resume:
+                    shutil.rmtree(building, ignore_errors=True)
+    except OSError as error:
+        raise cannot_write(target, error, resume=resume) from error
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Writes a file that is never there half-written."""
+    building = _hidden(path, "building")
+    try:
+        building.write_bytes(content)
+        os.replace(building, path)
+    finally:
+        building.unlink(missing_ok=True)
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether nothing would be lost if `folder` was replaced: it is absent or empty."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def cannot_write(path: Path, error: Exception, *, resume: bool) -> UserError:
+    """The error for a file or folder that cannot be written; `resume` as for `atomic_folder`."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split(";")[0]
+    fix = "free space there or name another folder"
+    if resume:
+        fix += "; the same command goes on where it stopped"
+    return UserError(f"{path}: cannot be written ({reason}); {fix}")
+
+
+def _hidden(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{suffix}")
 
 
 @contextlib.contextmanager
-def working_folder(target: Path) -> Iterator[Path]:
-    """The hidden folder in which `target` is made, with what an earlier try left. One process at a time.
+def _locked(target: Path) -> Iterator[None]:
+    """Raises a `UserError` when another process is in this block for the same `target`.
 
-    Raises:
-        UserError: it cannot be written or replaced, or another process works in it; of an OSError within too.
+    The lock file is beside the folder, because everything inside the folder is replaced.
     """
-    if os.path.ismount(target):
-        raise UserError(f"--out {target}: a disk is mounted there; name a folder inside it")
-    work = target.with_name(f".{target.name}.building")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / _LOCK, "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(
-            f"--out {target}: {error.strerror or error}; name a folder that can be written"
-        ) from error
-    with lock:
+    path = _hidden(target, "lock")
+    with contextlib.ExitStack() as stack:
+        locked = False
+        while not locked:
+            lock = stack.enter_context(open(path, "w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{target}: another process is writing it; wait for it") from None
+            # The process that held the lock a moment ago may have deleted the file that was opened.
+            with contextlib.suppress(FileNotFoundError):
+                locked = os.path.samestat(os.fstat(lock.fileno()), path.stat())
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{target}: another process is writing it; wait for it") from None
-        try:
-            yield work
-        except OSError as error:
-            raise cannot_write(target, error) from error
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
-def cannot_write(path: Path, error: Exception) -> UserError:
-    """The error of a file or folder that cannot be written."""
-    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split(";")[0]
-    fix = "free space there or name another folder; the same command goes on where it stopped"
-    return UserError(f"{path}: cannot be written ({words}); {fix}")
-
-
-def put(work: Path, target: Path) -> None:
-    """Moves what is finished to its place; what was there before goes."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+def _replace(target: Path, complete: Path) -> None:
+    """Renames `complete` to `target`. What was there comes back if that fails, else it is deleted."""
+    old = _hidden(target, "old")
     if target.exists():
-        os.replace(target, old)
-    os.replace(work, target)
-    (target / _LOCK).unlink()
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+    try:
+        os.rename(complete, target)
+    except OSError:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
     shutil.rmtree(old, ignore_errors=True)

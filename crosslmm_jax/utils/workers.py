@@ -6,20 +6,19 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
 
 
 def worker_pool(
-    workers: int, start: Callable[..., None] | None = None, *arguments: Any
+    workers: int, start: Callable[..., None] | None = None, *arguments: object
 ) -> ProcessPoolExecutor:
-    """`workers` fresh processes, each of which calls `start(*arguments)` first."""
+    """`workers` fresh processes. Each of them first calls `start(*arguments)`."""
     return ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start,
         initargs=(start, arguments),
     )  # fmt: skip
 
 
-def _start(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+def _start(start: Callable[..., None] | None, arguments: tuple[object, ...]) -> None:
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
     if start is not None:
@@ -27,9 +26,9 @@ def _start(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> Non
 
 
 def end_with_parent() -> None:
-    """Ends this process, from now on, as soon as the one that started it is gone.
+    """Makes this process end as soon as the process that started it is gone.
 
-    A killed process cannot tell its workers, which would wait for work for ever.
+    A killed parent cannot stop its workers, which would otherwise wait for work for ever.
     """
     threading.Thread(target=_wait_for_parent, name="end-with-parent", daemon=True).start()
 

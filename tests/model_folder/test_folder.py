@@ -14,7 +14,6 @@ from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import init_params, logical_axes
 from crosslmm_jax.model_folder import weights
 from crosslmm_jax.model_folder.folder import (
-    completed_folder,
     load_model_config,
     load_processor,
     load_weights,
@@ -196,34 +195,3 @@ def test_replaces_an_older_model_but_nothing_else(copied, params, tokenizer, tmp
     with pytest.raises(UserError, match="no MODEL folder; it is left alone"):
         save(other, params, tokenizer)
     assert [path.name for path in other.iterdir()] == ["cat.png"]
-
-
-def test_two_writers_of_one_folder(copied, tmp_path) -> None:
-    """The second is refused and leaves the first one's work alone."""
-    with completed_folder(copied) as first:
-        (first / "config.json").write_text("first")
-        with pytest.raises(UserError, match="copy: another process is writing it"), completed_folder(copied):
-            raise AssertionError("the block of the second was entered")
-        with completed_folder(tmp_path / "another"):
-            pass
-    assert [(path.name, path.read_text()) for path in copied.iterdir()] == [("config.json", "first")]
-    with completed_folder(copied):
-        pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "copy"], "no lock is left"
-
-
-def test_a_killed_writer_blocks_nobody(copied, tmp_path) -> None:
-    (tmp_path / ".copy.lock").touch()
-    (tmp_path / ".copy.incomplete").mkdir()
-    (tmp_path / ".copy.incomplete" / "half").touch()
-    with completed_folder(copied) as temporary:
-        assert list(temporary.iterdir()) == []
-    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
-
-
-def test_the_older_folder_comes_back_when_the_new_one_cannot_take_its_place(copied, tmp_path) -> None:
-    before = sorted(path.name for path in copied.iterdir())
-    with pytest.raises(UserError, match="No such file"), completed_folder(copied) as temporary:
-        shutil.rmtree(temporary)
-    assert sorted(path.name for path in copied.iterdir()) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["copy"]

@@ -2,7 +2,7 @@
 
 import json
 
-from crosslmm_jax.train.logging import METRICS_FILE, MetricsLog, Progress, flatten_scalars, read_metrics
+from crosslmm_jax.train.logging import METRICS_FILE, MetricsLog, flatten_scalars, read_metrics
 
 
 def write(folder, *, resumed_step: int, steps, tensorboard: bool = False) -> None:
@@ -41,18 +41,3 @@ def test_tensorboard_events(tmp_path) -> None:
 
 def test_flatten() -> None:
     assert flatten_scalars({"loss": 1, "gate": {"v2v": {"0": 0.5}}}) == {"loss": 1.0, "gate/v2v/0": 0.5}
-
-
-def test_plain_lines_without_a_terminal(capsys) -> None:
-    progress = Progress("stage1", total=20, done=0, quiet=False)
-    progress.advance(10)
-    progress.report({"step": 10, "loss": 0.25, "step_seconds": 0.02})
-    progress.close()
-    assert capsys.readouterr().err == "stage1: step 10/20  loss 0.2500  20 ms/step\n"
-
-
-def test_quiet(capsys) -> None:
-    progress = Progress("stage1", total=20, done=0, quiet=True)
-    progress.report({"step": 10, "loss": 0.25, "step_seconds": 0.02})
-    progress.close()
-    assert capsys.readouterr().err == ""

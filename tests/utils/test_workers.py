@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from crosslmm_jax.demo.synthetic import SyntheticSet
+from crosslmm_jax.data.index import build_index
+from crosslmm_jax.data.text import write_default_tokenizer
+from crosslmm_jax.demo.synthetic import write_dataset
 from crosslmm_jax.utils.workers import worker_pool
 
 # Each prints the ids of its worker processes, then waits.
@@ -45,14 +47,24 @@ def test_ctrl_c_is_left_to_the_parent() -> None:
         assert pool.submit(len, "alive").result() == 5
 
 
+@pytest.fixture(scope="module")
+def index_and_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """What a training run reads its data from."""
+    folder = tmp_path_factory.mktemp("data")
+    videos = write_dataset(folder / "set", num_train=16, num_heldout=8, seed=3)
+    write_default_tokenizer(folder / "tokenizer")
+    build_index(str(videos.train), folder / "index", tokenizer=str(folder / "tokenizer"), quiet=True)
+    return folder / "index", folder / "tokenizer"
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("script", [POOL, TRAINING], ids=["pool", "training"])
 def test_no_worker_outlives_a_killed_process(
-    script: str, synthetic: SyntheticSet, make_index, tokenizer_folder: Path, tmp_path: Path
+    script: str, index_and_tokenizer: tuple[Path, Path], tmp_path: Path
 ) -> None:
     file = tmp_path / "left_alone.py"
     file.write_text(script)
-    words = [sys.executable, str(file), str(make_index(synthetic.train)), str(tokenizer_folder)]
+    words = [sys.executable, str(file), *map(str, index_and_tokenizer)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     workers = [int(word) for word in process.stdout.readline().split()]

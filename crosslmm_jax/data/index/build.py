@@ -39,7 +39,7 @@ from crosslmm_jax.data.index.probe import (
 from crosslmm_jax.data.index.table import BAD, META, ROW_GROUP, SCHEMA, VERSION
 from crosslmm_jax.data.text import Tokenizer, load_tokenizer, wording_tokens
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.utils import RowProgress, put, worker_pool, working_folder
+from crosslmm_jax.utils import Progress, atomic_folder, is_vacant, worker_pool
 
 _CHUNK = 64  # rows that a worker gets at once
 _TABLE_ROWS = 16 * ROW_GROUP  # rows of one table
@@ -95,13 +95,13 @@ def build_index(
     specs = read_mixture(mixture, media_root=media_root)
     loaded = load_tokenizer(tokenizer)
     target = Path(os.path.realpath(out))  # a link stays one
-    if target.exists() and not (target / META).exists() and (not target.is_dir() or any(target.iterdir())):
+    if not (target / META).exists() and not is_vacant(target):
         raise UserError(f"--out {out}: exists and is no index; name another folder")
-    with working_folder(target) as work:
+    with atomic_folder(target, resume=True) as work:
         writer = _Writer(work, specs, loaded, allow_outside=allow_outside)
         tables = [path for kind in ("rows", "kept") for path in sorted(target.glob(f"{kind}-*.parquet"))]
         earlier = _EarlierRows((writer.leftovers, tables), writer.tokenizer, allow_outside=allow_outside)
-        progress = RowProgress("index", quiet=quiet)
+        progress = Progress("index", unit="rows", quiet=quiet)
         items = (item for spec in specs for item in read_rows(spec, seed=seed, allow_outside=allow_outside))
         try:
             with _probing(Prober(loaded, allow_outside=allow_outside), tokenizer, workers) as submit:
@@ -121,7 +121,6 @@ def build_index(
             why = f" ({', '.join(report.reasons())})" if report.bad else ""
             stays = ", so the index there stays" if (target / META).exists() else ""
             raise UserError(f"{out}: no usable row{why}{stays}; {work / BAD} tells more")
-        put(work, target)
     return report
 
 

@@ -11,7 +11,7 @@ from crosslmm_jax.data.index import Index, RowStore, guarded, open_index
 from crosslmm_jax.data.loading import BadRow
 from crosslmm_jax.data.media import DEADLINE_S, open_media, read_frames
 from crosslmm_jax.errors import MediaError, UserError
-from crosslmm_jax.utils import RowProgress, worker_pool
+from crosslmm_jax.utils import Progress, worker_pool
 
 _SIZE = 32  # pixels: decoding is what may fail, not resizing
 _CHUNK = 64  # rows that a worker gets at once, at most: a medium that several of them name is read once
@@ -48,7 +48,7 @@ def check_index(
         numbers = np.sort(np.random.default_rng(seed).choice(len(index), sample, replace=False))
     size = min(max(len(numbers) // (8 * max(workers, 1)), 1), _CHUNK)
     chunks = [numbers[begin : begin + size].tolist() for begin in range(0, len(numbers), size)]
-    progress = RowProgress("check", total=len(numbers), quiet=quiet)
+    progress = Progress("check", unit="rows", total=len(numbers), quiet=quiet)
     bad: list[BadRow] = []
     done = 0
     pool = worker_pool(workers) if workers else None

@@ -139,7 +139,7 @@ def write_shard(shard: Shard, folder: str) -> ShardResult:
     except (OSError, RuntimeError) as error:  # the writer's are RuntimeErrors
         for part in (temporary, f"{note}.incomplete"):
             Path(part).unlink(missing_ok=True)
-        raise cannot_write(path, error) from error
+        raise cannot_write(path, error, resume=True) from error
     return result
 
 

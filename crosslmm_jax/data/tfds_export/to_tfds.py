@@ -32,7 +32,7 @@ from crosslmm_jax.data.tfds_export.shard_writer import (
     write_shard,
 )
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.utils import RowProgress, put, worker_pool, working_folder
+from crosslmm_jax.utils import Progress, atomic_folder, is_vacant, worker_pool
 
 SPLIT = "train"
 _MANIFEST = "to_tfds.json"  # what OUT was made of
@@ -100,7 +100,7 @@ def to_tfds(
         total = sum(row_size(item, allow_outside=allow_outside) for item in items() if isinstance(item, Row))
         limits = (max(1, -(-total // shards)), None)
     planned = _plan(items(), *limits, allow_outside=allow_outside)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not is_vacant(target):
         return _present(target, out, planned)
     return _pack(target, planned, specs, workers=workers, quiet=quiet)
 
@@ -109,8 +109,8 @@ def _pack(
     target: Path, planned: Iterator[Shard], specs: list[DatasetSpec], *, workers: int, quiet: bool
 ) -> TfdsReport:
     """Writes the shards, and all that belongs to them, to their place."""
-    with working_folder(target) as work:
-        progress = RowProgress("to-tfds", quiet=quiet)
+    with atomic_folder(target, resume=True) as work:
+        progress = Progress("to-tfds", unit="rows", quiet=quiet)
         results: list[ShardResult] = []
         bad: collections.Counter[str] = collections.Counter()
         done, size = 0, 0
@@ -183,7 +183,7 @@ def _write(planned: Iterator[Shard], work: Path, workers: int) -> Iterator[Shard
 def _finish(
     work: Path, target: Path, results: list[ShardResult], bad: Mapping[str, int], specs: list[DatasetSpec]
 ) -> TfdsReport:
-    """What describes the files, their last names, and the folder to its place."""
+    """Writes the files that describe the shards, and gives the shards their final names."""
     good = [result for result in results if result.rows]
     if not good:
         raise UserError(f"{target}: no usable row; {work / BAD} says why")
@@ -200,7 +200,6 @@ def _finish(
         os.replace(work / result.file, work / last)
     for leftover in work.glob("shard-*"):
         leftover.unlink()
-    put(work, target)
     return report
 
 

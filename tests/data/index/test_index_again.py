@@ -144,9 +144,9 @@ def test_a_disk_that_is_full(passes: Passes) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for name in ("indexing.pq.write_table", "indexing.put"):
+    for module, name in ((indexing.pq, "write_table"), (os, "rename")):  # os.rename: publishing
         with passes.monkeypatch.context() as patch:
-            patch.setattr(f"crosslmm_jax.data.{name}", full)
+            patch.setattr(module, name, full)
             with pytest.raises(UserError, match=r"index: cannot be written .No space left on device.; free"):
                 passes.run()
     assert passes.run().rows == 64
@@ -155,6 +155,6 @@ def test_a_disk_that_is_full(passes: Passes) -> None:
 def test_a_mounted_disk_is_no_place_for_an_index(passes: Passes) -> None:
     passes.index.mkdir()
     passes.monkeypatch.setattr(os.path, "ismount", lambda path: path == passes.index)
-    with pytest.raises(UserError, match="--out .*index: a disk is mounted there; name a folder inside it"):
+    with pytest.raises(UserError, match="index: a disk is mounted there; name a folder inside it"):
         passes.run()
     assert passes.probed == []
