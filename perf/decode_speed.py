@@ -31,7 +31,7 @@ from crosslmm_jax.data.media.decode import decode_groups
 from crosslmm_jax.data.media.locate import Deadline
 from crosslmm_jax.data.media.packet_index import open_indexed
 from crosslmm_jax.data.media.video import read_frames
-from crosslmm_jax.errors import MediaError, UserError
+from crosslmm_jax.errors import DataError, UserError
 from perf.decode_speed_files import LONG_FRAMES, SHORT_FRAMES, write_files, write_mixed
 
 SIZE = 384
@@ -167,7 +167,7 @@ def memory_growth(paths: list[Path], *, reads: int, seed: int = 0) -> dict[str, 
         sampling = SamplingConfig(frames=rng.choice([1, 8, 32]))
         try:
             read_frames(rng.choice(paths), sampling, size=SIZE, deadline_s=10)
-        except MediaError:
+        except DataError:
             failures += 1
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         sizes.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)

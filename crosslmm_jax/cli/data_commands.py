@@ -5,10 +5,10 @@ from collections import Counter
 
 from crosslmm_jax.config import DataConfig, SamplingConfig
 from crosslmm_jax.data.index import build_index
-from crosslmm_jax.data.loading import BadRow
 from crosslmm_jax.data.reports import check_index, describe
 from crosslmm_jax.data.text import write_default_tokenizer
 from crosslmm_jax.data.tfds_export import to_tfds
+from crosslmm_jax.errors import Fault
 
 FAILURES = 1  # exit code of `check` when a row cannot be read
 
@@ -66,5 +66,5 @@ def check(
     return FAILURES if bad else 0
 
 
-def _print_row(row: BadRow) -> None:
-    print(f"row {row.row_index}\t{row.reason}\t{row.detail}", flush=True)
+def _print_row(fault: Fault) -> None:
+    print(f"row {fault.row}\t{fault.reason}\t{fault}", flush=True)

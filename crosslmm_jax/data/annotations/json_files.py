@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crosslmm_jax.data.annotations.rows import Entry
-from crosslmm_jax.data.text import RowFault
-from crosslmm_jax.errors import UserError
+from crosslmm_jax.errors import Fault, UserError
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _BEFORE_JSON = b"\xef\xbb\xbf \t\r\n"  # a byte order mark and white space
@@ -118,7 +117,7 @@ def read_json_lines(path: str) -> Iterator[Entry]:
                     good += 1
                 except (ValueError, RecursionError):
                     first_bad = first_bad or number
-                    value = RowFault(where, "malformed", f"line {number} is no valid JSON")
+                    value = Fault(where, "malformed", f"line {number} is no valid JSON")
                 yield Entry(where, value)
                 row += 1
     except OSError as error:
@@ -167,4 +166,4 @@ def read_json_folder(pattern: str) -> Iterator[Entry]:
         try:
             yield Entry(file, read_json(file))
         except UserError as error:
-            yield Entry(file, RowFault(file, "malformed", str(error).removeprefix(f"{file}: ")))
+            yield Entry(file, Fault(file, "malformed", str(error).removeprefix(f"{file}: ")))

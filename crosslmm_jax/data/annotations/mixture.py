@@ -32,10 +32,10 @@ import yaml
 from crosslmm_jax.data.annotations.detect_format import format_by_fields
 from crosslmm_jax.data.annotations.formats import FORMATS
 from crosslmm_jax.data.annotations.json_files import expand_files, unreadable
-from crosslmm_jax.data.annotations.rows import BadEntry, DatasetSpec, MediaType, Origin, Row
+from crosslmm_jax.data.annotations.rows import DatasetSpec, MediaType, Origin, Row
 from crosslmm_jax.data.annotations.strategies import parse_strategy, select
-from crosslmm_jax.data.text import RowFault, writable
-from crosslmm_jax.errors import UserError
+from crosslmm_jax.data.text import writable
+from crosslmm_jax.errors import DataError, Fault, UserError
 
 _LOG = logging.getLogger(__name__)
 _KEYS = {
@@ -245,7 +245,7 @@ def _with_unique_names(specs: list[DatasetSpec]) -> list[DatasetSpec]:
     return named
 
 
-def read_rows(spec: DatasetSpec, *, seed: int, allow_outside: bool = False) -> Iterator[Row | BadEntry]:
+def read_rows(spec: DatasetSpec, *, seed: int, allow_outside: bool = False) -> Iterator[Row | Fault]:
     """The rows of a data set that its strategy selects, in file order, read as they are asked for.
 
     Strategies that depend on the number of rows (end, random, percentages) read the files twice.
@@ -268,11 +268,12 @@ def read_rows(spec: DatasetSpec, *, seed: int, allow_outside: bool = False) -> I
         if number in selection:
             origin = Origin(writable(entry.where), number, spec, allow_outside)
             try:
-                if isinstance(entry.value, RowFault):
-                    raise entry.value
-                yield form.to_row(entry.value, origin)
-            except RowFault as fault:
-                path, detail = writable(fault.path), writable(fault.detail)
-                yield BadEntry(origin.where, spec.name, number, path, fault.reason, detail)
+                found = entry.value if isinstance(entry.value, Fault) else form.to_row(entry.value, origin)
+            except DataError as error:
+                found = error.fault
+            if isinstance(found, Fault):
+                path, detail = writable(found.path), writable(found.detail)
+                found = Fault(origin.where, found.reason, detail, path, spec.name, number)
+            yield found
     if number < 0:
         raise UserError(f"{spec.path}: holds no rows; leave it out of the mixture")

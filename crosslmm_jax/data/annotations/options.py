@@ -55,10 +55,10 @@ def map_option(spec: DatasetSpec, name: str, default: Mapping[str, str]) -> dict
 
 
 def fill(template: str, values: Mapping[str, Any], origin: Origin) -> str:
-    """`template` with each "{name}" replaced, for paths. Raises RowFault when a value it needs is no text."""
+    """`template` with each "{name}" replaced, for paths. Raises DataError when a needed value is no text."""
     for name, value in values.items():
         if f"{{{name}}}" in template:
             if not isinstance(value, str) or not value:
-                raise origin.fault("malformed", f"{name} is {value!r}; it must be a text")
+                raise origin.error("malformed", f"{name} is {value!r}; it must be a text")
             template = template.replace(f"{{{name}}}", value)
     return template

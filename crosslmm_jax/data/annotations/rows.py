@@ -1,7 +1,6 @@
 """Rows of annotations, whatever format they come from, checked before anything is decoded."""
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -9,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
 
-from crosslmm_jax.data.text import RowFault, Turn, check_placeholders, parse_turns, writable
+from crosslmm_jax.data.text import Turn, check_placeholders, parse_turns, writable
+from crosslmm_jax.errors import DataError, Fault, Reason
 
 Modality = Literal["text", "image", "multi_image", "video"]
 MODALITIES: tuple[Modality, ...] = (
@@ -76,38 +76,16 @@ class Row:
     turns: tuple[Turn, ...]
     read_type: str | None = None
 
-
-@dataclasses.dataclass(frozen=True)
-class BadEntry:
-    """A row that cannot be used: reported, never fatal.
-
-    Attributes:
-        where: file and row, for messages.
-        dataset: name of the data set.
-        row: number in that data set.
-        path: the medium at fault, or "".
-        reason: a short class to count by: malformed, conversation, placeholders, outside_root, clip_times,
-            not_downloaded or missing; tokenising adds too_long.
-        detail: what is wrong, in a sentence.
-    """
-
-    where: str
-    dataset: str
-    row: int
-    path: str
-    reason: str
-    detail: str
-
-    def line(self) -> str:
-        """For a report of one JSON object a line."""
-        names = ("dataset", "row", "path", "reason", "where", "detail")
-        return json.dumps({name: getattr(self, name) for name in names}, ensure_ascii=False) + "\n"
+    def fault(self, cause: Fault) -> Fault:
+        """`cause`, met in the conversation or in a medium of this row, as a fault of the row."""
+        detail = cause.detail if cause.where == self.where else str(cause)
+        return Fault(self.where, cause.reason, detail, cause.path, self.dataset, self.row)
 
 
 class Entry(NamedTuple):
     """One entry of a data set before it is checked: `value` is what its format makes of it.
 
-    A format that cannot read an entry at all puts the RowFault in its place.
+    A format that cannot read an entry at all puts a Fault in its place.
     """
 
     where: str
@@ -123,9 +101,9 @@ class Origin:
     spec: DatasetSpec
     allow_outside: bool = False
 
-    def fault(self, reason: str, detail: str, path: str = "") -> RowFault:
-        """The error for this row."""
-        return RowFault(self.where, reason, detail, path)
+    def error(self, reason: Reason, detail: str, path: str = "") -> DataError:
+        """The error to raise when this row cannot be used."""
+        return DataError(self.where, reason, detail, path)
 
 
 def make_row(
@@ -148,7 +126,7 @@ def make_row(
         read_type: of this row; the data set's by default.
 
     Raises:
-        RowFault: malformed turns, placeholders that do not fit the media, or a path that leaves the root.
+        DataError: malformed turns, placeholders that do not fit the media, or a path that leaves the root.
     """
     turns = tuple(parse_turns(conversations, where=origin.where))
     names = images or videos
@@ -165,21 +143,21 @@ def make_row(
 
 
 def caption_turns(origin: Origin, question: str, caption: Any) -> list[dict[str, str]]:
-    """The conversation of one medium with a caption. Raises RowFault when the caption is no text or empty."""
+    """The conversation about one medium with a caption. Raises DataError when that is empty or no text."""
     if not isinstance(caption, str) or not caption.strip():
-        raise origin.fault("conversation", "its caption is empty or no text")
+        raise origin.error("conversation", "its caption is empty or no text")
     return [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": caption.strip()}]
 
 
 def inside(origin: Origin, name: Any) -> str:
-    """`name` as a reference relative to the root. Raises RowFault when it lies elsewhere and may not.
+    """`name` as a reference relative to the root. Raises DataError when it lies elsewhere and may not.
 
     Of "shard.tar::key.mp4" only the file's path can leave the root. Links are followed when a file is opened.
     """
     if not isinstance(name, str) or not name or "\0" in name:
-        raise origin.fault("malformed", f"media path {name!r} must be a text that is not empty")
+        raise origin.error("malformed", f"media path {name!r} must be a text that is not empty")
     if writable(name) != name:
-        raise origin.fault("malformed", f"media path {name!r} is no valid text; rename the file", name)
+        raise origin.error("malformed", f"media path {name!r} is no valid text; rename the file", name)
     file, mark, member = name.partition("::")
     root = os.path.abspath(origin.spec.root)
     if os.path.isabs(file) and not origin.allow_outside:
@@ -191,7 +169,7 @@ def inside(origin: Origin, name: Any) -> str:
         not origin.allow_outside and (".." in path.parts or _ELSEWHERE.match(path.parts[0]))
     ):
         detail = f"media path {name!r} must be relative to media_root and stay inside it"
-        raise origin.fault("outside_root", detail, name)
+        raise origin.error("outside_root", detail, name)
     return file + mark + member
 
 
@@ -223,7 +201,7 @@ def parse_bounds(origin: Origin, start: Any, end: Any) -> tuple[float, float] | 
     """Start and end of the part of a video to read; a missing one is the video's own, None if both are.
 
     Raises:
-        RowFault: a time is no time, or they are not in order.
+        DataError: a time is no time, or they are not in order.
     """
     if start is None and end is None:
         return None
@@ -234,5 +212,5 @@ def parse_bounds(origin: Origin, start: Any, end: Any) -> tuple[float, float] | 
             raise ValueError(start, end)
     except ValueError:
         detail = f"start {start!r} and end {end!r} are no times with 0 <= start < end; seconds or HH:MM:SS"
-        raise origin.fault("clip_times", detail) from None
+        raise origin.error("clip_times", detail) from None
     return first, last

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from crosslmm_jax.data.annotations import BadEntry, DatasetSpec, Row, read_mixture, read_rows
+from crosslmm_jax.data.annotations import DatasetSpec, Row, read_mixture, read_rows
 from crosslmm_jax.data.index.probe import (
     COUNTED,
     PROBED,
@@ -38,7 +38,7 @@ from crosslmm_jax.data.index.probe import (
 )
 from crosslmm_jax.data.index.table import BAD, META, ROW_GROUP, SCHEMA, VERSION
 from crosslmm_jax.data.text import Tokenizer, load_tokenizer, wording_tokens
-from crosslmm_jax.errors import UserError
+from crosslmm_jax.errors import Fault, UserError
 from crosslmm_jax.utils import Progress, atomic_folder, is_vacant, worker_pool
 
 _CHUNK = 64  # rows that a worker gets at once
@@ -147,12 +147,12 @@ def _probing(prober: Prober, tokenizer: str, workers: int) -> Iterator[Submit]:
 
 
 def _in_order(
-    items: Iterator[Row | BadEntry], earlier: "_EarlierRows", submit: Submit, *, ahead: int
+    items: Iterator[Row | Fault], earlier: "_EarlierRows", submit: Submit, *, ahead: int
 ) -> Iterator[Found]:
     """What is found for `items`, chunk by chunk and in their order; `ahead` chunks are under way."""
-    waiting: collections.deque[tuple[Future[Found], list[BadEntry]]] = collections.deque()
+    waiting: collections.deque[tuple[Future[Found], list[Fault]]] = collections.deque()
     rows: list[Row] = []
-    bad: list[BadEntry] = []
+    bad: list[Fault] = []
 
     def collect() -> Found:
         future, unread = waiting.popleft()
@@ -160,7 +160,7 @@ def _in_order(
         return found._replace(bad=sorted([*unread, *found.bad], key=lambda entry: entry.row))
 
     for item in items:
-        if isinstance(item, BadEntry):
+        if isinstance(item, Fault):
             bad.append(item)
         else:
             rows.append(item)

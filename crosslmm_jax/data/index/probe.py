@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from crosslmm_jax.data.annotations import BadEntry, Row
+from crosslmm_jax.data.annotations import Row
 from crosslmm_jax.data.index.table import record_of
 from crosslmm_jax.data.media import (
     Media,
@@ -21,7 +21,7 @@ from crosslmm_jax.data.media import (
     split_reference,
 )
 from crosslmm_jax.data.text import Tokenizer, count_tokens, load_tokenizer, plain_sequence, writable
-from crosslmm_jax.errors import MediaError, UserError
+from crosslmm_jax.errors import DataError, Fault, UserError
 
 PROBED = (
     "media", "duration", "fps", "num_frames", "width", "height", "size_bytes", "codec", "keyframe_spacing",
@@ -72,7 +72,7 @@ class Found(NamedTuple):
     """
 
     good: list[dict[str, Any]]
-    bad: list[BadEntry]
+    bad: list[Fault]
     kept: list[dict[str, Any]]
     reused: int
 
@@ -84,7 +84,7 @@ class Prober:
         """Counts tokens with `tokenizer`; `allow_outside`: media may lie outside their root."""
         self.tokenizer = tokenizer
         self.allow_outside = allow_outside
-        self._probes: collections.OrderedDict[Any, dict[str, Any] | BadEntry] = collections.OrderedDict()
+        self._probes: collections.OrderedDict[Any, dict[str, Any] | Fault] = collections.OrderedDict()
 
     def __call__(self, rows: Sequence[Row], known: Known) -> "Found":
         """Probes rows.
@@ -128,7 +128,7 @@ class Prober:
             plain = 0
         return count_tokens(row.turns, self.tokenizer) | {"plain_tokens": plain}
 
-    def _probe_media(self, row: Row, record: dict[str, Any]) -> BadEntry | None:
+    def _probe_media(self, row: Row, record: dict[str, Any]) -> Fault | None:
         """Adds the media's facts to `record`, or says what is wrong with them."""
         record |= {name: [] for name in PROBED}
         for reference in row.media:
@@ -138,22 +138,22 @@ class Prober:
                 if len(self._probes) > _KEPT_PROBES:
                     self._probes.popitem(last=False)
             facts = self._probes[key]
-            if isinstance(facts, BadEntry):
-                return BadEntry(row.where, row.dataset, row.row, reference, facts.reason, facts.detail)
+            if isinstance(facts, Fault):
+                return row.fault(facts)
             for name in PROBED:
                 record[name].append(facts[name])
         return None
 
 
 def probe_for(row: Row, medium: Media) -> VideoInfo:
-    """What a medium of `row` is like. Raises MediaError; "wrong_type" for a video called an image."""
+    """What a medium of `row` is like. Raises DataError; "wrong_type" for a video called an image."""
     info = probe(medium)
     if row.modality != "video" and info.duration > 0:  # of a single frame too
-        raise MediaError(f"{medium}: is a video; name it under video in its row", "wrong_type")
+        raise DataError(medium, "wrong_type", "is a video; name it under video in its row")
     return info
 
 
-def late_start(row: Row, durations: Sequence[float]) -> BadEntry | None:
+def late_start(row: Row, durations: Sequence[float]) -> Fault | None:
     """What is wrong when the part of a row begins where one of its videos, of `durations`, has ended."""
     if row.bounds is None:
         return None
@@ -161,38 +161,38 @@ def late_start(row: Row, durations: Sequence[float]) -> BadEntry | None:
     for reference, duration in zip(row.media, durations, strict=True):
         if 0 < duration <= start:  # an image lasts 0 and has no parts
             detail = f"start {start:g} is not within the video, which lasts {duration:g} seconds"
-            return BadEntry(row.where, row.dataset, row.row, reference, "clip_times", detail)
+            return row.fault(Fault(row.where, "clip_times", detail, reference))
     return None
 
 
-def _probe(row: Row, reference: str, *, allow_outside: bool) -> dict[str, Any] | BadEntry:
+def _probe(row: Row, reference: str, *, allow_outside: bool) -> dict[str, Any] | Fault:
     before = stamp(row.root, reference)
     try:
         with guarded(row.root, reference):
             medium = open_media(row.root, reference, allow_outside=allow_outside)
             info = probe_for(row, medium)
-    except MediaError as error:
-        return BadEntry(row.where, row.dataset, row.row, reference, error.reason, str(error))
+    except DataError as error:
+        return error.fault
     facts = {name: getattr(info, name) for name in PROBED if name not in ("media", "stamp")}
     return facts | {"media": direct_reference(reference, medium), "stamp": before}
 
 
 @contextlib.contextmanager
 def guarded(root: str, reference: str) -> Iterator[None]:
-    """Turns whatever reading the medium `reference` below `root` raises into a MediaError.
+    """Turns whatever reading the medium `reference` below `root` raises into a DataError.
 
     Its message can be written to any file: names of pictures in a folder may be no text.
     """
     try:
         yield
-    except UserError as error:
-        raise MediaError(writable(str(error)), getattr(error, "reason", "other")) from error
+    except DataError as error:
+        fault = error.fault
+        raise DataError(writable(fault.where), fault.reason, writable(fault.detail), reference) from error
     except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         # Damaged files make PyAV raise all kinds: UnicodeDecodeError on names in their metadata, for one.
         reason = f"{type(error).__name__}: {error}"
-        path = os.path.join(root, reference)
-        message = writable(f"{path}: cannot be decoded ({reason}); replace the file")
-        raise MediaError(message, "corrupt") from error
+        path, detail = os.path.join(root, reference), f"cannot be decoded ({reason}); replace the file"
+        raise DataError(writable(path), "corrupt", writable(detail), reference) from error
 
 
 _PROBER: Prober | None = None  # of this worker process

@@ -2,11 +2,9 @@
 
 from crosslmm_jax.data.loading.collate import lay_out
 from crosslmm_jax.data.loading.dataset import Source
-from crosslmm_jax.data.loading.example import BadRow
 from crosslmm_jax.data.loading.loader import BatchIterator, make_iterator
 
 __all__ = [
-    "BadRow",
     "BatchIterator",
     "Source",
     "lay_out",

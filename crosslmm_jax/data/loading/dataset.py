@@ -19,9 +19,9 @@ from crosslmm_jax.data.batching import (
 )
 from crosslmm_jax.data.index import Columns, RowStore, fingerprint, open_index
 from crosslmm_jax.data.loading.collate import Batch, Example, collate
-from crosslmm_jax.data.loading.example import BadRow, ExampleLoader
+from crosslmm_jax.data.loading.example import ExampleLoader
 from crosslmm_jax.data.text import DEFAULT_SYSTEM_PROMPT, Tokenizer, load_tokenizer
-from crosslmm_jax.errors import ConfigError, UserError
+from crosslmm_jax.errors import ConfigError, Fault, UserError
 
 _LOG = logging.getLogger(__name__)
 
@@ -107,8 +107,8 @@ class Source:
         examples = []
         for number in numbers:
             found = self.loader.load(int(number), bucket)
-            if isinstance(found, BadRow):
-                raise UserError(found.detail)
+            if isinstance(found, Fault):
+                raise UserError(str(found))
             examples.append(found)
         return self.collate(examples, bucket)
 

@@ -11,19 +11,10 @@ from crosslmm_jax.data.batching import Bucket
 from crosslmm_jax.data.index import RowStore, guarded
 from crosslmm_jax.data.loading.collate import Example
 from crosslmm_jax.data.media import Clip, open_media, read_frames
-from crosslmm_jax.data.text import ClipMeta, RowFault, Tokenizer, TokenSequence, check_placeholders, tokenise
-from crosslmm_jax.errors import UserError
+from crosslmm_jax.data.text import ClipMeta, Tokenizer, TokenSequence, check_placeholders, tokenise
+from crosslmm_jax.errors import DataError, Fault, UserError
 
 _SUBSTITUTES = 8  # other rows that are tried when the media of a row cannot be read
-
-
-@dataclasses.dataclass(frozen=True)
-class BadRow:
-    """A row whose media could not be read: a short class to count by, and why."""
-
-    row_index: int
-    reason: str
-    detail: str
 
 
 class FrameCache:
@@ -72,7 +63,7 @@ class ExampleLoader:
 
     def __call__(
         self, number: int, bucket: Bucket, stand_in: Callable[[int], int]
-    ) -> tuple[Example, list[BadRow]]:
+    ) -> tuple[Example, list[Fault]]:
         """The example of row `number`, or of its substitute, and the rows that failed on the way.
 
         Args:
@@ -83,31 +74,28 @@ class ExampleLoader:
         Raises:
             UserError: when the row and all its substitutes fail.
         """
-        bad: list[BadRow] = []
+        bad: list[Fault] = []
         for attempt in range(1 + _SUBSTITUTES):
             found = self.load(number if attempt == 0 else stand_in(attempt), bucket)
             if isinstance(found, Example):
                 return found, bad
             bad.append(found)
         raise UserError(
-            f"{bad[0].detail} (and {_SUBSTITUTES} rows in its place failed too; are the media where the index"
-            " says?)"
+            f"{bad[0]} (and {_SUBSTITUTES} rows in its place failed too; are the media where the index says?)"
         )
 
-    def load(self, number: int, bucket: Bucket) -> Example | BadRow:
+    def load(self, number: int, bucket: Bucket) -> Example | Fault:
         """The example of row `number`, or what is wrong with its media."""
         row = self.rows[number]
         try:
             sequence, clips = self._read_row(row, min(bucket.text, self.config.most_text_tokens))
-        except RowFault as error:
-            return BadRow(number, error.reason, str(error))
-        except UserError as error:
-            reason = getattr(error, "reason", "other")
-            return BadRow(number, reason, f"{row.where}: {error}")
+        except DataError as error:
+            return dataclasses.replace(row.fault(error.fault), row=number)
         example = Example(sequence, clips, number, row.where)
         if example.num_frames > bucket.frames:
-            detail = f"{row.where}: brings {example.num_frames} frames, more than its probe told"
-            return BadRow(number, "changed", f"{detail}; run `crosslmm data index` again")
+            detail = f"brings {example.num_frames} frames, more than its probe told"
+            fault = Fault(row.where, "changed", f"{detail}; run `crosslmm data index` again")
+            return dataclasses.replace(row.fault(fault), row=number)
         return example
 
     def _read_row(self, row: Row, limit: int) -> tuple[TokenSequence, tuple[Clip, ...]]:

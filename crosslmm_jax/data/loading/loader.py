@@ -17,8 +17,7 @@ from typing import Any
 
 from crosslmm_jax.data.loading.collate import Batch
 from crosslmm_jax.data.loading.dataset import Source
-from crosslmm_jax.data.loading.example import BadRow
-from crosslmm_jax.errors import ConfigError, UserError
+from crosslmm_jax.errors import ConfigError, Fault, UserError
 from crosslmm_jax.utils import end_with_parent
 
 _LOG = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ class _BatchLoader:
 
     def __call__(self, number: int) -> dict[str, Any]:
         """Errors of the user's making travel as text, since grain rewrites exceptions between processes."""
-        bad: list[tuple[int, str, str]] = []
+        bad: list[Fault] = []
         try:
             planned = self.source.planned(self.start + number)
             examples = []
@@ -54,7 +53,7 @@ class _BatchLoader:
                     lambda attempt, row=row: self.source.plan.substitute(planned.bucket_number, row, attempt),
                 )  # fmt: skip
                 examples.append(example)
-                bad += [(one.row_index, one.reason, one.detail) for one in failed]
+                bad += failed
             dropped = [count for one in examples if (count := one.sequence.dropped_turns)]
             batch = self.source.collate(examples, planned.bucket)
             return {"batch": batch, "bad": bad, "dropped_turns": dropped, "error": ""}
@@ -78,7 +77,7 @@ class BatchIterator(Iterator[Batch]):
         global_next_index: int = 0,
         shard_index: int = 0,
         shard_count: int = 1,
-        on_bad_row: Callable[[BadRow], None] | None = None,
+        on_bad_row: Callable[[Fault], None] | None = None,
     ) -> None:
         """See `make_iterator`."""
         self.source = source
@@ -97,12 +96,11 @@ class BatchIterator(Iterator[Batch]):
         """The next batch. Raises UserError when rows cannot be used, or workers die again and again."""
         result = self._next_result()
         self._seen += self.source.config.batch_size // self._shard[1]
-        for row_index, reason, detail in result["bad"]:
-            row_index = int(row_index)
-            self.faults[reason] += 1
-            if row_index not in self.bad_rows:
-                self.bad_rows[row_index] = detail
-                self._on_bad_row(BadRow(row_index, reason, detail))
+        for fault in result["bad"]:
+            self.faults[fault.reason] += 1
+            if fault.row not in self.bad_rows:
+                self.bad_rows[fault.row] = str(fault)
+                self._on_bad_row(fault)
         dropped = [int(turns) for turns in result["dropped_turns"]]
         self.truncated.update(rows=len(dropped), turns=sum(dropped))
         if result["error"]:
@@ -185,8 +183,8 @@ class BatchIterator(Iterator[Batch]):
             self._iterator = None
 
 
-def _log_bad_row(row: BadRow) -> None:
-    _LOG.warning("another row takes the place of row %d (%s): %s", row.row_index, row.reason, row.detail)
+def _log_bad_row(fault: Fault) -> None:
+    _LOG.warning("another row takes the place of row %d (%s): %s", fault.row, fault.reason, fault)
 
 
 def _parse_absl_flags() -> None:
@@ -203,7 +201,7 @@ def make_iterator(
     global_next_index: int = 0,
     shard_index: int = 0,
     shard_count: int = 1,
-    on_bad_row: Callable[[BadRow], None] | None = None,
+    on_bad_row: Callable[[Fault], None] | None = None,
 ) -> BatchIterator:
     """Batches of one host from row position `global_next_index` on.
 

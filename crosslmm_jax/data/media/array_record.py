@@ -14,7 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from crosslmm_jax.errors import MediaError
+from crosslmm_jax.errors import DataError
 
 _MEMBER = re.compile(r"(\d{1,18})(?:/(.+?)/(\d{1,9})(?:-(\d{1,9}))?(\.\w+)?)?", re.DOTALL)
 FOLDER_MARK = "frames/"  # before the names of pictures that are the frames of one video
@@ -45,12 +45,12 @@ def read_values(path: str, member: str) -> tuple[list[bytes], str, bool]:
         member: what stands after "::" in the reference.
 
     Raises:
-        MediaError: see `read_record`; "missing" also when the record holds no such value.
+        DataError: see `read_record`; "missing" also when the record holds no such value.
     """
     match = _MEMBER.fullmatch(member)
     if match is None:
         fix = 'write the number of a record, or "RECORD/FEATURE/NUMBER"'
-        raise MediaError(f"{path}::{member}: names no record; {fix}", "missing")
+        raise DataError(f"{path}::{member}", "missing", f"names no record; {fix}")
     number, feature, first, last, suffix = match.groups()
     if feature is None:
         return [read_record(path, int(number))], "", False
@@ -64,7 +64,7 @@ def read_values(path: str, member: str) -> tuple[list[bytes], str, bool]:
     found = list(values[begin:end])
     if len(found) != end - begin or not found or not all(isinstance(value, bytes) for value in found):
         fix = "the data set has changed; index it again"
-        raise MediaError(f"{path}::{member}: the record holds no such medium; {fix}", "missing")
+        raise DataError(f"{path}::{member}", "missing", f"the record holds no such medium; {fix}")
     return found, suffix or "", last is not None
 
 
@@ -72,22 +72,22 @@ def read_record(path: str, number: int) -> bytes:
     """Record `number` of an ArrayRecord file.
 
     Raises:
-        MediaError: there is no such file or record ("missing"), or it cannot be read ("corrupt", "other",
+        DataError: there is no such file or record ("missing"), or it cannot be read ("corrupt", "other",
             "not_a_file").
     """
     reader = _open(path)
     fix = "write or download the file again"
     if number >= reader.num_records():
-        raise MediaError(f"{path}: holds no record {number}; index the data set again", "missing")
+        raise DataError(path, "missing", f"holds no record {number}; index the data set again")
     try:
         return reader.read([number])[0]
     except RuntimeError as error:
         words = str(error).split(";")[0]
-        raise MediaError(f"{path}: record {number} cannot be read ({words}); {fix}", "corrupt") from error
+        raise DataError(path, "corrupt", f"record {number} cannot be read ({words}); {fix}") from error
 
 
 def mean_record_size(path: str) -> int:
-    """Bytes of the file for each of its records. Raises MediaError as `read_record` does."""
+    """Bytes of the file for each of its records. Raises DataError as `read_record` does."""
     return os.path.getsize(path) // max(1, _open(path).num_records())
 
 
@@ -95,15 +95,15 @@ def _open(path: str) -> Any:
     try:
         found = os.stat(path)
     except FileNotFoundError as error:
-        raise MediaError(f"{path}: no such file; write or download it again", "missing") from error
+        raise DataError(path, "missing", "no such file; write or download it again") from error
     except OSError as error:
-        raise MediaError(f"{path}: cannot be read ({error.strerror}); correct the path", "other") from error
+        raise DataError(path, "other", f"cannot be read ({error.strerror}); correct the path") from error
     if not stat.S_ISREG(found.st_mode):  # opening a pipe would block
-        raise MediaError(f"{path}: is no regular file; write or download it again", "not_a_file")
+        raise DataError(path, "not_a_file", "is no regular file; write or download it again")
     reader = _reader(path, found.st_size, found.st_mtime_ns)
     if not reader.ok():
         fix = "write or download the file again"
-        raise MediaError(f"{path}: is no intact ArrayRecord file; {fix}", "corrupt")
+        raise DataError(path, "corrupt", f"is no intact ArrayRecord file; {fix}")
     return reader
 
 
@@ -137,7 +137,7 @@ def parse_example(record: bytes, where: str) -> Mapping[str, Sequence[Any]]:
     """Values of each feature of a tf.train.Example: bytes, ints or floats. Names of nested ones are "a/b".
 
     Raises:
-        MediaError: "corrupt"; it is none.
+        DataError: "corrupt"; it is none.
     """
     from google.protobuf.message import DecodeError
 
@@ -145,7 +145,7 @@ def parse_example(record: bytes, where: str) -> Mapping[str, Sequence[Any]]:
         features = _example_type().FromString(record).features.feature
     except DecodeError as error:
         fix = "write the data set with TensorFlow Datasets"
-        raise MediaError(f"{where}: is no tf.train.Example; {fix}", "corrupt") from error
+        raise DataError(where, "corrupt", f"is no tf.train.Example; {fix}") from error
     values = {}
     for name, feature in features.items():
         kind = feature.WhichOneof("kind")

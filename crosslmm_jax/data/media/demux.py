@@ -22,7 +22,7 @@ from crosslmm_jax.data.media.locate import (
     unreadable_reason,
     whole_file,
 )
-from crosslmm_jax.errors import MediaError, UserError
+from crosslmm_jax.errors import DataError, UserError
 
 KEEP_BYTES = 64 * 2**20  # packets of a file up to this size are read once and kept
 SEEKABLE = ("mov", "matroska")  # formats in which ffmpeg finds key frames exactly, by their times
@@ -65,13 +65,13 @@ class PacketIndex:
 
 @contextlib.contextmanager
 def open_video(path: PathOrMedia, deadline: Deadline, num_threads: int = 1) -> Iterator[Any]:
-    """Opens a file and gives its first video stream; turns every decoding error within into a MediaError."""
+    """Opens a file and gives its first video stream; turns every decoding error within into a DataError."""
     import av
     import av.error
     from av.stream import Discard
 
     if look_at(path) == "folder":
-        raise MediaError(f"{path}: is a folder; give the path of a video", "not_a_file")
+        raise DataError(path, "not_a_file", "is a folder; give the path of a video")
     opened = False
     try:
         with contextlib.ExitStack() as stack:
@@ -98,7 +98,7 @@ def open_video(path: PathOrMedia, deadline: Deadline, num_threads: int = 1) -> I
     except av.error.ExitError as error:
         raise deadline.error() from error
     except (av.error.FFmpegError, ValueError, OverflowError, MemoryError) as error:
-        raise MediaError(*_fault(path, error, opened)) from error
+        raise _open_error(path, error, opened) from error
 
 
 def _metadata_options() -> dict[str, Any]:
@@ -117,29 +117,30 @@ def _video_stream(container: Any, path: PathOrMedia) -> Any:
     covers = Disposition.attached_pic  # the cover picture of an audio file
     streams = [stream for stream in container.streams.video if not stream.disposition & covers]
     if not len(container.streams):
-        raise MediaError(f"{path}: {_DAMAGED}", unreadable_reason(path, "video"))
+        raise DataError(path, unreadable_reason(path, "video"), _DAMAGED)
     if not streams:
-        raise MediaError(f"{path}: holds no video stream; give a file with moving pictures", "no_video")
+        raise DataError(path, "no_video", "holds no video stream; give a file with moving pictures")
     context = streams[0].codec_context
     if context is None:
-        raise MediaError(f"{path}: its video codec is unknown to ffmpeg; convert it to h264", "wrong_type")
+        raise DataError(path, "wrong_type", "its video codec is unknown to ffmpeg; convert it to h264")
     check_pixels(path, context.width, context.height)
     return streams[0]
 
 
-def _fault(path: PathOrMedia, error: Exception, opened: bool) -> tuple[str, str]:
-    """Message and reason of an error that ffmpeg gave when opening a file, or later."""
+def _open_error(path: PathOrMedia, error: Exception, opened: bool) -> DataError:
+    """The error for one that ffmpeg raised while it opened a file, or after that (`opened`)."""
     import av.error
 
-    words = getattr(error, "strerror", None) or type(error).__name__
-    message = f"{path}: cannot be decoded ({words}); replace or convert the file"
     if isinstance(error, MemoryError):
-        return message, "too_large"
-    if not opened:
-        if isinstance(error, av.error.PermissionError):
-            return message, "other"
-        return message, unreadable_reason(path, "video")
-    return message, "truncated" if isinstance(error, av.error.EOFError) else "corrupt"
+        reason = "too_large"
+    elif opened:
+        reason = "truncated" if isinstance(error, av.error.EOFError) else "corrupt"
+    elif isinstance(error, av.error.PermissionError):
+        reason = "other"
+    else:
+        reason = unreadable_reason(path, "video")
+    words = getattr(error, "strerror", None) or type(error).__name__
+    return DataError(path, reason, f"cannot be decoded ({words}); replace or convert the file")
 
 
 def format_of(stream: Any) -> str:
@@ -158,7 +159,7 @@ def read_index(stream: Any, path: PathOrMedia, deadline: Deadline) -> PacketInde
     """Lists the packets of `stream`.
 
     Raises:
-        MediaError: there are none, the file ends too early, they do not end, or its frames have no times.
+        DataError: there are none, the file ends too early, they do not end, or its frames have no times.
     """
     keep = size_of(path) <= KEEP_BYTES
     bytes_left = MOST_REPEATS * size_of(path)
@@ -167,10 +168,10 @@ def read_index(stream: Any, path: PathOrMedia, deadline: Deadline) -> PacketInde
     for packet in packets_of(stream):
         deadline.check()
         if packet.is_corrupt:
-            raise MediaError(f"{path}: {_DAMAGED}", "truncated")
+            raise DataError(path, "truncated", _DAMAGED)
         bytes_left -= packet.size
         if bytes_left < 0:
-            raise MediaError(f"{path}: names more packets than it can hold; encode it again", "corrupt")
+            raise DataError(path, "corrupt", "names more packets than it can hold; encode it again")
         packets.append(packet if keep else None)
         times.append(packet.pts)
         keys.append(packet.is_keyframe)
@@ -179,9 +180,8 @@ def read_index(stream: Any, path: PathOrMedia, deadline: Deadline) -> PacketInde
             last_duration = packet.duration or last_duration
     if not any(shown):
         if len({*times} - {None}) == 1 and stream.frames > 1:  # an edit list hides what lasts no time
-            raise MediaError(f"{path}: {_NO_TIME}", "zero_fps")
-        message = f"{path}: its video stream holds no frames; fetch or encode it again"
-        raise MediaError(message, "truncated")
+            raise DataError(path, "zero_fps", _NO_TIME)
+        raise DataError(path, "truncated", "its video stream holds no frames; fetch or encode it again")
     rate = float(stream.average_rate or stream.guessed_rate or stream.base_rate or 0)
     ticks, tick, by_order = _ticks(times, float(stream.time_base or 0), rate, path)
     if by_order:
@@ -225,8 +225,8 @@ def _ticks(
     if tick and len(known) == len(times) and max(known) - min(known) <= MOST_TICKS:
         # ffmpeg mends a frame that lasts no time to a tick; a tick above 1 ms can be a real frame's.
         if len(known) > 1 and max(known) - min(known) < len(known) and tick < 1e-3:
-            raise MediaError(f"{path}: {_NO_TIME}", "zero_fps")
+            raise DataError(path, "zero_fps", _NO_TIME)
         return np.array(known, np.int64), tick, False
     if not rate:
-        raise MediaError(f"{path}: has neither times nor a frame rate; encode it again", "zero_fps")
+        raise DataError(path, "zero_fps", "has neither times nor a frame rate; encode it again")
     return np.arange(len(times), dtype=np.int64), 1 / rate, True

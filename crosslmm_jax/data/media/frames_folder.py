@@ -8,14 +8,14 @@ import numpy as np
 
 from crosslmm_jax.data.media.image import Resampling, is_image, read_image
 from crosslmm_jax.data.media.locate import Deadline, Media, PathOrMedia
-from crosslmm_jax.errors import MediaError
+from crosslmm_jax.errors import DataError
 
 
 def list_pictures(folder: PathOrMedia) -> list[PathOrMedia]:
     """The pictures in a folder, by name, with numbers in names by value: 2 comes before 10.
 
     Raises:
-        MediaError: "empty" when there are none.
+        DataError: "empty" when there are none.
     """
     if isinstance(folder, Media):
         if folder.pictures:
@@ -24,7 +24,7 @@ def list_pictures(folder: PathOrMedia) -> list[PathOrMedia]:
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if is_image(entry.name) and not entry.name.startswith(".")]
     if not names:
-        raise MediaError(f"{folder}: is a folder that holds no pictures; give a video or its frames", "empty")
+        raise DataError(folder, "empty", "is a folder that holds no pictures; give a video or its frames")
     names.sort(key=_by_value)
     return [os.path.join(folder, name) for name in names]
 
@@ -38,7 +38,7 @@ def _by_value(name: str) -> tuple[list[tuple[str, int]], str]:
 def read_pictures(
     pictures: Sequence[PathOrMedia], *, size: int, resampling: Resampling, deadline: Deadline
 ) -> np.ndarray:
-    """uint8[n, size, size, 3] of the pictures. Raises MediaError when one is damaged."""
+    """uint8[n, size, size, 3] of the pictures. Raises DataError when one is damaged."""
     images = np.empty((len(pictures), size, size, 3), np.uint8)
     for number, path in enumerate(pictures):
         deadline.check()

@@ -9,7 +9,7 @@ import numpy as np
 
 from crosslmm_jax.data.media import locate as media
 from crosslmm_jax.data.media.locate import PathOrMedia
-from crosslmm_jax.errors import MediaError, UserError
+from crosslmm_jax.errors import DataError, UserError
 
 Resampling = Literal["bicubic", "bilinear"]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -61,7 +61,7 @@ def resize(image: Any, size: int, resampling: Resampling = "bicubic") -> np.ndar
 
 
 def read_image(path: PathOrMedia, size: int, resampling: Resampling = "bicubic") -> Clip:
-    """A still image as one frame at time 0. Raises MediaError when it is missing or damaged."""
+    """A still image as one frame at time 0. Raises DataError when it is missing or damaged."""
     from PIL import ImageOps
 
     with open_image(path) as image:
@@ -71,11 +71,11 @@ def read_image(path: PathOrMedia, size: int, resampling: Resampling = "bicubic")
 
 @contextlib.contextmanager
 def open_image(path: PathOrMedia) -> Iterator[Any]:
-    """Opens a still image with PIL; turns every error of reading within into a MediaError."""
+    """Opens a still image with PIL; turns every error of reading within into a DataError."""
     from PIL import Image, UnidentifiedImageError
 
     if media.look_at(path) == "folder":
-        raise MediaError(f"{path}: is a folder; give the path of an image", "not_a_file")
+        raise DataError(path, "not_a_file", "is a folder; give the path of an image")
     try:
         with media.open_file(path) as file, Image.open(file, formats=_FORMATS) as image:
             media.check_pixels(path, *image.size)
@@ -95,7 +95,7 @@ def open_image(path: PathOrMedia) -> Iterator[Any]:
             reason = "other"
         else:
             reason = "truncated" if "truncated" in str(error) else "corrupt"
-        raise MediaError(f"{path}: cannot be read as an image ({words}); replace the file", reason) from error
+        raise DataError(path, reason, f"cannot be read as an image ({words}); replace the file") from error
 
 
 def stack_clips(clips: Sequence[Clip], size: int) -> tuple[np.ndarray, np.ndarray]:

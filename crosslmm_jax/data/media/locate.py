@@ -14,7 +14,7 @@ from typing import BinaryIO, Literal, NamedTuple
 from crosslmm_jax.config import DataConfig
 from crosslmm_jax.data.media.array_record import is_record_file, read_values
 from crosslmm_jax.data.media.tar import is_tar, member_name, member_span, spanned
-from crosslmm_jax.errors import MediaError
+from crosslmm_jax.errors import DataError
 
 MAX_PIXELS = 2**27  # of one frame; 16k video has 2**27
 DEADLINE_S = DataConfig.deadline_s  # unless the caller says otherwise
@@ -62,7 +62,7 @@ def open_media(root: str, reference: str, *, allow_outside: bool = False) -> Med
         allow_outside: take absolute paths, "..", and links that lead out of `root`.
 
     Raises:
-        MediaError: it lies outside `root`, there is no such member, or its file is damaged.
+        DataError: it lies outside `root`, there is no such member, or its file is damaged.
     """
     file, member = split_reference(reference)
     if member is None:
@@ -72,7 +72,7 @@ def open_media(root: str, reference: str, *, allow_outside: bool = False) -> Med
         return Media(path)
     path = resolve(root, file, allow_outside=allow_outside)
     if look_at(path) == "folder":
-        raise MediaError(f"{path}: is a folder; give the path of a file", "not_a_file")
+        raise DataError(path, "not_a_file", "is a folder; give the path of a file")
     if is_record_file(file):
         return _medium_of(path, member, *read_values(path, member))
     offset, length = member_span(path, member)
@@ -96,7 +96,7 @@ def _medium_of(path: str, member: str, values: list[bytes], suffix: str, in_fold
 
 
 def _check_links(root: str, folder: str) -> None:
-    """Raises MediaError ("outside_root") when a link in a folder of pictures leads out of `root`."""
+    """Raises DataError ("outside_root") when a link in a folder of pictures leads out of `root`."""
     with os.scandir(folder) as entries:
         links = [entry.path for entry in entries if entry.is_symlink()]
     for path in links:
@@ -187,18 +187,16 @@ class Deadline:
         self._last = time.monotonic()
 
     def check(self) -> None:
-        """Notes that reading goes on. Raises MediaError ("timeout") when it stood still for too long."""
+        """Notes that reading goes on. Raises DataError ("timeout") when it stood still for too long."""
         now = time.monotonic()
         if self.seconds is not None and now - self._last > self.seconds:
             raise self.error()
         self._last = now
 
-    def error(self) -> MediaError:
+    def error(self) -> DataError:
         """The error of a file that nothing comes from."""
-        return MediaError(
-            f"{self.path}: gave nothing new for {self.seconds:g} seconds; fetch or convert it again, or raise"
-            " deadline_s", "timeout",
-        )  # fmt: skip
+        fix = "fetch or convert it again, or raise deadline_s"
+        return DataError(self.path, "timeout", f"gave nothing new for {self.seconds:g} seconds; {fix}")
 
 
 def resolve(root: str, reference: str, *, allow_outside: bool = False) -> str:
@@ -210,22 +208,20 @@ def resolve(root: str, reference: str, *, allow_outside: bool = False) -> str:
         allow_outside: take absolute paths, "..", and links that lead out of `root`.
 
     Raises:
-        MediaError: "outside_root" when the path leaves `root`, "missing" when the reference is no path.
+        DataError: "outside_root" when the path leaves `root`, "missing" when the reference is no path.
     """
     if not reference or "\0" in reference:
-        raise MediaError(f"{root}: {reference!r} is not the name of a file; mend the annotation", "missing")
+        raise DataError(root, "missing", f"{reference!r} is not the name of a file; mend the annotation")
     path = os.path.join(root, reference)
     if allow_outside:
         return path
     if os.path.isabs(reference) or ".." in reference.replace("\\", "/").split("/"):
-        raise MediaError(
-            f"{reference}: leads out of the media root {root}; name it relative to it", "outside_root"
+        raise DataError(
+            reference, "outside_root", f"leads out of the media root {root}; name it relative to it"
         )
     real_root = os.path.realpath(root)
     if os.path.commonpath([real_root, os.path.realpath(path)]) != real_root:
-        raise MediaError(
-            f"{path}: a link that leads out of the media root; copy the file there", "outside_root"
-        )
+        raise DataError(path, "outside_root", "a link that leads out of the media root; copy the file there")
     return path
 
 
@@ -233,22 +229,22 @@ def look_at(path: PathOrMedia) -> Literal["file", "folder"]:
     """What lies at `path`, without opening it, links followed. Part of a file is a file, pictures a folder.
 
     Raises:
-        MediaError: "missing", "empty", or "not_a_file" for pipes, sockets and devices.
+        DataError: "missing", "empty", or "not_a_file" for pipes, sockets and devices.
     """
     try:
         found = os.stat(path.path if isinstance(path, Media) else path)
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise MediaError(f"{path}: no such file; give the path of a picture or video", "missing") from error
+        raise DataError(path, "missing", "no such file; give the path of a picture or video") from error
     except OSError as error:
-        raise MediaError(
-            f"{path}: cannot be reached ({error.strerror}); mend its name or permissions", "other"
+        raise DataError(
+            path, "other", f"cannot be reached ({error.strerror}); mend its name or permissions"
         ) from error
     if stat.S_ISDIR(found.st_mode) or (isinstance(path, Media) and path.pictures):
         return "folder"
     if not stat.S_ISREG(found.st_mode):
-        raise MediaError(f"{path}: is a pipe, a socket or a device; give a regular file", "not_a_file")
+        raise DataError(path, "not_a_file", "is a pipe, a socket or a device; give a regular file")
     if size_of(path) == 0:
-        raise MediaError(f"{path}: cannot be decoded (holds no bytes); fetch it again", "empty")
+        raise DataError(path, "empty", "cannot be decoded (holds no bytes); fetch it again")
     return "file"
 
 
@@ -260,7 +256,9 @@ def suffix_by_content(content: bytes) -> str:
     return next((suffix for start, suffix in starts if content.startswith(start)), ".mp4")
 
 
-def unreadable_reason(path: PathOrMedia, kind: Literal["picture", "video"]) -> str:
+def unreadable_reason(
+    path: PathOrMedia, kind: Literal["picture", "video"]
+) -> Literal["truncated", "corrupt", "wrong_type"]:
     """Why no reader knows a file, by its first bytes: "truncated", "corrupt" or "wrong_type"."""
     with open_file(path) as file:
         head = file.read(16)
@@ -274,8 +272,8 @@ def unreadable_reason(path: PathOrMedia, kind: Literal["picture", "video"]) -> s
 
 
 def check_pixels(path: PathOrMedia, width: int, height: int) -> None:
-    """Raises MediaError ("too_large") for pictures that would fill the memory."""
+    """Raises DataError ("too_large") for pictures that would fill the memory."""
     if width * height > MAX_PIXELS:
-        raise MediaError(
-            f"{path}: frames of {width} x {height} are too large to read; make them smaller", "too_large"
+        raise DataError(
+            path, "too_large", f"frames of {width} x {height} are too large to read; make them smaller"
         )

@@ -10,7 +10,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 
-from crosslmm_jax.errors import MediaError, UserError
+from crosslmm_jax.errors import DataError
 
 _SPAN = re.compile(r"(.+)@(\d+)\+(\d+)", re.DOTALL)
 _BLOCK = 512
@@ -47,21 +47,21 @@ def member_span(tar_path: str, member: str) -> tuple[int, int]:
         member: what stands after "::" in a reference.
 
     Raises:
-        MediaError: the tar cannot be read ("other", "corrupt"), holds no such file ("missing"), ends within
+        DataError: the tar cannot be read ("other", "corrupt"), holds no such file ("missing"), ends within
             it ("truncated"), or holds another one where the span points to ("changed").
     """
     match = _SPAN.fullmatch(member)
     if match is None:
         spans = _spans(tar_path, _mtime(tar_path))
         if member not in spans:
-            raise MediaError(f"{tar_path}: holds no file {member}; correct the annotation", "missing")
+            raise DataError(tar_path, "missing", f"holds no file {member}; correct the annotation")
         return spans[member]
     name, offset, length = match[1], int(match[2]), int(match[3])
     if not _is_header_of(_read_block(tar_path, offset - _BLOCK), name, length):
         fix = "the tar has changed; index the data set again"
-        raise MediaError(f"{tar_path}: {name} does not lie at byte {offset}: {fix}", "changed")
+        raise DataError(tar_path, "changed", f"{name} does not lie at byte {offset}: {fix}")
     if offset + length > os.path.getsize(tar_path):
-        raise MediaError(f"{tar_path}: ends within {name}; download the tar again", "truncated")
+        raise DataError(tar_path, "truncated", f"ends within {name}; download the tar again")
     return offset, length
 
 
@@ -69,7 +69,7 @@ def _mtime(path: str) -> int:
     try:
         return os.stat(path).st_mtime_ns
     except OSError as error:
-        raise MediaError(f"{path}: cannot be read ({error.strerror}); correct the path", "other") from error
+        raise DataError(path, "other", f"cannot be read ({error.strerror}); correct the path") from error
 
 
 @functools.lru_cache(maxsize=_KNOWN_TARS)
@@ -86,7 +86,7 @@ def _read_block(path: str, offset: int) -> bytes:
             file.seek(offset)
             return file.read(_BLOCK)
     except OSError as error:
-        raise MediaError(f"{path}: cannot be read ({error.strerror}); correct the path", "other") from error
+        raise DataError(path, "other", f"cannot be read ({error.strerror}); correct the path") from error
 
 
 def _is_header_of(block: bytes, name: str, length: int) -> bool:
@@ -101,19 +101,21 @@ def _is_header_of(block: bytes, name: str, length: int) -> bool:
 
 
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """What a small file of an open tar holds. Raises UserError when the tar ends within it."""
+    """What a small file of an open tar holds. Raises DataError when the tar ends within it."""
     try:
         content = tar.extractfile(member)
         return content.read() if content is not None else b""
     except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{tar.name}: ends within {member.name}; download the tar again") from error
+        raise DataError(
+            str(tar.name), "truncated", f"ends within {member.name}; download the tar again"
+        ) from error
 
 
 def walk(path: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """The tar and each of its files in order, while it is open.
 
     Raises:
-        MediaError: the tar cannot be read, or is damaged; at the place of the damage.
+        DataError: the tar cannot be read, or is damaged; at the place of the damage.
     """
     try:
         with tarfile.open(path, "r:") as tar:
@@ -124,7 +126,7 @@ def walk(path: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
             end = tar.offset
     except (OSError, tarfile.TarError) as error:
         fix = "download it again, or unpack it if it is compressed"
-        raise MediaError(f"{path}: cannot be read as a tar ({error}); {fix}", "corrupt") from error
+        raise DataError(path, "corrupt", f"cannot be read as a tar ({error}); {fix}") from error
     # The iteration ends without an error at a header that is damaged, which zeros or the end of file are not.
     if any(_read_block(path, end)):
-        raise MediaError(f"{path}: is damaged at byte {end}; download the tar again", "corrupt")
+        raise DataError(path, "corrupt", f"is damaged at byte {end}; download the tar again")

@@ -21,7 +21,7 @@ from crosslmm_jax.data.media.frames_folder import list_pictures, read_pictures
 from crosslmm_jax.data.media.image import Clip, Resampling, holds_image, open_image, read_image, resize
 from crosslmm_jax.data.media.locate import DEADLINE_S, Deadline, PathOrMedia, check_pixels, look_at, size_of
 from crosslmm_jax.data.media.packet_index import open_indexed
-from crosslmm_jax.errors import MediaError
+from crosslmm_jax.errors import DataError
 
 _LOST_TAIL = 3  # frames at the end that may fail to decode before the file counts as damaged
 _EXIF_ROTATION = {3: 180, 4: 180, 5: 270, 6: 270, 7: 90, 8: 90}  # degrees anticlockwise
@@ -65,7 +65,7 @@ def probe(path: PathOrMedia, *, deadline_s: float | None = DEADLINE_S) -> VideoI
         deadline_s: seconds without a packet or picture after which it fails; None for no limit.
 
     Raises:
-        MediaError: no such file, no video in it, or damaged.
+        DataError: no such file, no video in it, or damaged.
     """
     deadline = Deadline(path, deadline_s)
     if look_at(path) == "folder":
@@ -147,7 +147,7 @@ def read_frames(
         deadline_s: seconds without a packet or picture after which it fails; None for no limit.
 
     Raises:
-        MediaError: no such file, no video in it, no frames within the bounds, damaged, or at a stand.
+        DataError: no such file, no video in it, no frames within the bounds, damaged, or at a stand.
     """
     deadline = Deadline(path, deadline_s)
     if look_at(path) == "folder":
@@ -181,7 +181,7 @@ def read_frames(
                     images = _pick(frames, index, wanted=wanted, to_square=to_square, exact=shortcuts)
                 if images is not None:
                     return part.clip(images)
-    raise MediaError(f"{path}: is cut off or damaged; fetch or encode it again", "truncated")
+    raise DataError(path, "truncated", "is cut off or damaged; fetch or encode it again")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,10 +217,8 @@ def _select(
             number = np.searchsorted(seconds, bounds[0], side="right") - 1
             order, times = order[number : number + 1], np.array([first + bounds[0] / tick])
         else:
-            raise MediaError(
-                f"{path}: no frames between {bounds[0]} and {bounds[1]} seconds; mend start and end",
-                "clip_times",
-            )
+            detail = f"no frames between {bounds[0]} and {bounds[1]} seconds; mend start and end"
+            raise DataError(path, "clip_times", detail)
         end = min(end, first + bounds[1] / tick)
     chosen = choose_frames(times, sampling, end=end, ticks_per_second=1 / tick)
     numbers, repeats = np.unique(chosen, return_inverse=True)

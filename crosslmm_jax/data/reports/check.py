@@ -1,5 +1,6 @@
 """Decodes the media of an index, all or a sample, and tells what fails."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -8,9 +9,8 @@ import numpy as np
 
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.index import Index, RowStore, guarded, open_index
-from crosslmm_jax.data.loading import BadRow
 from crosslmm_jax.data.media import DEADLINE_S, open_media, read_frames
-from crosslmm_jax.errors import MediaError, UserError
+from crosslmm_jax.errors import DataError, Fault, UserError
 from crosslmm_jax.utils import Progress, worker_pool
 
 _SIZE = 32  # pixels: decoding is what may fail, not resizing
@@ -21,8 +21,8 @@ _STORES: dict[tuple[str, str], RowStore] = {}  # of this process, by folder and 
 def check_index(
     folder: str, *, sampling: SamplingConfig, sample: int | None = None, workers: int = 0, seed: int = 0,
     allow_outside: bool = False, deadline_s: float | None = DEADLINE_S, quiet: bool = False,
-    on_bad_row: Callable[[BadRow], None] | None = None,
-) -> tuple[int, list[BadRow]]:  # fmt: skip
+    on_bad_row: Callable[[Fault], None] | None = None,
+) -> tuple[int, list[Fault]]:  # fmt: skip
     """Decodes rows as training would.
 
     Args:
@@ -49,7 +49,7 @@ def check_index(
     size = min(max(len(numbers) // (8 * max(workers, 1)), 1), _CHUNK)
     chunks = [numbers[begin : begin + size].tolist() for begin in range(0, len(numbers), size)]
     progress = Progress("check", unit="rows", total=len(numbers), quiet=quiet)
-    bad: list[BadRow] = []
+    bad: list[Fault] = []
     done = 0
     pool = worker_pool(workers) if workers else None
     try:
@@ -79,25 +79,24 @@ def check_index(
 def _check_rows(
     index: Index, numbers: list[int], *, sampling: SamplingConfig, allow_outside: bool,
     deadline_s: float | None,
-) -> list[BadRow]:  # fmt: skip
+) -> list[Fault]:  # fmt: skip
     store = _STORES.setdefault((index.folder, index.digest), RowStore(index))
 
     @functools.cache
-    def fault(root: str, reference: str, bounds: tuple[float, float] | None) -> tuple[str, str] | None:
+    def fault_of(root: str, reference: str, bounds: tuple[float, float] | None) -> Fault | None:
         try:
             with guarded(root, reference):
                 medium = open_media(root, reference, allow_outside=allow_outside)
                 read_frames(medium, sampling, size=_SIZE, bounds=bounds, deadline_s=deadline_s)
-        except MediaError as error:
-            return error.reason, str(error)  # the error itself would keep what was open
+        except DataError as error:
+            return error.fault  # the error itself would keep what was open
         return None
 
     bad = []
     for number in numbers:
         row = store[number]
         for reference in row.media:
-            if (found := fault(row.root, reference, row.bounds)) is not None:
-                reason, detail = found
-                bad.append(BadRow(number, reason, f"{row.where}: {detail}"))
+            if (fault := fault_of(row.root, reference, row.bounds)) is not None:
+                bad.append(dataclasses.replace(row.fault(fault), row=number))
                 break
     return bad

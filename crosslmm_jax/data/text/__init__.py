@@ -14,13 +14,12 @@ from crosslmm_jax.data.text.chat import (
 )
 from crosslmm_jax.data.text.time_instruction import ClipMeta, most_time_tokens, time_text, wording_tokens
 from crosslmm_jax.data.text.tokenizer import Tokenizer, load_tokenizer, write_default_tokenizer
-from crosslmm_jax.data.text.turns import RowFault, Turn, check_placeholders, parse_turns, writable
+from crosslmm_jax.data.text.turns import Turn, check_placeholders, parse_turns, writable
 
 __all__ = [
     "ClipMeta",
     "DEFAULT_SYSTEM_PROMPT",
     "MEDIUM",
-    "RowFault",
     "TokenSequence",
     "Tokenizer",
     "Turn",

@@ -18,8 +18,8 @@ import numpy as np
 from crosslmm_jax.config import TimeInstruction
 from crosslmm_jax.data.text.time_instruction import ClipMeta, time_text
 from crosslmm_jax.data.text.tokenizer import Tokenizer
-from crosslmm_jax.data.text.turns import PLACEHOLDER, RowFault, Turn, count_placeholders, split_at_media
-from crosslmm_jax.errors import UserError
+from crosslmm_jax.data.text.turns import PLACEHOLDER, Turn, count_placeholders, split_at_media
+from crosslmm_jax.errors import DataError, UserError
 
 MEDIUM = -1  # stands in a token sequence where the frames of one image or video go
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
@@ -99,7 +99,7 @@ def tokenise(
         max_text_tokens: a longer row keeps the longest head of whole turns that ends with an answer.
 
     Raises:
-        RowFault: a plain row is no single exchange, there are not as many clips as placeholders, or not even
+        DataError: a plain row is no single exchange, there are not as many clips as placeholders, or not even
             the first exchange fits (reason "too_long").
     """
     if style == "plain":
@@ -110,7 +110,7 @@ def tokenise(
         if time_instruction != "none":
             if len(clips) != (places := count_placeholders(turns)):
                 detail = f"{places} <image>/<video> placeholders for {len(clips)} media; write one for each"
-                raise RowFault(where, "placeholders", detail)
+                raise DataError(where, "placeholders", detail)
             times = [time_text(clip, time_instruction) for clip in clips]
         sequence, ends = _chat(turns, tokenizer, system_prompt, label_mode, iter(times))
     if max_text_tokens is None or sequence.num_text_tokens <= max_text_tokens:
@@ -128,7 +128,7 @@ def _truncate(
             return TokenSequence(sequence.ids[:end], sequence.targets[:end], num_turns - kept)
     shortest = text_tokens[min(ends.values(), default=len(text_tokens)) - 1]
     detail = f"its first exchange has {shortest} text tokens, more than max_text_tokens ({max_text_tokens})"
-    raise RowFault(where, "too_long", detail)
+    raise DataError(where, "too_long", detail)
 
 
 def count_tokens(turns: Sequence[Turn], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -218,13 +218,13 @@ def plain_sequence(turns: Sequence[Turn], tokenizer: Tokenizer, *, where: str) -
     """LLaVA's "plain" style: the media, then the caption and a newline, which are the targets.
 
     Raises:
-        RowFault: naming `where`, unless there is one user turn with a placeholder and one answer.
+        DataError: naming `where`, unless there is one user turn with a placeholder and one answer.
     """
     spoken = [turn for turn in turns if turn.role != "system"]
     media = len(PLACEHOLDER.findall(spoken[0].text)) if spoken else 0
     if [turn.role for turn in spoken] != ["user", "assistant"] or not media:
         detail = 'style "plain" needs one human turn with <image> and one answer; use style "chat"'
-        raise RowFault(where, "conversation", detail)
+        raise DataError(where, "conversation", detail)
     builder = _Builder()
     builder.add([MEDIUM] * media)
     builder.add(tokenizer.encode_plain(spoken[1].text.strip() + "\n"), True)

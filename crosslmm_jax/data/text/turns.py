@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from crosslmm_jax.errors import UserError
+from crosslmm_jax.errors import DataError
 
 PLACEHOLDER = re.compile(r"<image>|<video>")
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -21,21 +21,6 @@ class Turn:
     text: str
 
 
-class RowFault(UserError):
-    """A row that cannot be used.
-
-    Attributes:
-        where: file and row.
-        reason: a short class to count by, e.g. "placeholders".
-        detail: what is wrong, in a sentence.
-        path: the medium at fault, or "".
-    """
-
-    def __init__(self, where: str, reason: str, detail: str, path: str = "") -> None:
-        super().__init__(f"{where}: {detail}")
-        self.where, self.reason, self.detail, self.path = where, reason, detail, path
-
-
 def parse_turns(conversations: Any, *, where: str) -> list[Turn]:
     """Reads the LLaVA (`from`/`value`) or chat (`role`/`content`) turns of a row to train on.
 
@@ -44,30 +29,30 @@ def parse_turns(conversations: Any, *, where: str) -> list[Turn]:
     format: LLaVA trains it, which teaches the model to say nothing.
 
     Raises:
-        RowFault: naming `where`, when a turn is malformed, of an unknown role, or there is no question or
+        DataError: naming `where`, when a turn is malformed, of an unknown role, or there is no question or
             answer.
     """
     if not isinstance(conversations, Sequence) or isinstance(conversations, str):
-        raise RowFault(where, "conversation", "conversations must be a list of turns")
+        raise DataError(where, "conversation", "conversations must be a list of turns")
     turns = []
     for number, entry in enumerate(conversations):
         role, text = _role_and_text(entry)
         role = _ROLES.get(role, role) if isinstance(role, str) else role
         if role not in ("system", "user", "assistant") or not isinstance(text, str):
             detail = f"conversations[{number}] must hold from (human, gpt or system) and value, both text"
-            raise RowFault(where, "conversation", detail)
+            raise DataError(where, "conversation", detail)
         if writable(text) != text:
-            raise RowFault(where, "conversation", f"conversations[{number}] holds half a character")
+            raise DataError(where, "conversation", f"conversations[{number}] holds half a character")
         turns.append(Turn(role, text.replace(_NOISE, "")))
     if turns and turns[0].role == "assistant":
         turns = turns[1:]
     if not any(turn.role == "user" for turn in turns):
-        raise RowFault(where, "conversation", "conversations holds no human turn")
+        raise DataError(where, "conversation", "conversations holds no human turn")
     answers = [turn.text for turn in turns if turn.role == "assistant"]
     if not answers:
-        raise RowFault(where, "conversation", "conversations holds no answer, a gpt turn after a human one")
+        raise DataError(where, "conversation", "conversations holds no answer, a gpt turn after a human one")
     if not all(map(str.strip, answers)):
-        raise RowFault(where, "conversation", "conversations holds an answer without words")
+        raise DataError(where, "conversation", "conversations holds an answer without words")
     return turns
 
 
@@ -90,11 +75,11 @@ def count_placeholders(turns: Sequence[Turn]) -> int:
 
 
 def check_placeholders(turns: Sequence[Turn], num_media: int, *, where: str) -> None:
-    """Raises RowFault unless the user's turns hold exactly one `<image>` or `<video>` for each medium."""
+    """Raises DataError unless the user's turns hold exactly one `<image>` or `<video>` for each medium."""
     found = count_placeholders(turns)
     if found != num_media:
         detail = f"{found} <image>/<video> placeholders for {num_media} media; write one for each medium"
-        raise RowFault(where, "placeholders", detail)
+        raise DataError(where, "placeholders", detail)
 
 
 def split_at_media(text: str) -> list[str]:

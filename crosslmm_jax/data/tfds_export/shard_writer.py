@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from crosslmm_jax.data.annotations import BadEntry, Row
+from crosslmm_jax.data.annotations import Row
 from crosslmm_jax.data.index import guarded, late_start, probe_for, row_hash, stamp
 from crosslmm_jax.data.media import (
     FOLDER_MARK,
@@ -30,7 +30,7 @@ from crosslmm_jax.data.media import (
     split_reference,
 )
 from crosslmm_jax.data.text import writable
-from crosslmm_jax.errors import MediaError
+from crosslmm_jax.errors import DataError, Fault
 from crosslmm_jax.utils import cannot_write
 
 _MOST_BYTES = 2**31 - 2**20  # of the media of a row: a record is a protobuf message of less than 2 GiB
@@ -41,7 +41,7 @@ class Shard:
     """The rows of a file, in order, and among them those that cannot be used."""
 
     number: int
-    rows: tuple[Row | BadEntry, ...]
+    rows: tuple[Row | Fault, ...]
     allow_outside: bool
 
     def digest(self) -> str:
@@ -73,7 +73,7 @@ class ShardResult:
     file: str
     datasets: dict[str, int]
     size_bytes: int
-    bad: tuple[BadEntry, ...]
+    bad: tuple[Fault, ...]
 
     @property
     def rows(self) -> int:
@@ -90,7 +90,7 @@ def row_size(row: Row, *, allow_outside: bool) -> int:
 @functools.lru_cache(maxsize=4096)
 def _size(root: str, reference: str, allow_outside: bool) -> int:
     file, member = split_reference(reference)
-    with contextlib.suppress(OSError, MediaError):
+    with contextlib.suppress(OSError, DataError):
         if member is not None and is_record_file(file):
             return mean_record_size(resolve(root, file, allow_outside=allow_outside))
         medium = open_media(root, reference, allow_outside=allow_outside)
@@ -146,13 +146,13 @@ def write_shard(shard: Shard, folder: str) -> ShardResult:
 def _read_note(note: Path) -> ShardResult | None:
     try:
         content = json.loads(note.read_text(encoding="utf-8"))
-        bad = tuple(BadEntry(**entry) for entry in content.pop("bad"))
+        bad = tuple(Fault(**entry) for entry in content.pop("bad"))
         return ShardResult(**content, bad=bad)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _write_rows(shard: Shard, path: str) -> tuple[dict[str, int], int, list[BadEntry]]:
+def _write_rows(shard: Shard, path: str) -> tuple[dict[str, int], int, list[Fault]]:
     """Records of each data set, the bytes of all, and the rows that could not be used."""
     from array_record.python.array_record_module import ArrayRecordWriter  # type: ignore[attr-defined]
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
@@ -165,8 +165,8 @@ def _write_rows(shard: Shard, path: str) -> tuple[dict[str, int], int, list[BadE
     size, bad = 0, []
     try:
         for row in shard.rows:
-            example = row if isinstance(row, BadEntry) else _example(row, allow_outside=shard.allow_outside)
-            if isinstance(example, BadEntry):
+            example = row if isinstance(row, Fault) else _example(row, allow_outside=shard.allow_outside)
+            if isinstance(example, Fault):
                 bad.append(example)
                 continue
             message = serialiser.get_tf_example(features.encode_example(example))
@@ -181,7 +181,7 @@ def _write_rows(shard: Shard, path: str) -> tuple[dict[str, int], int, list[BadE
     return dict(datasets), size, bad
 
 
-def _example(row: Row, *, allow_outside: bool) -> dict[str, Any] | BadEntry:
+def _example(row: Row, *, allow_outside: bool) -> dict[str, Any] | Fault:
     """Values of the features, or why a medium of the row cannot be used."""
     names, values, counts, durations = [], [], [], []
     left = _MOST_BYTES
@@ -194,8 +194,8 @@ def _example(row: Row, *, allow_outside: bool) -> dict[str, Any] | BadEntry:
                 if look_at(medium) == "folder":
                     whole, inside = medium._replace(pictures=files), FOLDER_MARK
                 durations.append(probe_for(row, whole).duration)
-        except MediaError as error:
-            return BadEntry(row.where, row.dataset, row.row, reference, error.reason, str(error))
+        except DataError as error:
+            return row.fault(error.fault)
         names += [inside + writable(os.path.basename(file.name or file.path)) for file in files]
         values += [file.data for file in files]
         counts.append(len(files))
@@ -222,11 +222,11 @@ def _read(medium: Media, most_bytes: int) -> tuple[Media, ...]:
     """The content of a medium, picture by picture if it is a folder of them.
 
     Raises:
-        MediaError: "too_large" above `most_bytes`, or it cannot be read.
+        DataError: "too_large" above `most_bytes`, or it cannot be read.
     """
     files = _files(medium)
     if sum(size_of(file) for file in files) > most_bytes:
-        raise MediaError(f"{medium}: is too large for a record of 2 GB; cut or encode it", "too_large")
+        raise DataError(medium, "too_large", "is too large for a record of 2 GB; cut or encode it")
     return tuple(_in_memory(file) for file in files)
 
 

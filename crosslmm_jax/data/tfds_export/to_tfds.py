@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from crosslmm_jax.data.annotations import BadEntry, DatasetSpec, Row, read_mixture, read_rows
+from crosslmm_jax.data.annotations import DatasetSpec, Row, read_mixture, read_rows
 from crosslmm_jax.data.index import BAD
 from crosslmm_jax.data.tfds_export.shard_writer import (
     Shard,
@@ -31,7 +31,7 @@ from crosslmm_jax.data.tfds_export.shard_writer import (
     tfds_features,
     write_shard,
 )
-from crosslmm_jax.errors import UserError
+from crosslmm_jax.errors import Fault, UserError
 from crosslmm_jax.utils import Progress, atomic_folder, is_vacant, worker_pool
 
 SPLIT = "train"
@@ -91,7 +91,7 @@ def to_tfds(
     specs = read_mixture(mixture, media_root=media_root)
     target = Path(os.path.realpath(out))  # a link stays one
 
-    def items() -> Iterator[Row | BadEntry]:
+    def items() -> Iterator[Row | Fault]:
         return (item for spec in specs for item in read_rows(spec, seed=seed, allow_outside=allow_outside))
 
     if shards is None:
@@ -128,11 +128,11 @@ def _pack(
 
 
 def _plan(
-    items: Iterator[Row | BadEntry], most_bytes: int, most_rows: int | None, *, allow_outside: bool
+    items: Iterator[Row | Fault], most_bytes: int, most_rows: int | None, *, allow_outside: bool
 ) -> Iterator[Shard]:
     """Rows in shards of about `most_bytes`, by the sizes of their files."""
     number, size = 0, 0
-    rows: list[Row | BadEntry] = []
+    rows: list[Row | Fault] = []
     for item in items:
         rows.append(item)
         if isinstance(item, Row):

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from crosslmm_jax.data.annotations.formats import FORMATS
 from crosslmm_jax.data.annotations.mixture import read_mixture, read_rows
-from crosslmm_jax.data.annotations.rows import BadEntry, DatasetSpec, Row
+from crosslmm_jax.data.annotations.rows import DatasetSpec, Row
 from crosslmm_jax.data.media.tar import member_name, member_span
-from crosslmm_jax.errors import UserError
+from crosslmm_jax.errors import Fault, UserError
 
 # (modality, media, bounds) of a good row, the reason of a bad one, in order.
 EXPECTED: dict[str, list[Any]] = {
@@ -69,12 +69,12 @@ EXPECTED: dict[str, list[Any]] = {
 
 
 @pytest.fixture(scope="module")
-def read(lookalikes: Path) -> dict[str, list[Row | BadEntry]]:
+def read(lookalikes: Path) -> dict[str, list[Row | Fault]]:
     specs = read_mixture(str(lookalikes / "mixture.yaml"))
     return {spec.name: list(read_rows(spec, seed=0)) for spec in specs}
 
 
-def good(rows: list[Row | BadEntry]) -> list[Row]:
+def good(rows: list[Row | Fault]) -> list[Row]:
     return [row for row in rows if isinstance(row, Row)]
 
 
@@ -82,9 +82,9 @@ def texts(row: Row) -> list[str]:
     return [turn.text for turn in row.turns]
 
 
-def test_the_mixture_gives_the_expected_rows_and_faults(read: dict[str, list[Row | BadEntry]]) -> None:
-    def brief(row: Row | BadEntry) -> Any:
-        if isinstance(row, BadEntry):
+def test_the_mixture_gives_the_expected_rows_and_faults(read: dict[str, list[Row | Fault]]) -> None:
+    def brief(row: Row | Fault) -> Any:
+        if isinstance(row, Fault):
             return row.reason
         return row.modality, tuple(map(member_name, row.media)), row.bounds
 
@@ -93,7 +93,7 @@ def test_the_mixture_gives_the_expected_rows_and_faults(read: dict[str, list[Row
     assert FORMATS.keys() - EXPECTED.keys() == {"webdataset", "tfds"}  # called after their folders
 
 
-def test_rows_are_numbered_and_named(read: dict[str, list[Row | BadEntry]], lookalikes: Path) -> None:
+def test_rows_are_numbered_and_named(read: dict[str, list[Row | Fault]], lookalikes: Path) -> None:
     for name, rows in read.items():
         first = 1 if name == "frames" else 0  # "end:1" of two
         assert [row.row for row in rows] == list(range(first, first + len(rows)))
@@ -101,14 +101,14 @@ def test_rows_are_numbered_and_named(read: dict[str, list[Row | BadEntry]], look
         assert len({row.where for row in rows}) == len(rows)
 
 
-def test_media_of_good_rows_are_there(read: dict[str, list[Row | BadEntry]]) -> None:
+def test_media_of_good_rows_are_there(read: dict[str, list[Row | Fault]]) -> None:
     for row in [row for rows in read.values() for row in good(rows)]:
         for name in row.media:
             assert os.path.exists(os.path.join(row.root, name.partition("::")[0])), row.where
     assert [good(read[name])[0].read_type for name in ("frames", "gifs")] == ["img", "gif"]
 
 
-def test_conversations(read: dict[str, list[Row | BadEntry]]) -> None:
+def test_conversations(read: dict[str, list[Row | Fault]]) -> None:
     two, caption, image = good(read["videochat2"])
     assert texts(two) == [
         "<image>\nWatch the video and answer.\nWhat moves?", "A bar.", "Where to?", "To the right.",
@@ -127,7 +127,7 @@ def test_conversations(read: dict[str, list[Row | BadEntry]]) -> None:
     ]  # fmt: skip
 
 
-def test_spans_of_tar_members_hold_the_files(read: dict[str, list[Row | BadEntry]], lookalikes: Path) -> None:
+def test_spans_of_tar_members_hold_the_files(read: dict[str, list[Row | Fault]], lookalikes: Path) -> None:
     rows = good(read["shards"])
     assert [texts(row)[1] for row in rows] == ["A bar.", "An orange bar.", "Yes.", "A bar.", "A bar."]
     originals = {".mp4": lookalikes / "media" / "one.mp4", ".jpg": lookalikes / "media" / "a.jpg"}
@@ -165,8 +165,8 @@ def test_a_damaged_header_ends_a_tar_with_a_fault(lookalikes: Path, tmp_path: Pa
     (tmp_path / "a.tar").write_bytes(content)
     (tmp_path / "b.tar").write_bytes(b"\x1f\x8b" + bytes(600))
     read = [row for spec in read_mixture(f"{tmp_path}/*.tar") for row in read_rows(spec, seed=0)]
-    assert [type(row) for row in read] == [Row, Row, Row, BadEntry, BadEntry]
-    details = [row.detail for row in read if isinstance(row, BadEntry)]
+    assert [type(row) for row in read] == [Row, Row, Row, Fault, Fault]
+    details = [row.detail for row in read if isinstance(row, Fault)]
     assert "is damaged at byte" in details[0] and "unpack it if it is compressed" in details[1]
 
 
@@ -190,7 +190,7 @@ def test_no_damage_to_a_tar_is_fatal(lookalikes: Path, where: float, flips: int,
     assert [row.media[0][:13] for row in good(read)][-1:] == ["b.tar::i1.jpg"]
 
 
-def rows_of(folder: Path, kind: str, file: str, **options: Any) -> list[Row | BadEntry]:
+def rows_of(folder: Path, kind: str, file: str, **options: Any) -> list[Row | Fault]:
     spec = DatasetSpec("x", str(folder / file), kind, str(folder / "media"), options=options)
     return list(read_rows(spec, seed=0))
 
@@ -254,10 +254,10 @@ def test_halves_of_characters_are_faults(tmp_path: Path) -> None:
     found = []
     for kind, file in (("llava", "a.jsonl"), ("webdataset", "a.tar")):
         found += read_rows(DatasetSpec("x", str(tmp_path / file), kind, str(tmp_path)), seed=0)
-    reasons = [row.reason if isinstance(row, BadEntry) else "" for row in found]
+    reasons = [row.reason if isinstance(row, Fault) else "" for row in found]
     assert reasons == ["conversation", "malformed", "malformed", "conversation", "", "malformed"]
     for row in found:
-        for text in (row.where, row.line() if isinstance(row, BadEntry) else ""):
+        for text in (row.where, row.line() if isinstance(row, Fault) else ""):
             text.encode()
 
 
@@ -272,7 +272,7 @@ def test_halves_of_characters_are_faults(tmp_path: Path) -> None:
 def test_malformed_rows_are_faults_never_errors(tmp_path: Path, kind: str, value: Any) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(value))
     spec = DatasetSpec("x", str(tmp_path / "a.jsonl"), kind, str(tmp_path))
-    assert [type(row) for row in read_rows(spec, seed=0)] == [BadEntry]
+    assert [type(row) for row in read_rows(spec, seed=0)] == [Fault]
 
 
 def test_a_format_that_no_one_reads_yet_is_refused_by_name(tmp_path: Path) -> None:

@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 
 from crosslmm_jax.data.annotations.json_files import expand_files
 from crosslmm_jax.data.annotations.mixture import read_mixture, read_rows
-from crosslmm_jax.data.annotations.rows import BadEntry, DatasetSpec, Origin, Row, inside, parse_seconds
+from crosslmm_jax.data.annotations.rows import DatasetSpec, Origin, Row, inside, parse_seconds
 from crosslmm_jax.data.annotations.strategies import parse_strategy, select
-from crosslmm_jax.data.text.turns import RowFault
-from crosslmm_jax.errors import UserError
+from crosslmm_jax.errors import DataError, Fault, UserError
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
@@ -213,9 +212,9 @@ def test_bad_rows_are_reported_and_the_others_read(tmp_path: Path) -> None:
     [spec] = read_mixture(str(tmp_path / "a.jsonl"))
     read = list(read_rows(spec, seed=0))
     assert [row.row for row in read] == list(range(7))
-    reasons = [row.reason if isinstance(row, BadEntry) else "" for row in read]
+    reasons = [row.reason if isinstance(row, Fault) else "" for row in read]
     assert reasons == ["", "outside_root", "placeholders", "clip_times", "conversation", "malformed", ""]
-    assert isinstance(read[1], BadEntry) and read[1].path == "../x.mp4"
+    assert isinstance(read[1], Fault) and read[1].path == "../x.mp4"
 
 
 INTERNVID = {
@@ -325,7 +324,7 @@ def test_absolute_paths_inside_the_root_become_relative(tmp_path: Path) -> None:
     assert inside(origin, f"{tmp_path}/x/../a.mp4") == "a.mp4"
     assert inside(origin, "s.tar::k.mp4@1+2") == "s.tar::k.mp4@1+2"
     for name in (f"{tmp_path}/../a.mp4", str(tmp_path), f"{tmp_path}x/a.mp4", "../s.tar::k"):
-        with pytest.raises(RowFault, match="stay inside it"):
+        with pytest.raises(DataError, match="stay inside it"):
             inside(origin, name)
     free = Origin("row", 0, origin.spec, allow_outside=True)
     assert inside(free, "/else/a.mp4") == "/else/a.mp4"

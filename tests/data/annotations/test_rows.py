@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from crosslmm_jax.data.annotations.mixture import read_rows
-from crosslmm_jax.data.annotations.rows import BadEntry, DatasetSpec, Row
-from crosslmm_jax.errors import UserError
+from crosslmm_jax.data.annotations.rows import DatasetSpec, Row
+from crosslmm_jax.errors import Fault, UserError
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
 
@@ -21,14 +21,14 @@ def write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-def read(file: str, root: Path) -> list[Row | BadEntry]:
+def read(file: str, root: Path) -> list[Row | Fault]:
     return list(read_rows(DatasetSpec("set", file, "llava", str(root)), seed=0))
 
 
-def fault(file: str, root: Path) -> BadEntry:
+def fault(file: str, root: Path) -> Fault:
     """The only entry that is bad, the last one."""
     *good, entry = read(file, root)
-    assert all(isinstance(row, Row) for row in good) and isinstance(entry, BadEntry)
+    assert all(isinstance(row, Row) for row in good) and isinstance(entry, Fault)
     return entry
 
 

@@ -16,19 +16,19 @@ from video_files import assert_same
 
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.annotations.mixture import read_mixture, read_rows
-from crosslmm_jax.data.annotations.rows import BadEntry, DatasetSpec, Row
+from crosslmm_jax.data.annotations.rows import DatasetSpec, Row
 from crosslmm_jax.data.media import array_record as records
 from crosslmm_jax.data.media.array_record import read_record
 from crosslmm_jax.data.media.locate import open_media
 from crosslmm_jax.data.media.video import probe, read_frames
-from crosslmm_jax.errors import UserError
+from crosslmm_jax.errors import Fault, UserError
 
 FOUR = SamplingConfig(frames=4)
 TEXT, SEVERAL = features.Text(), features.Sequence(features.Text())
 FILE = "invented-train.array_record-00000"
 
 
-def rows_of(folder: Path, **options: Any) -> list[Row | BadEntry]:
+def rows_of(folder: Path, **options: Any) -> list[Row | Fault]:
     spec = DatasetSpec("x", str(folder), "tfds", str(folder), options=options)
     return list(read_rows(spec, seed=0))
 
@@ -166,7 +166,7 @@ def test_paths_lead_to_the_root(tmp_path: Path, video: Path) -> None:
     good, *bad = read_rows(spec, seed=0)
     assert isinstance(good, Row) and good.root == str(tmp_path / "media")
     assert (good.media, good.bounds, good.read_type) == (("a.mp4",), (1.0, 2.0), "av")
-    assert [entry.reason for entry in bad if isinstance(entry, BadEntry)] == [
+    assert [entry.reason for entry in bad if isinstance(entry, Fault)] == [
         "clip_times", "outside_root", "conversation",
     ]  # fmt: skip
 
@@ -230,7 +230,7 @@ def test_files_of_records_stay_in_the_folder(lookalikes: Path, tmp_path: Path) -
         (tmp_path / "linked" / file.name).symlink_to(file)
     for name in ("named", "linked"):
         folder = tmp_path / name
-        bad = [row.reason for row in rows_of(folder) if isinstance(row, BadEntry)]
+        bad = [row.reason for row in rows_of(folder) if isinstance(row, Fault)]
         assert bad == ["outside_root"] * 3
         spec = DatasetSpec("x", str(folder), "tfds", str(folder))
         rows = [row for row in read_rows(spec, seed=0, allow_outside=True) if isinstance(row, Row)]
@@ -250,7 +250,7 @@ def test_records_beside_another_format_are_read(lookalikes: Path, tmp_path: Path
 def test_values_that_are_no_media_are_faults(tmp_path: Path) -> None:
     write_tfds(tmp_path / "set", {"video": np.int64, "caption": TEXT}, [{"video": 3, "caption": "A"}])
     (bad,) = rows_of(tmp_path / "set")
-    assert isinstance(bad, BadEntry) and bad.reason == "malformed" and "holds numbers" in bad.detail
+    assert isinstance(bad, Fault) and bad.reason == "malformed" and "holds numbers" in bad.detail
 
 
 def test_a_damaged_record_spoils_its_row_alone(lookalikes: Path, tmp_path: Path) -> None:
@@ -261,10 +261,10 @@ def test_a_damaged_record_spoils_its_row_alone(lookalikes: Path, tmp_path: Path)
     content[content.index(b"An orange bar.")] ^= 1
     (tmp_path / FILE).write_bytes(content)
     first, second, third = rows_of(tmp_path)
-    assert isinstance(first, BadEntry) and first.reason == "corrupt" and isinstance(third, Row)
-    assert isinstance(second, BadEntry) and second.reason == "conversation"
+    assert isinstance(first, Fault) and first.reason == "corrupt" and isinstance(third, Row)
+    assert isinstance(second, Fault) and second.reason == "conversation"
     (tmp_path / FILE).unlink()
-    assert [row.reason for row in rows_of(tmp_path)[:2] if isinstance(row, BadEntry)] == ["missing"] * 2
+    assert [row.reason for row in rows_of(tmp_path)[:2] if isinstance(row, Fault)] == ["missing"] * 2
 
 
 def test_a_record_of_several_media_is_read_once_for_all(

@@ -18,7 +18,7 @@ from crosslmm_jax.data.batching.choose_buckets import make_shapes
 from crosslmm_jax.data.batching.token_counts import row_lengths, video_frames
 from crosslmm_jax.data.index.table import Columns, Index
 from crosslmm_jax.data.loading.collate import Example
-from crosslmm_jax.data.loading.example import BadRow, ExampleLoader
+from crosslmm_jax.data.loading.example import ExampleLoader
 from crosslmm_jax.data.media.frame_sampling import choose_frames
 from crosslmm_jax.data.media.image import Clip
 from crosslmm_jax.data.media.video import probe, read_frames
@@ -26,7 +26,7 @@ from crosslmm_jax.data.text.chat import count_tokens, prompt_segments
 from crosslmm_jax.data.text.time_instruction import ClipMeta, time_text, wording_tokens
 from crosslmm_jax.data.text.tokenizer import Tokenizer
 from crosslmm_jax.data.text.turns import Turn
-from crosslmm_jax.errors import ConfigError
+from crosslmm_jax.errors import ConfigError, Fault
 
 TICKS = 12_800  # a second
 WORDS = st.text(alphabet="ab c,1.\n", min_size=1, max_size=80).filter(str.strip)
@@ -208,7 +208,7 @@ def test_a_row_whose_placeholders_do_not_fit_is_rejected_by_name(tokenizer: Toke
             columns_of(row, (film,), tokenizer), tokens_per_frame=1,
         )  # fmt: skip
         found = loader.load(0, shapes.buckets[0])
-        assert isinstance(found, BadRow) and found.reason == "placeholders"
+        assert isinstance(found, Fault) and found.reason == "placeholders"
         assert found.detail.startswith("file: row 7: 2 <image>/<video> placeholders for 1 media")
 
 

@@ -364,7 +364,7 @@ def test_stats_and_check(videos: SyntheticSet, make_index, capsys: pytest.Captur
     assert "32 rows decoded, 0 bad" in capsys.readouterr().out
     (videos.folder / "videos/train_00002.mp4").write_text("no video")
     count, bad = check_index(str(index), sampling=SamplingConfig(frames=4), quiet=True)
-    assert count == 32 and [row.row_index for row in bad] == [8, 9, 10, 11]
+    assert count == 32 and [row.row for row in bad] == [8, 9, 10, 11]
     assert main(["data", "check", str(index), "--sample", "5", "--workers", "0"]) in (0, 1)
     assert "5 rows decoded" in capsys.readouterr().out
 

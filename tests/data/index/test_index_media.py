@@ -156,5 +156,5 @@ def test_a_medium_that_rows_share_is_checked_once(
         deadline_s=None,
     )  # fmt: skip
     assert opened == [kept, kept, broken]
-    assert [(row.row_index, row.reason) for row in found] == [(6, found[0].reason), (7, found[0].reason)]
-    assert "row 7" in found[1].detail and broken in found[1].detail
+    assert [(row.row, row.reason) for row in found] == [(6, found[0].reason), (7, found[0].reason)]
+    assert "row 7" in found[1].where and broken in found[1].detail

@@ -18,9 +18,9 @@ from video_files import write_sound
 
 from crosslmm_jax.config import DataConfig, SamplingConfig
 from crosslmm_jax.data.loading.dataset import Source
-from crosslmm_jax.data.loading.example import BadRow
 from crosslmm_jax.data.loading.loader import make_iterator
 from crosslmm_jax.demo.synthetic import SyntheticSet
+from crosslmm_jax.errors import Fault
 
 GOOD, BAD = 1000, 300
 SECONDS_EACH = 2.0  # for a damaged file
@@ -120,7 +120,7 @@ def test_an_epoch_over_damaged_files(
     runs = []
     for workers in (2, 0):
         source = Source(dataclasses.replace(config, num_workers=workers), tokens_per_frame=1, image_size=16)
-        told: list[BadRow] = []
+        told: list[Fault] = []
         iterator = make_iterator(source, on_bad_row=told.append)
         batches = [next(iterator)]
         begun = workers_alive()
@@ -128,7 +128,7 @@ def test_an_epoch_over_damaged_files(
         assert len(begun) == workers and workers_alive() == begun, "no worker was lost"
         iterator.close()
         runs.append(batches)
-        reasons = {row.row_index: row.reason for row in told}
+        reasons = {row.row: row.reason for row in told}
         assert set(reasons) <= set(allowed), "no good file is blamed"
         wrong = {
             number: (damage.kinds[number], reasons.get(number, ""))

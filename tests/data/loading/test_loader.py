@@ -17,13 +17,13 @@ from crosslmm_jax.config import DataConfig, ModalityWeights, SamplingConfig
 from crosslmm_jax.data.batching.buckets import Bucket
 from crosslmm_jax.data.loading.collate import Batch
 from crosslmm_jax.data.loading.dataset import Source
-from crosslmm_jax.data.loading.example import BadRow, FrameCache
+from crosslmm_jax.data.loading.example import FrameCache
 from crosslmm_jax.data.loading.loader import BatchIterator, make_iterator
 from crosslmm_jax.data.media.image import Clip
 from crosslmm_jax.data.reports.check import check_index
 from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
 from crosslmm_jax.demo.synthetic import SyntheticSet
-from crosslmm_jax.errors import ConfigError, UserError
+from crosslmm_jax.errors import ConfigError, Fault, UserError
 
 
 @pytest.fixture
@@ -138,18 +138,18 @@ def test_bad_files_are_replaced_the_same_way_each_time(config: DataConfig, damag
     bad_videos = ["videos/train_00002.mp4", "videos/train_00009.mp4"]
     config = dataclasses.replace(damage(bad_videos), batch_size=16, num_workers=workers)
     source = source_of(config)
-    told: list[BadRow] = []
+    told: list[Fault] = []
     iterator = make_iterator(source, on_bad_row=told.append)
     first = take(iterator, 4)
     bad_rows = {number for number in range(64) if source.rows[number].media[0] in bad_videos}
     assert len(bad_rows) == 8
     seen = Counter(int(row) for batch in first for row in batch["row_index"])
     assert not bad_rows & set(seen) and sum(seen.values()) == 64
-    assert set(iterator.bad_rows) == bad_rows == {row.row_index for row in told}
+    assert set(iterator.bad_rows) == bad_rows == {row.row for row in told}
     assert len(told) == 8  # each row is told once
     assert sum(iterator.faults.values()) >= 8 and iterator.take_counts()["faults"] == iterator.faults
     assert not iterator.take_counts()["faults"]
-    assert "cannot be decoded" in told[0].detail and "train.json: row" in told[0].detail
+    assert "cannot be decoded" in told[0].detail and "train.json: row" in told[0].where
     clean = source_of(dataclasses.replace(config, num_workers=0))
     assert_same(first, take(make_iterator(clean, on_bad_row=told.append), 4))
 
@@ -249,7 +249,7 @@ def test_rows_that_fit_no_bucket_are_left_out(
     source = source_of(dataclasses.replace(config, index=str(make_index(synthetic.folder / "long.json"))))
     assert source.left_out == 1 and "1 of 64 rows are left out" in caplog.text
     found = source.loader.load(3, source.buckets[0])
-    assert isinstance(found, BadRow) and found.reason == "too_long" and "row 3 " in found.detail
+    assert isinstance(found, Fault) and found.reason == "too_long" and "row 3 " in found.where
 
 
 def test_steps_of_a_modality_without_rows_go_to_the_others(
@@ -274,7 +274,7 @@ def test_paths_out_of_the_root_only_when_the_config_allows(
     found = source_of(dataclasses.replace(allowed, allow_outside=False)).loader.load(
         0, Bucket("video", 4, 64)
     )
-    assert isinstance(found, BadRow) and found.reason == "outside_root"
+    assert isinstance(found, Fault) and found.reason == "outside_root"
     assert check_index(str(index), sampling=config.sampling, quiet=True, allow_outside=True) == (64, [])
     count, bad = check_index(str(index), sampling=config.sampling, quiet=True)
     assert count == 64 and {row.reason for row in bad} == {"outside_root"} and len(bad) == 64

@@ -17,7 +17,7 @@ from crosslmm_jax.data.media import array_record as records
 from crosslmm_jax.data.media.array_record import read_record
 from crosslmm_jax.data.media.locate import open_media
 from crosslmm_jax.data.media.video import read_frames
-from crosslmm_jax.errors import MediaError
+from crosslmm_jax.errors import DataError
 
 FOUR = SamplingConfig(frames=4)
 FILE = "invented-train.array_record-00000"
@@ -49,9 +49,9 @@ def test_references_that_cannot_be_read(
     (root / "text.array_record").write_bytes(b"x" * 70_000)
     (root / "empty.array_record").touch()
     write_records(root / "raw.array_record", [b"\xff" * 99])
-    with pytest.raises(MediaError) as caught:
+    with pytest.raises(DataError) as caught:
         open_media(str(root), reference)
-    assert caught.value.reason == reason and "\n" not in str(caught.value)
+    assert caught.value.fault.reason == reason and "\n" not in str(caught.value)
 
 
 def test_a_record_may_be_a_medium(lookalikes: Path, tmp_path: Path) -> None:
@@ -61,9 +61,9 @@ def test_a_record_may_be_a_medium(lookalikes: Path, tmp_path: Path) -> None:
         medium = open_media(str(tmp_path), f"x.array_record::{number}")
         assert_same(read_frames(medium, FOUR, size=24), read_frames(path, FOUR, size=24))
     for number, reason in ((2, "empty"), (3, "wrong_type")):
-        with pytest.raises(MediaError) as caught:
+        with pytest.raises(DataError) as caught:
             read_frames(open_media(str(tmp_path), f"x.array_record::{number}"), FOUR, size=24)
-        assert caught.value.reason == reason
+        assert caught.value.fault.reason == reason
 
 
 def test_no_damage_to_records_is_fatal(lookalikes: Path, tmp_path: Path) -> None:
@@ -81,8 +81,8 @@ def test_no_damage_to_records_is_fatal(lookalikes: Path, tmp_path: Path) -> None
         try:
             read_frames(open_media(str(tmp_path), f"{FILE}::0/image/0.jpg"), FOUR, size=24)
             reasons.add("none")
-        except MediaError as error:
-            reasons.add(error.reason)
+        except DataError as error:
+            reasons.add(error.fault.reason)
     assert reasons >= {"none", "corrupt"} and reasons <= {"none", "corrupt", "empty", "missing"}
 
 

@@ -17,7 +17,7 @@ from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.media import demux as packets
 from crosslmm_jax.data.media.locate import resolve
 from crosslmm_jax.data.media.video import probe, read_frames
-from crosslmm_jax.errors import MediaError
+from crosslmm_jax.errors import DataError
 
 SECONDS_EACH = 2.0
 
@@ -31,8 +31,8 @@ def read_all(root: str, references: list[str]) -> None:
             probe(path)
             clip = read_frames(path, SamplingConfig(frames=6), size=16)
             assert clip.frames.shape[1:] == (16, 16, 3) and len(clip.times) == len(clip.frames) > 0
-        except MediaError as error:
-            reason, message = error.reason, str(error)
+        except DataError as error:
+            reason, message = error.fault.reason, str(error)
         print(json.dumps([reference, reason, time.monotonic() - start, message]), flush=True)
 
 
@@ -69,7 +69,7 @@ def test_a_damaged_place_in_a_large_file(
         start = time.monotonic()
         try:
             clip = read_frames(path, SamplingConfig(frames=rng.choice([5, 30])), size=SIZE)
-        except MediaError:
+        except DataError:
             clip = None
         assert time.monotonic() - start < SECONDS_EACH
         for image, second in zip(clip.frames, clip.times, strict=True) if clip else ():

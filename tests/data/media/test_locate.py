@@ -20,17 +20,17 @@ from crosslmm_jax.data.media import packet_index
 from crosslmm_jax.data.media.image import read_image
 from crosslmm_jax.data.media.locate import Media, resolve
 from crosslmm_jax.data.media.video import probe, read_frames
-from crosslmm_jax.errors import MediaError
+from crosslmm_jax.errors import DataError
 
 SIZE = 24
 FOUR = SamplingConfig(frames=4)
 
 
 def reason_of(path: Path, **options: float) -> str:
-    with pytest.raises(MediaError) as caught:
+    with pytest.raises(DataError) as caught:
         read_frames(path, FOUR, size=SIZE, **options)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
-    return caught.value.reason
+    return caught.value.fault.reason
 
 
 def test_resolve_keeps_to_the_root(tmp_path: Path) -> None:
@@ -54,14 +54,14 @@ def test_resolve_keeps_to_the_root(tmp_path: Path) -> None:
         "link.mp4",
     ]
     for reference in bad:
-        with pytest.raises(MediaError) as caught:
+        with pytest.raises(DataError) as caught:
             resolve(str(root), reference)
-        assert caught.value.reason == "outside_root"
+        assert caught.value.fault.reason == "outside_root"
         assert os.path.join(root, reference) == resolve(str(root), reference, allow_outside=True)
     for reference in ("", "a\0b"):
-        with pytest.raises(MediaError) as caught:
+        with pytest.raises(DataError) as caught:
             resolve(str(root), reference, allow_outside=True)
-        assert caught.value.reason == "missing"
+        assert caught.value.fault.reason == "missing"
     alias = tmp_path / "alias"
     alias.symlink_to(root)
     assert resolve(str(alias), "a/in.mp4") == str(alias / "a/in.mp4")
@@ -164,15 +164,15 @@ def test_folder_of_pictures_is_a_video_of_one_frame_a_second(tmp_path: Path) -> 
     assert clip.frames[:, 0, 0, 0].tolist() == [2] and clip.duration == pytest.approx(0.5)
     assert read_frames(folder, SamplingConfig(frames=2), size=SIZE, bounds=(1, 2.5)).duration == 1.5
     (folder / "clip_7_10.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"x" * 99)
-    with pytest.raises(MediaError, match="clip_7_10.png") as caught:
+    with pytest.raises(DataError, match="clip_7_10.png") as caught:
         read_frames(folder, SamplingConfig(frames=5), size=SIZE)
-    assert caught.value.reason == "corrupt"
+    assert caught.value.fault.reason == "corrupt"
 
 
 def test_folder_without_pictures(tmp_path: Path) -> None:
     (tmp_path / "x.mp4").mkdir()
     assert reason_of(tmp_path / "x.mp4") == "empty"
-    with pytest.raises(MediaError, match="is a folder"):
+    with pytest.raises(DataError, match="is a folder"):
         read_image(tmp_path / "x.mp4", SIZE)
 
 
@@ -216,9 +216,9 @@ def test_a_picture_whose_name_tells_nothing(tmp_path: Path) -> None:
     video.write_bytes(write_video(tmp_path / "a.mp4", 12).read_bytes())
     assert probe(video).num_frames == 12 and len(read_frames(video, FOUR, size=SIZE).frames) == 4
     (tmp_path / "text").write_text("no picture")
-    with pytest.raises(MediaError, match="text: cannot be decoded") as caught:
+    with pytest.raises(DataError, match="text: cannot be decoded") as caught:
         probe(tmp_path / "text")
-    assert caught.value.reason == "wrong_type"
+    assert caught.value.fault.reason == "wrong_type"
 
 
 def test_what_no_reader_knows_is_told_in_words_for_people(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_what_no_reader_knows_is_told_in_words_for_people(tmp_path: Path) -> Non
     for content, words in ((b"text", "it is no picture"), (b"\x89PNG\r\n\x1a\nx", "damaged at its begin")):
         (tmp_path / "a.png").write_bytes(content)
         for medium in (str(tmp_path / "a.png"), Media(str(tmp_path / "a.png"), "b.png", data=content)):
-            with pytest.raises(MediaError) as caught:
+            with pytest.raises(DataError) as caught:
                 probe(medium)
             assert str(caught.value) == f"{medium}: cannot be read as an image ({words}); replace the file"
 

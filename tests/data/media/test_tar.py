@@ -18,7 +18,7 @@ from crosslmm_jax.data.media import locate as media
 from crosslmm_jax.data.media.locate import direct_reference, open_file, open_media, size_of
 from crosslmm_jax.data.media.tar import spanned
 from crosslmm_jax.data.media.video import probe, read_frames
-from crosslmm_jax.errors import MediaError
+from crosslmm_jax.errors import DataError
 
 FOUR = SamplingConfig(frames=4)
 
@@ -99,16 +99,16 @@ def test_nothing_stays_open(tmp_path: Path, files: dict[str, bytes]) -> None:
     for name in files:
         medium = open_media(str(tmp_path), f"all.tar::x/{name}")
         read_frames(medium, FOUR, size=24)
-        with pytest.raises(MediaError):
+        with pytest.raises(DataError):
             read_frames(medium._replace(length=10), FOUR, size=24)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def reason_of(root: Path, reference: str) -> str:
-    with pytest.raises(MediaError) as caught:
+    with pytest.raises(DataError) as caught:
         read_frames(open_media(str(root), reference), FOUR, size=24)
     assert "\n" not in str(caught.value)
-    return caught.value.reason
+    return caught.value.fault.reason
 
 
 def test_tars_and_members_that_cannot_be_read(tmp_path: Path, files: dict[str, bytes]) -> None:

@@ -15,7 +15,7 @@ from crosslmm_jax.data.media import demux as packets
 from crosslmm_jax.data.media import locate as media
 from crosslmm_jax.data.media import video
 from crosslmm_jax.data.media.video import probe, read_frames
-from crosslmm_jax.errors import MediaError, UserError
+from crosslmm_jax.errors import DataError, UserError
 
 KINDS: dict[str, dict[str, Any]] = {
     "one_group.mp4": {},
@@ -77,9 +77,9 @@ def test_bounds(tmp_path: Path) -> None:
         np.testing.assert_array_equal(between.frames, frames[[10, 10]])
     last = read_frames(path, SamplingConfig(frames=1), size=SIZE, bounds=(1.99, 3))
     np.testing.assert_array_equal(last.frames, frames[[49]])
-    with pytest.raises(MediaError, match="a.mp4: no frames between 5 and 6 seconds") as caught:
+    with pytest.raises(DataError, match="a.mp4: no frames between 5 and 6 seconds") as caught:
         read_frames(path, SamplingConfig(frames=3), size=SIZE, bounds=(5, 6))
-    assert caught.value.reason == "clip_times"
+    assert caught.value.fault.reason == "clip_times"
 
 
 def test_decoder_threads_do_not_change_frames(tmp_path: Path) -> None:

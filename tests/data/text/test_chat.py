@@ -19,8 +19,8 @@ from crosslmm_jax.data.text.chat import (
 )
 from crosslmm_jax.data.text.time_instruction import ClipMeta, time_text
 from crosslmm_jax.data.text.tokenizer import Tokenizer
-from crosslmm_jax.data.text.turns import RowFault, Turn, check_placeholders, parse_turns
-from crosslmm_jax.errors import UserError
+from crosslmm_jax.data.text.turns import Turn, check_placeholders, parse_turns
+from crosslmm_jax.errors import DataError, UserError
 
 QUESTION = "What shape is the red object?"
 WORDS = st.text("abc de.?", min_size=1, max_size=12).map(str.strip).filter(bool)
@@ -213,7 +213,7 @@ def test_each_video_gets_its_own_time_instruction_and_images_none(tokenizer: Tok
     assert texts[2] == f"\n{time_text(CLIP, 'short')}\na"
     assert texts[3].startswith(f"\n{time_text(clips[2], 'short')}\nb")
     assert text_of_targets(sequence, tokenizer) == "c<|im_end|>"
-    with pytest.raises(RowFault, match="^row 4: 3 <image>/<video> placeholders for 2 media"):
+    with pytest.raises(DataError, match="^row 4: 3 <image>/<video> placeholders for 2 media"):
         tokenise(turns, tokenizer, where="row 4", time_instruction="short", clips=clips[:2])
 
 
@@ -250,9 +250,9 @@ def test_over_long_rows_keep_their_longest_head_of_whole_exchanges(
     clips = [CLIP] * sum(turn.text.count("<video>") for turn in turns)
     options = {"label_mode": label_mode, "time_instruction": time, "clips": clips, "max_text_tokens": limit}
     if not fitting:
-        with pytest.raises(RowFault, match="^row: its first exchange has") as caught:
+        with pytest.raises(DataError, match="^row: its first exchange has") as caught:
             tokenise(turns, tokenizer, where="row", **options)  # type: ignore[arg-type]
-        assert caught.value.reason == "too_long"
+        assert caught.value.fault.reason == "too_long"
         return
     cut = tokenise(turns, tokenizer, where="row", **options)  # type: ignore[arg-type]
     expected = whole(turns[: fitting[0]])
@@ -262,6 +262,6 @@ def test_over_long_rows_keep_their_longest_head_of_whole_exchanges(
 
 def test_a_caption_that_is_too_long_is_a_fault(tokenizer: Tokenizer) -> None:
     turns = [Turn("user", "<image>\nDescribe."), Turn("assistant", "a dog and a cat")]
-    with pytest.raises(RowFault, match="more than max_text_tokens \\(2\\)"):
+    with pytest.raises(DataError, match="more than max_text_tokens \\(2\\)"):
         tokenise(turns, tokenizer, where="row", style="plain", max_text_tokens=2)
     assert tokenise(turns, tokenizer, where="row", style="plain").num_media == 1

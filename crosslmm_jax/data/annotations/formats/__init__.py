@@ -24,7 +24,7 @@ class Format:
     Attributes:
         entries: the entries of a data set in order, read as they are asked for. Raises UserError for a file
             that cannot be read.
-        to_row: the row of an entry. Raises RowFault.
+        to_row: the row of an entry. Raises DataError.
         options: keys of `DatasetSpec.options` that it knows.
         many_files: a data set of it is a folder, or a pattern of files in one.
     """

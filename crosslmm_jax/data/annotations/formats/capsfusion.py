@@ -61,10 +61,10 @@ def _rows(file: str, spec: DatasetSpec) -> Iterator[dict[str, Any]]:
 
 
 def to_row(value: Mapping[str, Any], origin: Origin) -> Row:
-    """A row of one image. Raises RowFault when it was not downloaded or has no caption."""
+    """A row of one image. Raises DataError when it was not downloaded or has no caption."""
     key = value["key"]
     path = fill(value["path"], {"shard": value["shard"], "key": key}, origin)
     if value["status"] != "success":
         detail = f"img2dataset did not download it (status {value['status']!r})"
-        raise origin.fault("not_downloaded", detail, path)
+        raise origin.error("not_downloaded", detail, path)
     return make_row(origin, caption_turns(origin, value["question"], value["caption"]), images=[path])

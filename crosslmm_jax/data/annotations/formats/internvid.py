@@ -49,9 +49,9 @@ def entries(spec: DatasetSpec) -> Iterator[Entry]:
 
 
 def to_row(value: Any, origin: Origin) -> Row:
-    """A row of one clip. Raises RowFault when it cannot be used."""
+    """A row of one clip. Raises DataError when it cannot be used."""
     if not isinstance(value, tuple):
-        raise origin.fault("malformed", "must be an object with video, start, end and caption; see `fields`")
+        raise origin.error("malformed", "must be an object with video, start, end and caption; see `fields`")
     picked, path, question, cut = value
     bounds = parse_bounds(origin, picked["start"], picked["end"])
     names = {name: _as_written(picked[name]) for name in ("video", "start", "end")}

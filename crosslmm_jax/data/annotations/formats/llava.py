@@ -23,12 +23,12 @@ def to_row(value: Any, origin: Origin) -> Row:
     A row with both is an image row, as in LLaVA, unless the data set's media_type says otherwise.
 
     Raises:
-        RowFault: the row cannot be used.
+        DataError: the row cannot be used.
     """
     if not isinstance(value, Mapping):
-        raise origin.fault("malformed", "must be an object with conversations and image or video")
+        raise origin.error("malformed", "must be an object with conversations and image or video")
     if "conversations" not in value:
-        raise origin.fault("conversation", "conversations is missing")
+        raise origin.error("conversation", "conversations is missing")
     media_type = origin.spec.media_type
     fields = {"image": ["image"], "video": ["video"], "text": []}.get(media_type or "", ["image", "video"])
     media = {"images": [], "videos": []}
@@ -46,17 +46,17 @@ def to_row(value: Any, origin: Origin) -> Row:
 
 
 def media_names(value: Mapping[str, Any], field: str, origin: Origin) -> list[str]:
-    """The path or paths under `field`, or []. Raises RowFault when it holds something else."""
+    """The path or paths under `field`, or []. Raises DataError when it holds something else."""
     names = value.get(field) or []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise origin.fault("malformed", f"{field} must be a path or a list of paths")
+        raise origin.error("malformed", f"{field} must be a path or a list of paths")
     return names
 
 
 def read_type_of(value: Mapping[str, Any], origin: Origin) -> str | None:
-    """`video_read_type` of one row. Raises RowFault when it is no text."""
+    """`video_read_type` of one row. Raises DataError when it is no text."""
     read_type = value.get("video_read_type")
     if read_type is not None and (not isinstance(read_type, str) or writable(read_type) != read_type):
-        raise origin.fault("malformed", "video_read_type must be text")
+        raise origin.error("malformed", "video_read_type must be text")
     return read_type

@@ -14,7 +14,7 @@ from typing import Any
 from crosslmm_jax.data.annotations.json_files import read_json_folder
 from crosslmm_jax.data.annotations.options import choices_option, text_option
 from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, Origin, Row, caption_turns, make_row
-from crosslmm_jax.data.text import RowFault
+from crosslmm_jax.errors import Fault
 
 OPTIONS = frozenset({"parts", "question"})
 _PARTS = ("global", "breakpoint", "caption")
@@ -31,10 +31,10 @@ def entries(spec: DatasetSpec) -> Iterator[Entry]:
     parts = choices_option(spec, "parts", _PARTS, _PARTS)
     question = text_option(spec, "question", _QUESTION)
     for where, value in read_json_folder(spec.path):
-        if isinstance(value, RowFault):
+        if isinstance(value, Fault):
             yield Entry(where, value)
         elif not isinstance(value, Mapping) or not isinstance(value.get("info"), Mapping):
-            yield Entry(where, RowFault(where, "malformed", "must be an object with info"))
+            yield Entry(where, Fault(where, "malformed", "must be an object with info"))
         else:
             found = False
             for part in parts:
@@ -44,7 +44,7 @@ def entries(spec: DatasetSpec) -> Iterator[Entry]:
                     yield Entry(name, (part, value["info"], content, question))
             if not found:
                 detail = f"holds none of {', '.join(parts)}"
-                yield Entry(where, RowFault(where, "conversation", detail))
+                yield Entry(where, Fault(where, "conversation", detail))
 
 
 def _contents(part: str, content: Any) -> list[tuple[str, Any]]:
@@ -57,7 +57,7 @@ def _contents(part: str, content: Any) -> list[tuple[str, Any]]:
 
 
 def to_row(value: Any, origin: Origin) -> Row:
-    """A row of one part of a file. Raises RowFault when it cannot be used."""
+    """A row of one part of a file. Raises DataError when it cannot be used."""
     part, info, content, question = value
     bounds = None
     if part == "caption":
@@ -71,13 +71,13 @@ def to_row(value: Any, origin: Origin) -> Row:
 
 def _questions(pairs: Any, origin: Origin) -> list[dict[str, str]]:
     if not isinstance(pairs, list) or not all(isinstance(pair, Mapping) for pair in pairs):
-        raise origin.fault("conversation", "must be a list of objects with question and answer")
+        raise origin.error("conversation", "must be a list of objects with question and answer")
     turns = []
     for number, pair in enumerate(pairs):
         question, answer = pair.get("question"), pair.get("answer")
         for text in (question, answer):
             if not isinstance(text, str) or not text.strip():
-                raise origin.fault("conversation", "a question or an answer is missing or no text")
+                raise origin.error("conversation", "a question or an answer is missing or no text")
         turns.append({"from": "human", "value": question if number else f"<image>\n{question}"})
         turns.append({"from": "gpt", "value": answer})
     return turns
@@ -89,5 +89,5 @@ def _moment(frame: Any, fps: Any, origin: Origin) -> float:
     numbers = [number for number in (frame, fps) if isinstance(number, int | float)]
     if len(numbers) < 2 or not 0 <= frame <= most or not 0 < fps <= most:
         detail = f"time {frame!r} and fps {fps!r} must be a frame's number and frames a second"
-        raise origin.fault("clip_times", detail)
+        raise origin.error("clip_times", detail)
     return (frame + 1) / fps

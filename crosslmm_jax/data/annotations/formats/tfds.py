@@ -30,7 +30,7 @@ from crosslmm_jax.data.media import (
     suffix_by_content,
     value_member,
 )
-from crosslmm_jax.errors import MediaError, UserError
+from crosslmm_jax.errors import DataError, UserError
 
 OPTIONS = frozenset({"fields", "question", "split"})
 # Each field, and the features that hold it unless the option `fields` names another.
@@ -160,14 +160,14 @@ def _has(kinds: Mapping[str, str], name: str) -> bool:
 
 
 def to_row(value: tuple[Layout, str, int], origin: Origin) -> Row:
-    """A row of one record. Raises RowFault when it cannot be used."""
+    """A row of one record. Raises DataError when it cannot be used."""
     layout, name, number = value
     folder = origin.spec.path
     try:
         path = resolve(folder, name, allow_outside=origin.allow_outside)
         example = parse_example(read_record(path, number), f"{path}::{number}")
-    except MediaError as error:
-        raise origin.fault(error.reason, str(error), name) from error
+    except DataError as error:
+        raise origin.error(error.fault.reason, str(error), name) from error
     record = _Record(layout, example, origin)
     allowed = {"image": ("images",), "video": ("videos",), "text": ()}
     kinds = allowed.get(origin.spec.media_type or "", ("images", "videos"))
@@ -193,12 +193,12 @@ class _Record:
         return self.example.get(self.layout.fields.get(field, ""), ())
 
     def texts(self, feature: str) -> list[str]:
-        """Values of a feature as text. Raises RowFault when they are none."""
+        """Values of a feature as text. Raises DataError when they are none."""
         values = self.example.get(feature, ())
         try:
             return [value.decode() for value in values]
         except (AttributeError, UnicodeDecodeError):
-            raise self.origin.fault("malformed", f"{feature} is no text") from None
+            raise self.origin.error("malformed", f"{feature} is no text") from None
 
     def text(self, field: str) -> str:
         """The text under `field`, "" if there is none."""
@@ -212,11 +212,11 @@ class _Record:
         return values[0] if isinstance(values[0], int | float) else self.text(field)
 
     def paths(self, field: str) -> list[str]:
-        """The paths under `field`; none if it holds the media themselves. Raises RowFault for numbers."""
+        """The paths under `field`; none if it holds the media themselves. Raises DataError for numbers."""
         values = [value for value in self.values(field) if value]
         if not all(isinstance(value, bytes) for value in values):
             feature = self.layout.fields[field]
-            raise self.origin.fault("malformed", f"{feature} holds numbers; name one of media or paths")
+            raise self.origin.error("malformed", f"{feature} holds numbers; name one of media or paths")
         return [value.decode() for value in values] if all(map(_is_path, values)) else []
 
     def members(self, field: str, number: int) -> list[str]:
@@ -240,7 +240,7 @@ class _Record:
         sizes = [int(size) for size in self.values("media_files")]
         if sizes:
             if sum(sizes) != count or min(sizes) < 1:
-                raise self.origin.fault("malformed", f"media_files {sizes} do not add up to {count} files")
+                raise self.origin.error("malformed", f"media_files {sizes} do not add up to {count} files")
             ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
             return [(end - size, end - 1) for end, size in zip(ends, sizes, strict=True)]
         kind = self.layout.kinds.get(self.layout.fields.get(field, ""))
@@ -254,7 +254,7 @@ class _Record:
         if name is None:
             question = self.text("question") or self.layout.question or _QUESTIONS.get(kind, "")
             if not question:
-                raise self.origin.fault("conversation", "has neither a medium nor a question")
+                raise self.origin.error("conversation", "has neither a medium nor a question")
             turns = caption_turns(self.origin, question, self.text("answer"))
             turns[0]["value"] = "\n".join(["<image>" * num_media, question]).strip()
             return turns
@@ -265,7 +265,7 @@ class _Record:
         try:
             return json.loads(self.text("conversations"))
         except (ValueError, RecursionError):
-            raise self.origin.fault("conversation", f"{name} is no JSON list of turns") from None
+            raise self.origin.error("conversation", f"{name} is no JSON list of turns") from None
 
 
 def _is_path(value: bytes) -> bool:

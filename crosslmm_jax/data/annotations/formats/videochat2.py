@@ -12,28 +12,28 @@ from crosslmm_jax.data.annotations.rows import Origin, Row, make_row, parse_boun
 
 
 def to_row(value: Any, origin: Origin) -> Row:
-    """One row: all its questions about all its media. Raises RowFault when it cannot be used."""
+    """One row: all its questions about all its media. Raises DataError when it cannot be used."""
     if not isinstance(value, Mapping):
-        raise origin.fault("malformed", "must be an object with video or image and QA")
+        raise origin.error("malformed", "must be an object with video or image and QA")
     pairs = value.get("QA")
     if not isinstance(pairs, list) or not pairs:
-        raise origin.fault("conversation", "QA must be a list of objects with i, q and a")
+        raise origin.error("conversation", "QA must be a list of objects with i, q and a")
     fields = ("image",) if origin.spec.media_type == "image" else ("video", "image")
     field = next((field for field in fields if value.get(field)), fields[0])
     if not (names := media_names(value, field, origin)):
-        raise origin.fault("malformed", f"{' or '.join(fields)} must be the path of a medium")
+        raise origin.error("malformed", f"{' or '.join(fields)} must be the path of a medium")
     turns: list[dict[str, str]] = []
     for number, pair in enumerate(pairs):
         texts = [pair.get(key, "") for key in ("i", "q", "a")] if isinstance(pair, Mapping) else []
         texts = [text.strip() for text in texts if isinstance(text, str)]
         if len(texts) != 3:
-            raise origin.fault("conversation", f"QA[{number}] must hold i, q and a, all text")
+            raise origin.error("conversation", f"QA[{number}] must hold i, q and a, all text")
         instruction, question, answer = texts
         parts = [question]
         if number == 0:
             parts = ["<image>" * len(names), instruction, question]
         if not answer or not any(parts):
-            raise origin.fault("conversation", f"QA[{number}] has no answer or nothing to ask")
+            raise origin.error("conversation", f"QA[{number}] has no answer or nothing to ask")
         turns.append({"from": "human", "value": "\n".join(part for part in parts if part)})
         turns.append({"from": "gpt", "value": answer})
     bounds = parse_bounds(origin, value.get("start"), value.get("end")) if field == "video" else None

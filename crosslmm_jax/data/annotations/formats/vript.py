@@ -12,7 +12,7 @@ from typing import Any
 from crosslmm_jax.data.annotations.json_files import read_json_folder
 from crosslmm_jax.data.annotations.options import choices_option, fill, path_option, text_option
 from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, Origin, Row, caption_turns, make_row
-from crosslmm_jax.data.text import RowFault
+from crosslmm_jax.errors import Fault
 
 OPTIONS = frozenset({"path", "parts", "question"})
 _PARTS = ("scene_title", "shot_type", "camera_movement", "content")
@@ -32,28 +32,28 @@ def entries(spec: DatasetSpec) -> Iterator[Entry]:
     path = path_option(spec, "{video_id}/{clip_id}.mp4", ("video_id", "clip_id"))
     question = text_option(spec, "question", _QUESTION)
     for where, value in read_json_folder(spec.path):
-        if isinstance(value, RowFault):
+        if isinstance(value, Fault):
             yield Entry(where, value)
             continue
         scenes = value.get("data") if isinstance(value, Mapping) else None
         if not isinstance(scenes, Mapping) or not scenes:
-            yield Entry(where, RowFault(where, "malformed", "must be an object with data, a map of scenes"))
+            yield Entry(where, Fault(where, "malformed", "must be an object with data, a map of scenes"))
             continue
         for name, scene in scenes.items():
             yield Entry(f"{where}: {name}", (name, scene, path, parts, question))
 
 
 def to_row(value: Any, origin: Origin) -> Row:
-    """A row of one scene. Raises RowFault when it cannot be used."""
+    """A row of one scene. Raises DataError when it cannot be used."""
     name, scene, path, parts, question = value
     caption = scene.get("caption") if isinstance(scene, Mapping) else None
     if not isinstance(caption, Mapping):
-        raise origin.fault("malformed", "a scene must be an object with caption, an object too")
+        raise origin.error("malformed", "a scene must be an object with caption, an object too")
     lines = []
     for part in parts:
         text = caption.get(part)
         if not isinstance(text, str) or not text.strip():
-            raise origin.fault("conversation", f"caption: {part} is missing or no text")
+            raise origin.error("conversation", f"caption: {part} is missing or no text")
         label = "" if part == "content" else part.replace("_", " ").capitalize() + ": "
         lines.append(label + text.strip())
     ids = {"video_id": scene.get("video_id"), "clip_id": scene.get("clip_id", name)}

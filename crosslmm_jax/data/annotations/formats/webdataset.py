@@ -23,8 +23,7 @@ from crosslmm_jax.data.annotations.rows import (
     parse_bounds,
 )
 from crosslmm_jax.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, look_at, read_member, spanned, walk
-from crosslmm_jax.data.text import RowFault
-from crosslmm_jax.errors import UserError
+from crosslmm_jax.errors import Fault, UserError
 
 OPTIONS = frozenset({"caption", "question"})
 _QUESTIONS = {"images": "Describe the image briefly.", "videos": "Describe the video briefly."}
@@ -68,7 +67,7 @@ def entries(spec: DatasetSpec) -> Iterator[Entry]:
                 yield Entry(f"{tar}: {sample.key}", sample)
         except UserError as error:
             detail = str(error).removeprefix(f"{tar}: ")
-            yield Entry(tar, RowFault(tar, "malformed", detail, os.path.basename(tar)))
+            yield Entry(tar, Fault(tar, "malformed", detail, os.path.basename(tar)))
 
 
 def _samples(path: str, caption: str, question: str) -> Iterator[Sample]:
@@ -93,18 +92,18 @@ def _samples(path: str, caption: str, question: str) -> Iterator[Sample]:
 
 
 def to_row(value: Any, origin: Origin) -> Row:
-    """A row of one sample, its media relative to the folder of the tar. Raises RowFault."""
+    """A row of one sample, its media relative to the folder of the tar. Raises DataError."""
     sample: Sample = value
     root = os.path.dirname(sample.tar) or "."
     origin = dataclasses.replace(origin, spec=dataclasses.replace(origin.spec, root=root))
     about = _json_of(sample, origin)
     kinds = [kind for kind, names in sample.media.items() if names]
     if len(kinds) > 1:
-        raise origin.fault("malformed", "holds images and a video; put them into samples of their own")
+        raise origin.error("malformed", "holds images and a video; put them into samples of their own")
     conversations = about.get("conversations")
     if conversations is None:
         if not kinds:
-            raise origin.fault("missing", "holds no image, no video and no conversations")
+            raise origin.error("missing", "holds no image, no video and no conversations")
         question = sample.question or _QUESTIONS[kinds[0]]
         conversations = caption_turns(origin, question, _caption_of(sample, about))
     bounds = parse_bounds(origin, about.get("start"), about.get("end")) if sample.media["videos"] else None
@@ -124,7 +123,7 @@ def _json_of(sample: Sample, origin: Origin) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         about = None
     if not isinstance(about, Mapping):
-        raise origin.fault("malformed", "its .json is no valid JSON object")
+        raise origin.error("malformed", "its .json is no valid JSON object")
     return about
 
 
