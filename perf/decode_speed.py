@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.data.media.decode import decode_groups
+from crosslmm_jax.data.media.decode import decode_gops
 from crosslmm_jax.data.media.locate import Deadline
 from crosslmm_jax.data.media.packet_index import open_indexed
 from crosslmm_jax.data.media.video import read_frames
@@ -150,7 +150,7 @@ def decode_alone(path: Path, frames: int) -> float:
         order = np.argsort(index.times)
         wanted = order[np.arange(frames) * (len(order) - 1) // (frames - 1)]
         start = time.process_time()
-        for _ in decode_groups(stream, index, wanted=wanted, shortcuts=True, deadline=deadline):
+        for _ in decode_gops(stream, index, wanted=wanted, shortcuts=True, deadline=deadline):
             pass
         return time.process_time() - start
 

@@ -187,7 +187,7 @@ def free_port() -> Iterator[Callable[[], int]]:
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
+    from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     write_default_tokenizer(folder)

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from crosslmm_jax.data.index.build import build_index
-from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
 from crosslmm_jax.demo.synthetic import write_dataset
+from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])

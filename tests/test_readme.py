@@ -118,8 +118,8 @@ def test_files_named_in_the_text_exist() -> None:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what README's examples name: a MODEL in `runs/demo` and a video `clip.mp4`."""
     from crosslmm_jax.data.index.build import build_index
-    from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
     from crosslmm_jax.demo.synthetic import write_dataset
+    from crosslmm_jax.demo.tokenizer import write_default_tokenizer
     from crosslmm_jax.train.loop import train
 
     folder = tmp_path_factory.mktemp("readme")

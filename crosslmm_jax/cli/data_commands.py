@@ -6,8 +6,8 @@ from collections import Counter
 from crosslmm_jax.config import DataConfig, SamplingConfig
 from crosslmm_jax.data.index import build_index
 from crosslmm_jax.data.reports import check_index, describe
-from crosslmm_jax.data.text import write_default_tokenizer
 from crosslmm_jax.data.tfds_export import to_tfds
+from crosslmm_jax.demo import write_default_tokenizer
 from crosslmm_jax.errors import Fault
 
 FAILURES = 1  # exit code of `check` when a row cannot be read

@@ -2,6 +2,7 @@
 
 from crosslmm_jax.demo.command import run
 from crosslmm_jax.demo.synthetic import COLOURS, SHAPES, caption_of, question_of
+from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 
 __all__ = [
     "COLOURS",
@@ -9,4 +10,5 @@ __all__ = [
     "caption_of",
     "question_of",
     "run",
+    "write_default_tokenizer",
 ]

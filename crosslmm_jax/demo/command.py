@@ -97,8 +97,8 @@ def _as_json(value: Any) -> bytes:
 
 def _write_inputs(folder: Path, size: recipe.Size, seed: int) -> None:
     from crosslmm_jax.data.index import build_index
-    from crosslmm_jax.data.text import write_default_tokenizer
     from crosslmm_jax.demo.synthetic import write_dataset
+    from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 
     write_dataset(
         folder / "data", num_train=size.num_train, num_heldout=size.num_heldout, seed=seed,

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from crosslmm_jax.config import DataConfig
-from crosslmm_jax.data.loading import Source
+from crosslmm_jax.data.loading import Dataset
 from crosslmm_jax.model import CrossLMM
 from crosslmm_jax.model_folder import load_model_config, load_weights
 
@@ -26,8 +26,10 @@ def answered_exactly(model_folder: str | Path, data: DataConfig) -> Bool[np.ndar
     """
     config = load_model_config(model_folder)
     params = load_weights(model_folder, config, dtype=config.compute_dtype)
-    source = Source(data, tokens_per_frame=config.merge.tokens_per_frame, image_size=config.vision.image_size)
-    model, vocab_size = CrossLMM(config), source.tokenizer.vocab_size
+    dataset = Dataset(
+        data, tokens_per_frame=config.merge.tokens_per_frame, image_size=config.vision.image_size
+    )
+    model, vocab_size = CrossLMM(config), dataset.tokenizer.vocab_size
 
     @jax.jit
     def right(params: Any, batch: dict[str, Array]) -> Bool[Array, " b"]:
@@ -37,9 +39,9 @@ def answered_exactly(model_folder: str | Path, data: DataConfig) -> Bool[np.ndar
         return jnp.all((likeliest == batch["tokens"][:, 1:]) | ~is_target, axis=1)
 
     results = []
-    for begin in range(0, len(source.rows), data.batch_size):
-        numbers = range(begin, min(begin + data.batch_size, len(source.rows)))
+    for begin in range(0, len(dataset.rows), data.batch_size):
+        numbers = range(begin, min(begin + data.batch_size, len(dataset.rows)))
         # One static shape: the last batch is filled up with its first row.
         filled = [*numbers, *[begin] * (data.batch_size - len(numbers))]
-        results.append(np.asarray(right(params, source.batch(filled)))[: len(numbers)])
+        results.append(np.asarray(right(params, dataset.batch(filled)))[: len(numbers)])
     return np.concatenate(results)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from crosslmm_jax.config import ExperimentConfig
 from crosslmm_jax.config_io import to_dict
 from crosslmm_jax.data.index import open_index
-from crosslmm_jax.data.loading import BatchIterator, Source, make_iterator
+from crosslmm_jax.data.loading import BatchIterator, Dataset, make_iterator
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.model import logical_axes
 from crosslmm_jax.model_folder import check_replaceable, is_model_folder, load_weights, save_model_folder
@@ -83,12 +83,12 @@ def train(config: ExperimentConfig, *, quiet: bool = False) -> TrainResult:
     try:
         if checkpoints.is_complete(config.stage.steps) and is_model_folder(out / "model"):
             return TrainResult(out / "model", config.stage.steps, read_metrics(out), {})
-        source = _open_data(config)
+        dataset = _open_data(config)
         restored = checkpoints.restore(abstract)
         state, position = restored or (_first_state(config, mesh), 0)
         resumed_step = int(state.step)
         index, count = row_shard(mesh)
-        iterator = make_iterator(source, global_next_index=position, shard_index=index, shard_count=count)
+        iterator = make_iterator(dataset, global_next_index=position, shard_index=index, shard_count=count)
         run = _Run(config, mesh, checkpoints, iterator, count, quiet)
         with jax.set_mesh(mesh):
             state = run.steps(state, resumed_step)
@@ -110,24 +110,24 @@ def _check(config: ExperimentConfig, mesh: Mesh, abstract: TrainState, out: Path
     check_room(out, more * state_bytes(abstract) + state_bytes(abstract.params))
 
 
-def _open_data(config: ExperimentConfig) -> Source:
+def _open_data(config: ExperimentConfig) -> Dataset:
     model = config.model
-    source = Source(
+    dataset = Dataset(
         config.data, tokens_per_frame=model.merge.tokens_per_frame, image_size=model.vision.image_size
     )
-    size = len(source.tokenizer.hf_tokenizer)
+    size = len(dataset.tokenizer.hf_tokenizer)
     if size > model.decoder.vocab_size:
         raise ConfigError(
             f"DecoderConfig.vocab_size is {model.decoder.vocab_size}; it must be at least {size},"
             f" the tokens of {config.data.tokenizer}"
         )
-    longest = max(bucket.text + bucket.frames * source.tokens_per_frame for bucket in source.buckets)
+    longest = max(bucket.text + bucket.frames * dataset.tokens_per_frame for bucket in dataset.buckets)
     if longest > model.decoder.max_positions:
         raise ConfigError(
             f"DataConfig: text and frames make rows of up to {longest} tokens; the decoder's max_positions is"
             f" {model.decoder.max_positions}: lower text_buckets, max_text_tokens or the frames"
         )
-    return source
+    return dataset
 
 
 def _first_state(config: ExperimentConfig, mesh: Mesh) -> TrainState:

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
+from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 
 VISION = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,

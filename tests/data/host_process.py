@@ -17,7 +17,7 @@ import numpy as np
 
 from crosslmm_jax.config import DataConfig, MeshConfig
 from crosslmm_jax.config_io import from_dict
-from crosslmm_jax.data.loading.dataset import Source
+from crosslmm_jax.data.loading.dataset import Dataset
 from crosslmm_jax.data.loading.loader import make_iterator
 from crosslmm_jax.parallel import initialize_processes, make_mesh, row_shard, to_global
 
@@ -42,9 +42,9 @@ def main(config: str, begin: str, end: str, out: str) -> None:
     mesh = make_mesh(MeshConfig())
     index, count = row_shard(mesh)
     data = from_dict(DataConfig, json.loads(Path(config).read_text()), source=config)
-    source = Source(data, tokens_per_frame=TOKENS_PER_FRAME, image_size=IMAGE_SIZE)
+    dataset = Dataset(data, tokens_per_frame=TOKENS_PER_FRAME, image_size=IMAGE_SIZE)
     iterator = make_iterator(
-        source, global_next_index=int(begin) * data.batch_size, shard_index=index, shard_count=count
+        dataset, global_next_index=int(begin) * data.batch_size, shard_index=index, shard_count=count
     )
     batches, placed = [], []
     for number in range(int(begin), int(end)):

@@ -13,8 +13,8 @@ from crosslmm_jax.data.loading.collate import lay_out
 from crosslmm_jax.data.media.video import read_frames
 from crosslmm_jax.data.text.chat import prompt_segments, question_suffix
 from crosslmm_jax.data.text.time_instruction import ClipMeta, time_text
-from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
 from crosslmm_jax.demo.synthetic import write_dataset
+from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference import Sampling, load
 from crosslmm_jax.inference.commands import ask, chat

@@ -10,8 +10,8 @@ import pytest
 from crosslmm_jax import presets
 from crosslmm_jax.config import DataConfig, SamplingConfig
 from crosslmm_jax.data.index.build import build_index
-from crosslmm_jax.data.loading.dataset import Source
-from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
+from crosslmm_jax.data.loading.dataset import Dataset
+from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 
 WRITER = Path(__file__).resolve().parents[1] / "data" / "lookalikes.py"
 DATASETS = {
@@ -35,11 +35,11 @@ def test_look_alikes_of_every_format_train(tmp_path: Path, train_one_step) -> No
         index=str(index), tokenizer=tokenizer, batch_size=8, sampling=SamplingConfig(frames=4), max_shapes=4
     )
     model = dataclasses.replace(presets.tiny(), attention="reference")  # compiles in half the time
-    source = Source(data, tokens_per_frame=model.merge.tokens_per_frame, image_size=model.vision.image_size)
-    rows = [source.rows[number] for number in range(len(source.rows))]
-    assert {row.dataset for row in rows} == DATASETS and source.left_out == 0
+    dataset = Dataset(data, tokens_per_frame=model.merge.tokens_per_frame, image_size=model.vision.image_size)
+    rows = [dataset.rows[number] for number in range(len(dataset.rows))]
+    assert {row.dataset for row in rows} == DATASETS and dataset.num_without_bucket == 0
     for number, row in enumerate(rows):
-        batch = source.batch([number])
+        batch = dataset.batch([number])
         assert batch["loss_mask"].any() and batch["frame_mask"].any() == bool(row.media), row.where
         assert (batch["frames"][batch["frame_mask"]].std(axis=(1, 2, 3)) > 1).all(), row.where
     train_one_step(model, data, tmp_path / "run")

@@ -9,8 +9,8 @@ import pytest
 
 from crosslmm_jax.config import DataConfig, ExperimentConfig, ModalityWeights, RunConfig, SamplingConfig
 from crosslmm_jax.data.index.build import build_index
-from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
 from crosslmm_jax.demo.synthetic import write_dataset
+from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.model_folder.folder import load_processor
 from crosslmm_jax.train import loop
 

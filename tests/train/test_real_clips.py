@@ -9,9 +9,9 @@ import pytest
 from crosslmm_jax import presets
 from crosslmm_jax.config import DataConfig, SamplingConfig
 from crosslmm_jax.data.index.build import build_index
-from crosslmm_jax.data.loading.dataset import Source
+from crosslmm_jax.data.loading.dataset import Dataset
 from crosslmm_jax.data.loading.loader import make_iterator
-from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
+from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 
 CLIPS = Path(__file__).resolve().parents[3] / "shared" / "videos"
 
@@ -37,8 +37,8 @@ def test_real_clips_are_indexed_batched_and_trained_on(tmp_path: Path, train_one
         sampling=SamplingConfig(policy="fps", fps=1.0, frames=16), time_instruction="full",
     )  # fmt: skip
     model = dataclasses.replace(presets.tiny(), attention="reference")  # compiles in half the time
-    source = Source(data, tokens_per_frame=model.merge.tokens_per_frame, image_size=model.vision.image_size)
-    iterator = make_iterator(source)
+    dataset = Dataset(data, tokens_per_frame=model.merge.tokens_per_frame, image_size=model.vision.image_size)
+    iterator = make_iterator(dataset)
     batch = next(iterator)
     iterator.close()
     assert set(batch["row_index"].tolist()) == set(range(len(names))) and not iterator.faults

@@ -27,14 +27,14 @@ TRAINING = """
 import multiprocessing, sys, time
 from crosslmm_jax.config import DataConfig, SamplingConfig
 from crosslmm_jax.data.loading.loader import make_iterator
-from crosslmm_jax.data.loading.dataset import Source
+from crosslmm_jax.data.loading.dataset import Dataset
 
 if __name__ == "__main__":
     config = DataConfig(
         index=sys.argv[1], tokenizer=sys.argv[2], batch_size=4, num_workers=2,
         sampling=SamplingConfig(frames=2),
     )
-    batches = make_iterator(Source(config, tokens_per_frame=1, image_size=32))
+    batches = make_iterator(Dataset(config, tokens_per_frame=1, image_size=32))
     next(batches)
     print(*(process.pid for process in multiprocessing.active_children()), flush=True)
     time.sleep(600)

@@ -1,18 +1,24 @@
 """TODO."""
 
-from crosslmm_jax.data.batching.buckets import FRAME_COST, LEFT_OUT, Bucket, row_cost
-from crosslmm_jax.data.batching.choose_buckets import Shapes, make_shapes
-from crosslmm_jax.data.batching.schedule import Members, Plan, PlannedBatch, deal_evenly
+from crosslmm_jax.data.batching.buckets import (
+    FRAME_COST,
+    NO_BUCKET,
+    Bucket,
+    BucketedRows,
+    bucket_rows,
+    row_cost,
+)
+from crosslmm_jax.data.batching.schedule import Schedule, ScheduledBatch, WeightedRows, deal_evenly
 
 __all__ = [
     "Bucket",
     "FRAME_COST",
-    "LEFT_OUT",
-    "Members",
-    "Plan",
-    "PlannedBatch",
-    "Shapes",
+    "NO_BUCKET",
+    "WeightedRows",
+    "Schedule",
+    "ScheduledBatch",
+    "BucketedRows",
     "deal_evenly",
-    "make_shapes",
+    "bucket_rows",
     "row_cost",
 ]

@@ -25,7 +25,7 @@ _SHORT = 4096  # orders up to this length are written out: the index shuffle is 
 
 
 @dataclasses.dataclass(frozen=True)
-class Members:
+class WeightedRows:
     """The rows of a bucket that share one weight.
 
     Attributes:
@@ -42,7 +42,7 @@ class Members:
 
 
 @dataclasses.dataclass(frozen=True)
-class PlannedBatch:
+class ScheduledBatch:
     """The rows of one global batch, in order, and the shape they are padded to."""
 
     bucket_number: int
@@ -53,7 +53,7 @@ class PlannedBatch:
 class _Stream:
     """The endless stream of the rows of one bucket."""
 
-    def __init__(self, number: int, members: Sequence[Members], *, batch_size: int, key: str) -> None:
+    def __init__(self, number: int, members: Sequence[WeightedRows], *, batch_size: int, key: str) -> None:
         self.number = number
         self.members = members
         self.batch_size = batch_size
@@ -116,13 +116,13 @@ class _Mix:
         raise AssertionError("a batch lies in its epoch")
 
 
-class Plan:
+class Schedule:
     """Step to rows. Cheap to send to another process: it holds the rows of each bucket and nothing else."""
 
     def __init__(
         self,
         buckets: Sequence[Bucket],
-        members: Sequence[Sequence[Members]],
+        members: Sequence[Sequence[WeightedRows]],
         *,
         batch_size: int,
         seed: int,
@@ -157,13 +157,13 @@ class Plan:
         ]
         self._pattern, self._seen = _deal_steps(weights)
 
-    def batch(self, step: int) -> PlannedBatch:
+    def batch(self, step: int) -> ScheduledBatch:
         """The batch of `step`, counted from 0."""
         cycle, place = divmod(step, len(self._pattern))
         group = self._pattern[place]
         number = cycle * int(self._seen[-1, group]) + int(self._seen[place, group])
         stream, rows = self._mixes[group].batch(number)
-        return PlannedBatch(stream.number, self.buckets[stream.number], rows)
+        return ScheduledBatch(stream.number, self.buckets[stream.number], rows)
 
     def epoch_steps(self) -> int:
         """Steps in which each row is read at least once."""

@@ -22,7 +22,7 @@ _SLACK = 1e-9  # of seconds, which are not computed in the same way everywhere
 
 
 @dataclasses.dataclass(frozen=True)
-class Lengths:
+class TokenCounts:
     """What rows bring, at most.
 
     Attributes:
@@ -38,7 +38,7 @@ class Lengths:
     truncated: np.ndarray
 
 
-def row_lengths(
+def row_token_counts(
     columns: Columns,
     sampling: SamplingConfig,
     *,
@@ -47,7 +47,7 @@ def row_lengths(
     time_instruction: TimeInstruction = "none",
     wording: Mapping[str, int],
     more_system: int = 0,
-) -> Lengths:
+) -> TokenCounts:
     """The lengths of all rows.
 
     Args:
@@ -64,7 +64,7 @@ def row_lengths(
         frames = _sum_media(per_medium, columns, columns.media_per_row)
         text = columns.plain_tokens.astype(np.int64)
         usable = (text > 0) & (text <= most_text)
-        return Lengths(frames, np.minimum(text, most_text), usable, np.zeros(len(text), bool))
+        return TokenCounts(frames, np.minimum(text, most_text), usable, np.zeros(len(text), bool))
     times = np.zeros(len(per_medium), np.int64)
     if time_instruction != "none":
         times = _time_tokens(columns, per_medium, time_instruction, wording[time_instruction])
@@ -78,7 +78,7 @@ def row_lengths(
     whole += _sum_media(times, columns, columns.media_per_row)
     least = columns.answer_tokens[first] + more + _sum_media(times, columns, columns.answer_media[first])
     usable = least <= most_text
-    return Lengths(
+    return TokenCounts(
         _sum_media(per_medium, columns, media), np.minimum(text, most_text), usable,
         usable & (whole > most_text),
     )  # fmt: skip

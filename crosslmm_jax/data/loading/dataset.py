@@ -8,13 +8,13 @@ import numpy as np
 
 from crosslmm_jax.config import DataConfig
 from crosslmm_jax.data.batching import (
-    LEFT_OUT,
+    NO_BUCKET,
     Bucket,
-    Members,
-    Plan,
-    PlannedBatch,
+    Schedule,
+    ScheduledBatch,
+    WeightedRows,
+    bucket_rows,
     deal_evenly,
-    make_shapes,
     row_cost,
 )
 from crosslmm_jax.data.index import Columns, RowStore, fingerprint, open_index
@@ -26,11 +26,11 @@ from crosslmm_jax.errors import ConfigError, Fault, UserError
 _LOG = logging.getLogger(__name__)
 
 
-class Source:
+class Dataset:
     """The rows of a `DataConfig`, planned once, and what turns them into batches.
 
     Attributes:
-        buckets: shapes of batches that a run may see.
+        buckets: bucketed of batches that a run may see.
         left_out: rows that no bucket holds.
         padding: shares of an epoch's batches that are padding.
     """
@@ -51,15 +51,15 @@ class Source:
         columns = index.columns()
         more = len(self.tokenizer.encode_plain(config.system_prompt))
         more -= len(self.tokenizer.encode_plain(DEFAULT_SYSTEM_PROMPT))
-        shapes = make_shapes(config, index, columns, tokens_per_frame=tokens_per_frame, more_system=more)
-        self.buckets: list[Bucket] = shapes.buckets
-        self.left_out, self.padding = shapes.left_out, shapes.padding
-        self._of_row = shapes.of_row
-        self._costs = row_cost(shapes.lengths.frames, shapes.lengths.text).astype(np.int32)  # type: ignore[arg-type]
-        if shapes.left_out:
+        bucketed = bucket_rows(config, index, columns, tokens_per_frame=tokens_per_frame, more_system=more)
+        self.buckets: list[Bucket] = bucketed.buckets
+        self.num_without_bucket, self.padding = bucketed.num_without_bucket, bucketed.padding
+        self._bucket_of_row = bucketed.bucket_of_row
+        self._costs = row_cost(bucketed.counts.frames, bucketed.counts.text).astype(np.int32)  # type: ignore[arg-type]
+        if bucketed.num_without_bucket:
             _LOG.warning(
                 "%d of %d rows are left out: too many tokens or frames, not of style %r, or of a modality"
-                " without weight", shapes.left_out, len(self.rows), config.style,
+                " without weight", bucketed.num_without_bucket, len(self.rows), config.style,
             )  # fmt: skip
         held = {bucket.modality for bucket in self.buckets}
         if absent := (config.modality_weights.as_dict() or {}).keys() - held:
@@ -67,40 +67,42 @@ class Source:
                 "no row is of modality %s, to which DataConfig.modality_weights gives steps: others get them",
                 ", ".join(sorted(absent)),
             )
-        self.plan = self._make_plan(
+        self.schedule = self._make_schedule(
             columns, [Fraction(weight).limit_denominator(1000) for weight in index.weights]
         )
 
-    def _make_plan(self, columns: Columns, weights: Sequence[Fraction]) -> Plan:
+    def _make_schedule(self, columns: Columns, weights: Sequence[Fraction]) -> Schedule:
         of_weight = {weight: [n for n, one in enumerate(weights) if one == weight] for weight in weights}
         members, buckets = [], []
         for number, bucket in enumerate(self.buckets):
-            inside = self._of_row == number
+            inside = self._bucket_of_row == number
             parts = [
-                Members(np.flatnonzero(inside & np.isin(columns.dataset, names)).astype(np.int32), weight)
+                WeightedRows(
+                    np.flatnonzero(inside & np.isin(columns.dataset, names)).astype(np.int32), weight
+                )
                 for weight, names in sorted(of_weight.items())
             ]
             members.append([part for part in parts if len(part.rows)])
             buckets.append(bucket)
         config = self.config
-        return Plan(
+        return Schedule(
             buckets, members, batch_size=config.batch_size, seed=config.seed, shuffle=config.shuffle,
             modality_weights=config.modality_weights.as_dict(),
         )  # fmt: skip
 
-    def planned(self, step: int) -> PlannedBatch:
+    def scheduled(self, step: int) -> ScheduledBatch:
         """The rows of the global batch of `step`, in their order in it."""
-        batch = self.plan.batch(step)
+        batch = self.schedule.batch(step)
         if not self.config.shuffle:
             return batch
         order = deal_evenly(self._costs[batch.rows])
-        return PlannedBatch(batch.bucket_number, batch.bucket, batch.rows[order])
+        return ScheduledBatch(batch.bucket_number, batch.bucket, batch.rows[order])
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """The batch of these rows, in their order. Raises UserError where one is unreadable."""
-        places = self._of_row[np.asarray(numbers)]
-        if (places == LEFT_OUT).any():
-            row = self.rows[int(numbers[int(np.argmax(places == LEFT_OUT))])]
+        places = self._bucket_of_row[np.asarray(numbers)]
+        if (places == NO_BUCKET).any():
+            row = self.rows[int(numbers[int(np.argmax(places == NO_BUCKET))])]
             raise UserError(f"{row.where}: fits no bucket; look at text_buckets and frame_buckets")
         held = [self.buckets[place] for place in places]
         bucket = Bucket(held[0].modality, max(b.frames for b in held), max(b.text for b in held))

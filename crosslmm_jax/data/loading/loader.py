@@ -9,6 +9,7 @@ a batch out one by one; here batches are collated to buckets inside the workers,
 to this process in shared memory.
 """
 
+import functools
 import logging
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from crosslmm_jax.data.loading.collate import Batch
-from crosslmm_jax.data.loading.dataset import Source
+from crosslmm_jax.data.loading.dataset import Dataset
 from crosslmm_jax.errors import ConfigError, Fault, UserError
 from crosslmm_jax.utils import end_with_parent
 
@@ -30,10 +31,10 @@ _RESTARTS = 3  # of workers that died, without a batch in between
 class _BatchLoader:
     """Batch number to batch, in whichever process grain runs it."""
 
-    def __init__(self, source: Source, *, start: int, shard_index: int, shard_count: int) -> None:
-        self.source = source
+    def __init__(self, dataset: Dataset, *, start: int, shard_index: int, shard_count: int) -> None:
+        self.dataset = dataset
         self.start = start
-        host_batch = source.config.batch_size // shard_count
+        host_batch = dataset.config.batch_size // shard_count
         self.part = slice(shard_index * host_batch, (shard_index + 1) * host_batch)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -45,17 +46,15 @@ class _BatchLoader:
         """Errors of the user's making travel as text, since grain rewrites exceptions between processes."""
         bad: list[Fault] = []
         try:
-            planned = self.source.planned(self.start + number)
+            scheduled = self.dataset.scheduled(self.start + number)
             examples = []
-            for row in planned.rows[self.part].tolist():
-                example, failed = self.source.loader(
-                    row, planned.bucket,
-                    lambda attempt, row=row: self.source.plan.substitute(planned.bucket_number, row, attempt),
-                )  # fmt: skip
+            for row in scheduled.rows[self.part].tolist():
+                substitute = functools.partial(self.dataset.schedule.substitute, scheduled.bucket_number, row)
+                example, failed = self.dataset.loader(row, scheduled.bucket, substitute)
                 examples.append(example)
                 bad += failed
             dropped = [count for one in examples if (count := one.sequence.dropped_turns)]
-            batch = self.source.collate(examples, planned.bucket)
+            batch = self.dataset.collate(examples, scheduled.bucket)
             return {"batch": batch, "bad": bad, "dropped_turns": dropped, "error": ""}
         except UserError as error:
             return {"batch": {}, "bad": bad, "dropped_turns": [], "error": str(error)}
@@ -72,7 +71,7 @@ class BatchIterator(Iterator[Batch]):
 
     def __init__(
         self,
-        source: Source,
+        dataset: Dataset,
         *,
         global_next_index: int = 0,
         shard_index: int = 0,
@@ -80,7 +79,7 @@ class BatchIterator(Iterator[Batch]):
         on_bad_row: Callable[[Fault], None] | None = None,
     ) -> None:
         """See `make_iterator`."""
-        self.source = source
+        self.dataset = dataset
         self.bad_rows: dict[int, str] = {}
         self.faults: Counter[str] = Counter()
         self.truncated = Counter(rows=0, turns=0)
@@ -95,7 +94,7 @@ class BatchIterator(Iterator[Batch]):
     def __next__(self) -> Batch:
         """The next batch. Raises UserError when rows cannot be used, or workers die again and again."""
         result = self._next_result()
-        self._seen += self.source.config.batch_size // self._shard[1]
+        self._seen += self.dataset.config.batch_size // self._shard[1]
         for fault in result["bad"]:
             self.faults[fault.reason] += 1
             if fault.row not in self.bad_rows:
@@ -127,7 +126,7 @@ class BatchIterator(Iterator[Batch]):
 
     def _check_share(self) -> None:
         """Stops the run when too many rows are bad."""
-        count, limit = sum(self.faults.values()), self.source.config.max_bad_fraction
+        count, limit = sum(self.faults.values()), self.dataset.config.max_bad_fraction
         if self._seen < _MIN_SEEN or count <= limit * self._seen:
             return
         reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(self.faults.items()))
@@ -140,18 +139,18 @@ class BatchIterator(Iterator[Batch]):
     def _start(self) -> Any:
         import grain
 
-        config = self.source.config
+        config = self.dataset.config
         shard_index, shard_count = self._shard
-        load = _BatchLoader(self.source, start=self._step, shard_index=shard_index, shard_count=shard_count)
+        load = _BatchLoader(self.dataset, start=self._step, shard_index=shard_index, shard_count=shard_count)
         batches = grain.MapDataset.range(sys.maxsize // config.batch_size).map(load)
         read = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
-        dataset = batches.to_iter_dataset(read)
+        stream = batches.to_iter_dataset(read)
         if config.num_workers:
             _parse_absl_flags()
             ahead = max(1, config.prefetch // config.num_workers)
             options = grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=ahead)
-            dataset = dataset.mp_prefetch(options)
-        return iter(dataset)
+            stream = stream.mp_prefetch(options)
+        return iter(stream)
 
     def take_counts(self) -> dict[str, dict[str, int]]:
         """What `faults` and `truncated` gained since the last call, under these names."""
@@ -164,15 +163,15 @@ class BatchIterator(Iterator[Batch]):
 
     def get_state(self) -> dict[str, int]:
         """The position after the last batch handed out; the same on every host."""
-        return {_STATE_KEY: self._step * self.source.config.batch_size}
+        return {_STATE_KEY: self._step * self.dataset.config.batch_size}
 
     def set_state(self, state: dict[str, int]) -> None:
         """Goes to a position from `get_state`, of any number of hosts and workers."""
         self.close()
-        self._step, within = divmod(int(state[_STATE_KEY]), self.source.config.batch_size)
+        self._step, within = divmod(int(state[_STATE_KEY]), self.dataset.config.batch_size)
         if within:
             raise ConfigError(
-                f"DataConfig.batch_size is {self.source.config.batch_size}; position {state[_STATE_KEY]} is"
+                f"DataConfig.batch_size is {self.dataset.config.batch_size}; position {state[_STATE_KEY]} is"
                 " not the begin of a batch of this size"
             )
 
@@ -196,7 +195,7 @@ def _parse_absl_flags() -> None:
 
 
 def make_iterator(
-    source: Source,
+    dataset: Dataset,
     *,
     global_next_index: int = 0,
     shard_index: int = 0,
@@ -206,7 +205,7 @@ def make_iterator(
     """Batches of one host from row position `global_next_index` on.
 
     Args:
-        source: rows and settings.
+        dataset: rows and settings.
         global_next_index: position to start at, a value of `BatchIterator.get_state`.
         shard_index: which of the hosts this is.
         shard_count: how many hosts share a global batch.
@@ -215,12 +214,12 @@ def make_iterator(
     Raises:
         ConfigError: the batch does not divide among hosts, or the position is no multiple of it.
     """
-    if source.config.batch_size % shard_count:
+    if dataset.config.batch_size % shard_count:
         raise ConfigError(
-            f"DataConfig.batch_size is {source.config.batch_size}; it must be a multiple of the"
+            f"DataConfig.batch_size is {dataset.config.batch_size}; it must be a multiple of the"
             f" {shard_count} hosts"
         )
     return BatchIterator(
-        source, global_next_index=global_next_index, shard_index=shard_index, shard_count=shard_count,
+        dataset, global_next_index=global_next_index, shard_index=shard_index, shard_count=shard_count,
         on_bad_row=on_bad_row,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """TODO."""
 
 from crosslmm_jax.data.media.array_record import (
-    FOLDER_MARK,
+    FRAMES_PREFIX,
     is_record_file,
     mean_record_size,
     parse_example,
@@ -16,21 +16,21 @@ from crosslmm_jax.data.media.locate import (
     Media,
     PathOrMedia,
     direct_reference,
-    look_at,
+    kind_of,
     open_file,
     open_media,
-    resolve,
+    resolve_path,
     size_of,
     split_reference,
     suffix_by_content,
 )
-from crosslmm_jax.data.media.tar import read_member, spanned, walk
+from crosslmm_jax.data.media.tar import read_member, tar_member, walk_tar
 from crosslmm_jax.data.media.video import VideoInfo, probe, read_frames
 
 __all__ = [
     "Clip",
     "DEADLINE_S",
-    "FOLDER_MARK",
+    "FRAMES_PREFIX",
     "IMAGE_SUFFIXES",
     "Media",
     "PathOrMedia",
@@ -41,7 +41,7 @@ __all__ = [
     "is_image",
     "is_record_file",
     "list_pictures",
-    "look_at",
+    "kind_of",
     "mean_record_size",
     "open_file",
     "open_media",
@@ -50,12 +50,12 @@ __all__ = [
     "read_frames",
     "read_member",
     "read_record",
-    "resolve",
+    "resolve_path",
     "size_of",
-    "spanned",
+    "tar_member",
     "split_reference",
     "stack_clips",
     "suffix_by_content",
     "value_member",
-    "walk",
+    "walk_tar",
 ]

@@ -17,7 +17,7 @@ from typing import Any
 from crosslmm_jax.errors import DataError
 
 _MEMBER = re.compile(r"(\d{1,18})(?:/(.+?)/(\d{1,9})(?:-(\d{1,9}))?(\.\w+)?)?", re.DOTALL)
-FOLDER_MARK = "frames/"  # before the names of pictures that are the frames of one video
+FRAMES_PREFIX = "frames/"  # before the names of pictures that are the frames of one video
 _KEPT_READERS = 128  # open files of a process
 # One record at a time: nothing is read ahead, and no threads are started, which a fork would lose.
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:64K"

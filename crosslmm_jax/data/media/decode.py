@@ -23,11 +23,11 @@ class SeekError(Exception):
 
 
 def can_seek(index: PacketIndex) -> bool:
-    """Whether `decode_groups` can take its packets from a stream that has been read."""
+    """Whether `decode_gops` can take its packets from a stream that has been read."""
     return index.packets is not None or index.seekable
 
 
-def decode_groups(
+def decode_gops(
     stream: Any,
     index: PacketIndex,
     *,

@@ -16,7 +16,7 @@ from crosslmm_jax.data.media.locate import (
     Deadline,
     PathOrMedia,
     check_pixels,
-    look_at,
+    kind_of,
     open_file,
     size_of,
     unreadable_reason,
@@ -70,7 +70,7 @@ def open_video(path: PathOrMedia, deadline: Deadline, num_threads: int = 1) -> I
     import av.error
     from av.stream import Discard
 
-    if look_at(path) == "folder":
+    if kind_of(path) == "folder":
         raise DataError(path, "not_a_file", "is a folder; give the path of a video")
     opened = False
     try:

@@ -74,7 +74,7 @@ def open_image(path: PathOrMedia) -> Iterator[Any]:
     """Opens a still image with PIL; turns every error of reading within into a DataError."""
     from PIL import Image, UnidentifiedImageError
 
-    if media.look_at(path) == "folder":
+    if media.kind_of(path) == "folder":
         raise DataError(path, "not_a_file", "is a folder; give the path of an image")
     try:
         with media.open_file(path) as file, Image.open(file, formats=_FORMATS) as image:

@@ -13,7 +13,7 @@ from typing import BinaryIO, Literal, NamedTuple
 
 from crosslmm_jax.config import DataConfig
 from crosslmm_jax.data.media.array_record import is_record_file, read_values
-from crosslmm_jax.data.media.tar import is_tar, member_name, member_span, spanned
+from crosslmm_jax.data.media.tar import is_tar, member_name, member_span, tar_member
 from crosslmm_jax.errors import DataError
 
 MAX_PIXELS = 2**27  # of one frame; 16k video has 2**27
@@ -66,12 +66,12 @@ def open_media(root: str, reference: str, *, allow_outside: bool = False) -> Med
     """
     file, member = split_reference(reference)
     if member is None:
-        path = resolve(root, reference, allow_outside=allow_outside)
+        path = resolve_path(root, reference, allow_outside=allow_outside)
         if not allow_outside and os.path.isdir(path):
             _check_links(root, path)
         return Media(path)
-    path = resolve(root, file, allow_outside=allow_outside)
-    if look_at(path) == "folder":
+    path = resolve_path(root, file, allow_outside=allow_outside)
+    if kind_of(path) == "folder":
         raise DataError(path, "not_a_file", "is a folder; give the path of a file")
     if is_record_file(file):
         return _medium_of(path, member, *read_values(path, member))
@@ -100,14 +100,14 @@ def _check_links(root: str, folder: str) -> None:
     with os.scandir(folder) as entries:
         links = [entry.path for entry in entries if entry.is_symlink()]
     for path in links:
-        resolve(root, os.path.relpath(path, root))
+        resolve_path(root, os.path.relpath(path, root))
 
 
 def direct_reference(reference: str, medium: Media) -> str:
     """`reference` with the place of a member written out, so that nobody has to look for it again."""
     if medium.length is None:
         return reference
-    return f"{reference.partition('::')[0]}::{spanned(medium.name, medium.offset, medium.length)}"
+    return f"{reference.partition('::')[0]}::{tar_member(medium.name, medium.offset, medium.length)}"
 
 
 def open_file(source: PathOrMedia) -> BinaryIO:
@@ -199,7 +199,7 @@ class Deadline:
         return DataError(self.path, "timeout", f"gave nothing new for {self.seconds:g} seconds; {fix}")
 
 
-def resolve(root: str, reference: str, *, allow_outside: bool = False) -> str:
+def resolve_path(root: str, reference: str, *, allow_outside: bool = False) -> str:
     """The path of a file or folder that an annotation names relative to its media root.
 
     Args:
@@ -225,7 +225,7 @@ def resolve(root: str, reference: str, *, allow_outside: bool = False) -> str:
     return path
 
 
-def look_at(path: PathOrMedia) -> Literal["file", "folder"]:
+def kind_of(path: PathOrMedia) -> Literal["file", "folder"]:
     """What lies at `path`, without opening it, links followed. Part of a file is a file, pictures a folder.
 
     Raises:

@@ -22,7 +22,7 @@ def is_tar(path: str) -> bool:
     return path.endswith(".tar")
 
 
-def spanned(name: str, offset: int, length: int) -> str:
+def tar_member(name: str, offset: int, length: int) -> str:
     """What stands after "::" in a reference to the member `name`, which lies at `offset`."""
     return f"{name}@{offset}+{length}"
 
@@ -75,7 +75,7 @@ def _mtime(path: str) -> int:
 @functools.lru_cache(maxsize=_KNOWN_TARS)
 def _spans(path: str, mtime: int) -> dict[str, tuple[int, int]]:
     """Offset and length of each file; `mtime` makes a table of a changed tar another one."""
-    return {member.name: (member.offset_data, member.size) for _, member in walk(path)}
+    return {member.name: (member.offset_data, member.size) for _, member in walk_tar(path)}
 
 
 def _read_block(path: str, offset: int) -> bytes:
@@ -111,7 +111,7 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
         ) from error
 
 
-def walk(path: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+def walk_tar(path: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """The tar and each of its files in order, while it is open.
 
     Raises:

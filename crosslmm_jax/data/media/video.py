@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.data.media.decode import SeekError, can_seek, decode_groups
+from crosslmm_jax.data.media.decode import SeekError, can_seek, decode_gops
 from crosslmm_jax.data.media.demux import SEEKABLE, PacketIndex, format_of, open_video
 from crosslmm_jax.data.media.frame_sampling import choose_frames
 from crosslmm_jax.data.media.frames_folder import list_pictures, read_pictures
 from crosslmm_jax.data.media.image import Clip, Resampling, holds_image, open_image, read_image, resize
-from crosslmm_jax.data.media.locate import DEADLINE_S, Deadline, PathOrMedia, check_pixels, look_at, size_of
+from crosslmm_jax.data.media.locate import DEADLINE_S, Deadline, PathOrMedia, check_pixels, kind_of, size_of
 from crosslmm_jax.data.media.packet_index import open_indexed
 from crosslmm_jax.errors import DataError
 
@@ -68,7 +68,7 @@ def probe(path: PathOrMedia, *, deadline_s: float | None = DEADLINE_S) -> VideoI
         DataError: no such file, no video in it, or damaged.
     """
     deadline = Deadline(path, deadline_s)
-    if look_at(path) == "folder":
+    if kind_of(path) == "folder":
         infos = []
         for picture in list_pictures(path):
             deadline.check()
@@ -119,7 +119,7 @@ def _first_rotation(stream: Any, index: PacketIndex, deadline: Deadline) -> int:
         return 0  # other formats carry none
     first = np.flatnonzero(index.shown)[:1]
     with contextlib.suppress(av.error.InvalidDataError, SeekError):
-        for frame in decode_groups(stream, index, wanted=first, shortcuts=True, deadline=deadline):
+        for frame in decode_gops(stream, index, wanted=first, shortcuts=True, deadline=deadline):
             return _quarter_turns(frame) * 90
     return 0
 
@@ -150,7 +150,7 @@ def read_frames(
         DataError: no such file, no video in it, no frames within the bounds, damaged, or at a stand.
     """
     deadline = Deadline(path, deadline_s)
-    if look_at(path) == "folder":
+    if kind_of(path) == "folder":
         pictures = list_pictures(path)
         part = _select(
             np.arange(len(pictures)), sampling, end=len(pictures), tick=1.0, bounds=bounds, path=path
@@ -174,7 +174,7 @@ def read_frames(
                     source = stream
                     if index.packets is None and not (shortcuts and can_seek(index)):
                         source = stack.enter_context(open_video(path, deadline, num_threads))
-                    frames = decode_groups(
+                    frames = decode_gops(
                         source, index, wanted=wanted, whole_groups=whole_groups, shortcuts=shortcuts,
                         deadline=deadline,
                     )  # fmt: skip

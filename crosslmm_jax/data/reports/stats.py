@@ -4,7 +4,7 @@ import numpy as np
 
 from crosslmm_jax.config import DataConfig
 from crosslmm_jax.data.annotations import MODALITIES
-from crosslmm_jax.data.batching import FRAME_COST, Shapes, make_shapes
+from crosslmm_jax.data.batching import FRAME_COST, BucketedRows, bucket_rows
 from crosslmm_jax.data.index import Columns, Index, open_index
 
 _BAR = 40  # characters
@@ -23,13 +23,13 @@ def describe(config: DataConfig, *, tokens_per_frame: int) -> list[str]:
     """
     index = open_index(config.index)
     columns = index.columns()
-    shapes = make_shapes(config, index, columns, tokens_per_frame=tokens_per_frame)
+    bucketed = bucket_rows(config, index, columns, tokens_per_frame=tokens_per_frame)
     lines = [f"{len(index)} rows, {len(columns.duration)} media, {columns.duration.sum() / 3600:.2f} hours"]
     lines += _counts(index, columns)
     lines += _histogram("seconds of a video", columns.duration[columns.duration > 0])
-    lines += _histogram("frames of a row", shapes.lengths.frames)
-    lines += _histogram("text tokens of a row", shapes.lengths.text)
-    return lines + _buckets(shapes, tokens_per_frame)
+    lines += _histogram("frames of a row", bucketed.counts.frames)
+    lines += _histogram("text tokens of a row", bucketed.counts.text)
+    return lines + _buckets(bucketed, tokens_per_frame)
 
 
 def _counts(index: Index, columns: Columns) -> list[str]:
@@ -43,32 +43,32 @@ def _counts(index: Index, columns: Columns) -> list[str]:
     return lines
 
 
-def _buckets(shapes: Shapes, tokens_per_frame: int) -> list[str]:
+def _buckets(bucketed: BucketedRows, tokens_per_frame: int) -> list[str]:
     """Each bucket and how full it is, then the padding of them all."""
-    lengths = shapes.lengths
-    count = len({(bucket.frames, bucket.text) for bucket in shapes.buckets})
+    counts = bucketed.counts
+    count = len({(bucket.frames, bucket.text) for bucket in bucketed.buckets})
     lines = [
         f"buckets: {count} shapes (F, T), T = text + {tokens_per_frame} F",
         f"  {'modality':<12} {'F':>5} {'text':>6} {'T':>6} {'rows':>10} {'F full':>7} {'T full':>7}",
     ]
-    for number, bucket in enumerate(shapes.buckets):
-        inside = shapes.of_row == number
+    for number, bucket in enumerate(bucketed.buckets):
+        inside = bucketed.bucket_of_row == number
         count, total = int(inside.sum()), bucket.text + bucket.frames * tokens_per_frame
-        frames, text = int(lengths.frames[inside].sum()), int(lengths.text[inside].sum())
+        frames, text = int(counts.frames[inside].sum()), int(counts.text[inside].sum())
         full = frames / (count * bucket.frames) if count and bucket.frames else 1.0
         used = (text + frames * tokens_per_frame) / (count * total) if count else 1.0
         lines.append(
             f"  {bucket.modality:<12} {bucket.frames:>5} {bucket.text:>6} {total:>6} {count:>10}"
             f" {full:>7.1%} {used:>7.1%}"
         )
-    waste = shapes.padding
+    waste = bucketed.padding
     lines += [
         "padding, each row read once:",
         f"  {waste.frames:>6.1%}  padded frames over all frames",
         f"  {waste.positions:>6.1%}  padded positions over all positions of the decoder (T, visual and text)",
         f"  {waste.work:>6.1%}  of the work, a frame's encoding counted as {FRAME_COST} positions",
-        f"truncated: {shapes.truncated} rows lose turns at their end to fit max_text_tokens",
-        f"left out: {shapes.left_out} rows",
+        f"truncated: {bucketed.truncated} rows lose turns at their end to fit max_text_tokens",
+        f"left out: {bucketed.num_without_bucket} rows",
     ]
     return lines
 

@@ -13,13 +13,14 @@ from crosslmm_jax.data.text.chat import (
     video_prefix,
 )
 from crosslmm_jax.data.text.time_instruction import ClipMeta, most_time_tokens, time_text, wording_tokens
-from crosslmm_jax.data.text.tokenizer import Tokenizer, load_tokenizer, write_default_tokenizer
+from crosslmm_jax.data.text.tokenizer import PAD_TOKEN, Tokenizer, load_tokenizer
 from crosslmm_jax.data.text.turns import Turn, check_placeholders, parse_turns, writable
 
 __all__ = [
     "ClipMeta",
     "DEFAULT_SYSTEM_PROMPT",
     "MEDIUM",
+    "PAD_TOKEN",
     "TokenSequence",
     "Tokenizer",
     "Turn",
@@ -37,5 +38,4 @@ __all__ = [
     "video_prefix",
     "wording_tokens",
     "writable",
-    "write_default_tokenizer",
 ]

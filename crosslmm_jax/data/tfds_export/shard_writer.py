@@ -16,16 +16,16 @@ import numpy as np
 from crosslmm_jax.data.annotations import Row
 from crosslmm_jax.data.index import guarded, late_start, probe_for, row_hash, stamp
 from crosslmm_jax.data.media import (
-    FOLDER_MARK,
+    FRAMES_PREFIX,
     Media,
     PathOrMedia,
     is_record_file,
+    kind_of,
     list_pictures,
-    look_at,
     mean_record_size,
     open_file,
     open_media,
-    resolve,
+    resolve_path,
     size_of,
     split_reference,
 )
@@ -92,7 +92,7 @@ def _size(root: str, reference: str, allow_outside: bool) -> int:
     file, member = split_reference(reference)
     with contextlib.suppress(OSError, DataError):
         if member is not None and is_record_file(file):
-            return mean_record_size(resolve(root, file, allow_outside=allow_outside))
+            return mean_record_size(resolve_path(root, file, allow_outside=allow_outside))
         medium = open_media(root, reference, allow_outside=allow_outside)
         return sum(size_of(file) for file in _files(medium))
     return 0
@@ -191,8 +191,8 @@ def _example(row: Row, *, allow_outside: bool) -> dict[str, Any] | Fault:
                 medium = open_media(row.root, reference, allow_outside=allow_outside)
                 files = _read(medium, left)
                 whole, inside = files[0], ""
-                if look_at(medium) == "folder":
-                    whole, inside = medium._replace(pictures=files), FOLDER_MARK
+                if kind_of(medium) == "folder":
+                    whole, inside = medium._replace(pictures=files), FRAMES_PREFIX
                 durations.append(probe_for(row, whole).duration)
         except DataError as error:
             return row.fault(error.fault)
@@ -231,7 +231,7 @@ def _read(medium: Media, most_bytes: int) -> tuple[Media, ...]:
 
 
 def _files(medium: Media) -> list[PathOrMedia]:
-    return [medium] if look_at(medium) == "file" else list_pictures(medium)
+    return [medium] if kind_of(medium) == "file" else list_pictures(medium)
 
 
 def _in_memory(source: PathOrMedia) -> Media:

@@ -12,20 +12,20 @@ from paper_like import STAGE1, STAGE2, Part, write_index
 
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.batching.bucket_search import choose_shapes
-from crosslmm_jax.data.batching.buckets import LEFT_OUT, Bucket, Padding, assign, make_buckets, padding
-from crosslmm_jax.data.batching.schedule import Members, Plan, deal_evenly
-from crosslmm_jax.data.batching.token_counts import row_lengths
+from crosslmm_jax.data.batching.buckets import NO_BUCKET, Bucket, Padding, assign, make_buckets, padding
+from crosslmm_jax.data.batching.schedule import Schedule, WeightedRows, deal_evenly
+from crosslmm_jax.data.batching.token_counts import row_token_counts
 from crosslmm_jax.data.index.table import open_index
 
 VIDEO, IMAGE = Bucket("video", 8, 64), Bucket("image", 1, 64)
 
 
-def plan_of(sizes: list[int], batch: int, **options) -> Plan:
+def plan_of(sizes: list[int], batch: int, **options) -> Schedule:
     """Buckets with rows 0, 1, ... one after the other."""
     ends = np.cumsum(sizes)
-    members = [[Members(np.arange(end - size, end))] for size, end in zip(sizes, ends, strict=True)]
+    members = [[WeightedRows(np.arange(end - size, end))] for size, end in zip(sizes, ends, strict=True)]
     buckets = [Bucket("video", 8, 16 * (number + 1)) for number in range(len(sizes))]
-    return Plan(buckets, members, batch_size=batch, seed=options.pop("seed", 7), **options)
+    return Schedule(buckets, members, batch_size=batch, seed=options.pop("seed", 7), **options)
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,11 +62,11 @@ def test_any_step_is_found_at_once_in_a_plan_of_millions() -> None:
 
 def test_weights_of_data_sets_hold_exactly() -> None:
     parts = [
-        Members(np.arange(10)),
-        Members(np.arange(10, 30), Fraction(5, 2)),
-        Members(np.arange(30, 40), Fraction(1, 2)),
+        WeightedRows(np.arange(10)),
+        WeightedRows(np.arange(10, 30), Fraction(5, 2)),
+        WeightedRows(np.arange(30, 40), Fraction(1, 2)),
     ]
-    plan = Plan([VIDEO], [parts], batch_size=5, seed=0)
+    plan = Schedule([VIDEO], [parts], batch_size=5, seed=0)
     counts = Counter(np.concatenate([plan.batch(step).rows for step in range(2 * 65 // 5)]).tolist())
     assert {counts[row] for row in range(10)} == {2}
     assert {counts[row] for row in range(10, 30)} == {5}
@@ -74,18 +74,18 @@ def test_weights_of_data_sets_hold_exactly() -> None:
 
 
 def test_modalities_take_turns_by_their_weights() -> None:
-    members = [[Members(np.arange(100))], [Members(np.arange(100, 110))]]
-    plan = Plan([IMAGE, VIDEO], members, batch_size=5, seed=0, modality_weights={"image": 1, "video": 1})
+    members = [[WeightedRows(np.arange(100))], [WeightedRows(np.arange(100, 110))]]
+    plan = Schedule([IMAGE, VIDEO], members, batch_size=5, seed=0, modality_weights={"image": 1, "video": 1})
     kinds = [plan.batch(step).bucket.modality for step in range(40)]
     assert kinds == ["image", "video"] * 20
     rows = [plan.batch(step).rows for step in range(40)]
     assert sorted(np.concatenate(rows[::2]).tolist()) == list(range(100))
     assert set(Counter(np.concatenate(rows[1::2]).tolist()).values()) == {10}
-    third = Plan([IMAGE, VIDEO], members, batch_size=5, seed=0, modality_weights={"image": 1, "video": 2})
+    third = Schedule([IMAGE, VIDEO], members, batch_size=5, seed=0, modality_weights={"image": 1, "video": 2})
     share = Counter(third.batch(step).bucket.modality for step in range(3000))["video"] / 3000
     assert share == pytest.approx(2 / 3, abs=1e-3)
     weights = {"text": 5.0, "image": 1.0, "video": 1.0}  # of text there are no rows
-    fourth = Plan([IMAGE, VIDEO], members, batch_size=5, seed=0, modality_weights=weights)
+    fourth = Schedule([IMAGE, VIDEO], members, batch_size=5, seed=0, modality_weights=weights)
     assert [fourth.batch(step).bucket.modality for step in range(4)] == ["image", "video"] * 2
     assert fourth.epoch_steps() == plan.epoch_steps()
 
@@ -128,9 +128,9 @@ def waste_of(
     assert len(shapes) <= max_shapes
     buckets = make_buckets(*rows, shapes, min_rows=min_rows)
     assert {(bucket.frames, bucket.text) for bucket in buckets} <= set(shapes)
-    of_row = assign(*rows, buckets)
-    assert (of_row != LEFT_OUT).all()
-    counts = np.bincount(of_row, minlength=len(buckets))
+    bucket_of_row = assign(*rows, buckets)
+    assert (bucket_of_row != NO_BUCKET).all()
+    counts = np.bincount(bucket_of_row, minlength=len(buckets))
     of_modality = {bucket.modality: 0 for bucket in buckets}
     for bucket, count in zip(buckets, counts.tolist(), strict=True):
         of_modality[bucket.modality] += count
@@ -138,7 +138,7 @@ def waste_of(
         others = [one for one in buckets if one != bucket and one.modality == bucket.modality]
         alone = not any(one.holds(bucket) or bucket.holds(one) for one in others)
         assert alone or count >= min(min_rows, of_modality[bucket.modality])
-    return padding(*rows[1:], of_row, buckets, tokens_per_frame=9), buckets
+    return padding(*rows[1:], bucket_of_row, buckets, tokens_per_frame=9), buckets
 
 
 def paper_like(folder: Path, parts: tuple[Part, ...], sampling: SamplingConfig, most_text: int):
@@ -146,9 +146,9 @@ def paper_like(folder: Path, parts: tuple[Part, ...], sampling: SamplingConfig, 
     write_index(folder, parts, rows=50_000)
     index = open_index(folder)
     columns = index.columns()
-    lengths = row_lengths(columns, sampling, most_text=most_text, wording=index.wording)
-    kept = lengths.usable
-    return columns.modality[kept], lengths.frames[kept], lengths.text[kept]
+    counts = row_token_counts(columns, sampling, most_text=most_text, wording=index.wording)
+    kept = counts.usable
+    return columns.modality[kept], counts.frames[kept], counts.text[kept]
 
 
 def test_captions_pad_less_than_15_percent_with_8_shapes(tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ from video_files import write_video
 from crosslmm_jax.config import DataConfig, SamplingConfig, TimeInstruction
 from crosslmm_jax.data.annotations import MODALITIES
 from crosslmm_jax.data.annotations.rows import Row
-from crosslmm_jax.data.batching.buckets import LEFT_OUT
-from crosslmm_jax.data.batching.choose_buckets import make_shapes
-from crosslmm_jax.data.batching.token_counts import row_lengths, video_frames
+from crosslmm_jax.data.batching.buckets import NO_BUCKET, bucket_rows
+from crosslmm_jax.data.batching.token_counts import row_token_counts, video_frames
 from crosslmm_jax.data.index.table import Columns, Index
 from crosslmm_jax.data.loading.collate import Example
 from crosslmm_jax.data.loading.example import ExampleLoader
@@ -145,27 +144,28 @@ def test_what_the_loader_returns_fits_the_planned_bucket(
     loader = FilmLoader([row], config, tokenizer=any_tokenizer, image_size=1)  # type: ignore[arg-type]
     loader.media = media
     try:
-        shapes = make_shapes(config, index, columns, tokens_per_frame=9)
+        bucketed = bucket_rows(config, index, columns, tokens_per_frame=9)
     except ConfigError:
         return
-    assert shapes.of_row[0] != LEFT_OUT
-    bucket = shapes.buckets[shapes.of_row[0]]
+    assert bucketed.bucket_of_row[0] != NO_BUCKET
+    bucket = bucketed.buckets[bucketed.bucket_of_row[0]]
     found = loader.load(0, bucket)
     assert isinstance(found, Example), found
     text = found.sequence.num_text_tokens
-    assert text <= shapes.lengths.text[0] <= min(bucket.text, most)
-    assert found.num_frames <= shapes.lengths.frames[0] <= bucket.frames
+    assert text <= bucketed.counts.text[0] <= min(bucket.text, most)
+    assert found.num_frames <= bucketed.counts.frames[0] <= bucket.frames
     assert len(found.clips) == found.sequence.num_media
     if found.sequence.dropped_turns:
-        assert shapes.truncated == 1
+        assert bucketed.truncated == 1
     if row.bounds is None and not found.sequence.dropped_turns:
-        assert found.num_frames == sum(len(clip.frames) for clip in clips if clip) == shapes.lengths.frames[0]
+        frames = sum(len(clip.frames) for clip in clips if clip)
+        assert found.num_frames == frames == bucketed.counts.frames[0]
     if time == "none":
-        assert text == shapes.lengths.text[0]
-        assert row.bounds is not None or found.num_frames == shapes.lengths.frames[0]
+        assert text == bucketed.counts.text[0]
+        assert row.bounds is not None or found.num_frames == bucketed.counts.frames[0]
     elif row.bounds is None and not found.sequence.dropped_turns:  # the bound is no wild guess
         slack = sum(3 + len(clip.frames) * 4 for clip in clips if clip)
-        assert shapes.lengths.text[0] <= text + slack
+        assert bucketed.counts.text[0] <= text + slack
 
 
 @pytest.mark.parametrize("kind", ["short", "full"])
@@ -182,11 +182,11 @@ def test_training_and_inference_read_the_same_words_about_a_video(
     config = DataConfig(index="x", tokenizer="x", batch_size=1, sampling=sampling, time_instruction=kind)
     loader = FilmLoader([row], config, tokenizer=any_tokenizer, image_size=1)  # type: ignore[arg-type]
     loader.media = (film,)
-    shapes = make_shapes(
+    bucketed = bucket_rows(
         config, Index("x", (), (), (), (), "", wording_tokens(any_tokenizer), ""),
         columns_of(row, (film,), any_tokenizer), tokens_per_frame=1,
     )  # fmt: skip
-    trained = loader.load(0, shapes.buckets[0])
+    trained = loader.load(0, bucketed.buckets[0])
     assert isinstance(trained, Example)
     (clip,) = trained.clips
     text = time_text(ClipMeta(len(clip.frames), clip.duration, clip.times.tolist()), kind)
@@ -203,11 +203,11 @@ def test_a_row_whose_placeholders_do_not_fit_is_rejected_by_name(tokenizer: Toke
         config = DataConfig(index="x", tokenizer="x", batch_size=1, time_instruction=time)
         loader = FilmLoader([row], config, tokenizer=tokenizer, image_size=1)  # type: ignore[arg-type]
         loader.media = (film,)
-        shapes = make_shapes(
+        bucketed = bucket_rows(
             config, Index("x", (), (), (), (), "", wording_tokens(tokenizer), ""),
             columns_of(row, (film,), tokenizer), tokens_per_frame=1,
         )  # fmt: skip
-        found = loader.load(0, shapes.buckets[0])
+        found = loader.load(0, bucketed.buckets[0])
         assert isinstance(found, Fault) and found.reason == "placeholders"
         assert found.detail.startswith("file: row 7: 2 <image>/<video> placeholders for 1 media")
 
@@ -217,7 +217,7 @@ def test_the_plain_style_has_no_place_for_a_time_instruction() -> None:
         DataConfig(index="x", tokenizer="x", batch_size=1, style="plain", time_instruction="short")
 
 
-def test_lengths_of_many_rows_at_once(tokenizer: Tokenizer) -> None:
+def test_token_counts_of_many_rows_at_once(tokenizer: Tokenizer) -> None:
     """Media belong to their rows, and only those before the first answer count for what cannot be cut."""
     columns = Columns(
         modality=np.array([0, 3, 3], np.uint8), dataset=np.zeros(3, np.int32),
@@ -228,22 +228,22 @@ def test_lengths_of_many_rows_at_once(tokenizer: Tokenizer) -> None:
         duration=np.array([9.0, 10.0, 100.0]), fps=np.full(3, 10.0), num_frames=np.array([90, 100, 1000]),
     )  # fmt: skip
     sampling, wording = SamplingConfig(policy="fps", fps=1.0, frames=64), {"short": 25, "full": 40}
-    found = row_lengths(columns, sampling, most_text=80, wording=wording, more_system=5)
+    found = row_token_counts(columns, sampling, most_text=80, wording=wording, more_system=5)
     assert found.frames.tolist() == [0, 9, 74] and found.text.tolist() == [15, 20, 35]
-    found = row_lengths(columns, sampling, most_text=80, wording=wording, time_instruction="short")
+    found = row_token_counts(columns, sampling, most_text=80, wording=wording, time_instruction="short")
     one, two, three = 25 + 1 + 1 + 3, 25 + 2 + 2 + 3, 25 + 2 + 3 + 3
     assert found.text.tolist() == [10, 20 + one, 80] and 30 + two + three > 80
     assert found.usable.tolist() == [True] * 3 and found.truncated.tolist() == [False, False, True]
-    found = row_lengths(columns, sampling, most_text=45, wording=wording, time_instruction="short")
+    found = row_token_counts(columns, sampling, most_text=45, wording=wording, time_instruction="short")
     assert found.usable.tolist() == [True, True, False] and 14 + two > 45 >= 12 + one
-    found = row_lengths(columns, sampling, most_text=26, wording=wording, more_system=3)
+    found = row_token_counts(columns, sampling, most_text=26, wording=wording, more_system=3)
     assert found.text.tolist() == [13, 20, 25] and found.frames.tolist() == [0, 9, 10]
     assert found.truncated.tolist() == [False, False, True] and found.usable.all()
-    found = row_lengths(columns, sampling, most_text=16, wording=wording, more_system=3)
+    found = row_token_counts(columns, sampling, most_text=16, wording=wording, more_system=3)
     assert found.text.tolist()[:2] == [13, 12] and found.usable.tolist() == [True, True, False]
-    found = row_lengths(columns, sampling, most_text=29, wording=wording, time_instruction="short")
+    found = row_token_counts(columns, sampling, most_text=29, wording=wording, time_instruction="short")
     assert found.text[2] == 29 and found.frames[2] == 10  # the second answer might fit, the third cannot
-    found = row_lengths(columns, sampling, most_text=80, wording=wording, style="plain")
+    found = row_token_counts(columns, sampling, most_text=80, wording=wording, style="plain")
     assert found.usable.tolist() == [False, True, False]
 
 

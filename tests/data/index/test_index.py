@@ -22,9 +22,9 @@ from crosslmm_jax.data.index import probe as probing
 from crosslmm_jax.data.index.build import build_index
 from crosslmm_jax.data.index.table import RowStore, open_index
 from crosslmm_jax.data.reports.check import check_index
-from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
 from crosslmm_jax.data.tfds_export.to_tfds import to_tfds
 from crosslmm_jax.demo.synthetic import SyntheticSet, write_dataset
+from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
 
 

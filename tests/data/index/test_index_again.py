@@ -14,7 +14,7 @@ from crosslmm_jax.data.index import build as indexing
 from crosslmm_jax.data.index import probe as probing
 from crosslmm_jax.data.index.build import IndexReport, build_index
 from crosslmm_jax.data.index.table import open_index
-from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
+from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
 
 ROWS = 32

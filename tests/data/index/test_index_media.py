@@ -15,8 +15,8 @@ from crosslmm_jax.data.index.table import open_index
 from crosslmm_jax.data.media.locate import open_media
 from crosslmm_jax.data.reports import check
 from crosslmm_jax.data.reports.check import check_index
-from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
 from crosslmm_jax.data.tfds_export.to_tfds import to_tfds
+from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
 
 TALK = {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A bar."}]}

@@ -17,7 +17,7 @@ from PIL import Image
 from video_files import write_sound
 
 from crosslmm_jax.config import DataConfig, SamplingConfig
-from crosslmm_jax.data.loading.dataset import Source
+from crosslmm_jax.data.loading.dataset import Dataset
 from crosslmm_jax.data.loading.loader import make_iterator
 from crosslmm_jax.demo.synthetic import SyntheticSet
 from crosslmm_jax.errors import Fault
@@ -119,12 +119,12 @@ def test_an_epoch_over_damaged_files(
     )  # fmt: skip
     runs = []
     for workers in (2, 0):
-        source = Source(dataclasses.replace(config, num_workers=workers), tokens_per_frame=1, image_size=16)
+        dataset = Dataset(dataclasses.replace(config, num_workers=workers), tokens_per_frame=1, image_size=16)
         told: list[Fault] = []
-        iterator = make_iterator(source, on_bad_row=told.append)
+        iterator = make_iterator(dataset, on_bad_row=told.append)
         batches = [next(iterator)]
         begun = workers_alive()
-        batches += [next(iterator) for _ in range(source.plan.epoch_steps() - 1)]
+        batches += [next(iterator) for _ in range(dataset.schedule.epoch_steps() - 1)]
         assert len(begun) == workers and workers_alive() == begun, "no worker was lost"
         iterator.close()
         runs.append(batches)
@@ -148,7 +148,7 @@ def test_an_epoch_over_damaged_files(
     for one, other in zip(*runs, strict=True):
         for name in one:
             np.testing.assert_array_equal(one[name], other[name])
-    assert slow_rows(source, allowed) == {}
+    assert slow_rows(dataset, allowed) == {}
     again = make_index(damage.folder / "rows.json")  # a probe finds all but what is broken deeper inside
     lines = [json.loads(line) for line in (again / "bad.jsonl").read_text().splitlines()]
     found = {line["row"]: line["reason"] for line in lines}
@@ -156,14 +156,14 @@ def test_an_epoch_over_damaged_files(
     assert {row for row, kind in damage.kinds.items() if KINDS[kind]} <= set(found)
 
 
-def slow_rows(source: Source, numbers: Iterable[int]) -> dict[int, float]:
+def slow_rows(dataset: Dataset, numbers: Iterable[int]) -> dict[int, float]:
     """Seconds of the damaged rows that take longer than the limit, twice in a row."""
     slow = {}
     for number in numbers:
-        bucket = source.buckets[source._of_row[number]]
+        bucket = dataset.buckets[dataset._bucket_of_row[number]]
         for _ in range(2):
             begin = time.monotonic()
-            source.loader.load(number, bucket)
+            dataset.loader.load(number, bucket)
             seconds = time.monotonic() - begin
             if seconds <= SECONDS_EACH:
                 break

@@ -16,13 +16,13 @@ from dying_loader import DyingLoader
 from crosslmm_jax.config import DataConfig, ModalityWeights, SamplingConfig
 from crosslmm_jax.data.batching.buckets import Bucket
 from crosslmm_jax.data.loading.collate import Batch
-from crosslmm_jax.data.loading.dataset import Source
+from crosslmm_jax.data.loading.dataset import Dataset
 from crosslmm_jax.data.loading.example import FrameCache
 from crosslmm_jax.data.loading.loader import BatchIterator, make_iterator
 from crosslmm_jax.data.media.image import Clip
 from crosslmm_jax.data.reports.check import check_index
-from crosslmm_jax.data.text.tokenizer import write_default_tokenizer
 from crosslmm_jax.demo.synthetic import SyntheticSet
+from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import ConfigError, Fault, UserError
 
 
@@ -35,8 +35,8 @@ def config(synthetic: SyntheticSet, tokenizer_folder: Path, make_index) -> DataC
     )  # fmt: skip
 
 
-def source_of(config: DataConfig) -> Source:
-    return Source(config, tokens_per_frame=1, image_size=32)
+def dataset_of(config: DataConfig) -> Dataset:
+    return Dataset(config, tokens_per_frame=1, image_size=32)
 
 
 def take(iterator: BatchIterator, count: int) -> list[Batch]:
@@ -55,55 +55,55 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 
 
 def test_workers_do_not_change_batches_and_one_integer_resumes(config: DataConfig) -> None:
-    source = source_of(config)
-    expected = take(make_iterator(source), 8)
-    with_workers = make_iterator(source_of(dataclasses.replace(config, num_workers=2)))
+    dataset = dataset_of(config)
+    expected = take(make_iterator(dataset), 8)
+    with_workers = make_iterator(dataset_of(dataclasses.replace(config, num_workers=2)))
     first = [next(with_workers) for _ in range(5)]
     state = json.loads(json.dumps(with_workers.get_state()))
     with_workers.close()
     assert state == {"global_next_index": 5 * 24}
-    resumed = make_iterator(source)
+    resumed = make_iterator(dataset)
     next(resumed)
     resumed.set_state(state)
     assert_same(expected, first + take(resumed, 3))
-    assert_same(expected[3:5], take(make_iterator(source, global_next_index=3 * 24), 2))
+    assert_same(expected[3:5], take(make_iterator(dataset, global_next_index=3 * 24), 2))
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_share_one_global_batch(config: DataConfig, hosts: int) -> None:
-    source = source_of(config)
+    dataset = dataset_of(config)
     shards = [
-        take(make_iterator(source, global_next_index=24, shard_index=index, shard_count=hosts), 2)
+        take(make_iterator(dataset, global_next_index=24, shard_index=index, shard_count=hosts), 2)
         for index in range(hosts)
     ]
     joined = [
         {name: np.concatenate([shard[step][name] for shard in shards]) for name in shards[0][0]}
         for step in range(2)
     ]
-    assert_same(take(make_iterator(source, global_next_index=24), 2), joined)
+    assert_same(take(make_iterator(dataset, global_next_index=24), 2), joined)
 
 
 def test_each_epoch_visits_every_row_once_in_a_new_order(config: DataConfig) -> None:
     config = dataclasses.replace(config, batch_size=16)  # 64 rows
-    rows = [batch["row_index"] for batch in take(make_iterator(source_of(config)), 8)]
+    rows = [batch["row_index"] for batch in take(make_iterator(dataset_of(config)), 8)]
     epochs = np.concatenate(rows[:4]).tolist(), np.concatenate(rows[4:]).tolist()
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(64))
     assert epochs[0] != epochs[1] and epochs[0] != list(range(64))
-    other_seed = take(make_iterator(source_of(dataclasses.replace(config, seed=1))), 1)
+    other_seed = take(make_iterator(dataset_of(dataclasses.replace(config, seed=1))), 1)
     assert other_seed[0]["row_index"].tolist() != rows[0].tolist()
-    in_order = take(make_iterator(source_of(dataclasses.replace(config, shuffle=False))), 1)
+    in_order = take(make_iterator(dataset_of(dataclasses.replace(config, shuffle=False))), 1)
     assert in_order[0]["row_index"].tolist() == list(range(16))
 
 
 def test_batches_show_the_rows_they_name(config: DataConfig) -> None:
-    source = source_of(config)
-    batch = take(make_iterator(source), 1)[0]
+    dataset = dataset_of(config)
+    batch = take(make_iterator(dataset), 1)[0]
     for index, number in enumerate(batch["row_index"]):
-        row = source.rows[int(number)]
+        row = dataset.rows[int(number)]
         real = batch["tokens"][index][batch["loss_mask"][index] > 0]
-        assert source.tokenizer.decode(real) == row.turns[1].text
-        assert row.turns[0].text.removeprefix("<image>\n") in source.tokenizer.decode(batch["tokens"][index])
-        clip = source.loader._clip(row, row.media[0])
+        assert dataset.tokenizer.decode(real) == row.turns[1].text
+        assert row.turns[0].text.removeprefix("<image>\n") in dataset.tokenizer.decode(batch["tokens"][index])
+        clip = dataset.loader._clip(row, row.media[0])
         np.testing.assert_array_equal(batch["frames"][index], clip.frames)
         np.testing.assert_array_equal(batch["frame_times"][index], clip.times)
 
@@ -111,11 +111,11 @@ def test_batches_show_the_rows_they_name(config: DataConfig) -> None:
 def test_plain_style_and_captions(config: DataConfig, synthetic: SyntheticSet, make_index) -> None:
     index = str(make_index(synthetic.captions))
     plain = dataclasses.replace(config, index=index, style="plain", batch_size=8)
-    source = source_of(plain)
-    batch = take(make_iterator(source), 1)[0]
+    dataset = dataset_of(plain)
+    batch = take(make_iterator(dataset), 1)[0]
     assert (batch["visual_slots"] == np.arange(4)).all()
-    text = source.tokenizer.decode(batch["tokens"][0][batch["loss_mask"][0] > 0])
-    assert text == source.rows[int(batch["row_index"][0])].turns[1].text + "\n"
+    text = dataset.tokenizer.decode(batch["tokens"][0][batch["loss_mask"][0] > 0])
+    assert text == dataset.rows[int(batch["row_index"][0])].turns[1].text + "\n"
 
 
 @pytest.fixture
@@ -137,11 +137,11 @@ def damage(config: DataConfig, synthetic: SyntheticSet, tmp_path: Path, make_ind
 def test_bad_files_are_replaced_the_same_way_each_time(config: DataConfig, damage, workers: int) -> None:
     bad_videos = ["videos/train_00002.mp4", "videos/train_00009.mp4"]
     config = dataclasses.replace(damage(bad_videos), batch_size=16, num_workers=workers)
-    source = source_of(config)
+    dataset = dataset_of(config)
     told: list[Fault] = []
-    iterator = make_iterator(source, on_bad_row=told.append)
+    iterator = make_iterator(dataset, on_bad_row=told.append)
     first = take(iterator, 4)
-    bad_rows = {number for number in range(64) if source.rows[number].media[0] in bad_videos}
+    bad_rows = {number for number in range(64) if dataset.rows[number].media[0] in bad_videos}
     assert len(bad_rows) == 8
     seen = Counter(int(row) for batch in first for row in batch["row_index"])
     assert not bad_rows & set(seen) and sum(seen.values()) == 64
@@ -150,14 +150,14 @@ def test_bad_files_are_replaced_the_same_way_each_time(config: DataConfig, damag
     assert sum(iterator.faults.values()) >= 8 and iterator.take_counts()["faults"] == iterator.faults
     assert not iterator.take_counts()["faults"]
     assert "cannot be decoded" in told[0].detail and "train.json: row" in told[0].where
-    clean = source_of(dataclasses.replace(config, num_workers=0))
+    clean = dataset_of(dataclasses.replace(config, num_workers=0))
     assert_same(first, take(make_iterator(clean, on_bad_row=told.append), 4))
 
 
 def test_too_many_bad_files_stop_with_the_list(config: DataConfig, damage) -> None:
     spoilt = damage([f"videos/train_{number:05d}.mp4" for number in (1, 5)])
     iterator = make_iterator(
-        source_of(dataclasses.replace(spoilt, max_bad_fraction=0.1)), on_bad_row=[].append
+        dataset_of(dataclasses.replace(spoilt, max_bad_fraction=0.1)), on_bad_row=[].append
     )
     with pytest.raises(
         UserError, match=r"rows could not be read \(\d+ wrong_type\), .*max_bad_fraction 0.1"
@@ -166,16 +166,16 @@ def test_too_many_bad_files_stop_with_the_list(config: DataConfig, damage) -> No
             next(iterator)
     iterator.close()
     assert "train_00001.mp4" in str(error.value) or "train_00005.mp4" in str(error.value)
-    patient = make_iterator(source_of(spoilt), on_bad_row=[].append)
+    patient = make_iterator(dataset_of(spoilt), on_bad_row=[].append)
     take(patient, 30)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_readable_stops_with_one_line(config: DataConfig, damage, workers: int) -> None:
     spoilt = damage([])
-    shutil.rmtree(source_of(spoilt).rows[0].root + "/videos")
+    shutil.rmtree(dataset_of(spoilt).rows[0].root + "/videos")
     iterator = make_iterator(
-        source_of(dataclasses.replace(spoilt, num_workers=workers)), on_bad_row=[].append
+        dataset_of(dataclasses.replace(spoilt, num_workers=workers)), on_bad_row=[].append
     )
     with pytest.raises(UserError, match="no such file.*are the media where the index") as caught:
         next(iterator)
@@ -185,22 +185,22 @@ def test_nothing_readable_stops_with_one_line(config: DataConfig, damage, worker
 
 def test_a_killed_worker_is_replaced(config: DataConfig) -> None:
     """Its batches come from a new one, the same ones."""
-    source = source_of(dataclasses.replace(config, num_workers=2, prefetch=2))
-    iterator = make_iterator(source)
+    dataset = dataset_of(dataclasses.replace(config, num_workers=2, prefetch=2))
+    iterator = make_iterator(dataset)
     batches = [next(iterator)]
     for child in multiprocessing.active_children():
         if child.name.startswith("grain-process-prefetch"):
             os.kill(child.pid, signal.SIGKILL)
     batches += [next(iterator) for _ in range(5)]
     iterator.close()
-    assert_same(batches, take(make_iterator(source_of(config)), 6))
+    assert_same(batches, take(make_iterator(dataset_of(config)), 6))
 
 
 @pytest.mark.slow
 def test_workers_that_always_die_end_the_run(config: DataConfig) -> None:
-    source = source_of(dataclasses.replace(config, num_workers=1))
-    source.loader = DyingLoader(source.rows, config, tokenizer=source.tokenizer, image_size=32)
-    iterator = make_iterator(source)
+    dataset = dataset_of(dataclasses.replace(config, num_workers=1))
+    dataset.loader = DyingLoader(dataset.rows, config, tokenizer=dataset.tokenizer, image_size=32)
+    iterator = make_iterator(dataset)
     with pytest.raises(
         UserError, match="worker processes died 4 times in a row at step 0, .*lower DataConfig.num_workers"
     ):
@@ -209,34 +209,34 @@ def test_workers_that_always_die_end_the_run(config: DataConfig) -> None:
 
 
 def test_batch_of_given_rows(damage) -> None:
-    source = source_of(damage(["videos/train_00001.mp4"]))
-    batch = source.batch([3, 0, 3])
+    dataset = dataset_of(damage(["videos/train_00001.mp4"]))
+    batch = dataset.batch([3, 0, 3])
     assert batch["row_index"].tolist() == [3, 0, 3]
     np.testing.assert_array_equal(batch["frames"][0], batch["frames"][2])
     with pytest.raises(UserError, match="row 4 .*cannot be decoded"):
-        source.batch([0, 4])
+        dataset.batch([0, 4])
 
 
 def test_rows_that_are_too_long_are_cut_by_whole_turns_and_counted(
     config: DataConfig, synthetic: SyntheticSet, tmp_path: Path, make_index
 ) -> None:
     with pytest.raises(ConfigError, match="none of the 64 rows of .* fits; look at"):
-        source_of(dataclasses.replace(config, text_buckets=(8, 16)))
+        dataset_of(dataclasses.replace(config, text_buckets=(8, 16)))
     lines = [f"  - {{json_path: {path}}}" for path in (synthetic.train, synthetic.dialogues)]
     (tmp_path / "mixture.yaml").write_text("\n".join(["datasets:", *lines]))
     both = dataclasses.replace(config, index=str(make_index(tmp_path / "mixture.yaml")), batch_size=4)
-    shorter = source_of(both)
-    assert shorter.left_out == 0
+    shorter = dataset_of(both)
+    assert shorter.num_without_bucket == 0
     iterator = make_iterator(shorter)
-    batches = take(iterator, shorter.plan.epoch_steps())
+    batches = take(iterator, shorter.schedule.epoch_steps())
     turns = iterator.truncated["turns"]
     assert iterator.truncated["rows"] == 16 and 16 * 2 <= turns < 16 * 8 and turns % 2 == 0
     assert not iterator.faults and {batch["text_slots"].shape[1] for batch in batches} == {64}
     assert iterator.take_counts()["truncated"] == {"rows": 16, "turns": turns}
     assert iterator.take_counts() == {"faults": {}, "truncated": {"rows": 0, "turns": 0}}
-    every = source_of(dataclasses.replace(both, text_buckets=(), frame_buckets=()))
-    assert every.left_out == 0 and [bucket.frames for bucket in every.buckets] == [4, 4]
-    seen = {int(row) for step in range(every.plan.epoch_steps()) for row in every.planned(step).rows}
+    every = dataset_of(dataclasses.replace(both, text_buckets=(), frame_buckets=()))
+    assert every.num_without_bucket == 0 and [bucket.frames for bucket in every.buckets] == [4, 4]
+    seen = {int(row) for step in range(every.schedule.epoch_steps()) for row in every.scheduled(step).rows}
     assert seen == set(range(80))
 
 
@@ -246,17 +246,17 @@ def test_rows_that_fit_no_bucket_are_left_out(
     rows = json.loads(synthetic.train.read_text())
     rows[3]["conversations"][0]["value"] += " Look closely." * 30  # its first exchange alone is too long
     (synthetic.folder / "long.json").write_text(json.dumps(rows))
-    source = source_of(dataclasses.replace(config, index=str(make_index(synthetic.folder / "long.json"))))
-    assert source.left_out == 1 and "1 of 64 rows are left out" in caplog.text
-    found = source.loader.load(3, source.buckets[0])
+    dataset = dataset_of(dataclasses.replace(config, index=str(make_index(synthetic.folder / "long.json"))))
+    assert dataset.num_without_bucket == 1 and "1 of 64 rows are left out" in caplog.text
+    found = dataset.loader.load(3, dataset.buckets[0])
     assert isinstance(found, Fault) and found.reason == "too_long" and "row 3 " in found.where
 
 
 def test_steps_of_a_modality_without_rows_go_to_the_others(
     config: DataConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = source_of(dataclasses.replace(config, modality_weights=ModalityWeights(image=1.0, video=1.0)))
-    assert source.planned(0).bucket.modality == source.planned(1).bucket.modality == "video"
+    dataset = dataset_of(dataclasses.replace(config, modality_weights=ModalityWeights(image=1.0, video=1.0)))
+    assert dataset.scheduled(0).bucket.modality == dataset.scheduled(1).bucket.modality == "video"
     assert "no row is of modality image, to which DataConfig.modality_weights gives steps" in caplog.text
 
 
@@ -269,9 +269,9 @@ def test_paths_out_of_the_root_only_when_the_config_allows(
     (synthetic.folder / "up.json").write_text(json.dumps(rows))
     index = make_index(synthetic.folder / "up.json", allow_outside=True)
     allowed = dataclasses.replace(config, index=str(index), allow_outside=True)
-    expected = take(make_iterator(source_of(config)), 1)
-    assert_same(expected, take(make_iterator(source_of(allowed)), 1))
-    found = source_of(dataclasses.replace(allowed, allow_outside=False)).loader.load(
+    expected = take(make_iterator(dataset_of(config)), 1)
+    assert_same(expected, take(make_iterator(dataset_of(allowed)), 1))
+    found = dataset_of(dataclasses.replace(allowed, allow_outside=False)).loader.load(
         0, Bucket("video", 4, 64)
     )
     assert isinstance(found, Fault) and found.reason == "outside_root"
@@ -282,15 +282,15 @@ def test_paths_out_of_the_root_only_when_the_config_allows(
 
 def test_a_batch_must_divide_among_hosts_and_a_position_be_its_begin(config: DataConfig) -> None:
     with pytest.raises(ConfigError, match="batch_size is 24; it must be a multiple of the 5 hosts"):
-        make_iterator(source_of(config), shard_count=5)
+        make_iterator(dataset_of(config), shard_count=5)
     with pytest.raises(ConfigError, match="position 25 is not the begin of a batch"):
-        make_iterator(source_of(config), global_next_index=25)
+        make_iterator(dataset_of(config), global_next_index=25)
 
 
 def test_an_index_of_another_tokenizer_is_refused(config: DataConfig, tmp_path: Path) -> None:
     write_default_tokenizer(tmp_path / "other", vocab_size=400)
     with pytest.raises(ConfigError, match="made with another tokenizer than .*other; run"):
-        source_of(dataclasses.replace(config, tokenizer=str(tmp_path / "other")))
+        dataset_of(dataclasses.replace(config, tokenizer=str(tmp_path / "other")))
 
 
 def test_frame_cache_is_bounded() -> None:
@@ -306,6 +306,6 @@ def test_frame_cache_is_bounded() -> None:
 
 
 def test_cached_frames_are_those_of_a_fresh_decode(config: DataConfig) -> None:
-    cached = take(make_iterator(source_of(config)), 7)
-    fresh = take(make_iterator(source_of(dataclasses.replace(config, frame_cache_mb=0))), 7)
+    cached = take(make_iterator(dataset_of(config)), 7)
+    fresh = take(make_iterator(dataset_of(dataclasses.replace(config, frame_cache_mb=0))), 7)
     assert_same(cached, fresh)

@@ -15,7 +15,7 @@ from video_files import SIZE, decode_all, write_video
 
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.media import demux as packets
-from crosslmm_jax.data.media.locate import resolve
+from crosslmm_jax.data.media.locate import resolve_path
 from crosslmm_jax.data.media.video import probe, read_frames
 from crosslmm_jax.errors import DataError
 
@@ -27,7 +27,7 @@ def read_all(root: str, references: list[str]) -> None:
     for reference in references:
         start, reason, message = time.monotonic(), "", ""
         try:
-            path = resolve(root, reference)
+            path = resolve_path(root, reference)
             probe(path)
             clip = read_frames(path, SamplingConfig(frames=6), size=16)
             assert clip.frames.shape[1:] == (16, 16, 3) and len(clip.times) == len(clip.frames) > 0

@@ -18,7 +18,7 @@ from crosslmm_jax.data.media import demux as packets
 from crosslmm_jax.data.media import locate as media
 from crosslmm_jax.data.media import packet_index
 from crosslmm_jax.data.media.image import read_image
-from crosslmm_jax.data.media.locate import Media, resolve
+from crosslmm_jax.data.media.locate import Media, resolve_path
 from crosslmm_jax.data.media.video import probe, read_frames
 from crosslmm_jax.errors import DataError
 
@@ -42,9 +42,9 @@ def test_resolve_keeps_to_the_root(tmp_path: Path) -> None:
     (root / "inner").symlink_to(root / "a")
     (root / "outer").symlink_to(outside)
     (root / "link.mp4").symlink_to(outside / "x.mp4")
-    assert resolve(str(root), "a/in.mp4") == str(root / "a/in.mp4")
-    assert resolve(str(root), "inner/in.mp4") == str(root / "inner/in.mp4")
-    assert resolve(str(root), "a/two..dots.mp4") == str(root / "a/two..dots.mp4")
+    assert resolve_path(str(root), "a/in.mp4") == str(root / "a/in.mp4")
+    assert resolve_path(str(root), "inner/in.mp4") == str(root / "inner/in.mp4")
+    assert resolve_path(str(root), "a/two..dots.mp4") == str(root / "a/two..dots.mp4")
     bad = [
         "../rooted/x.mp4",
         "a/../../rooted/x.mp4",
@@ -55,16 +55,16 @@ def test_resolve_keeps_to_the_root(tmp_path: Path) -> None:
     ]
     for reference in bad:
         with pytest.raises(DataError) as caught:
-            resolve(str(root), reference)
+            resolve_path(str(root), reference)
         assert caught.value.fault.reason == "outside_root"
-        assert os.path.join(root, reference) == resolve(str(root), reference, allow_outside=True)
+        assert os.path.join(root, reference) == resolve_path(str(root), reference, allow_outside=True)
     for reference in ("", "a\0b"):
         with pytest.raises(DataError) as caught:
-            resolve(str(root), reference, allow_outside=True)
+            resolve_path(str(root), reference, allow_outside=True)
         assert caught.value.fault.reason == "missing"
     alias = tmp_path / "alias"
     alias.symlink_to(root)
-    assert resolve(str(alias), "a/in.mp4") == str(alias / "a/in.mp4")
+    assert resolve_path(str(alias), "a/in.mp4") == str(alias / "a/in.mp4")
 
 
 def test_pipes_sockets_and_devices_are_not_opened(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from crosslmm_jax.data.index.build import build_index
 from crosslmm_jax.data.index.table import RowStore, open_index
 from crosslmm_jax.data.media import locate as media
 from crosslmm_jax.data.media.locate import direct_reference, open_file, open_media, size_of
-from crosslmm_jax.data.media.tar import spanned
+from crosslmm_jax.data.media.tar import tar_member
 from crosslmm_jax.data.media.video import probe, read_frames
 from crosslmm_jax.errors import DataError
 
@@ -53,7 +53,7 @@ def test_members_read_as_files_do(tmp_path: Path, files: dict[str, bytes]) -> No
         assert probe(medium) == probe(tmp_path / name)
         assert_same(read_frames(medium, FOUR, size=24), read_frames(tmp_path / name, FOUR, size=24))
         direct = direct_reference(reference, medium)
-        assert direct == f"all.tar::{spanned(f'x/{name}', medium.offset, len(content))}"
+        assert direct == f"all.tar::{tar_member(f'x/{name}', medium.offset, len(content))}"
         assert open_media(str(tmp_path), direct) == medium
         assert direct_reference(direct, medium) == direct
 
@@ -80,7 +80,7 @@ def test_a_member_is_read_without_the_rest_of_the_tar(
         file.write(hole.tobuf())
         file.seek(hole.size, os.SEEK_CUR)
         file.write(last.tobuf() + content + b"\0" * (-len(content) % 512 + 1024))
-    reference = f"large.tar::{spanned('v.mp4', 512 + 2**30 + 512, len(content))}"
+    reference = f"large.tar::{tar_member('v.mp4', 512 + 2**30 + 512, len(content))}"
     monkeypatch.setattr(tarfile, "open", lambda *_, **__: pytest.fail("the tar is walked through"))
     begin = _bytes_read()
     clip = read_frames(open_media(str(tmp_path), reference), FOUR, size=24)
@@ -120,9 +120,11 @@ def test_tars_and_members_that_cannot_be_read(tmp_path: Path, files: dict[str, b
     direct = direct_reference("a.tar::x/a.mp4", place)
     assert reason_of(root, "a.tar::y.mp4") == "missing"
     assert reason_of(root, "none.tar::y.mp4") == "missing"
-    assert reason_of(root, f"a.tar::{spanned('x/a.mp4', place.offset + 512, place.length or 0)}") == "changed"
-    assert reason_of(root, f"a.tar::{spanned('x/a.mp4', place.offset, 99)}") == "changed"
-    assert reason_of(root, f"a.tar::{spanned('x/a.mp4', 3, 99)}") == "changed"
+    assert (
+        reason_of(root, f"a.tar::{tar_member('x/a.mp4', place.offset + 512, place.length or 0)}") == "changed"
+    )
+    assert reason_of(root, f"a.tar::{tar_member('x/a.mp4', place.offset, 99)}") == "changed"
+    assert reason_of(root, f"a.tar::{tar_member('x/a.mp4', 3, 99)}") == "changed"
     (root / "cut.tar").write_bytes(content[: place.offset + 100])
     assert reason_of(root, direct.replace("a.tar", "cut.tar")) == "truncated"
     (root / "zip.tar").write_bytes(b"PK" + os.urandom(2000))
@@ -153,7 +155,7 @@ def test_tars_and_their_members_lead_nowhere_else(tmp_path: Path, files: dict[st
         outside.size = len(files["a.mp4"])
         tar.addfile(outside, io.BytesIO(files["a.mp4"]))
     assert reason_of(root, "links.tar::link.mp4") == "missing"
-    assert reason_of(root, f"links.tar::{spanned('link.mp4', 512, 0)}") == "changed"
+    assert reason_of(root, f"links.tar::{tar_member('link.mp4', 512, 0)}") == "changed"
     medium = open_media(str(root), "links.tar::../../b.mp4")  # a name within the tar, and no more
     assert medium.path == str(root / "links.tar")
     assert_same(read_frames(medium, FOUR, size=24), read_frames(tmp_path / "a.mp4", FOUR, size=24))

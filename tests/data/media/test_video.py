@@ -176,14 +176,14 @@ def test_absurd_sizes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_only_groups_with_wanted_frames_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", 40, options={"g": "5", "sc_threshold": "0"})
     decoded = []
-    original = video.decode_groups
+    original = video.decode_gops
 
     def counted(*arguments: Any, **options: Any) -> Iterator[Any]:
         for frame in original(*arguments, **options):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(video, "decode_groups", counted)
+    monkeypatch.setattr(video, "decode_gops", counted)
     read_frames(path, SamplingConfig(frames=2), size=SIZE)
     assert len(decoded) <= 6  # the first frame and the last group
 

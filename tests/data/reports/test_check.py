@@ -9,7 +9,7 @@ import pytest
 from crosslmm_jax.cli.app import main
 from crosslmm_jax.config import DataConfig
 from crosslmm_jax.data.loading import example as loader
-from crosslmm_jax.data.loading.dataset import Source
+from crosslmm_jax.data.loading.dataset import Dataset
 from crosslmm_jax.data.reports import check
 from crosslmm_jax.demo.synthetic import write_dataset
 
@@ -55,8 +55,8 @@ def test_the_deadline_is_the_same_for_training_and_check(
         monkeypatch.setattr(module, "read_frames", noting)
     for limit in (1800.0, None, 9.0):
         config = DataConfig(index=index, tokenizer=str(tokenizer_folder), batch_size=4, deadline_s=limit)
-        source = Source(config, tokens_per_frame=1, image_size=16)
-        source.loader.load(0, source.buckets[source._of_row[0]])
+        dataset = Dataset(config, tokens_per_frame=1, image_size=16)
+        dataset.loader.load(0, dataset.buckets[dataset._bucket_of_row[0]])
     assert given == [DataConfig.deadline_s, None, 9.0]
     given.clear()
     words = ["data", "check", index, "--workers", "0", "--sample", "1"]

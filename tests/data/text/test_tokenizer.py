@@ -10,13 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crosslmm_jax.data.text.tokenizer import (
-    EXTRA_TOKENS,
-    SPECIAL_TOKENS,
-    Tokenizer,
-    load_tokenizer,
-    write_default_tokenizer,
-)
+from crosslmm_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+from crosslmm_jax.demo.tokenizer import EXTRA_TOKENS, SPECIAL_TOKENS, write_default_tokenizer
 from crosslmm_jax.errors import UserError
 
 

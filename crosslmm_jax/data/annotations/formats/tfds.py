@@ -23,10 +23,10 @@ from crosslmm_jax.data.annotations.rows import (
     parse_bounds,
 )
 from crosslmm_jax.data.media import (
-    FOLDER_MARK,
+    FRAMES_PREFIX,
     parse_example,
     read_record,
-    resolve,
+    resolve_path,
     suffix_by_content,
     value_member,
 )
@@ -164,7 +164,7 @@ def to_row(value: tuple[Layout, str, int], origin: Origin) -> Row:
     layout, name, number = value
     folder = origin.spec.path
     try:
-        path = resolve(folder, name, allow_outside=origin.allow_outside)
+        path = resolve_path(folder, name, allow_outside=origin.allow_outside)
         example = parse_example(read_record(path, number), f"{path}::{number}")
     except DataError as error:
         raise origin.error(error.fault.reason, str(error), name) from error
@@ -231,7 +231,7 @@ class _Record:
             suffix = os.path.splitext(name)[1]
             if not suffix.removeprefix(".").isalnum():
                 suffix = suffix_by_content(values[first])
-            pictures = last > first or (field == "videos" and name.startswith(FOLDER_MARK))
+            pictures = last > first or (field == "videos" and name.startswith(FRAMES_PREFIX))
             media.append(value_member(number, feature, first, last, suffix, pictures=pictures))
         return media
 

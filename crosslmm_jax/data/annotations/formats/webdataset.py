@@ -22,7 +22,7 @@ from crosslmm_jax.data.annotations.rows import (
     make_row,
     parse_bounds,
 )
-from crosslmm_jax.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, look_at, read_member, spanned, walk
+from crosslmm_jax.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, kind_of, read_member, tar_member, walk_tar
 from crosslmm_jax.errors import Fault, UserError
 
 OPTIONS = frozenset({"caption", "question"})
@@ -62,7 +62,7 @@ def entries(spec: DatasetSpec) -> Iterator[Entry]:
     question = text_option(spec, "question", "?") if "question" in spec.options else ""
     for tar in files_of(spec.path, ".tar"):
         try:
-            look_at(tar)
+            kind_of(tar)
             for sample in _samples(tar, caption, question):
                 yield Entry(f"{tar}: {sample.key}", sample)
         except UserError as error:
@@ -72,7 +72,7 @@ def entries(spec: DatasetSpec) -> Iterator[Entry]:
 
 def _samples(path: str, caption: str, question: str) -> Iterator[Sample]:
     sample = None
-    for tar, member in walk(path):
+    for tar, member in walk_tar(path):
         folder, name = os.path.split(member.name)
         stem, _, suffix = name.partition(".")
         key = os.path.join(folder, stem)
@@ -85,7 +85,7 @@ def _samples(path: str, caption: str, question: str) -> Iterator[Sample]:
             sample.texts[kind[1:]] = read_member(tar, member)
         elif kind in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
             media = sample.media["images" if kind in IMAGE_SUFFIXES else "videos"]
-            place = spanned(member.name, member.offset_data, member.size)
+            place = tar_member(member.name, member.offset_data, member.size)
             media.append(f"{os.path.basename(path)}::{place}")
     if sample is not None:
         yield sample
