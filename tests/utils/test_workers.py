@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from crosslmm_jax.data.index import build_index
-from crosslmm_jax.data.text import write_default_tokenizer
 from crosslmm_jax.demo.synthetic import write_dataset
+from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.utils.workers import worker_pool
 
 # Each prints the ids of its worker processes, then waits.

@@ -209,7 +209,7 @@ def test_a_row_whose_placeholders_do_not_fit_is_rejected_by_name(tokenizer: Toke
         )  # fmt: skip
         found = loader.load(0, bucketed.buckets[0])
         assert isinstance(found, Fault) and found.reason == "placeholders"
-        assert found.detail.startswith("file: row 7: 2 <image>/<video> placeholders for 1 media")
+        assert str(found).startswith("file: row 7: 2 <image>/<video> placeholders for 1 media")
 
 
 def test_the_plain_style_has_no_place_for_a_time_instruction() -> None:
