@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from crosslmm_jax.batch import Batch, with_known_visibility
 from crosslmm_jax.config import ModelConfig, Precision
-from crosslmm_jax.model import CrossLMM, quantise_params, reads_of
+from crosslmm_jax.model import CrossLMM, quantise_params
 from crosslmm_jax.model.encode_frames import Visual, encode_in_chunks
 from crosslmm_jax.model.ops import layer_norm
 from crosslmm_jax.model.params.tables import cast
@@ -161,16 +162,19 @@ def logits(config: ModelConfig, request: Request, params: Any, visual: Visual) -
     work = request.workload(frames)
     batch = random_prompt(config, work)
     end = work.before + frames * config.merge.tokens_per_frame
-    prompt = {name: batch[name][:, :end] for name in ("tokens", "positions", "visible_frames")}
-    prompt |= {"visual_slots": batch["visual_slots"], "text_slots": batch["text_slots"][:, : work.before]}
+    prompt = Batch.create(
+        tokens=batch.tokens[:, :end], visual_slots=batch.visual_slots,
+        visible_frames=batch.visible_frames.counts[:, :end],
+    )  # fmt: skip
+    prompt = with_known_visibility(prompt, frames)
     parts = {part: params[part] for part in ("v2v", "t2v", "decoder")}
-    model = CrossLMM(config, reads=reads_of(prompt, frames))
-    return np.asarray(program(_logits)(model, parts, visual, prompt, batch["tokens"][:, end:]))
+    model = CrossLMM(config)
+    return np.asarray(program(_logits)(model, parts, visual, prompt, batch.tokens[:, end:]))
 
 
-def _logits(model: CrossLMM, params: Any, visual: Visual, prompt: Any, text: Array) -> Array:
+def _logits(model: CrossLMM, params: Any, visual: Visual, prompt: Batch[Array], text: Array) -> Array:
     variables = {"params": params}
-    end, steps = prompt["tokens"].shape[1], text.shape[1]
+    end, steps = prompt.tokens.shape[1], text.shape[1]
     counts = jnp.full((1,), end, jnp.int32)
     cache: Any = model.apply(variables, visual, prompt, counts, cache_size=end + steps, method="prefill")[1]
     t2v = cache.t2v

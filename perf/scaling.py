@@ -9,15 +9,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
+from crosslmm_jax.batch import BATCH_AXES
 from crosslmm_jax.config import MeshConfig, ModelConfig
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import CrossLMM
+from crosslmm_jax.parallel import partition_spec
 from crosslmm_jax.parallel.axis_rules import activation_rules
 from crosslmm_jax.parallel.compiler_options import matmul_options
 from crosslmm_jax.parallel.mesh import make_mesh
-from crosslmm_jax.parallel.sharding import batch_shardings, replicated
+from crosslmm_jax.parallel.sharding import replicated
 from crosslmm_jax.profiling import encoder, flops, train
 from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.inputs import config_of, frames_shape, num_bytes, param_shapes, random_params
@@ -72,7 +74,7 @@ def _encode_case(config: ModelConfig, frames: int, mesh: Mesh) -> Case:
     """One row of frames a device to compact and original tokens."""
     one, model = frames_shape(config, frames), CrossLMM(config, activation_rules(), stacked=False)
     shape = (mesh.size, *one.shape[1:])
-    sharding = batch_shardings({"frames": shape}, mesh)["frames"]
+    sharding = NamedSharding(mesh, partition_spec(BATCH_AXES["frames"], shape, mesh.shape))
 
     def lower() -> Any:
         def encode(params: Any, frames: Any) -> Any:

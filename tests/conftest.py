@@ -41,6 +41,7 @@ import numpy as np
 import pytest
 
 from crosslmm_jax import presets
+from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -252,7 +253,7 @@ def random_batch(
     valid_frames: tuple[int, ...] | None = None,
     valid_text: tuple[int, ...] | None = None,
     seed: int = 0,
-) -> dict[str, np.ndarray]:
+) -> Batch[np.ndarray]:
     """Rows of `before` text tokens, one video, then text; padding (frames, then text) at the end."""
     rng = np.random.default_rng(seed)
     size, compact = config.vision.image_size, config.merge.tokens_per_frame
@@ -260,7 +261,6 @@ def random_batch(
     valid_text = valid_text or (text,) * batch
     total = text + frames * compact
     visual_slots = np.zeros((batch, frames * compact), np.int32)
-    text_slots = np.zeros((batch, text), np.int32)
     visible = np.zeros((batch, total), np.int32)
     loss_mask = np.zeros((batch, total), np.float32)
     for b, (f, t) in enumerate(zip(valid_frames, valid_text, strict=True)):
@@ -268,21 +268,13 @@ def random_batch(
         real = end + t - before
         pad_visual = np.arange(real, real + (frames - f) * compact)
         visual_slots[b] = np.r_[np.arange(before, end), pad_visual]
-        text_slots[b] = np.setdiff1d(np.arange(total), visual_slots[b])
         visible[b, before:real] = f
         loss_mask[b, end + 1 : real] = 1
     draw = np.random.default_rng(seed + 1)
     pixels = draw.integers(0, 256, (batch, 64, size, size, 3), dtype=np.uint8)[:, :frames]
     tokens = rng.integers(0, config.decoder.vocab_size, (batch, 4096)).astype(np.int32)[:, :total]
-    return {
-        "frames": pixels,
-        "frame_mask": np.arange(frames) < np.array(valid_frames)[:, None],
-        "frame_times": np.tile(np.arange(frames, dtype=np.float32), (batch, 1)),
-        "tokens": tokens,
-        "positions": np.tile(np.arange(total, dtype=np.int32), (batch, 1)),
-        "loss_mask": loss_mask,
-        "visual_slots": visual_slots,
-        "text_slots": text_slots,
-        "visible_frames": visible,
-        "row_index": np.arange(batch, dtype=np.int32),
-    }
+    return Batch.create(
+        tokens=tokens, visual_slots=visual_slots, visible_frames=visible, frames=pixels, loss_mask=loss_mask,
+        frame_times=np.tile(np.arange(frames, dtype=np.float32), (batch, 1)),
+        row_index=np.arange(batch, dtype=np.int32),
+    )  # fmt: skip

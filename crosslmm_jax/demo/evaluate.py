@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from crosslmm_jax.batch import Batch, needed
 from crosslmm_jax.config import DataConfig
 from crosslmm_jax.data.loading import Dataset
 from crosslmm_jax.model import CrossLMM
@@ -32,11 +33,11 @@ def answered_exactly(model_folder: str | Path, data: DataConfig) -> Bool[np.ndar
     model, vocab_size = CrossLMM(config), dataset.tokenizer.vocab_size
 
     @jax.jit
-    def right(params: Any, batch: dict[str, Array]) -> Bool[Array, " b"]:
+    def right(params: Any, batch: Batch[Array]) -> Bool[Array, " b"]:
         logits = model.apply({"params": params}, batch)
         likeliest = jnp.argmax(logits[:, :-1, :vocab_size], axis=-1)  # type: ignore[index]
-        is_target = batch["loss_mask"][:, 1:] > 0
-        return jnp.all((likeliest == batch["tokens"][:, 1:]) | ~is_target, axis=1)
+        is_target = needed(batch.loss_mask, "loss_mask")[:, 1:] > 0
+        return jnp.all((likeliest == batch.tokens[:, 1:]) | ~is_target, axis=1)
 
     results = []
     for begin in range(0, len(dataset.rows), data.batch_size):

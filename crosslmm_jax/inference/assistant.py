@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import MeshConfig, ModelConfig, Precision, SamplingConfig
 from crosslmm_jax.data.loading import lay_out
 from crosslmm_jax.data.media import read_frames
@@ -170,14 +171,10 @@ class Video:
             prefix, [len(self.frames)], tokens_per_frame=model.config.merge.tokens_per_frame,
             placeholder=model.tokenizer.video_pad,
         )  # fmt: skip
-        batch = {
-            "tokens": layout.tokens,
-            "positions": np.arange(len(layout.tokens), dtype=np.int32),
-            "visual_slots": np.flatnonzero(layout.visual).astype(np.int32),
-            "text_slots": np.flatnonzero(~layout.visual).astype(np.int32),
-            "visible_frames": layout.visible_frames,
-        }
-        batch = {name: value[None] for name, value in batch.items()}
+        slots = np.flatnonzero(layout.visual).astype(np.int32)
+        batch = Batch.create(
+            tokens=layout.tokens[None], visual_slots=slots[None], visible_frames=layout.visible_frames[None]
+        )
         return model.compiled.prefill(model.params, visual, batch)
 
     def ask(

@@ -15,9 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from crosslmm_jax.batch import Batch, with_known_visibility
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.inference.generate import Generation, Sampling, generate, start
-from crosslmm_jax.model import Cache, CrossLMM, Visual, reads_of
+from crosslmm_jax.model import Cache, CrossLMM, Visual
 from crosslmm_jax.parallel import activation_rules, program
 
 TEXT_BUCKET = 32  # tokens
@@ -50,12 +51,12 @@ class Compiled:
         with jax.set_mesh(self.mesh):
             return program(_encode)(self.model, params, frames)
 
-    def prefill(self, params: Any, visual: Visual, batch: dict[str, np.ndarray]) -> Cache:
+    def prefill(self, params: Any, visual: Visual, batch: Batch[np.ndarray]) -> Cache:
         """Runs a prompt without padding; the cache has room for just that."""
-        counts = np.full(batch["tokens"].shape[0], batch["tokens"].shape[1], np.int32)
-        model = self.model.clone(reads=reads_of(batch, visual.originals.shape[1]))
+        counts = np.full(batch.tokens.shape[0], batch.tokens.shape[1], np.int32)
+        batch = with_known_visibility(batch, visual.originals.shape[1])
         with jax.set_mesh(self.mesh):
-            return program(_prefill)(model, params, visual, batch, counts)
+            return program(_prefill)(self.model, params, visual, batch, counts)
 
     def begin(
         self, params: Any, cache: Cache, ids: np.ndarray, *, room: int, key: Array, sampling: Sampling,
@@ -118,8 +119,8 @@ def _encode(model: CrossLMM, params: Any, frames: Array) -> Visual:
     return visual
 
 
-def _prefill(model: CrossLMM, params: Any, visual: Visual, batch: dict[str, Array], counts: Array) -> Cache:
-    size = batch["tokens"].shape[1]
+def _prefill(model: CrossLMM, params: Any, visual: Visual, batch: Batch[Array], counts: Array) -> Cache:
+    size = batch.tokens.shape[1]
     result: Any = model.apply({"params": params}, visual, batch, counts, cache_size=size, method="prefill")
     return result[1]
 

@@ -24,8 +24,7 @@ The paper's K, "cross-attention every K layers", is `cross_attn_every`.
 
 from crosslmm_jax.model.attention.dispatch import attention
 from crosslmm_jax.model.cross_attention import KeysValues
-from crosslmm_jax.model.crosslmm import CrossLMM, reads_of
-from crosslmm_jax.model.decoder_layer import SequenceReads
+from crosslmm_jax.model.crosslmm import CrossLMM
 from crosslmm_jax.model.encode_frames import Visual, frame_chunk
 from crosslmm_jax.model.encoder import SiglipEncoder, encoder_layer, patchify
 from crosslmm_jax.model.kv_cache import Cache
@@ -50,7 +49,6 @@ __all__ = [
     "DTYPES",
     "KeysValues",
     "Projector",
-    "SequenceReads",
     "SiglipEncoder",
     "Visual",
     "attention",
@@ -66,7 +64,6 @@ __all__ = [
     "patchify",
     "quantise_params",
     "quantised_axes",
-    "reads_of",
     "rms_norm",
     "self_attention",
     "separate_layers",

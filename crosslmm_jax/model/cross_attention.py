@@ -7,12 +7,13 @@ root mean square and the scale is folded into Wk and Wv: no normalised copy of a
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from crosslmm_jax.batch import AllOrNone, SamePerRow, VisibleFrames
 from crosslmm_jax.config import ModelConfig, Precision
 from crosslmm_jax.model.attention.blockwise import MASKED
 from crosslmm_jax.model.ops import from_heads, pad_tokens, rms_norm, rotate, to_heads
@@ -21,12 +22,6 @@ from crosslmm_jax.model.params.tables import Weight, WeightTable, constant, ones
 from crosslmm_jax.model.quantisation.quantise import DTYPES, quantise
 from crosslmm_jax.model.qwen2 import attention_weights
 from crosslmm_jax.model.video_attention import attend, attend_tokens
-
-# What is known of the frames that tokens may read before the program runs. "each": a number a token; "alike":
-# all tokens of a row read the same; "whole": a token reads all frames, or none. With "each" a GPU asks,
-# layer by layer, which kernel to take, and waits for the host: alone, 0.1 to 0.2 ms a cross-attention on one
-# H200.
-Reads = Literal["each", "alike", "whole"]
 
 
 class KeysValues(NamedTuple):
@@ -108,10 +103,9 @@ def cross_attend(
     x: Float[Array, "b r d"],
     source: KeysValues | Float[Array, "b f p d"],
     *,
-    visible_frames: Int[Array, "b t"],
+    visible_frames: VisibleFrames,
     times: Int[Array, "b t"],
     config: ModelConfig,
-    reads: Reads = "each",
     scoped: bool = False,
     rules: AxisRules | None = None,
 ) -> Float[Array, "b r d"]:
@@ -123,11 +117,10 @@ def cross_attend(
         in frame order.
       source: keys and values of all F frames, or the original tokens that they are made from on the way:
         for a long video not all at once (`frame_parts`).
-      visible_frames: int32[B, T], how many frames a token may read, from the first on.
+      visible_frames: of the T tokens; `SamePerRow` not with `scoped`.
       times: int32[B, T], a token's place on the frame axis: its frame, or for text the frames before it.
         Only the rotary embedding over time reads it.
       config: the whole model's.
-      reads: what holds for `visible_frames`; "alike" not with `scoped`.
       scoped: narrow what is read to `v2v_scope` (V2V only).
       rules: logical axes; frames may be spread over devices.
 
@@ -136,17 +129,20 @@ def cross_attend(
     """
     cross = config.cross_attention
     y = rms_norm(x, weights["query_norm"], config.decoder.rms_norm_eps)
-    q = to_heads(y, weights["wq"], weights["bq"])[:, : visible_frames.shape[1]]
+    q = to_heads(y, weights["wq"], weights["bq"])[:, : visible_frames.counts.shape[1]]
     if cross.cross_attn_rope == "time":
         q = rotate(q, times, theta=config.decoder.rope_theta)
-    limits = {"each": visible_frames, "alike": visible_frames[:, :1], "whole": None}[reads]
+    all_or_none = isinstance(visible_frames, AllOrNone)
+    limits = None if all_or_none else visible_frames.counts
+    if isinstance(visible_frames, SamePerRow):
+        limits = visible_frames.counts[:, :1]
     same = {"visible_frames": limits, "config": config, "scoped": scoped, "rules": rules}
     if isinstance(source, KeysValues):
         out = _scaled(attend(_scaled(q, source.key_scale), source, **same), source.value_scale)
     else:
         out = attend_tokens(q, weights, source, make=functools.partial(keys_values, config=config), **same)
-    if reads == "whole":
-        out = jnp.where((visible_frames > 0)[:, :, None, None], out, 0)
+    if all_or_none:
+        out = jnp.where((visible_frames.counts > 0)[:, :, None, None], out, 0)
     gate = jnp.tanh(weights["gate"].astype(jnp.float32)).astype(x.dtype)
     return gate * from_heads(pad_tokens(out, x.shape[1]), weights["wo"])
 

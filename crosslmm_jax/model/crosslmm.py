@@ -1,30 +1,21 @@
 """CrossLMM: frames and tokens in, logits out (paper fig. 2).
 
 `CrossLMM` holds the parts and passes arrays between them; every method is pure and is called with
-`model.apply({"params": params}, ..., method="name")`. A batch is a mapping of arrays, as `data` makes it:
-
-    frames          uint8[B, F, R, R, 3]
-    tokens          int32[B, T]            a placeholder sits at every visual slot
-    positions       int32[B, T]
-    visual_slots    int32[B, F*C]          where the compact tokens sit in the sequence, in frame order
-    text_slots      int32[B, T - F*C]      all other places
-    visible_frames  int32[B, T]            how many frames a token may read
-    loss_mask       float32[B, T]          1 where the token is to be predicted
+`model.apply({"params": params}, ..., method="name")`.
 """
 
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
+from crosslmm_jax.batch import Batch, SamePerRow, VisibleFrames, needed
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model.cross_attention import cross_attention_weights, kv_width
-from crosslmm_jax.model.decoder_layer import Batch, SequenceReads, decoder_layer
+from crosslmm_jax.model.decoder_layer import decoder_layer
 from crosslmm_jax.model.encode_frames import Visual, encode_in_chunks
 from crosslmm_jax.model.encoder import SiglipEncoder
 from crosslmm_jax.model.kv_cache import Cache
@@ -35,17 +26,6 @@ from crosslmm_jax.model.params.partitioning import AxisRules, constrain, constra
 from crosslmm_jax.model.params.tables import WeightTable, declare, layer_of
 from crosslmm_jax.model.pooler import Projector
 from crosslmm_jax.model.qwen2 import decoder_weights
-
-
-def reads_of(batch: Mapping[str, np.ndarray], frames: int) -> SequenceReads:
-    """What holds for a batch's `visible_frames`, of rows with `frames` frames: for `CrossLMM.reads`.
-
-    "visual" is "whole" where no text token reads a frame, as in a prompt that ends with its video.
-    """
-    if not np.isin(batch["visible_frames"], (0, frames)).all():
-        return "each"
-    by_text = np.take_along_axis(batch["visible_frames"], batch["text_slots"], axis=1)
-    return "whole" if by_text.any() else "visual"
 
 
 class Weights(nn.Module):
@@ -71,13 +51,11 @@ class CrossLMM(nn.Module):
         it, on several devices, the attention kernels that it cannot divide.
       stacked: parameters are as `init_params` makes them, the layers of a stack in one array; False: as
         `separate_layers` makes them, which is what inference on accelerators should read.
-      reads: what holds for `visible_frames` of all batches (`reads_of`).
     """
 
     config: ModelConfig
     rules: AxisRules | None = None
     stacked: bool = True
-    reads: SequenceReads = "each"
 
     def setup(self) -> None:
         """Declares the parameters."""
@@ -99,12 +77,12 @@ class CrossLMM(nn.Module):
 
     def __call__(self, batch: Batch) -> Float[Array, "b t v"]:
         """float32[B, T, V] logits of every position. For short sequences: see `loss` and `prefill`."""
-        return self._logits(self.hidden(self.encode(batch["frames"]), batch))
+        return self._logits(self.hidden(self.encode(needed(batch.frames, "frames")), batch))
 
     def loss(self, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Sum of the cross-entropies of the targets in nats, and how many targets there are."""
-        hidden = self.hidden(self.encode(batch["frames"]), batch)
-        return next_token_loss(hidden, self._head(), batch["tokens"], batch["loss_mask"])
+        hidden = self.hidden(self.encode(needed(batch.frames, "frames")), batch)
+        return next_token_loss(hidden, self._head(), batch.tokens, needed(batch.loss_mask, "loss_mask"))
 
     def encode(self, frames: Array) -> Visual:
         """uint8[B, F, R, R, 3] to the tokens that the decoder and cross-attention read."""
@@ -137,7 +115,7 @@ class CrossLMM(nn.Module):
         """
         hidden, left = self._run(visual, batch, keep=True)
         last = (counts - 1)[:, None]
-        visible = jnp.take_along_axis(batch["visible_frames"], last, axis=1)[:, 0]
+        visible = jnp.take_along_axis(batch.visible_frames.counts, last, axis=1)[:, 0]
         t2v = tuple(x for x in left.crossed if x is not None) or None
         cache = Cache(left.keys, left.values, counts, visible, t2v).resized(cache_size)
         return self._logits(gather_tokens(hidden, last))[:, 0], cache
@@ -157,7 +135,7 @@ class CrossLMM(nn.Module):
           float32[B, V] logits behind each row's last token, and the cache.
         """
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-        visible = jnp.broadcast_to(cache.visible_frames[:, None], tokens.shape)
+        visible = SamePerRow(jnp.broadcast_to(cache.visible_frames[:, None], tokens.shape))
         x = with_fewest_rows(self._embed(tokens))
         x, left = self._each_layer(x, positions, visible, cache=cache)
         cache = cache._replace(keys=left.keys, values=left.values, lengths=cache.lengths + counts)
@@ -173,7 +151,7 @@ class CrossLMM(nn.Module):
           float32[X, B, F, P] probabilities, mean over heads, for the X layers with cross-attention.
         """
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-        visible = jnp.broadcast_to(cache.visible_frames[:, None], tokens.shape)
+        visible = SamePerRow(jnp.broadcast_to(cache.visible_frames[:, None], tokens.shape))
         _, left = self._each_layer(self._embed(tokens), positions, visible, cache=cache, observed=counts - 1)
         return jnp.stack([maps for maps in left.crossed if maps is not None])
 
@@ -192,12 +170,12 @@ class CrossLMM(nn.Module):
 
     def _run(self, visual: Visual, batch: Batch, *, keep: bool = False) -> "tuple[Array, _Left]":
         """A whole sequence through embedding, layers and final norm, and what its layers left."""
-        x = self._embed(batch["tokens"])
-        slots = batch["visual_slots"]
+        x = self._embed(batch.tokens)
+        slots = batch.visual_slots
         if slots.shape[1]:
             x = jax.vmap(lambda row, at, new: row.at[at].set(new))(x, slots, visual.compact)
         x = constrain(x, self.rules, "act_batch", "act_len", "act_embed")
-        arguments = batch["positions"], batch["visible_frames"]
+        arguments = batch.positions, batch.visible_frames
         left = _Left((), (), ())
         if keep or not self.stacked:
             x, left = self._each_layer(x, *arguments, visual=visual, batch=batch, keep=keep)
@@ -206,13 +184,12 @@ class CrossLMM(nn.Module):
         return rms_norm(x, self.decoder()["final_norm"], self.config.decoder.rms_norm_eps), left
 
     def _scanned_layers(
-        self, x: Array, positions: Array, visible_frames: Array, *, visual: Visual, batch: Batch
+        self, x: Array, positions: Array, visible_frames: VisibleFrames, *, visual: Visual, batch: Batch
     ) -> Float[Array, "b t d"]:
         """All decoder layers over a whole sequence: one program for all, recomputed in the backward pass."""
         c = self.config
         one = functools.partial(
-            decoder_layer, positions=positions, visible_frames=visible_frames, reads=self.reads, config=c,
-            rules=self.rules,
+            decoder_layer, positions=positions, visible_frames=visible_frames, config=c, rules=self.rules,
         )  # fmt: skip
 
         def plain(x: Array, layer: Any) -> Array:
@@ -233,7 +210,7 @@ class CrossLMM(nn.Module):
         self,
         x: Float[Array, "b t d"],
         positions: Int[Array, "b t"],
-        visible_frames: Int[Array, "b t"],
+        visible_frames: VisibleFrames,
         *,
         cache: Cache | None = None,
         visual: Visual | None = None,
@@ -258,7 +235,7 @@ class CrossLMM(nn.Module):
                 x, layer_of(layers, index), cross, positions=positions, visible_frames=visible_frames,
                 own=None if cache is None else cache.layer(index), visual=visual, batch=batch,
                 t2v=None if cache is None or cache.t2v is None or cross is None else cache.t2v[number],
-                observed=observed, reads=self.reads, config=c, rules=self.rules,
+                observed=observed, config=c, rules=self.rules,
             )  # fmt: skip
             if keep:
                 left.append((keys, values, crossed))

@@ -1,16 +1,15 @@
 """One decoder layer: Qwen2's, with both directions of cross-attention between its halves (paper fig. 2)."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from crosslmm_jax.batch import Batch, VisibleFrames, VisualOnly
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model.cross_attention import (
     KeysValues,
-    Reads,
     attention_map,
     compress,
     cross_attend,
@@ -23,10 +22,6 @@ from crosslmm_jax.model.params.tables import cast
 from crosslmm_jax.model.qwen2 import LayerCache, mlp, self_attention
 from crosslmm_jax.model.video_attention import is_long
 
-Batch = Mapping[str, Array]
-# `Reads` of all tokens of a sequence; "visual": the compact tokens read all frames, text tokens none.
-SequenceReads = Literal["each", "whole", "visual"]
-
 
 def decoder_layer(
     x: Float[Array, "b r d"],
@@ -34,13 +29,12 @@ def decoder_layer(
     cross: dict[str, dict[str, Array]] | None,
     *,
     positions: Int[Array, "b t"],
-    visible_frames: Int[Array, "b t"],
+    visible_frames: VisibleFrames,
     own: LayerCache | None = None,
     visual: Visual | None = None,
     batch: Batch | None = None,
     t2v: KeysValues | None = None,
     observed: Int[Array, " b"] | None = None,
-    reads: SequenceReads = "each",
     config: ModelConfig,
     rules: AxisRules | None = None,
 ) -> tuple[Array, Array, Array, Any]:
@@ -51,14 +45,12 @@ def decoder_layer(
       weights: one layer's.
       cross: its cross-attention's, a direction each.
       positions: int32[B, T].
-      visible_frames: int32[B, T], how many frames a token may read.
+      visible_frames: of all T tokens.
       own: self-attention's cache: `x` is text behind it.
       visual: the video, when `x` is a whole sequence.
       batch: the same, with the sequence's slots.
       t2v: cached keys and values of the video, when `x` is text behind a cache.
       observed: int32[B], the token in each row whose attention map is asked for.
-      reads: what holds for `visible_frames` of a whole sequence (`crosslmm.reads_of`); text behind a cache
-        always reads alike.
       config: the whole model's.
       rules: logical axes.
 
@@ -74,7 +66,7 @@ def decoder_layer(
     if cross is not None:
         cross = {direction: cast(part, dtype) for direction, part in cross.items()}
         if visual is not None and batch is not None:
-            x, left = _dual_cross_attention(x, cross, visual, batch, reads, c, rules)
+            x, left = _dual_cross_attention(x, cross, visual, batch, c, rules)
         elif t2v is not None and "t2v" in cross:
             x, left = _text_to_visual(x, cross["t2v"], t2v, visible_frames, observed, c, rules)
     x = constrain(mlp(weights, x, config=c.decoder), rules, "act_batch", "act_len", "act_embed")
@@ -86,52 +78,53 @@ def _dual_cross_attention(
     cross: dict[str, Any],
     visual: Visual,
     batch: Batch,
-    reads: SequenceReads,
     config: ModelConfig,
     rules: AxisRules | None,
 ) -> tuple[Array, KeysValues | None]:
     """Both directions in parallel: each reads the hidden states that self-attention left."""
-    c, frames, text_reads = config, visual.originals.shape[1], reads != "visual"
-    known: Reads = "each" if reads == "each" else "whole"
+    c, frames = config, visual.originals.shape[1]
     if frames == 0:
         return x, None
-    visible, out, t2v = batch["visible_frames"], x, None
+    visible, out, t2v = batch.visible_frames, x, None
     if "v2v" in cross:
         with jax.named_scope("v2v"):
-            slots = batch["visual_slots"]
+            slots = batch.visual_slots
             frame = jnp.repeat(jnp.arange(frames), c.merge.tokens_per_frame)
             # One layer's and one direction's keys and values at a time: no earlier than `x` is there.
             x, originals = jax.lax.optimization_barrier((x, visual.originals))
             update = cross_attend(
                 cross["v2v"], gather_tokens(x, slots), originals,
-                visible_frames=jnp.take_along_axis(visible, slots, axis=1),
-                times=jnp.broadcast_to(frame, slots.shape), config=c, reads=known,
-                scoped=True, rules=rules,
+                visible_frames=_visible_at(visible, slots), times=jnp.broadcast_to(frame, slots.shape),
+                config=c, scoped=True, rules=rules,
             )  # fmt: skip
             out = add_at(out, slots, update)
     if "t2v" in cross:
         with jax.named_scope("t2v"):
-            slots = batch["text_slots"]
+            slots = batch.text_slots
             out, originals = jax.lax.optimization_barrier((out, visual.originals))
             t2v = keys_values(cross["t2v"], originals, config=c)
-            if text_reads:
-                seen = jnp.take_along_axis(visible, slots, axis=1)
+            if not isinstance(visible, VisualOnly):
+                seen = _visible_at(visible, slots)
                 # Of a long video, `t2v` is for the cache alone: what is read here is made part by part.
                 source = originals if is_long(originals, config=c, rules=rules) else t2v
                 update = cross_attend(
                     cross["t2v"], gather_tokens(x, slots), source,
-                    visible_frames=seen, times=seen, config=c, reads=known, rules=rules,
+                    visible_frames=seen, times=seen.counts, config=c, rules=rules,
                 )  # fmt: skip
                 out = add_at(out, slots, update)
             t2v = compress(t2v, c.cross_attention.cache_dtype)
     return out, t2v
 
 
+def _visible_at(visible: VisibleFrames, slots: Array) -> VisibleFrames:
+    return visible._replace(counts=jnp.take_along_axis(visible.counts, slots, axis=1))
+
+
 def _text_to_visual(
     x: Array,
     weights: dict[str, Array],
     kv: KeysValues,
-    visible_frames: Array,
+    visible_frames: VisibleFrames,
     observed: Array | None,
     config: ModelConfig,
     rules: AxisRules | None,
@@ -140,10 +133,10 @@ def _text_to_visual(
     maps = None
     if observed is not None:
         token = gather_tokens(x, observed[:, None])[:, 0]
-        maps = attention_map(weights, token, kv, visible_frames=visible_frames[:, 0], config=config)
+        maps = attention_map(weights, token, kv, visible_frames=visible_frames.counts[:, 0], config=config)
     with jax.named_scope("t2v"):
         update = cross_attend(
-            weights, x, kv, visible_frames=visible_frames, times=visible_frames, config=config,
-            reads="alike", rules=rules,
+            weights, x, kv, visible_frames=visible_frames, times=visible_frames.counts, config=config,
+            rules=rules,
         )  # fmt: skip
     return x + update, maps

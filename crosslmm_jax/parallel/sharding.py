@@ -7,15 +7,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from crosslmm_jax.batch import Batch, batch_axes
 from crosslmm_jax.errors import ConfigError
 from crosslmm_jax.parallel.axis_rules import RULES, MeshAxes, partition_spec
-
-# Logical axes of the leading dimensions of each array of a batch; the other dimensions are whole.
-_BATCH_AXES: Mapping[str, tuple[str, ...]] = {
-    "frames": ("act_batch", "act_context"),
-    "frame_mask": ("act_batch", "act_context"),
-    "frame_times": ("act_batch", "act_context"),
-}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -48,15 +42,13 @@ def param_shardings(axes: Any, shapes: Any, mesh: Mesh, *, rules: Mapping[str, M
     )
 
 
-def batch_shardings(shapes: Mapping[str, tuple[int, ...]], mesh: Mesh) -> dict[str, NamedSharding]:
-    """One `NamedSharding` an array of a batch: rows over `data` and `fsdp`, frames over `context`."""
+def batch_shardings(batch: Batch, mesh: Mesh) -> Batch[NamedSharding]:
+    """One `NamedSharding` per array of a global batch, or of its shapes, by `batch.BATCH_AXES`."""
 
-    def sharding(name: str, shape: tuple[int, ...]) -> NamedSharding:
-        leading = _BATCH_AXES.get(name, ("act_batch",))
-        axes = leading + (None,) * (len(shape) - len(leading))
-        return NamedSharding(mesh, partition_spec(axes, shape, mesh.shape))
+    def sharding(array: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> NamedSharding:
+        return NamedSharding(mesh, partition_spec(axes, array.shape, mesh.shape))
 
-    return {name: sharding(name, shape) for name, shape in shapes.items()}
+    return jax.tree.map(sharding, batch, batch_axes(batch))
 
 
 def row_shard(mesh: Mesh) -> tuple[int, int]:
@@ -92,19 +84,21 @@ def check_batch_size(batch_size: int, mesh: Mesh, *, microbatches: int = 1) -> N
         )
 
 
-def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh, *, num_shards: int = 1) -> dict[str, jax.Array]:
+def to_global(batch: Batch[np.ndarray], mesh: Mesh, *, num_shards: int = 1) -> Batch[jax.Array]:
     """The global batch on the devices, from the rows that this process read.
 
     Args:
-      batch: numpy arrays with this process's rows, `1 / num_shards` of the batch.
+      batch: this process's rows, `1 / num_shards` of the batch.
       mesh: devices to lay it on.
       num_shards: the count that `row_shard` returned.
     """
-    shapes = {name: (rows.shape[0] * num_shards, *rows.shape[1:]) for name, rows in batch.items()}
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((x.shape[0] * num_shards, *x.shape[1:]), x.dtype), batch
+    )
     shardings = batch_shardings(shapes, mesh)
     if jax.process_count() == 1:  # several times faster, which small models notice
-        return jax.device_put(dict(batch), shardings)
-    return {
-        name: jax.make_array_from_process_local_data(shardings[name], np.asarray(rows), shapes[name])
-        for name, rows in batch.items()
-    }
+        return jax.device_put(batch, shardings)
+    return jax.tree.map(
+        lambda rows, sharding, whole: jax.make_array_from_process_local_data(sharding, rows, whole.shape),
+        batch, shardings, shapes,
+    )  # fmt: skip

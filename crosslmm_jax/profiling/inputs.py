@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import PARTS, ModelConfig
 from crosslmm_jax.config_io import from_dict, to_dict
 from crosslmm_jax.errors import UserError
@@ -168,34 +169,29 @@ def _random_pixels(key: Array, shape: tuple[int, ...]) -> Array:
     return jax.lax.map(lambda k: jax.random.bits(k, shape[2:], jnp.uint8), keys)[None]
 
 
-def random_prompt(config: ModelConfig, work: Workload, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """One row, as numpy arrays: text, a video of random pixels, text; without padding."""
+def random_prompt(config: ModelConfig, work: Workload, *, seed: int = 0) -> Batch[np.ndarray]:
+    """One row for training: text, a video of random pixels, and text with targets; without padding."""
     rng = np.random.default_rng(seed)
-    shape = frames_shape(config, work.frames).shape
-    return {"frames": rng.integers(0, 256, shape, dtype=np.uint8), **random_text(config, work, seed=seed)}
+    pixels = rng.integers(0, 256, frames_shape(config, work.frames).shape, dtype=np.uint8)
+    loss_mask = np.zeros((1, work.length(config)), np.float32)
+    loss_mask[0, work.before + work.frames * config.merge.tokens_per_frame :] = 1
+    return random_text(config, work, seed=seed)._replace(
+        frames=pixels, loss_mask=loss_mask, row_index=np.zeros(1, np.int32)
+    )
 
 
-def random_text(config: ModelConfig, work: Workload, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """`random_prompt` without the pixels."""
+def random_text(config: ModelConfig, work: Workload, *, seed: int = 0) -> Batch[np.ndarray]:
+    """`random_prompt` without pixels and targets, for a prefill of a video that is encoded already."""
     rng = np.random.default_rng(seed)
     length, visual = work.length(config), work.frames * config.merge.tokens_per_frame
-    slots = np.arange(work.before, work.before + visual)
     visible = np.zeros((1, length), np.int32)
     visible[0, work.before :] = work.frames
-    loss_mask = np.zeros((1, length), np.float32)
-    loss_mask[0, work.before + visual :] = 1
-    tokens = rng.integers(0, config.decoder.vocab_size, (1, length))
-    return {
-        "frame_mask": np.ones((1, work.frames), bool),
-        "frame_times": np.arange(work.frames, dtype=np.float32)[None],
-        "tokens": tokens.astype(np.int32),
-        "positions": np.arange(length, dtype=np.int32)[None],
-        "loss_mask": loss_mask,
-        "visual_slots": slots[None].astype(np.int32),
-        "text_slots": np.setdiff1d(np.arange(length), slots)[None].astype(np.int32),
-        "visible_frames": visible,
-        "row_index": np.zeros(1, np.int32),
-    }
+    return Batch.create(
+        tokens=rng.integers(0, config.decoder.vocab_size, (1, length)).astype(np.int32),
+        visual_slots=np.arange(work.before, work.before + visual, dtype=np.int32)[None],
+        visible_frames=visible,
+        frame_times=np.arange(work.frames, dtype=np.float32)[None],
+    )
 
 
 def shapes_of(tree: Any) -> Any:

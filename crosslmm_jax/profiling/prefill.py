@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from crosslmm_jax.batch import Batch, with_known_visibility
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.model import CrossLMM, logits_of, reads_of
+from crosslmm_jax.model import CrossLMM, logits_of
 from crosslmm_jax.parallel import matmul_options
 from crosslmm_jax.profiling import flops
 from crosslmm_jax.profiling.cases import Case, run_cases
@@ -55,10 +56,10 @@ def measure(record: Record, *, forms: Sequence[bool]) -> None:
 def case(config: ModelConfig, request: Request, frames: int, *, cached: bool) -> Case:
     """One prefill of a prompt with `frames` frames."""
     work = request.workload(frames)
-    batch, pixels = random_text(config, work), frames_shape(config, frames)
-    batch.pop("loss_mask")
+    pixels = frames_shape(config, frames)
+    batch = with_known_visibility(random_text(config, work), frames)
     function = _with_cache if cached else _first_logits
-    model = CrossLMM(config, stacked=False, reads=reads_of(batch, frames))
+    model = CrossLMM(config, stacked=False)
 
     def lower() -> Any:
         return function.lower(model, param_shapes(config), pixels, shapes_of(batch))
@@ -85,7 +86,7 @@ def case(config: ModelConfig, request: Request, frames: int, *, cached: bool) ->
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _first_logits(model: CrossLMM, params: Any, frames: Array, batch: dict[str, Array]) -> Array:
+def _first_logits(model: CrossLMM, params: Any, frames: Array, batch: Batch[Array]) -> Array:
     """float32[1, V] logits behind the prompt, and nothing else."""
     visual = model.apply({"params": params}, frames, method="encode")
     hidden: Any = model.apply({"params": params}, visual, batch, method="hidden")
@@ -95,9 +96,9 @@ def _first_logits(model: CrossLMM, params: Any, frames: Array, batch: dict[str, 
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _with_cache(model: CrossLMM, params: Any, frames: Array, batch: dict[str, Array]) -> Any:
+def _with_cache(model: CrossLMM, params: Any, frames: Array, batch: Batch[Array]) -> Any:
     """The logits and a cache with room for an answer."""
     visual = model.apply({"params": params}, frames, method="encode")
-    length = batch["tokens"].shape[1]
-    counts = jnp.full(batch["tokens"].shape[:1], length, jnp.int32)
+    length = batch.tokens.shape[1]
+    counts = jnp.full(batch.tokens.shape[:1], length, jnp.int32)
     return model.apply({"params": params}, visual, batch, counts, cache_size=length + ROOM, method="prefill")

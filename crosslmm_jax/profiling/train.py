@@ -13,7 +13,7 @@ from crosslmm_jax.profiling import flops
 from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.inputs import config_of, num_bytes, random_prompt, with_overrides
 from crosslmm_jax.profiling.record import Record, Request
-from crosslmm_jax.train import abstract_state, compile_train_step, random_state, reads_of_step
+from crosslmm_jax.train import abstract_state, compile_train_step, random_state, with_step_visibility
 
 STAGE = StageConfig(
     name="stage2", trainable=PARTS, directions=("v2v", "t2v"), steps=1000, learning_rate=1e-5,
@@ -42,17 +42,16 @@ def case(config: ModelConfig, request: Request, frames: int, mesh: Mesh) -> Case
     It is called with a list that holds the state. FLOPs are those of one row.
     """
     work = request.workload(frames)
-    row = random_prompt(config, work)
-    batch = {name: np.repeat(x, mesh.size, axis=0) for name, x in row.items()}
+    row = with_step_visibility(random_prompt(config, work))
+    batch = jax.tree.map(lambda x: np.repeat(x, mesh.size, axis=0), row)
 
     def lower() -> Any:
-        shardings = batch_shardings({name: x.shape for name, x in batch.items()}, mesh)
-        shapes = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
-            for name, x in batch.items()
-        }
+        shapes = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            batch, batch_shardings(batch, mesh),
+        )  # fmt: skip
         with jax.set_mesh(mesh):
-            step: Any = compile_train_step(config, STAGE, mesh, reads_of_step(row))
+            step: Any = compile_train_step(config, STAGE, mesh)
             return step.lower(abstract_state(config, STAGE, mesh), shapes)
 
     def call(compiled: Any, state: list[Any], inputs: Any, _: None) -> Any:

@@ -2,12 +2,12 @@
 
 from crosslmm_jax.train.loop import train
 from crosslmm_jax.train.state import abstract_state, random_state
-from crosslmm_jax.train.step import compile_train_step, reads_of_step
+from crosslmm_jax.train.step import compile_train_step, with_step_visibility
 
 __all__ = [
     "abstract_state",
     "compile_train_step",
     "random_state",
-    "reads_of_step",
     "train",
+    "with_step_visibility",
 ]

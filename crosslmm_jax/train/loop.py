@@ -8,7 +8,6 @@ The command that started a run also continues it: after a kill, a crash, or on a
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from crosslmm_jax.batch import needed
 from crosslmm_jax.config import ExperimentConfig
 from crosslmm_jax.config_io import to_dict
 from crosslmm_jax.data.index import open_index
@@ -41,7 +41,7 @@ from crosslmm_jax.train.optimizer import learning_rates
 from crosslmm_jax.train.processes import check_alike, exchange
 from crosslmm_jax.train.stages import model_of_stage
 from crosslmm_jax.train.state import TrainState, abstract_state, random_state, state_of_params
-from crosslmm_jax.train.step import compile_train_step, reads_of_step
+from crosslmm_jax.train.step import compile_train_step, with_step_visibility
 from crosslmm_jax.train.window import NonFiniteStep, Window
 from crosslmm_jax.utils import Progress
 
@@ -190,14 +190,13 @@ class _Run:
         self, state: TrainState, done: int, *, progress: Progress, log: MetricsLog | None, stop: StopRequest
     ) -> TrainState:
         run, stage = self.config.run, self.config.stage
-        program = functools.cache(functools.partial(compile_train_step, self.config.model, stage, self.mesh))
+        train_step = compile_train_step(self.config.model, stage, self.mesh)
         window = Window()
         for step in range(done + 1, stage.steps + 1):
             position = self.iterator.get_state()[_POSITION]
-            batch = window.next_batch(self.iterator)
-            train_step = program(reads_of_step(batch))
+            batch = with_step_visibility(window.next_batch(self.iterator))
             state, metrics = train_step(state, to_global(batch, self.mesh, num_shards=self.shard_count))
-            tokens = batch["tokens"].size * self.shard_count
+            tokens = batch.tokens.size * self.shard_count
             window.add(step, metrics, position=position, tokens=tokens)
             last = step == stage.steps
             if last or step == 1 or step % run.log_every == 0:
@@ -237,8 +236,8 @@ class _Run:
         batch = next(self.iterator)
         suffix = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
         path = Path(self.config.run.out) / f"nonfinite_step_{error.step}{suffix}.npz"
-        np.savez(path, **batch)  # type: ignore[arg-type]
-        rows = [int(row) for row in batch["row_index"]]
+        np.savez(path, **batch.arrays())  # type: ignore[arg-type]
+        rows = [int(row) for row in needed(batch.row_index, "row_index")]
         return UserError(
             f"loss or gradient is not finite at step {error.step}, rows {rows} of the index; the"
             f" batch is in {path}, checkpoints are as before: look at these rows or lower stage.learning_rate"

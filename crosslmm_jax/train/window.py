@@ -1,11 +1,13 @@
 """The steps between two reports: their metrics stay on the device until somebody looks."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+from crosslmm_jax.batch import Batch
 
 # Steps that may be queued on the device. Two keep it busy while the host fetches the next batch; more would
 # only hold more batches in its memory.
@@ -41,7 +43,7 @@ class Window:
         self._steps, self._tokens, self._wait = 0, 0, 0.0
         self._started = time.perf_counter()
 
-    def next_batch(self, iterator: Iterator[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+    def next_batch(self, iterator: Iterator[Batch[np.ndarray]]) -> Batch[np.ndarray]:
         """The next batch; the time that it takes counts as waiting for input."""
         begin = time.perf_counter()
         batch = next(iterator)

@@ -51,7 +51,7 @@ def test_the_models_compute_what_torch_computes(sources, tmp_path, make_batch, v
     model = transformers.Qwen2ForCausalLM.from_pretrained(getattr(sources, llm), dtype=torch.float32).eval()
     batch = make_batch(config, frames=0, text=9)
     logits = CrossLMM(config).apply({"params": params}, batch)
-    expected = model(torch.tensor(batch["tokens"], dtype=torch.long)).logits
+    expected = model(torch.tensor(batch.tokens, dtype=torch.long)).logits
     np.testing.assert_allclose(logits, expected.detach(), atol=1e-4)
 
 

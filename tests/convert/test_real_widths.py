@@ -72,7 +72,7 @@ def test_qwen2(sources, tmp_path, make_batch, name) -> None:
     converted = load_model_config(tmp_path / "model")
     batch = make_batch(converted, frames=0, text=24)
     with torch.no_grad():
-        expected = model(torch.tensor(batch["tokens"], dtype=torch.long)).logits.numpy()
+        expected = model(torch.tensor(batch.tokens, dtype=torch.long)).logits.numpy()
     del model
     gc.collect()
     params = load_weights(tmp_path / "model", converted)

@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 import torch
 
+from crosslmm_jax.batch import Batch
 from crosslmm_jax.config_io import to_dict
 from crosslmm_jax.convert import llava, torch_reference
 from crosslmm_jax.convert.from_hf import Request, convert_from_hf
@@ -84,40 +85,36 @@ def export(folder: Path, params, config) -> Path:
     return folder
 
 
-def interleaved_batch(config, rows, *, frames: int, text: int) -> dict[str, np.ndarray]:
+def interleaved_batch(config, rows, *, frames: int, text: int) -> Batch[np.ndarray]:
     """Rows of text lengths (int) and videos (a tuple with the number of frames), padded to static sizes."""
     rng = np.random.default_rng(1)
     compact, total = config.merge.tokens_per_frame, text + frames * config.merge.tokens_per_frame
     size = config.vision.image_size
-    batch = {
-        "frames": rng.integers(0, 256, (len(rows), frames, size, size, 3), dtype=np.uint8),
-        "tokens": rng.integers(0, config.decoder.vocab_size, (len(rows), total)).astype(np.int32),
-        "positions": np.tile(np.arange(total, dtype=np.int32), (len(rows), 1)),
-        "visible_frames": np.zeros((len(rows), total), np.int32),
-        "loss_mask": np.zeros((len(rows), total), np.float32),
-    }
-    visual_slots, text_slots = [], []
+    pixels = rng.integers(0, 256, (len(rows), frames, size, size, 3), dtype=np.uint8)
+    tokens = rng.integers(0, config.decoder.vocab_size, (len(rows), total)).astype(np.int32)
+    visible, loss_mask = np.zeros((len(rows), total), np.int32), np.zeros((len(rows), total), np.float32)
+    visual_slots = []
     for b, row in enumerate(rows):
         visual, at, seen = [], 0, 0
         for part in row:
             seen += part[0] if isinstance(part, tuple) else 0
             length = part[0] * compact if isinstance(part, tuple) else part
-            batch["visible_frames"][b, at : at + length] = seen
+            visible[b, at : at + length] = seen
             if isinstance(part, tuple):
                 visual += range(at, at + length)
             else:
-                batch["loss_mask"][b, at + 1 : at + length] = 1
+                loss_mask[b, at + 1 : at + length] = 1
             at += length
         visual += range(at, at + (frames - seen) * compact)
         visual_slots.append(visual)
-        text_slots.append(np.setdiff1d(np.arange(total), visual))
-    return batch | {
-        "visual_slots": np.array(visual_slots, np.int32), "text_slots": np.array(text_slots, np.int32)
-    }  # fmt: skip
+    return Batch.create(
+        tokens=tokens, visual_slots=np.array(visual_slots, np.int32), visible_frames=visible, frames=pixels,
+        loss_mask=loss_mask,
+    )  # fmt: skip
 
 
 def as_tensors(batch):
-    return {name: torch.from_numpy(np.asarray(value)) for name, value in batch.items()}
+    return {name: torch.from_numpy(np.asarray(value)) for name, value in batch.arrays().items()}
 
 
 ROWS = [[3, (2,), 4, (2,), 5], [(3,), 6], [7]]  # two videos; one from the start, padded; text alone
@@ -130,8 +127,8 @@ def test_logits_and_gradients_equal(tiny_config, replace_config, tmp_path, alter
     batch = interleaved_batch(config, ROWS, frames=5, text=13)
 
     def loss_and_logits(model, batch):  # as `CrossLMM.loss` and `__call__`, with one forward pass for both
-        hidden = model.hidden(model.encode(batch["frames"]), batch)
-        total, weight = next_token_loss(hidden, model._head(), batch["tokens"], batch["loss_mask"])
+        hidden = model.hidden(model.encode(batch.frames), batch)
+        total, weight = next_token_loss(hidden, model._head(), batch.tokens, batch.loss_mask)
         return total / weight, model._logits(hidden)
 
     def run(params):
@@ -178,10 +175,12 @@ def test_greedy_generation_is_the_same(tiny_config, tmp_path):
     found = model.generate(batch, max_new_tokens=32)
     ours = CrossLMM(tiny_config)
     arrays = {name: value.numpy().astype(np.int32) for name, value in batch.items() if name != "frames"}
+    del arrays["text_slots"]
+    prompt = Batch.create(**arrays)
     visual = ours.apply({"params": params}, frames[None], method="encode")
-    count = jnp.array([arrays["tokens"].shape[1]])
+    count = jnp.array([prompt.tokens.shape[1]])
     logits, cache = ours.apply(
-        {"params": params}, visual, arrays, count, cache_size=64, method="prefill"
+        {"params": params}, visual, prompt, count, cache_size=64, method="prefill"
     )  # fmt: skip
     step = jax.jit(
         lambda cache, token: ours.apply({"params": params}, cache, token, jnp.array([1]), method="extend")

@@ -9,12 +9,12 @@ the batches BEGIN to before END.
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import DataConfig, MeshConfig
 from crosslmm_jax.config_io import from_dict
 from crosslmm_jax.data.loading.dataset import Dataset
@@ -24,13 +24,14 @@ from crosslmm_jax.parallel import initialize_processes, make_mesh, row_shard, to
 TOKENS_PER_FRAME, IMAGE_SIZE = 1, 32
 
 
-def row_digests(batch: Mapping[str, np.ndarray]) -> list[str]:
+def row_digests(batch: Batch[np.ndarray]) -> list[str]:
     """A digest of all that each row holds."""
     digests = []
-    for row in range(len(batch["row_index"])):
+    arrays = batch.arrays()
+    for row in range(len(arrays["row_index"])):
         digest = hashlib.blake2b(digest_size=12)
-        for name in sorted(batch):
-            part = np.ascontiguousarray(batch[name][row])
+        for name in sorted(arrays):
+            part = np.ascontiguousarray(arrays[name][row])
             digest.update(f"{name} {part.shape} {part.dtype}".encode() + part.tobytes())
         digests.append(digest.hexdigest())
     return digests
@@ -51,7 +52,7 @@ def main(config: str, begin: str, end: str, out: str) -> None:
         batch = next(iterator)
         batches.append(row_digests(batch))
         if number < int(begin) + 3:
-            whole: Any = to_global(batch, mesh, num_shards=count)["row_index"]
+            whole: Any = to_global(batch, mesh, num_shards=count).row_index
             shards = whole.addressable_shards
             placed.append({str(s.index[0].start or 0): np.asarray(s.data).tolist() for s in shards})
     result = {"batches": batches, "placed": placed, "state": iterator.get_state(), "hosts": count}

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.loading.collate import lay_out
 from crosslmm_jax.data.media.video import read_frames
@@ -61,17 +62,14 @@ def greedy(model, video, question: str, history, steps: int, time_text: str | No
     prompt, total = len(layout.tokens), len(layout.tokens) + steps
     visible = np.full(total, len(video.frames), np.int32)
     visible[:prompt] = layout.visible_frames
-    batch = {
-        "frames": video.frames[None],
-        "positions": np.arange(total, dtype=np.int32)[None],
-        "visual_slots": np.flatnonzero(layout.visual)[None],
-        "text_slots": np.setdiff1d(np.arange(total), np.flatnonzero(layout.visual))[None],
-        "visible_frames": visible[None],
-    }
-    params, network = jax.device_get(model.params), CrossLMM(model.config, stacked=False)
-    forward = jax.jit(lambda tokens: network.apply({"params": params}, batch | {"tokens": tokens}))
     tokens = np.zeros((1, total), np.int32)
     tokens[0, :prompt] = layout.tokens
+    batch = Batch.create(
+        tokens=tokens, visual_slots=np.flatnonzero(layout.visual)[None].astype(np.int32),
+        visible_frames=visible[None], frames=video.frames[None],
+    )  # fmt: skip
+    params, network = jax.device_get(model.params), CrossLMM(model.config, stacked=False)
+    forward = jax.jit(lambda tokens: network.apply({"params": params}, batch._replace(tokens=tokens)))
     for last in range(prompt - 1, total - 1):
         token = int(forward(tokens)[0, last, : model.tokenizer.vocab_size].argmax())
         if token == model.tokenizer.im_end:

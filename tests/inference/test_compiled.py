@@ -35,10 +35,9 @@ class Talk:
     def __init__(self, config, batch) -> None:
         self.config, self.params = config, separate_layers(init_params(config, jax.random.key(0)))
         self.compiled = Compiled(config, make_mesh(MeshConfig(), jax.devices()[:1]))
-        visual = self.compiled.encode(self.params, batch["frames"])
-        names = ("tokens", "positions", "visual_slots", "text_slots", "visible_frames")
-        self.prefix = self.compiled.prefill(self.params, visual, {name: batch[name] for name in names})
-        self.held = batch["tokens"].shape[1]
+        visual = self.compiled.encode(self.params, batch.frames)
+        self.prefix = self.compiled.prefill(self.params, visual, batch._replace(frames=None, loss_mask=None))
+        self.held = batch.tokens.shape[1]
 
     def answer(self, question: int, length: int) -> int:
         """Tokens that were made, of `length`, for a question of so many tokens."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from crosslmm_jax.batch import Batch
 from crosslmm_jax.inference.generate import Sampling, draw, generate, start
 from crosslmm_jax.model import CrossLMM, init_params
 
@@ -55,15 +56,11 @@ def greedy_by_full_forward(model, params, batch, *, steps: int) -> list[int]:
     for _ in range(steps):
         logits = model.apply({"params": params}, batch)
         made.append(int(logits[0, -1].argmax()))
-        length = batch["tokens"].shape[1]
-        more = {
-            "tokens": made[-1], "positions": length, "text_slots": length,
-            "visible_frames": batch["visible_frames"][0, -1],
-        }  # fmt: skip
-        batch = batch | {
-            name: np.concatenate([batch[name], np.array([[value]], np.int32)], axis=1)
-            for name, value in more.items()
-        }
+        seen = batch.visible_frames.counts
+        batch = Batch.create(
+            tokens=np.append(batch.tokens, np.array([[made[-1]]], np.int32), axis=1), frames=batch.frames,
+            visual_slots=batch.visual_slots, visible_frames=np.append(seen, seen[:, -1:], axis=1),
+        )  # fmt: skip
     return made
 
 
@@ -74,8 +71,8 @@ def test_generation_equals_the_full_forward_and_stops(tiny_config, replace_confi
     model = CrossLMM(tiny_config)
     batch = make_batch(tiny_config, batch=1, frames=3, text=8)
     expected = greedy_by_full_forward(model, params, batch, steps=7)
-    visual = model.apply({"params": params}, batch["frames"], method="encode")
-    counts = np.array([batch["tokens"].shape[1]], np.int32)
+    visual = model.apply({"params": params}, batch.frames, method="encode")
+    counts = np.array([batch.tokens.shape[1]], np.int32)
     arguments = {"vocab_size": tiny_config.decoder.vocab_size}
 
     def begin(end: int):

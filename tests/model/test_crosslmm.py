@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from crosslmm_jax.batch import Batch, VisibleFrames
 from crosslmm_jax.model import CrossLMM, init_params
 from crosslmm_jax.model.cross_attention import cross_attend, keys_values
 from crosslmm_jax.model.layer_scan import Placement, scan_layers
@@ -60,9 +61,9 @@ def test_each_direction_reads_the_original_tokens(tiny_config, replace_config, m
     batch = make_batch(config)
     # Features are linear in a patch's pixels, so that swapping the upper halves of two patches leaves the
     # mean of all patches as it was.
-    swapped = batch | {"frames": batch["frames"].copy()}
-    swapped["frames"][:, 1, :4, :8] = batch["frames"][:, 1, :4, 8:16]
-    swapped["frames"][:, 1, :4, 8:16] = batch["frames"][:, 1, :4, :8]
+    swapped = batch._replace(frames=batch.frames.copy())
+    swapped.frames[:, 1, :4, :8] = batch.frames[:, 1, :4, 8:16]
+    swapped.frames[:, 1, :4, 8:16] = batch.frames[:, 1, :4, :8]
     off = replace_config(config, cross_attention={"directions": ()})
     np.testing.assert_allclose(logits_of(off, params, batch), logits_of(off, params, swapped), atol=1e-5)
     difference = logits_of(config, params, batch) - logits_of(config, params, swapped)
@@ -113,7 +114,7 @@ def test_window_scope_equals_frame_by_frame(tiny_config, replace_config, make_ba
     visible = np.where(frame < valid[:, None], valid[:, None], 0).astype(np.int32)
     kv = keys_values(weights, tokens, config=config)
     arguments = {"times": np.tile(frame, (2, 1)), "config": config}
-    ours = cross_attend(weights, x, kv, visible_frames=visible, scoped=True, **arguments)
+    ours = cross_attend(weights, x, kv, visible_frames=VisibleFrames(visible), scoped=True, **arguments)
     for f in range(frames):
         low, high = max(0, f - window), f + window + 1
         part = jax.tree.map(lambda a, low=low, high=high: a[:, low:high], kv)
@@ -121,7 +122,12 @@ def test_window_scope_equals_frame_by_frame(tiny_config, replace_config, make_ba
         seen = np.repeat(count[:, None], 4, axis=1).astype(np.int32)
         own = slice(4 * f, 4 * f + 4)
         one = cross_attend(
-            weights, x[:, own], part, visible_frames=seen, times=arguments["times"][:, own], config=config
+            weights,
+            x[:, own],
+            part,
+            visible_frames=VisibleFrames(seen),
+            times=arguments["times"][:, own],
+            config=config,
         )
         np.testing.assert_allclose(ours[:, own], one, atol=1e-5)
 
@@ -175,11 +181,10 @@ def test_layers_behind_the_scan_are_recomputed_too():
 def two_media_batch(config, make_batch):
     """text, medium of 2 frames, text, medium of 3 frames, text."""
     batch = make_batch(config, batch=1, frames=5, text=12)
-    visual = np.array([[3, 4, 8, 9, 10]], np.int32)
-    batch["visual_slots"] = visual
-    batch["text_slots"] = np.setdiff1d(np.arange(17), visual)[None].astype(np.int32)
-    batch["visible_frames"] = np.array([[0] * 3 + [2] * 5 + [5] * 9], np.int32)
-    return batch
+    return Batch.create(
+        tokens=batch.tokens, frames=batch.frames, visual_slots=np.array([[3, 4, 8, 9, 10]], np.int32),
+        visible_frames=np.array([[0] * 3 + [2] * 5 + [5] * 9], np.int32),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("scope", ["video", "frame", "window"])
@@ -187,8 +192,8 @@ def test_later_media_leave_earlier_logits_bit_equal(tiny_config, replace_config,
     config = replace_config(tiny_config, cross_attention={"v2v_scope": scope})
     params = init_params(config, jax.random.key(0))
     batch = two_media_batch(config, make_batch)
-    other = batch | {"frames": batch["frames"].copy()}
-    other["frames"][:, 2:] = 255 - other["frames"][:, 2:]
+    other = batch._replace(frames=batch.frames.copy())
+    other.frames[:, 2:] = 255 - other.frames[:, 2:]
     before, after = logits_of(config, params, batch), logits_of(config, params, other)
     assert np.array_equal(before[:, :8], after[:, :8])
     assert not np.array_equal(before[:, 8:], after[:, 8:])
@@ -199,7 +204,7 @@ def test_padding_to_a_larger_bucket_changes_nothing(tiny_config, make_batch, par
     small = make_batch(tiny_config, frames=4, text=10)
     frames, text = (4 if kind == "text" else 7), (10 if kind == "frames" else 21)
     large = make_batch(tiny_config, frames=frames, text=text, valid_frames=(4, 4), valid_text=(10, 10))
-    large["tokens"][:, :14] = small["tokens"]
+    large.tokens[:, :14] = small.tokens
     ours, padded = logits_of(tiny_config, params, small), logits_of(tiny_config, params, large)
     np.testing.assert_allclose(padded[:, :14], ours, atol=1e-5)
     loss = jax.jit(lambda b: CrossLMM(tiny_config).apply({"params": params}, b, method="loss"))
@@ -215,21 +220,21 @@ def test_prefill_and_extend_equal_the_full_forward(tiny_config, replace_config, 
     model = CrossLMM(config)
     full = make_batch(config, frames=3, text=14, valid_frames=(3, 2))
     expected = np.asarray(model.apply(params, full))
-    visual = model.apply(params, full["frames"], method="encode")
+    visual = model.apply(params, full.frames, method="encode")
     ends = np.array([3 + 3 + 2, 3 + 2 + 2], np.int32)  # valid prefix of each row
     prompt = make_batch(config, frames=3, text=7, valid_frames=(3, 2), valid_text=(5, 5))
-    prompt["tokens"] = full["tokens"][:, : prompt["tokens"].shape[1]]
+    prompt = prompt._replace(tokens=full.tokens[:, : prompt.tokens.shape[1]])
     logits, cache = model.apply(params, visual, prompt, ends, cache_size=32, method="prefill")
     rows = np.arange(2)
     np.testing.assert_allclose(logits, expected[rows, ends - 1], atol=1e-5)
     extend = jax.jit(lambda c, t, n: model.apply(params, c, t, n, method="extend"))
-    tokens = np.stack([full["tokens"][b, ends[b] : ends[b] + 4] for b in rows])
+    tokens = np.stack([full.tokens[b, ends[b] : ends[b] + 4] for b in rows])
     counts = np.array([4, 3], np.int32)
     logits, cache = extend(cache, tokens, counts)
     at = ends + counts
     np.testing.assert_allclose(logits, expected[rows, at - 1], atol=1e-5)
     for _ in range(4):
-        step = full["tokens"][rows, at][:, None]
+        step = full.tokens[rows, at][:, None]
         logits, cache = extend(cache, step, np.ones(2, np.int32))
         at = at + 1
         np.testing.assert_allclose(logits, expected[rows, at - 1], atol=1e-5)
@@ -239,12 +244,12 @@ def test_prefill_and_extend_equal_the_full_forward(tiny_config, replace_config, 
 def test_loss_equals_cross_entropy_of_all_logits(tiny_config, make_batch, params, monkeypatch):
     monkeypatch.setattr("crosslmm_jax.model.loss.LOGITS_AT_ONCE", 6)
     batch = make_batch(tiny_config, text=15)
-    batch["loss_mask"] = batch["loss_mask"] * np.random.default_rng(0).random(batch["loss_mask"].shape)
+    batch = batch._replace(loss_mask=batch.loss_mask * np.random.default_rng(0).random(batch.loss_mask.shape))
 
     def plain(params):
         logits = CrossLMM(tiny_config).apply({"params": params}, batch)[:, :-1]
-        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["tokens"][:, 1:, None], axis=-1)[..., 0]
-        return -jnp.sum(log_p * batch["loss_mask"][:, 1:])
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.tokens[:, 1:, None], axis=-1)[..., 0]
+        return -jnp.sum(log_p * batch.loss_mask[:, 1:])
 
     def ours(params):
         return CrossLMM(tiny_config).apply({"params": params}, batch, method="loss")[0]
@@ -283,8 +288,8 @@ def test_text_only_batches_need_no_frames(tiny_config, make_batch, params):
     logits = logits_of(tiny_config, params, batch)
     assert logits.shape == (2, 8, tiny_config.decoder.vocab_size)
     padded = make_batch(tiny_config, frames=2, text=8, valid_frames=(0, 0), valid_text=(8, 8))
-    padded["visible_frames"][:] = 0
-    padded["tokens"][:, :8] = batch["tokens"]
+    padded.visible_frames.counts[:] = 0
+    padded.tokens[:, :8] = batch.tokens
     np.testing.assert_allclose(logits_of(tiny_config, params, padded)[:, :8], logits, atol=1e-5)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from crosslmm_jax import presets
+from crosslmm_jax.batch import VisibleFrames
 from crosslmm_jax.config import MeshConfig, ModelConfig
 from crosslmm_jax.inference.generate import Sampling, generate, start
 from crosslmm_jax.model import CrossLMM, init_params
@@ -76,7 +77,7 @@ def test_every_backend_reads_8_bits_as_what_they_stand_for(tiny_config, backend:
     seen = jnp.array([[0, 1, 2, 4, 4], [4, 0, 3, 3, 1]])
 
     def attend(kv: KeysValues) -> np.ndarray:
-        update = cross_attend(weights, x, kv, visible_frames=seen, times=seen, config=config)
+        update = cross_attend(weights, x, kv, visible_frames=VisibleFrames(seen), times=seen, config=config)
         return np.asarray(update)
 
     got, expected = attend(kv), attend(restored(kv))
@@ -89,8 +90,8 @@ def prompt_of(config: ModelConfig, make_batch, precision: str):
     params = {"params": init_params(config, jax.random.key(3))}
     model = CrossLMM(cached(config, precision))
     batch = make_batch(config, batch=2, frames=4, text=8)
-    visual = model.apply(params, batch["frames"], method="encode")
-    counts = np.full(2, batch["tokens"].shape[1], np.int32)
+    visual = model.apply(params, batch.frames, method="encode")
+    counts = np.full(2, batch.tokens.shape[1], np.int32)
     logits, cache = model.apply(params, visual, batch, counts, cache_size=48, method="prefill")
     return model, params, logits, cache
 
@@ -157,12 +158,12 @@ def test_on_any_mesh_equal_one_device(tiny_config, replace_config, make_batch, m
     config = cached(untied(tiny_config, replace_config), "int8")
     params = {"params": init_params(config, jax.random.key(3))}
     batch = make_batch(config, batch=2, frames=4, text=8)
-    counts = np.full(2, batch["tokens"].shape[1], np.int32)
+    counts = np.full(2, batch.tokens.shape[1], np.int32)
     text = np.arange(12, dtype=np.int32).reshape(2, 6)
 
     def answer(model):
         def run(params, batch):
-            visual = model.apply(params, batch["frames"], method="encode")
+            visual = model.apply(params, batch.frames, method="encode")
             _, cache = model.apply(params, visual, batch, counts, cache_size=48, method="prefill")
             logits, _ = model.apply(params, cache, text, np.full(2, 6, np.int32), method="extend")
             return logits, cache.t2v

@@ -127,13 +127,13 @@ def test_qwen2_logits_and_gradients_equal_torch(tiny_config, replace_config, mak
     params = init_params(config, jax.random.key(0)) | {"decoder": qwen_params(model, decoder)}
     batch = make_batch(config, frames=0, text=11)
     ours = CrossLMM(config).apply({"params": params}, batch)
-    theirs = model(torch.tensor(batch["tokens"], dtype=torch.long)).logits
+    theirs = model(torch.tensor(batch.tokens, dtype=torch.long)).logits
     np.testing.assert_allclose(ours, theirs.detach(), atol=5e-5)
 
-    batch["loss_mask"] = np.ones_like(batch["loss_mask"])
+    batch = batch._replace(loss_mask=np.ones_like(batch.loss_mask))
     loss = torch.nn.functional.cross_entropy(
         theirs[:, :-1].reshape(-1, decoder.vocab_size),
-        torch.tensor(batch["tokens"][:, 1:], dtype=torch.long).reshape(-1),
+        torch.tensor(batch.tokens[:, 1:], dtype=torch.long).reshape(-1),
         reduction="sum",
     )
     loss.backward()
@@ -156,7 +156,7 @@ def test_qwen2_logits_and_gradients_equal_torch(tiny_config, replace_config, mak
 def test_the_projector_is_an_exact_gelu_mlp(tiny_config, make_batch):
     """Pooling comes before the projector; originals are projected too, then brought to unit RMS."""
     params = init_params(tiny_config, jax.random.key(0))
-    frames = make_batch(tiny_config)["frames"]
+    frames = make_batch(tiny_config).frames
     visual = CrossLMM(tiny_config).apply({"params": params}, frames, method="encode")
     features = SiglipEncoder(tiny_config.vision, "float32", "blockwise").apply(
         {"params": params["encoder"]}, frames.reshape(-1, 32, 32, 3)

@@ -33,12 +33,12 @@ def test_the_model_is_the_same(tiny_config, replace_config, make_batch, every, o
 def test_prefill_and_decode_are_the_same(tiny_config, make_batch):
     params = init_params(tiny_config, jax.random.key(0))
     batch = make_batch(tiny_config, frames=3, text=7)
-    counts = np.full(2, batch["tokens"].shape[1], np.int32)
+    counts = np.full(2, batch.tokens.shape[1], np.int32)
     results = []
     for stacked in (True, False):
         model = CrossLMM(tiny_config, stacked=stacked)
         own = {"params": params if stacked else separate_layers(params)}
-        visual = model.apply(own, batch["frames"], method="encode")
+        visual = model.apply(own, batch.frames, method="encode")
         logits, cache = model.apply(own, visual, batch, counts, cache_size=20, method="prefill")
         more, cache = model.apply(own, cache, np.array([[5], [7]]), np.ones(2, np.int32), method="extend")
         results.append((logits, more, cache))
@@ -126,8 +126,8 @@ def test_text_behind_a_cache_is_padded_once_on_a_gpu(
     config = replace_config(tiny_config, attention="reference")
     model, params = CrossLMM(config, stacked=False), separate_layers(init_params(config, jax.random.key(0)))
     prompt = make_batch(config, batch=batch, frames=3, text=7)
-    counts = np.full(batch, prompt["tokens"].shape[1], np.int32)
-    visual = model.apply({"params": params}, prompt["frames"], method="encode")
+    counts = np.full(batch, prompt.tokens.shape[1], np.int32)
+    visual = model.apply({"params": params}, prompt.frames, method="encode")
     _, cache = model.apply({"params": params}, visual, prompt, counts, cache_size=24, method="prefill")
     cache = cache._replace(lengths=cache.lengths - np.arange(batch))  # each row at a place of its own
     tokens = np.random.default_rng(0).integers(0, 100, (batch, length)).astype(np.int32)

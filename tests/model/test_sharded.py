@@ -83,5 +83,5 @@ def test_the_encoder_gathers_weights_and_leaves_frames_where_they_are(tiny_confi
         for dims in re.findall(r"\[([\d,]+)\]", found[1])
     }
     vision = tiny_config.vision
-    activations = batch["frame_mask"].size * vision.num_patches * vision.width
+    activations = batch.frame_times.size * vision.num_patches * vision.width
     assert moved and max(moved) < activations, (sorted(moved), activations)

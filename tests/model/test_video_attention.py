@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from crosslmm_jax import presets
+from crosslmm_jax.batch import AllOrNone, SamePerRow, VisibleFrames, VisualOnly, with_known_visibility
 from crosslmm_jax.config import MeshConfig
-from crosslmm_jax.model import CrossLMM, init_params, reads_of
+from crosslmm_jax.model import CrossLMM, init_params
 from crosslmm_jax.model import video_attention as frame_parts
 from crosslmm_jax.model.attention import cudnn
 from crosslmm_jax.model.cross_attention import cross_attend, keys_values
@@ -53,7 +54,7 @@ def test_parts_equal_the_whole(
     cross = {"v2v_scope": scope, "v2v_window": window, "cross_attn_rope": rope}
     config = replace_config(tiny_config, merge={"grid": 2}, cross_attention=cross)
     weights, x, tokens, visible, times = one_layer(config, frames)
-    seen = {"visible_frames": visible, "times": times, "config": config, "scoped": True}
+    seen = {"visible_frames": VisibleFrames(visible), "times": times, "config": config, "scoped": True}
     parts = []
     monkeypatch.setattr(frame_parts, "_begins", spy(frame_parts._begins, parts))
 
@@ -91,10 +92,10 @@ def test_the_model_and_its_cache_are_the_same_in_parts(
     config = replace_config(tiny_config, cross_attention={"v2v_scope": scope, "gate_init": 0.5})
     params = {"params": init_params(config, jax.random.key(0))}
     batch = make_batch(config, frames=7)
-    model, counts = CrossLMM(config), np.full(2, batch["tokens"].shape[1], np.int32)
+    model, counts = CrossLMM(config), np.full(2, batch.tokens.shape[1], np.int32)
 
     def run():
-        visual = jax.jit(lambda frames: model.apply(params, frames, method="encode"))(batch["frames"])
+        visual = jax.jit(lambda frames: model.apply(params, frames, method="encode"))(batch.frames)
         size = int(counts[0])
         return jax.jit(lambda v: model.apply(params, v, batch, counts, cache_size=size, method="prefill"))(
             visual
@@ -118,30 +119,32 @@ def test_reads_that_are_known_beforehand_change_nothing(
         monkeypatch.setattr(frame_parts, "WHOLE_BYTES", 2**40)
         monkeypatch.setattr(frame_parts, "PART_BYTES", 2**40)
     weights, x, tokens, visible, times = one_layer(config, 5)
-    scoped = {"scoped": True, "times": times, "visible_frames": np.full_like(visible, 5)}
+    whole = np.full_like(visible, 5)
     text = x[:, :3]
     some = np.array([[0, 5, 5], [5, 5, 0]], np.int32)
     alike = np.array([[2, 2, 2], [0, 0, 0]], np.int32)
-    cases = [(x, "whole", scoped)]
-    cases += [
-        (text, name, {"times": seen, "visible_frames": seen})
-        for name, seen in (("whole", some), ("alike", alike))
+    cases = [
+        (x, AllOrNone(whole), {"scoped": True, "times": times}),
+        (text, AllOrNone(some), {"times": some}),
+        (text, SamePerRow(alike), {"times": alike}),
     ]
-    for x, reads, seen in cases:
+    for x, seen, arguments in cases:
 
-        def run(weights, x, tokens, reads=reads, seen=seen):
-            update = cross_attend(weights, x, tokens, config=config, reads=reads, **seen)
+        def run(weights, x, tokens, seen, arguments=arguments):
+            update = cross_attend(weights, x, tokens, config=config, visible_frames=seen, **arguments)
             return jnp.sum(jnp.cos(update)), update
 
-        graded = jax.jit(jax.grad(run, (0, 1, 2), has_aux=True), static_argnums=3)
-        found, expected = (graded(weights, x, tokens, name) for name in (reads, "each"))
+        graded = jax.jit(jax.grad(run, (0, 1, 2), has_aux=True))
+        found, expected = (
+            graded(weights, x, tokens, frames) for frames in (seen, VisibleFrames(seen.counts))
+        )
         for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(got, wanted, atol=2e-6 * max(1, np.abs(wanted).max()))
-        nothing = np.asarray(found[1])[np.asarray(seen["visible_frames"]) == 0]
+        nothing = np.asarray(found[1])[seen.counts == 0]
         assert not nothing.any()
 
 
-@pytest.mark.parametrize("known", ["whole", "visual"])
+@pytest.mark.parametrize("known", [AllOrNone, VisualOnly])
 def test_a_prefill_of_a_whole_video_asks_nothing_on_the_way(
     tiny_config, replace_config, make_batch, monkeypatch, known
 ) -> None:
@@ -153,24 +156,26 @@ def test_a_prefill_of_a_whole_video_asks_nothing_on_the_way(
     )  # fmt: skip
     params = {"params": init_params(config, jax.random.key(0))}
     batch = make_batch(config, frames=3)
-    visible = np.where(batch["visible_frames"] > 0, 3, 0).astype(np.int32)
-    batch = {**batch, "visible_frames": visible}
-    if known == "visual":
-        np.put_along_axis(visible, batch["text_slots"], 0, axis=1)
-    assert reads_of(batch, 3) == known
-    assert reads_of({**batch, "visible_frames": np.minimum(visible, 2)}, 3) == "each"
+    visible = np.where(batch.visible_frames.counts > 0, 3, 0).astype(np.int32)
+    if known is VisualOnly:
+        np.put_along_axis(visible, batch.text_slots, 0, axis=1)
+    batch = with_known_visibility(batch._replace(visible_frames=VisibleFrames(visible)), 3)
+    assert type(batch.visible_frames) is known
+    fewer = batch._replace(visible_frames=known(np.minimum(visible, 2)))
+    assert type(with_known_visibility(fewer, 3).visible_frames) is VisibleFrames
     counts = np.full(2, visible.shape[1], np.int32)
     found = {}
-    for reads in (known, "each"):
-        model = CrossLMM(config, reads=reads)
+    model = CrossLMM(config)
+    for visibility in (known, VisibleFrames):
+        batch = batch._replace(visible_frames=visibility(visible))
 
-        def run(batch, model=model):
-            visual = model.apply(params, batch["frames"], method="encode")
+        def run(batch):
+            visual = model.apply(params, batch.frames, method="encode")
             size = int(counts[0])
             return model.apply(params, visual, batch, counts, cache_size=size, method="prefill")
 
-        assert ("stablehlo.case" in jax.jit(run).lower(batch).as_text()) == (reads == "each")
-        found[reads] = [np.asarray(x, np.float32) for x in jax.tree.leaves(jax.jit(run)(batch))]
+        assert ("stablehlo.case" in jax.jit(run).lower(batch).as_text()) == (visibility is VisibleFrames)
+        found[visibility] = [np.asarray(x, np.float32) for x in jax.tree.leaves(jax.jit(run)(batch))]
     for got, wanted in zip(*found.values(), strict=True):
         np.testing.assert_allclose(got, wanted, atol=3e-2)
 
@@ -182,7 +187,7 @@ def test_heads_over_devices_leave_parts_of_frames(
 ) -> None:
     config = replace_config(tiny_config, merge={"grid": 2}, cross_attention={"v2v_scope": scope})
     weights, x, tokens, visible, times = one_layer(config, 16)
-    seen = {"visible_frames": visible, "times": times, "config": config, "scoped": True}
+    seen = {"visible_frames": VisibleFrames(visible), "times": times, "config": config, "scoped": True}
     expected = cross_attend(weights, x, keys_values(weights, tokens, config=config), **seen)
     parts = []
     monkeypatch.setattr(frame_parts, "_begins", spy(frame_parts._begins, parts))
@@ -205,7 +210,9 @@ def v2v_of(scope: str, frames: int):
     seen = jax.ShapeDtypeStruct((1, frames * c), jnp.int32)
 
     def update(weights, x, tokens, seen):
-        return cross_attend(weights, x, tokens, visible_frames=seen, times=seen, config=config, scoped=True)
+        return cross_attend(
+            weights, x, tokens, visible_frames=VisibleFrames(seen), times=seen, config=config, scoped=True
+        )
 
     return config, update, (weights, x, tokens, seen)
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import transformers
 
+from crosslmm_jax.batch import Batch
 from crosslmm_jax.convert.from_hf import Request, convert_from_hf
 from crosslmm_jax.convert.verify import verify
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
@@ -93,11 +94,10 @@ def our_greedy(folder: Path, prompt: np.ndarray) -> list[int]:
     config = dataclasses.replace(config, compute_dtype="float32", cross_attention=cross)
     params = load_weights(folder, config, dtype="float32")
     model, length, size = CrossLMM(config), len(prompt), config.vision.image_size
-    batch = {
-        "tokens": prompt[None], "positions": np.arange(length, dtype=np.int32)[None],
-        "visual_slots": np.zeros((1, 0), np.int32), "text_slots": np.arange(length, dtype=np.int32)[None],
-        "visible_frames": np.zeros((1, length), np.int32),
-    }  # fmt: skip
+    batch = Batch.create(
+        tokens=prompt[None].astype(np.int32), visual_slots=np.zeros((1, 0), np.int32),
+        visible_frames=np.zeros((1, length), np.int32),
+    )  # fmt: skip
 
     @jax.jit
     def begin(params, batch):

@@ -63,6 +63,7 @@ def test_bad_environment(monkeypatch: pytest.MonkeyPatch, environment: dict[str,
 TWO_PROCESSES = """
     import sys
     import jax, numpy as np
+    from crosslmm_jax.batch import Batch
     from crosslmm_jax.config import MeshConfig
     from crosslmm_jax.parallel import initialize_processes, make_mesh, row_shard, to_global
     initialize_processes()
@@ -72,12 +73,16 @@ TWO_PROCESSES = """
         index, count = row_shard(mesh)
         assert count == shares, (sizes, count)
         tokens = np.arange(4 * 3, dtype=np.int32).reshape(4, 3)
-        frames = np.arange(4 * 8 * 2, dtype=np.uint8).reshape(4, 8, 2)
+        frames = np.arange(4 * 8 * 3, dtype=np.uint8).reshape(4, 8, 1, 1, 3)
         mine = slice(index * 4 // count, (index + 1) * 4 // count)
-        batch = to_global({"tokens": tokens[mine], "frames": frames[mine]}, mesh, num_shards=count)
-        for name, whole in (("tokens", tokens), ("frames", frames)):
-            assert batch[name].shape == whole.shape
-            for shard in batch[name].addressable_shards:
+        slots = np.zeros((4 // count, 0), np.int32)
+        batch = Batch.create(
+            tokens=tokens[mine], visible_frames=tokens[mine], visual_slots=slots, frames=frames[mine]
+        )
+        arrays = to_global(batch, mesh, num_shards=count).arrays()
+        for name, whole in (("tokens", tokens), ("frames", frames), ("visible_frames", tokens)):
+            assert arrays[name].shape == whole.shape
+            for shard in arrays[name].addressable_shards:
                 assert np.array_equal(shard.data, whole[shard.index]), (sizes, name)
     print("ok")
 """

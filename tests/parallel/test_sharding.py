@@ -4,27 +4,35 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from crosslmm_jax.batch import AllOrNone
 from crosslmm_jax.config import MeshConfig
 from crosslmm_jax.errors import ConfigError
 from crosslmm_jax.parallel import batch_shardings, make_mesh, row_shard, to_global
 from crosslmm_jax.parallel.sharding import check_batch_size
 
 
-def test_batch_shardings() -> None:
+def test_batch_shardings(tiny_config, make_batch) -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, context=2))
-    shardings = batch_shardings({"frames": (8, 4, 6, 6, 3), "tokens": (8, 10), "row_index": (8,)}, mesh)
-    rows = ("data", "fsdp")
-    assert shardings["frames"].spec == PartitionSpec(rows, ("context",), None, None, None)
-    assert shardings["tokens"].spec == PartitionSpec(rows, None)
-    assert shardings["row_index"].spec == PartitionSpec(rows)
+    batch = make_batch(tiny_config, batch=8, frames=4)
+    shardings, rows = batch_shardings(batch, mesh), ("data", "fsdp")
+    assert shardings.frames.spec == PartitionSpec(rows, ("context",), None, None, None)
+    assert shardings.frame_times.spec == PartitionSpec(rows, ("context",))
+    for name in ("tokens", "positions", "visual_slots", "text_slots", "loss_mask"):
+        assert getattr(shardings, name).spec == PartitionSpec(rows, None)
+    assert shardings.visible_frames.counts.spec == PartitionSpec(rows, None)
+    assert shardings.row_index.spec == PartitionSpec(rows)
+    assert batch_shardings(batch._replace(frames=None), mesh).frames is None
 
 
 def test_values_arrive(tiny_config, make_batch) -> None:
     mesh = make_mesh(MeshConfig(data=2, tensor=2, context=2))
     batch = make_batch(tiny_config, batch=4, frames=3)  # 3 frames do not divide among 2 devices
-    for name, value in to_global(batch, mesh).items():
-        assert value.dtype == batch[name].dtype
-        assert np.array_equal(np.asarray(value), batch[name]), name
+    batch = batch._replace(visible_frames=AllOrNone(batch.visible_frames.counts))
+    arrays, placed = batch.arrays(), to_global(batch, mesh)
+    assert type(placed.visible_frames) is AllOrNone
+    for name, value in placed.arrays().items():
+        assert value.dtype == arrays[name].dtype
+        assert np.array_equal(np.asarray(value), arrays[name]), name
 
 
 def test_one_process_reads_all_rows() -> None:

@@ -59,7 +59,7 @@ def counted_prefill(config: ModelConfig, work: Workload) -> float:
     model = CrossLMM(config, stacked=False)
 
     def first_logits(params: Any, batch: Any) -> Any:
-        visual = model.apply({"params": params}, batch["frames"], method="encode")
+        visual = model.apply({"params": params}, batch.frames, method="encode")
         hidden: Any = model.apply({"params": params}, visual, batch, method="hidden")
         return logits_of(hidden[:, -1:], params["decoder"]["lm_head"])
 
@@ -116,8 +116,8 @@ def test_decode_is_what_the_compiler_counts(unrolled: None) -> None:
         return model.apply({"params": params}, visual, batch, counts, cache_size=room, method="prefill")
 
     batch = shapes_of(random_prompt(config, WORK))
-    assert batch["tokens"].shape == (1, cached)
-    _, cache = jax.eval_shape(fill, param_shapes(config), batch["frames"], batch)
+    assert batch.tokens.shape == (1, cached)
+    _, cache = jax.eval_shape(fill, param_shapes(config), batch.frames, batch)
     one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
     def extend(params: Any, cache: Any, tokens: Any) -> Any:

@@ -86,7 +86,7 @@ def test_both_prefills_give_the_models_logits() -> None:
     config = presets.tiny()
     request = Request(task="prefill", system="tiny", frames=(3,), text=20, before=4)
     weights = random_params(config)
-    batch = random_prompt(config, request.workload(3)) | {"frames": random_frames(config, 3)}
+    batch = random_prompt(config, request.workload(3))._replace(frames=random_frames(config, 3))
     expected = jax.jit(CrossLMM(config, stacked=False).apply)({"params": weights}, batch)[:, -1]
     plans = []
     for cached in (False, True):

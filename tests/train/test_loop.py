@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from crosslmm_jax.batch import AllOrNone, VisibleFrames
 from crosslmm_jax.config import DataConfig, ExperimentConfig, RunConfig, SamplingConfig
 from crosslmm_jax.config_io import to_dict
 from crosslmm_jax.data.index.build import build_index
@@ -188,24 +189,24 @@ def test_what_a_run_leaves(finished) -> None:
 
 
 def test_a_step_counts_on_what_holds_for_its_batch(experiment, tmp_path, monkeypatch) -> None:
-    """Each answer has a program of its own, compiled once and used for the batches with that answer."""
-    answers, asked, compiled, used = iter(["each", "whole", "each"]), [], [], []
+    """Each type of visible frames has a program of its own, compiled once and used for its batches."""
+    types, asked, used, steps = iter([VisibleFrames, AllOrNone, VisibleFrames]), [], [], []
 
-    def answer(batch):
+    def known(batch):
         asked.append(batch)
-        return next(answers)
+        return batch._replace(visible_frames=next(types)(batch.visible_frames.counts))
 
-    def compile_step(config, stage, mesh, reads):
-        compiled.append(reads)
-        step = real(config, stage, mesh, reads)
-        return lambda *args: used.append(reads) or step(*args)
+    def compile_step(config, stage, mesh):
+        steps.append(real(config, stage, mesh))
+        return lambda state, batch: used.append(type(batch.visible_frames)) or steps[0](state, batch)
 
     real = loop.compile_train_step
-    monkeypatch.setattr(loop, "reads_of_step", answer)
+    monkeypatch.setattr(loop, "with_step_visibility", known)
     monkeypatch.setattr(loop, "compile_train_step", compile_step)
     loop.train(experiment(tmp_path, stage={"steps": 3}), quiet=True)
-    assert compiled == ["each", "whole"] and used == ["each", "whole", "each"]
-    assert all({"frames", "visible_frames"} <= set(batch) for batch in asked)
+    assert used == [VisibleFrames, AllOrNone, VisibleFrames]
+    assert len(steps) == 1 and steps[0]._cache_size() == 2
+    assert all(batch.frames is not None for batch in asked)
 
 
 def test_repeating_a_finished_run_does_nothing(finished, monkeypatch) -> None:
@@ -238,7 +239,7 @@ def test_frames_are_resized_in_training_as_the_model_says(experiment, finished, 
     config = experiment(tmp_path / "run", init_from=str(other.model_folder), stage={"steps": 1})
     data = dataclasses.replace(config.data, resampling="bilinear")
     seen, bicubic = (
-        loop._open_data(dataclasses.replace(config, data=choice)).batch([0])["frames"]
+        loop._open_data(dataclasses.replace(config, data=choice)).batch([0]).frames
         for choice in (data, config.data)
     )
     assert not np.array_equal(seen, bicubic)

@@ -41,7 +41,7 @@ def test_real_clips_are_indexed_batched_and_trained_on(tmp_path: Path, train_one
     iterator = make_iterator(dataset)
     batch = next(iterator)
     iterator.close()
-    assert set(batch["row_index"].tolist()) == set(range(len(names))) and not iterator.faults
-    assert batch["frame_mask"].sum(axis=1).min() >= 3 and batch["frames"].std() > 10
+    assert set(batch.row_index.tolist()) == set(range(len(names))) and not iterator.faults
+    assert batch.visible_frames.counts.max(axis=1).min() >= 3 and batch.frames.std() > 10
     assert not any(iterator.truncated.values())
     train_one_step(model, data, tmp_path / "run")

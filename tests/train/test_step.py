@@ -7,17 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from crosslmm_jax.batch import AllOrNone, VisibleFrames
 from crosslmm_jax.config import MeshConfig
 from crosslmm_jax.model import CrossLMM
 from crosslmm_jax.parallel import make_mesh, to_global
 from crosslmm_jax.train.state import random_state
-from crosslmm_jax.train.step import compile_eval_step, compile_train_step, reads_of_step
+from crosslmm_jax.train.step import compile_eval_step, compile_train_step, with_step_visibility
 
 
-def run(config, stage, mesh, batches, reads="each"):
+def run(config, stage, mesh, batches):
     """State and metrics of each step, on the host."""
     state = random_state(config, stage, mesh, seed=3)
-    step, reports = compile_train_step(config, stage, mesh, reads), []
+    step, reports = compile_train_step(config, stage, mesh), []
     with jax.set_mesh(mesh):
         for batch in batches:
             state, metrics = step(state, to_global(batch, mesh))
@@ -65,8 +66,8 @@ def test_first_loss_is_the_mean_over_all_targets(
     logits = CrossLMM(micro_config).apply({"params": params}, random_batches[0])
     log_p = jax.nn.log_softmax(np.asarray(logits, np.float64)[:, :-1])
     batch = random_batches[0]
-    picked = np.take_along_axis(np.asarray(log_p), batch["tokens"][:, 1:, None], axis=-1)[..., 0]
-    weights = batch["loss_mask"][:, 1:]
+    picked = np.take_along_axis(np.asarray(log_p), batch.tokens[:, 1:, None], axis=-1)[..., 0]
+    weights = batch.loss_mask[:, 1:]
     report = reference[1][0]
     assert report["weight"] == weights.sum()
     assert report["loss"] == pytest.approx(-(picked * weights).sum() / weights.sum(), rel=1e-5)
@@ -163,26 +164,27 @@ def test_a_step_that_counts_on_whole_videos_equals_one_that_asks(
     """Text before a video reads nothing, text behind it all frames; a row may end with its video."""
     frames, text = (3,) * 8, (10, 8, 5, 6, 7, 9, 1, 10)
     batch = make_batch(micro_config, batch=8, frames=3, valid_frames=frames, valid_text=text)
-    assert set(np.unique(batch["visible_frames"])) == {0, 3}
-    assert reads_of_step(batch) == "whole"
-    (state, reports), (expected, asked) = (
-        run(micro_config, stage, one_device, [batch], reads) for reads in ("whole", "each")
-    )
+    assert set(np.unique(batch.visible_frames.counts)) == {0, 3}
+    known = with_step_visibility(batch)
+    assert type(known.visible_frames) is AllOrNone
+    (state, reports), (expected, asked) = (run(micro_config, stage, one_device, [b]) for b in (known, batch))
     assert_close(reports, asked, atol=1e-6)
     assert_close(state.params, expected.params, atol=1e-6)
     # On videos that are not whole it is wrong.
     padded = make_batch(micro_config, batch=8, frames=3, valid_frames=(1,) * 8)
-    wrong, right = (
-        run(micro_config, stage, one_device, [padded], reads)[1][0] for reads in ("whole", "each")
-    )
+    forced = padded._replace(visible_frames=AllOrNone(padded.visible_frames.counts))
+    wrong, right = (run(micro_config, stage, one_device, [b])[1][0] for b in (forced, padded))
     assert abs(wrong["loss"] - right["loss"]) > 1e-4
 
 
 def test_what_a_step_may_count_on(micro_config, make_batch, random_batches, monkeypatch) -> None:
-    assert reads_of_step(random_batches[0]) == "each"  # videos of fewer frames than the row has
+    def known(batch):
+        return type(with_step_visibility(batch).visible_frames)
+
+    assert known(random_batches[0]) is VisibleFrames  # videos of fewer frames than the row has
     whole = make_batch(micro_config, batch=2, frames=3, valid_frames=(3, 3), valid_text=(4, 4))
-    assert reads_of_step(whole) == "whole"
-    nothing = {**whole, "visible_frames": np.zeros_like(whole["visible_frames"])}
-    assert reads_of_step(nothing) == "whole"
+    assert known(whole) is AllOrNone
+    nothing = whole._replace(visible_frames=VisibleFrames(np.zeros_like(whole.visible_frames.counts)))
+    assert known(nothing) is AllOrNone
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert reads_of_step(whole) == "each"  # the other process may have other rows
+    assert known(whole) is VisibleFrames  # the other process may have other rows

@@ -1,8 +1,13 @@
 """Rows of different lengths to one batch of static shapes.
 
-A row of a batch is laid out as: its text tokens and the runs of its media in order, then the slots of padded
-frames, then padded text. With F frames, C compact tokens a frame and a text bucket, T = text bucket + F * C
-whatever the rows hold, so a few pairs (F, text bucket) are all the shapes that are ever compiled.
+A row of a batch holds, in this order:
+
+1. its text tokens and the runs of its media, as they follow each other in the row
+2. the slots of padded frames
+3. padded text
+
+With F frames, C compact tokens per frame and a text bucket, T = text bucket + F * C for any rows, so a few
+pairs (F, text bucket) are all the shapes that are ever compiled.
 """
 
 import dataclasses
@@ -10,11 +15,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from crosslmm_jax.batch import Batch
 from crosslmm_jax.data.media import Clip, stack_clips
 from crosslmm_jax.data.text import MEDIUM, TokenSequence
 from crosslmm_jax.errors import UserError
-
-Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +26,9 @@ class Example:
     """A row ready for a batch.
 
     Attributes:
-        sequence: its tokens, with a MEDIUM for each clip.
-        clips: its images and videos, in order.
-        row_index: number of the row.
+        sequence: tokens of the row, with a MEDIUM for each clip.
+        clips: images and videos of the row, in order.
+        row_index: number of the row in the index.
         where: file, row and id, for messages.
     """
 
@@ -47,7 +51,7 @@ class Layout:
         tokens: int32, the placeholder's id where a visual token goes.
         targets: bool, predicted from the position before.
         visual: bool, a visual token goes here.
-        visible_frames: int32, how many frames of the row a query here may see.
+        visible_frames: int32, how many frames of the row a token here sees.
     """
 
     tokens: np.ndarray
@@ -61,7 +65,8 @@ def lay_out(
 ) -> Layout:
     """Gives each medium its run of tokens.
 
-    A visual token sees all frames of its own and earlier media; a text token those of media before it.
+    A visual token sees all frames of its own medium and of earlier ones. A text token sees all frames of the
+    media before it.
 
     Args:
         sequence: tokens with a MEDIUM for each medium.
@@ -81,73 +86,8 @@ def lay_out(
     )
 
 
-def choose_bucket(needed: int, buckets: Sequence[int], *, what: str, field: str, where: str) -> int:
-    """The smallest of the ascending `buckets` that holds `needed`. Raises UserError naming `where`."""
-    for bucket in buckets:
-        if needed <= bucket:
-            return bucket
-    raise UserError(f"{where}: has {needed} {what}, more than {field} holds ({buckets[-1]}); raise {field}")
-
-
 def collate(
     examples: Sequence[Example],
-    *,
-    tokens_per_frame: int,
-    image_size: int,
-    frame_buckets: Sequence[int],
-    text_buckets: Sequence[int],
-    pad_id: int,
-    placeholder: int,
-) -> Batch:
-    """One batch out of `examples`, in the smallest pair of buckets that holds them all.
-
-    Args:
-        examples: B of them.
-        tokens_per_frame: C.
-        image_size: R, pixels a side.
-        frame_buckets: sizes that F may take, ascending.
-        text_buckets: sizes that T - F * C may take, ascending.
-        pad_id: token of padded text.
-        placeholder: token at the slots of visual tokens.
-
-    Returns:
-        frames uint8[B, F, R, R, 3], frame_mask bool[B, F], frame_times float32[B, F] (seconds),
-        tokens int32[B, T], positions int32[B, T], loss_mask float32[B, T] (1 where tokens[b, t] is a target),
-        visual_slots int32[B, F * C], text_slots int32[B, T - F * C], visible_frames int32[B, T],
-        row_index int32[B].
-
-    Raises:
-        UserError: naming the row that fits no bucket.
-    """
-    most_frames = max(examples, key=_frames_of)
-    most_text = max(examples, key=_text_of)
-    num_frames = choose_bucket(
-        most_frames.num_frames, frame_buckets, what="frames", field="frame_buckets", where=most_frames.where
-    )
-    num_text = choose_bucket(
-        most_text.sequence.num_text_tokens, text_buckets, what="text tokens", field="text_buckets",
-        where=most_text.where,
-    )  # fmt: skip
-    rows = [
-        _collate_row(
-            example, num_frames=num_frames, num_text=num_text, tokens_per_frame=tokens_per_frame,
-            image_size=image_size, pad_id=pad_id, placeholder=placeholder,
-        )
-        for example in examples
-    ]  # fmt: skip
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def _frames_of(example: Example) -> int:
-    return example.num_frames
-
-
-def _text_of(example: Example) -> int:
-    return example.sequence.num_text_tokens
-
-
-def _collate_row(
-    example: Example,
     *,
     num_frames: int,
     num_text: int,
@@ -155,39 +95,47 @@ def _collate_row(
     image_size: int,
     pad_id: int,
     placeholder: int,
-) -> dict[str, np.ndarray]:
-    """The arrays of one row, without the batch axis."""
-    counts = [len(clip.frames) for clip in example.clips]
-    layout = lay_out(example.sequence, counts, tokens_per_frame=tokens_per_frame, placeholder=placeholder)
-    length, total = len(layout.tokens), num_text + num_frames * tokens_per_frame
-    valid = sum(counts)
-    padded_visual = (num_frames - valid) * tokens_per_frame
+) -> Batch[np.ndarray]:
+    """One batch of B examples.
 
-    tokens = np.full(total, pad_id, np.int32)
-    tokens[:length] = layout.tokens
-    tokens[length : length + padded_visual] = placeholder
-    visual = np.zeros(total, bool)
-    visual[:length] = layout.visual
-    visual[length : length + padded_visual] = True
-    loss_mask = np.zeros(total, np.float32)
-    loss_mask[:length] = layout.targets
-    visible_frames = np.zeros(total, np.int32)
-    visible_frames[:length] = layout.visible_frames
+    Args:
+        examples: B of them.
+        num_frames: F.
+        num_text: T - F * C.
+        tokens_per_frame: C.
+        image_size: R, pixels per side.
+        pad_id: token of padded text.
+        placeholder: token at the slots of visual tokens.
 
-    pixels, seconds = stack_clips(example.clips, image_size)
-    frames = np.zeros((num_frames, image_size, image_size, 3), np.uint8)
-    frames[:valid] = pixels
-    frame_times = np.zeros(num_frames, np.float32)
-    frame_times[:valid] = seconds
-    return {
-        "frames": frames,
-        "frame_mask": np.arange(num_frames) < valid,
-        "frame_times": frame_times,
-        "tokens": tokens,
-        "positions": np.arange(total, dtype=np.int32),
-        "loss_mask": loss_mask,
-        "visual_slots": np.flatnonzero(visual).astype(np.int32),
-        "text_slots": np.flatnonzero(~visual).astype(np.int32),
-        "visible_frames": visible_frames,
-        "row_index": np.array(example.row_index, np.int32),
-    }
+    Raises:
+        UserError: a row has more frames or text than the batch holds.
+    """
+    batch, length = len(examples), num_text + num_frames * tokens_per_frame
+    tokens = np.full((batch, length), pad_id, np.int32)
+    visual_slots = np.zeros((batch, num_frames * tokens_per_frame), np.int32)
+    visible_frames = np.zeros((batch, length), np.int32)
+    loss_mask = np.zeros((batch, length), np.float32)
+    frames = np.zeros((batch, num_frames, image_size, image_size, 3), np.uint8)
+    frame_times = np.zeros((batch, num_frames), np.float32)
+    for row, example in enumerate(examples):
+        text, valid = example.sequence.num_text_tokens, example.num_frames
+        if text > num_text or valid > num_frames:
+            raise UserError(
+                f"{example.where}: has {text} text tokens and {valid} frames, more than the {num_text} and"
+                f" {num_frames} of its bucket; run `crosslmm data index` again"
+            )
+        counts = [len(clip.frames) for clip in example.clips]
+        layout = lay_out(example.sequence, counts, tokens_per_frame=tokens_per_frame, placeholder=placeholder)
+        end = len(layout.tokens)
+        padded_slots = np.arange(end, end + (num_frames - valid) * tokens_per_frame)
+        tokens[row, :end] = layout.tokens
+        tokens[row, padded_slots] = placeholder
+        visual_slots[row] = np.concatenate([np.flatnonzero(layout.visual), padded_slots])
+        visible_frames[row, :end] = layout.visible_frames
+        loss_mask[row, :end] = layout.targets
+        frames[row, :valid], frame_times[row, :valid] = stack_clips(example.clips, image_size)
+    return Batch.create(
+        tokens=tokens, visual_slots=visual_slots, visible_frames=visible_frames, frames=frames,
+        frame_times=frame_times, loss_mask=loss_mask,
+        row_index=np.array([example.row_index for example in examples], np.int32),
+    )  # fmt: skip

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import DataConfig
 from crosslmm_jax.data.batching import (
     NO_BUCKET,
@@ -18,7 +19,7 @@ from crosslmm_jax.data.batching import (
     row_cost,
 )
 from crosslmm_jax.data.index import Columns, RowStore, fingerprint, open_index
-from crosslmm_jax.data.loading.collate import Batch, Example, collate
+from crosslmm_jax.data.loading.collate import Example, collate
 from crosslmm_jax.data.loading.example import ExampleLoader
 from crosslmm_jax.data.text import DEFAULT_SYSTEM_PROMPT, Tokenizer, load_tokenizer
 from crosslmm_jax.errors import ConfigError, Fault, UserError
@@ -120,8 +121,8 @@ class Dataset:
             examples,
             tokens_per_frame=self.tokens_per_frame,
             image_size=self.loader.image_size,
-            frame_buckets=(bucket.frames,),
-            text_buckets=(bucket.text,),
+            num_frames=bucket.frames,
+            num_text=bucket.text,
             pad_id=self.tokenizer.pad,
             placeholder=self.tokenizer.video_pad,
         )

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from crosslmm_jax.data.loading.collate import Batch
+from crosslmm_jax.batch import Batch
 from crosslmm_jax.data.loading.dataset import Dataset
 from crosslmm_jax.errors import ConfigError, Fault, UserError
 from crosslmm_jax.utils import end_with_parent

@@ -141,7 +141,7 @@ def test_an_epoch_over_damaged_files(
         assert told_of["wrong_type"] >= 60 and all(told_of[KINDS[kind]] >= 30 for kind in list(KINDS)[4:]), (
             "each kind is counted under its reason"
         )
-        read = Counter(int(row) for batch in batches for row in batch["row_index"])
+        read = Counter(int(row) for batch in batches for row in batch.row_index)
         assert set(range(GOOD + BAD)) - set(allowed) <= set(read)
         assert not set(reasons) & set(read)
     assert "worker process died" not in caplog.text

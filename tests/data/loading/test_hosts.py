@@ -86,7 +86,7 @@ def test_500_batches_are_the_same_for_any_layout(config: DataConfig, tmp_path: P
             state = iterator.get_state()
         batch = next(iterator)
         expected.append(row_digests(batch))
-        rows.append(batch["row_index"].tolist())
+        rows.append(batch.row_index.tolist())
     iterator.close()
     for hosts in running:
         assert hosts.join()[0] == expected

@@ -85,7 +85,7 @@ def test_hosts_share_one_global_batch(config: DataConfig, hosts: int) -> None:
 
 def test_each_epoch_visits_every_row_once_in_a_new_order(config: DataConfig) -> None:
     config = dataclasses.replace(config, batch_size=16)  # 64 rows
-    rows = [batch["row_index"] for batch in take(make_iterator(dataset_of(config)), 8)]
+    rows = [batch.row_index for batch in take(make_iterator(dataset_of(config)), 8)]
     epochs = np.concatenate(rows[:4]).tolist(), np.concatenate(rows[4:]).tolist()
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(64))
     assert epochs[0] != epochs[1] and epochs[0] != list(range(64))
@@ -98,14 +98,14 @@ def test_each_epoch_visits_every_row_once_in_a_new_order(config: DataConfig) -> 
 def test_batches_show_the_rows_they_name(config: DataConfig) -> None:
     dataset = dataset_of(config)
     batch = take(make_iterator(dataset), 1)[0]
-    for index, number in enumerate(batch["row_index"]):
+    for index, number in enumerate(batch.row_index):
         row = dataset.rows[int(number)]
-        real = batch["tokens"][index][batch["loss_mask"][index] > 0]
+        real = batch.tokens[index][batch.loss_mask[index] > 0]
         assert dataset.tokenizer.decode(real) == row.turns[1].text
-        assert row.turns[0].text.removeprefix("<image>\n") in dataset.tokenizer.decode(batch["tokens"][index])
+        assert row.turns[0].text.removeprefix("<image>\n") in dataset.tokenizer.decode(batch.tokens[index])
         clip = dataset.loader._clip(row, row.media[0])
-        np.testing.assert_array_equal(batch["frames"][index], clip.frames)
-        np.testing.assert_array_equal(batch["frame_times"][index], clip.times)
+        np.testing.assert_array_equal(batch.frames[index], clip.frames)
+        np.testing.assert_array_equal(batch.frame_times[index], clip.times)
 
 
 def test_plain_style_and_captions(config: DataConfig, synthetic: SyntheticSet, make_index) -> None:
@@ -113,9 +113,9 @@ def test_plain_style_and_captions(config: DataConfig, synthetic: SyntheticSet, m
     plain = dataclasses.replace(config, index=index, style="plain", batch_size=8)
     dataset = dataset_of(plain)
     batch = take(make_iterator(dataset), 1)[0]
-    assert (batch["visual_slots"] == np.arange(4)).all()
-    text = dataset.tokenizer.decode(batch["tokens"][0][batch["loss_mask"][0] > 0])
-    assert text == dataset.rows[int(batch["row_index"][0])].turns[1].text + "\n"
+    assert (batch.visual_slots == np.arange(4)).all()
+    text = dataset.tokenizer.decode(batch.tokens[0][batch.loss_mask[0] > 0])
+    assert text == dataset.rows[int(batch.row_index[0])].turns[1].text + "\n"
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_bad_files_are_replaced_the_same_way_each_time(config: DataConfig, damag
     first = take(iterator, 4)
     bad_rows = {number for number in range(64) if dataset.rows[number].media[0] in bad_videos}
     assert len(bad_rows) == 8
-    seen = Counter(int(row) for batch in first for row in batch["row_index"])
+    seen = Counter(int(row) for batch in first for row in batch.row_index)
     assert not bad_rows & set(seen) and sum(seen.values()) == 64
     assert set(iterator.bad_rows) == bad_rows == {row.row for row in told}
     assert len(told) == 8  # each row is told once
@@ -211,8 +211,8 @@ def test_workers_that_always_die_end_the_run(config: DataConfig) -> None:
 def test_batch_of_given_rows(damage) -> None:
     dataset = dataset_of(damage(["videos/train_00001.mp4"]))
     batch = dataset.batch([3, 0, 3])
-    assert batch["row_index"].tolist() == [3, 0, 3]
-    np.testing.assert_array_equal(batch["frames"][0], batch["frames"][2])
+    assert batch.row_index.tolist() == [3, 0, 3]
+    np.testing.assert_array_equal(batch.frames[0], batch.frames[2])
     with pytest.raises(UserError, match="row 4 .*cannot be decoded"):
         dataset.batch([0, 4])
 
@@ -231,7 +231,7 @@ def test_rows_that_are_too_long_are_cut_by_whole_turns_and_counted(
     batches = take(iterator, shorter.schedule.epoch_steps())
     turns = iterator.truncated["turns"]
     assert iterator.truncated["rows"] == 16 and 16 * 2 <= turns < 16 * 8 and turns % 2 == 0
-    assert not iterator.faults and {batch["text_slots"].shape[1] for batch in batches} == {64}
+    assert not iterator.faults and {batch.text_slots.shape[1] for batch in batches} == {64}
     assert iterator.take_counts()["truncated"] == {"rows": 16, "turns": turns}
     assert iterator.take_counts() == {"faults": {}, "truncated": {"rows": 0, "turns": 0}}
     every = dataset_of(dataclasses.replace(both, text_buckets=(), frame_buckets=()))

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from crosslmm_jax import presets
+from crosslmm_jax.batch import VisibleFrames
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model import init_params
 from crosslmm_jax.model import video_attention as frame_parts
@@ -220,7 +221,8 @@ def test_long_videos_in_parts_equal_the_whole_in_float32(
     x = rng.standard_normal((1, frames * c, 256)).astype(np.float32)
     tokens = rng.standard_normal((1, frames, config.vision.num_patches, 256)).astype(np.float32)
     frame = np.repeat(np.arange(frames), c)[None]
-    seen = {"visible_frames": np.where(frame < there, there, 0).astype(np.int32), "times": frame}
+    visible = VisibleFrames(np.where(frame < there, there, 0).astype(np.int32))
+    seen = {"visible_frames": visible, "times": frame}
 
     def update(config: ModelConfig, weights: Any, x: Any, tokens: Any) -> Any:
         return cross_attend(weights, x, tokens, config=config, scoped=True, **seen)

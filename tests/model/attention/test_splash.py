@@ -202,8 +202,8 @@ def prefill_of(config: ModelConfig, rules: Any = None) -> Any:
 
     def prefill(params: Any, frames: Any, batch: Any) -> Any:
         visual = model.apply({"params": params}, frames, method="encode")
-        counts = jnp.full(batch["tokens"].shape[:1], batch["tokens"].shape[1], jnp.int32)
-        room = batch["tokens"].shape[1] + 64
+        counts = jnp.full(batch.tokens.shape[:1], batch.tokens.shape[1], jnp.int32)
+        room = batch.tokens.shape[1] + 64
         return model.apply({"params": params}, visual, batch, counts, cache_size=room, method="prefill")
 
     return prefill
@@ -211,11 +211,8 @@ def prefill_of(config: ModelConfig, rules: Any = None) -> Any:
 
 def prompt_shapes(config: ModelConfig, frames: int, rows: int = 1) -> tuple[Any, Any]:
     batch = random_prompt(config, Workload(frames=frames, text=64, before=16))
-    batch.pop("loss_mask")
-    shapes = {
-        name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype) for name, array in batch.items()
-    }
-    return shapes.pop("frames"), shapes
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
+    return shapes.frames, shapes._replace(frames=None, loss_mask=None)
 
 
 @pytest.mark.parametrize("scope", ["video", "window"])

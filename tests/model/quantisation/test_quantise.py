@@ -291,7 +291,7 @@ def test_on_any_mesh_equal_one_device(tiny_config, replace_config, make_batch, p
     """Quantised where the weights lie; scales of a matrix that is cut are those of the whole."""
     config = replace_config(tiny_config, vision={"frame_chunk": 2}, visual_matmul=precision)
     params = init_params(config, jax.random.key(0))
-    frames = make_batch(config, batch=4, frames=8)["frames"]
+    frames = make_batch(config, batch=4, frames=8).frames
     expected = encode(config, quantise_params(params, precision), frames)
     devices = make_mesh(MeshConfig(**mesh))
     model = CrossLMM(config, activation_rules(), stacked=False)
