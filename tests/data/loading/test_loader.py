@@ -9,13 +9,14 @@ import signal
 from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from dying_loader import DyingLoader
 
+from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import DataConfig, ModalityWeights, SamplingConfig
 from crosslmm_jax.data.batching.buckets import Bucket
-from crosslmm_jax.data.loading.collate import Batch
 from crosslmm_jax.data.loading.dataset import Dataset
 from crosslmm_jax.data.loading.example import FrameCache
 from crosslmm_jax.data.loading.loader import BatchIterator, make_iterator
@@ -48,10 +49,11 @@ def take(iterator: BatchIterator, count: int) -> list[Batch]:
 def assert_same(first: list[Batch], second: list[Batch]) -> None:
     assert len(first) == len(second)
     for one, other in zip(first, second, strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-            assert one[name].dtype == other[name].dtype
+        arrays, others = one.arrays(), other.arrays()
+        assert arrays.keys() == others.keys() and type(one.visible_frames) is type(other.visible_frames)
+        for name in arrays:
+            np.testing.assert_array_equal(arrays[name], others[name], err_msg=name)
+            assert arrays[name].dtype == others[name].dtype
 
 
 def test_workers_do_not_change_batches_and_one_integer_resumes(config: DataConfig) -> None:
@@ -77,7 +79,7 @@ def test_hosts_share_one_global_batch(config: DataConfig, hosts: int) -> None:
         for index in range(hosts)
     ]
     joined = [
-        {name: np.concatenate([shard[step][name] for shard in shards]) for name in shards[0][0]}
+        jax.tree.map(lambda *parts: np.concatenate(parts), *(shard[step] for shard in shards))
         for step in range(2)
     ]
     assert_same(take(make_iterator(dataset, global_next_index=24), 2), joined)
@@ -90,9 +92,9 @@ def test_each_epoch_visits_every_row_once_in_a_new_order(config: DataConfig) -> 
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(64))
     assert epochs[0] != epochs[1] and epochs[0] != list(range(64))
     other_seed = take(make_iterator(dataset_of(dataclasses.replace(config, seed=1))), 1)
-    assert other_seed[0]["row_index"].tolist() != rows[0].tolist()
+    assert other_seed[0].row_index.tolist() != rows[0].tolist()
     in_order = take(make_iterator(dataset_of(dataclasses.replace(config, shuffle=False))), 1)
-    assert in_order[0]["row_index"].tolist() == list(range(16))
+    assert in_order[0].row_index.tolist() == list(range(16))
 
 
 def test_batches_show_the_rows_they_name(config: DataConfig) -> None:
