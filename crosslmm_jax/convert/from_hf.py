@@ -1,36 +1,36 @@
-"""`crosslmm convert from-hf`: weights of other projects to a MODEL folder, or straight onto a mesh."""
+"""`crosslmm convert from-hf`: weights of other projects to a MODEL folder."""
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from crosslmm_jax.config import DecoderConfig, MergeConfig, ModelConfig, SamplingConfig, VisionConfig
+from crosslmm_jax.config import MergeConfig, ModelConfig, SamplingConfig
 from crosslmm_jax.config_io import apply_overrides
-from crosslmm_jax.convert.hf_config import (
+from crosslmm_jax.convert.export_settings import export_folder, read_crosslmm_config
+from crosslmm_jax.convert.families.llava import canonical
+from crosslmm_jax.convert.plan import Plan, make_checkpoint, make_plan
+from crosslmm_jax.convert.report import Report
+from crosslmm_jax.convert.source.config import (
     Sizes,
     decoder_sizes,
     llava_sizes,
     llava_time_instruction,
     vision_sizes,
 )
-from crosslmm_jax.convert.hf_export import export_folder, read_crosslmm_config
-from crosslmm_jax.convert.hf_files import FLOATS, Source, open_source
-from crosslmm_jax.convert.hf_processor import (
+from crosslmm_jax.convert.source.files import Source, open_source
+from crosslmm_jax.convert.source.processor import (
     ImageSettings,
     image_settings,
     tokenizer_size,
     with_tokenizer_json,
 )
-from crosslmm_jax.convert.llava import canonical
-from crosslmm_jax.convert.plan import Plan, make_checkpoint, make_plan
-from crosslmm_jax.convert.report import Report
-from crosslmm_jax.convert.rules import shapes_of
-from crosslmm_jax.convert.stream import DeviceSink, FileSink, run_plan
+from crosslmm_jax.convert.stream import run_plan
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.model_folder import (
+    FLOATS,
     Processor,
+    WeightsWriter,
     check_replaceable,
     copy_tokenizer,
     make_processor,
@@ -40,9 +40,10 @@ from crosslmm_jax.presets import get_preset
 from crosslmm_jax.utils import atomic_folder
 
 SYSTEM_PROMPT = "You are a helpful assistant."
-# Compact tokens along a side where neither a preset nor the user says: the paper's 9 tokens a frame.
+# Side of the grid of compact tokens without a preset or an override: the paper's 9 tokens per frame.
 DEFAULT_GRID = 3
-# What the preset and the source may differ in: not of the weights, or settled elsewhere.
+# Fields in which the preset and the source may differ: the weights do not depend on them, or another check
+# covers them.
 _NOT_COMPARED = {"num_layers", "feature_layer", "image_mean", "image_std", "post_layernorm", "frame_chunk",
                  "keep_features", "max_positions", "remat", "vocab_size"}  # fmt: skip
 
@@ -51,15 +52,15 @@ _NOT_COMPARED = {"num_layers", "feature_layer", "image_mean", "image_std", "post
 class Request:
     """What to convert: `llava`, `vision` and `llm`, or `crosslmm`; see `crosslmm convert from-hf --help`."""
 
-    vision: str | None = None  # SigLIP folder or big_vision .npz; with `llava`, only for its sizes
-    llm: str | None = None
-    llava: str | None = None
-    projector: str | None = None
-    crosslmm: str | None = None  # folder that `convert_to_hf` wrote; brings its config and processor
+    vision: str | None = None  # SigLIP folder or big_vision .npz; with `llava`, only its sizes are read
+    llm: str | None = None  # Qwen2 folder
+    llava: str | None = None  # LLaVA folder, any layout
+    projector: str | None = None  # `mm_projector.bin`
+    crosslmm: str | None = None  # folder that `convert_to_hf` wrote, with its config and processor
     preset: str | None = None
     overrides: Sequence[str] = ()  # of fields of `ModelConfig`: "--merge.grid", "4"
-    dtype: str | None = None
-    seed: int = 0
+    dtype: str | None = None  # of the result; None keeps that of each source
+    seed: int = 0  # of parameters that are initialised
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in FLOATS:
@@ -67,9 +68,9 @@ class Request:
         if self.crosslmm is not None:
             self._check_alone()
             return
-        whole = self.llava is not None and self.llm is None
-        parts = self.llava is None and self.vision is not None and self.llm is not None
-        if not whole and not parts:
+        one_folder = self.llava is not None and self.llm is None
+        two_folders = self.llava is None and self.vision is not None and self.llm is not None
+        if not one_folder and not two_folders:
             raise UserError(
                 "give --vision with --llm, or --llava (with --vision only for the tower's sizes), or"
                 " --crosslmm"
@@ -80,11 +81,11 @@ class Request:
         given = [f"--{name}" for name in names if getattr(self, name) is not None]
         given += [word.split("=")[0] for word in self.overrides if word.startswith("--")]
         if given:
-            raise UserError(f"--crosslmm brings all weights and all settings; drop {', '.join(given)}")
+            raise UserError(f"--crosslmm already has all weights and all settings; drop {', '.join(given)}")
 
     @property
     def sources(self) -> dict[str, str]:
-        """Option -> path of the sources that hold weights."""
+        """Command-line option -> path, of the sources that hold weights."""
         named = {"--llava": self.llava, "--llm": self.llm, "--projector": self.projector}
         if self.crosslmm is not None:
             named["--crosslmm"] = str(export_folder(self.crosslmm))
@@ -94,15 +95,15 @@ class Request:
 
 
 def convert_from_hf(request: Request, out: str | Path, *, tokenizer: str | Path | None = None) -> Report:
-    """Writes the MODEL folder `out`, under another name until it is complete.
+    """Converts weights to the MODEL folder `out`, which appears only when it is complete.
 
     Args:
       request: what to convert.
       out: an older MODEL folder there is replaced.
-      tokenizer: its folder; None: that of the language model.
+      tokenizer: the tokenizer's folder; None takes that of the language model.
 
     Raises:
-      UserError: anything that does not fit; a message names all keys and shapes that do not.
+      UserError: something does not fit; one message lists all keys and shapes that do not.
     """
     out = Path(out)
     check_replaceable(out)
@@ -112,36 +113,20 @@ def convert_from_hf(request: Request, out: str | Path, *, tokenizer: str | Path 
         with planned as (plan, processor), atomic_folder(out, resume=False) as folder:
             write_settings(folder, plan.config, processor)
             copy_tokenizer(tokenizer, folder)
-            tensors = {leaf.name: (leaf.shape, leaf.dtype) for leaf in plan.leaves}
-            with FileSink(folder, tensors, kind="np") as sink:
-                run_plan(plan, sink, seed=request.seed)
+            tensors = {parameter.name: (parameter.shape, parameter.dtype) for parameter in plan.parameters}
+            with WeightsWriter(folder, tensors, kind="np") as writer:
+                run_plan(plan, writer, seed=request.seed)
         return plan.report
-
-
-def load_from_hf(request: Request, make_shardings: Any) -> tuple[ModelConfig, dict[str, Any], Report]:
-    """The converted parameters on devices, without a folder in between.
-
-    Args:
-      request: what to convert.
-      make_shardings: `ModelConfig` -> tree of shardings like the parameters.
-
-    Raises:
-      UserError: as `convert_from_hf`.
-    """
-    with _planned(request) as (plan, _):
-        sink = DeviceSink(make_shardings(plan.config))
-        run_plan(plan, sink, seed=request.seed)
-        return plan.config, sink.params, plan.report
 
 
 @contextlib.contextmanager
 def _planned(
     request: Request, *, tokens: int = 0, tokenizer: Path | None = None
 ) -> Iterator[tuple[Plan, Processor]]:
-    """The checked plan; its sources are open inside the block."""
+    """The checked plan. Its sources are open inside the block."""
     with contextlib.ExitStack() as stack:
         opened = {option: stack.enter_context(open_source(path)) for option, path in request.sources.items()}
-        config, processor, origin = _read_settings(request, opened)
+        config, processor, settings_file = _read_settings(request, opened)
         if tokens > config.decoder.vocab_size:
             raise ConfigError(
                 f"{tokenizer}: the tokenizer has {tokens} tokens, the embedding only"
@@ -152,8 +137,8 @@ def _planned(
             make_checkpoint(option, source, config, replaced=replaced and option == "--llava")
             for option, source in opened.items()
         ]
-        plan = make_plan(config, checkpoints, shapes_of(config), dtype=request.dtype)
-        plan.report.notes.append(f"{processor.resampling} resampling of frames, from {origin}")
+        plan = make_plan(config, checkpoints, dtype=request.dtype)
+        plan.report.notes.append(f"{processor.resampling} resampling of frames, from {settings_file}")
         if processor.time_instruction != "none":
             kind = processor.time_instruction
             plan.report.notes.append(
@@ -163,7 +148,7 @@ def _planned(
 
 
 def _read_settings(request: Request, opened: dict[str, Source]) -> tuple[ModelConfig, Processor, str]:
-    """Both settings of the MODEL folder, and where those of pictures come from."""
+    """Both settings of the MODEL folder, and the file that the image settings come from."""
     if request.crosslmm is not None:
         return *read_crosslmm_config(export_folder(request.crosslmm)), "the export's config.json"
     config, settings = read_config(request, opened)
@@ -175,14 +160,13 @@ def _read_settings(request: Request, opened: dict[str, Source]) -> tuple[ModelCo
 
 
 def read_config(request: Request, opened: dict[str, Source]) -> tuple[ModelConfig, ImageSettings]:
-    """The model's config, from the sources' config.json, the preset and the overrides in this order.
+    """The model's config, from the sources' config.json, the preset and the overrides, in this order.
 
     Raises:
-      UserError: a value is missing, cannot be converted, or differs from the preset's.
+      UserError: a value is missing, cannot be converted, or differs from the preset.
     """
     preset = get_preset(request.preset) if request.preset is not None else None
     sizes = _read_sizes(request, opened, preset)
-    assert sizes.vision is not None and sizes.decoder is not None
     settings = _image_settings(request, sizes.vision.image_size)
     vision = dataclasses.replace(sizes.vision, image_mean=settings.mean, image_std=settings.std)
     decoder = sizes.decoder
@@ -220,43 +204,32 @@ def _folder(path: str | None) -> Path:
 
 
 def _image_settings(request: Request, image_size: int) -> ImageSettings:
-    """Settings of the image processor, which lie with the vision tower."""
+    """Settings of the image processor, from the folder of the vision tower."""
     path = request.llava if request.vision is None else request.vision
     if Path(str(path)).suffix == ".npz":
-        return ImageSettings(resampling="bilinear", source="big_vision's own pictures")
+        return ImageSettings(resampling="bilinear", source="big_vision's own images")
     return image_settings(_folder(path), image_size)
 
 
 def _check_preset(name: str, preset: ModelConfig, sizes: Sizes) -> None:
-    """Raises a `ConfigError` listing every size of the source that is not the preset's."""
-    different = []
-    for part, theirs, ours in (
-        ("vision", sizes.vision, preset.vision), ("decoder", sizes.decoder, preset.decoder)
-    ):  # fmt: skip
-        for field in dataclasses.fields(ours):
-            left, right = getattr(theirs, field.name), getattr(ours, field.name)
-            if field.name not in _NOT_COMPARED and left != right:
-                different.append(f"{part}.{field.name} is {left}, the preset's is {right}")
-    different += _layers(sizes.vision, preset.vision) + _more(sizes.decoder, preset.decoder)
+    """Raises a `ConfigError` that lists every size of the source that differs from the preset."""
+    theirs, ours = sizes.decoder, preset.decoder
+    compared = [
+        (f"{part}.{field.name}", getattr(source, field.name), getattr(wanted, field.name))
+        for part, source, wanted in (("vision", sizes.vision, preset.vision), ("decoder", theirs, ours))
+        for field in dataclasses.fields(wanted)
+        if field.name not in _NOT_COMPARED
+    ]
+    compared += [
+        ("vision.depth (layers up to its features)", sizes.vision.depth, preset.vision.depth),
+        ("decoder.num_layers", theirs.num_layers, ours.num_layers),
+        # Extra rows of the vocabulary are dropped.
+        ("decoder.vocab_size", min(theirs.vocab_size, ours.vocab_size), ours.vocab_size),
+    ]
+    different = [
+        f"{name} is {found}, the preset's is {wanted}" for name, found, wanted in compared if found != wanted
+    ]
     if different:
         raise ConfigError(
             f"--preset {name} does not fit the source: {'; '.join(different)}; leave --preset out"
         )
-
-
-def _layers(theirs: VisionConfig | None, ours: VisionConfig) -> list[str]:
-    if theirs is None or theirs.depth == ours.depth:
-        return []
-    return [f"vision runs {theirs.depth} layers up to its features, the preset's {ours.depth}"]
-
-
-def _more(theirs: DecoderConfig | None, ours: DecoderConfig) -> list[str]:
-    """The decoder's layers, and rows of the vocabulary that are missing (more rows are cut)."""
-    if theirs is None:
-        return []
-    problems = []
-    if theirs.num_layers != ours.num_layers:
-        problems.append(f"decoder.num_layers is {theirs.num_layers}, the preset's is {ours.num_layers}")
-    if theirs.vocab_size < ours.vocab_size:
-        problems.append(f"decoder.vocab_size is {theirs.vocab_size}, the preset's is {ours.vocab_size}")
-    return problems

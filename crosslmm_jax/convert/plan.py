@@ -1,28 +1,29 @@
-"""From opened checkpoints to a plan: where every parameter comes from, checked before anything is written."""
+"""Plans a conversion: where every parameter comes from, checked before anything is written."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.convert import cross, llava, qwen2, siglip
-from crosslmm_jax.convert.hf_files import FLOATS, NpzSource, Source
-from crosslmm_jax.convert.report import Report, condense, summed_dtypes
-from crosslmm_jax.convert.rules import Ignored, Rule, Shape, Slot, expand
+from crosslmm_jax.convert.families import cross, llava, qwen2, siglip
+from crosslmm_jax.convert.report import Report, condense, dtypes_by_part
+from crosslmm_jax.convert.rules import Ignored, Rule, Slot, expand
+from crosslmm_jax.convert.source.files import NpzSource, Source
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import COPIED
+from crosslmm_jax.model_folder import FLOATS, Shape, parameter_shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """One opened source and the tables that are to explain all of it.
+    """One opened source, and the tables that must explain every tensor in it.
 
     Attributes:
-      option: the command line's.
+      option: the command-line option that names it.
       source: its tensors.
       names: name in the tables -> name in the files.
-      rules: what is taken.
-      ignored: what is left out on purpose.
-      by_part: each part has a type of its own, as in our exports; else one holds for all.
+      rules: tensors that are used.
+      ignored: tensors that are ignored on purpose.
+      by_part: each part of the model has its own type, as in our exports; else one type holds for all.
     """
 
     option: str
@@ -44,8 +45,8 @@ class Origin:
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One parameter of ours and where it comes from; no origins: initialised."""
+class Parameter:
+    """One parameter of ours and the tensors that fill it. Without any, it is initialised."""
 
     name: str
     shape: Shape
@@ -58,7 +59,7 @@ class Plan:
     """All parameters, in the order of their names."""
 
     config: ModelConfig
-    leaves: tuple[Leaf, ...]
+    parameters: tuple[Parameter, ...]
     report: Report
 
 
@@ -70,11 +71,11 @@ def make_checkpoint(
     Args:
       option: "--vision", "--llm", "--llava", "--projector" or "--crosslmm".
       source: its tensors.
-      config: of the model that is to be made.
-      replaced: another source brings the projector.
+      config: the model configuration.
+      replaced: another source holds the projector.
 
     Raises:
-      UserError: two of its names mean the same parameter.
+      UserError: two of its tensors are the same parameter.
     """
     if isinstance(source, NpzSource):
         names = {name: name for name in source.tensors}
@@ -101,22 +102,19 @@ def make_checkpoint(
     return Checkpoint(option, source, names, rules, ignored)
 
 
-def make_plan(
-    config: ModelConfig, checkpoints: Sequence[Checkpoint], shapes: Mapping[str, Shape], *, dtype: str | None
-) -> Plan:
-    """Where every parameter of `config` comes from.
+def make_plan(config: ModelConfig, checkpoints: Sequence[Checkpoint], *, dtype: str | None) -> Plan:
+    """Finds the tensors that fill every parameter of `config`.
 
     Args:
-      config: of the model.
+      config: the model configuration.
       checkpoints: opened sources.
-      shapes: of the parameters, by path.
-      dtype: of the result; None keeps each source's.
+      dtype: of the result; None keeps that of each source.
 
     Raises:
       UserError: keys that no rule explains, parameters that nothing fills, wrong shapes, mixed types; all
         of them in one message.
     """
-    report, problems = Report(), []
+    shapes, report, problems = parameter_shapes(config), Report(), []
     origins: dict[str, dict[int | None, Origin]] = {}
     kinds: dict[str, str] = {}  # parameter -> dtype
     for checkpoint in checkpoints:
@@ -128,45 +126,39 @@ def make_plan(
     required |= {name for name in shapes if name.split(".")[0] in ("encoder", "decoder")}
     report.filled = sorted(origins)
     missing = _missing(required, config, origins, shapes)
-    # A name of which a tensor of another shape is there has been named already.
     problems += [f"nothing fills {name}" for name in condense(missing)]
     if problems:
         raise UserError(_message(checkpoints, problems))
     _initialise(config, shapes, origins, kinds, report)
-    leaves = []
+    parameters = []
     for name in sorted(shapes):
         target = dtype or kinds.get(name) or kinds["decoder.embedding"]
         rows = origins.get(name, {})
-        leaves.append(
-            Leaf(name, tuple(shapes[name]), target, tuple(rows[row] for row in sorted(rows, key=_row)))
-        )
-    report.dtypes = summed_dtypes({leaf.name: leaf.dtype for leaf in leaves})
-    return Plan(config, tuple(leaves), report)
-
-
-def _row(row: int | None) -> int:
-    return -1 if row is None else row
+        ordered = sorted(rows, key=lambda row: row or 0)  # the row None is always alone
+        parameters.append(Parameter(name, shapes[name], target, tuple(rows[row] for row in ordered)))
+    report.dtypes = dtypes_by_part({parameter.name: parameter.dtype for parameter in parameters})
+    return Plan(config, tuple(parameters), report)
 
 
 def _place(
     checkpoint: Checkpoint, slots: Sequence[Slot], report: Report, problems: list[str]
 ) -> list[Origin]:
-    """The tensors of one source on their slots; what is neither used nor ignored is a problem."""
-    found, left = [], dict(checkpoint.names)
+    """Assigns the tensors of one source to slots. A tensor that is neither used nor ignored is a problem."""
+    found, unused = [], dict(checkpoint.names)
     for slot in slots:
-        key = left.pop(slot.hf, None)
+        key = unused.pop(slot.hf, None)
         if key is None:
             continue
         info = checkpoint.source.tensors[key]
         if not slot.accepts(info.shape):
             problems.append(f"{key} has shape {list(info.shape)} instead of {list(slot.foreign_shape)}")
-        if slot.rule.cut_rows and info.shape[0] > slot.foreign_shape[0]:
+        if slot.rule.drop_rows and info.shape[0] > slot.foreign_shape[0]:
             extra = info.shape[0] - slot.foreign_shape[0]
-            report.notes.append(f"{extra} rows of {key} lie beyond the vocabulary and are left out")
+            report.notes.append(f"{extra} rows of {key} are beyond the vocabulary and are dropped")
         report.used.append(key)
         found.append(Origin(slot.row, checkpoint.source, key, slot))
     unknown = []
-    for name, key in left.items():
+    for name, key in unused.items():
         reason = next((rule.reason for rule in checkpoint.ignored if rule.matches(name)), None)
         if reason is None:
             unknown.append(key)
@@ -180,21 +172,21 @@ def _dtypes(
     checkpoint: Checkpoint, found: Sequence[Origin], dtype: str | None, problems: list[str]
 ) -> dict[str, str]:
     """Parameter -> type of the tensors that fill it."""
-    groups: dict[str, list[Origin]] = {}
+    parts: dict[str, list[Origin]] = {}
     for origin in found:
-        groups.setdefault(origin.slot.ours.split(".")[0] if checkpoint.by_part else "", []).append(origin)
-    return {
-        origin.slot.ours: kind
-        for group in groups.values()
-        for kind in [_one_dtype(checkpoint, group, dtype, problems)]
-        for origin in group
-    }
+        parts.setdefault(origin.slot.ours.split(".")[0] if checkpoint.by_part else "", []).append(origin)
+    kinds: dict[str, str] = {}
+    for part in parts.values():
+        kinds |= dict.fromkeys(
+            (origin.slot.ours for origin in part), _one_dtype(checkpoint, part, dtype, problems)
+        )
+    return kinds
 
 
 def _one_dtype(
     checkpoint: Checkpoint, found: Sequence[Origin], dtype: str | None, problems: list[str]
 ) -> str:
-    """The one type of these tensors; several are a problem unless the user says what they become."""
+    """The type of these tensors. Several types are a problem unless the user chooses one for the result."""
     kinds: dict[str, list[str]] = {}
     for origin in found:
         kinds.setdefault(checkpoint.source.tensors[origin.key].dtype, []).append(origin.key)
@@ -203,9 +195,7 @@ def _one_dtype(
         problems.append(f"{names} has the type {kind} instead of one of {', '.join(FLOATS)}")
     if len(kinds) > 1 and dtype is None:
         listed = "; ".join(f"{kind}: {', '.join(condense(names))}" for kind, names in sorted(kinds.items()))
-        problems.append(
-            f"types are mixed ({listed}): say with --dtype what all become, float32 loses nothing"
-        )
+        problems.append(f"types are mixed ({listed}): choose one for all with --dtype; float32 loses nothing")
     return next(iter(kinds), "float32")
 
 
@@ -215,7 +205,7 @@ def _missing(
     origins: Mapping[str, Mapping[int | None, Origin]],
     shapes: Mapping[str, Shape],
 ) -> list[str]:
-    """Names, in our export's spelling, of the tensors that should fill the parameters `required`."""
+    """Tensors that should fill the parameters `required` and are not there, under the names of our export."""
     missing = []
     for slot in expand(llava.EXPORT_RULES, config, shapes):
         if slot.ours in required and slot.row not in origins.get(slot.ours, {}):
@@ -229,7 +219,7 @@ def _message(checkpoints: Sequence[Checkpoint], problems: Sequence[str]) -> str:
 
 
 def copied_parameters(config: ModelConfig) -> dict[str, str]:
-    """Parameter of V2V or T2V -> that of the decoder's layers which it starts as a copy of."""
+    """Parameter of V2V or T2V -> parameter of the decoder layers that it starts as a copy of."""
     if config.cross_attention.cross_attn_init != "copy":
         return {}
     projected = config.cross_attention.kv_source == "projected"
@@ -238,9 +228,9 @@ def copied_parameters(config: ModelConfig) -> dict[str, str]:
     if projected:
         names["kv_norm"] = "attn_norm"
     return {
-        f"{direction}.{name}": f"decoder.layers.{source}"
+        f"{direction}.{name}": f"decoder.layers.{copied}"
         for direction in ("v2v", "t2v")
-        for name, source in names.items()
+        for name, copied in names.items()
     }
 
 
@@ -251,15 +241,15 @@ def _initialise(
     kinds: dict[str, str],
     report: Report,
 ) -> None:
-    """Adds the copies, and notes what is left to be initialised."""
-    for name, source in copied_parameters(config).items():
+    """Adds the parameters that are copies, and reports those that remain to be initialised."""
+    for name, copied in copied_parameters(config).items():
         if name in origins:
             continue
-        rows = origins[source]
+        rows = origins[copied]
         origins[name] = {
             x: dataclasses.replace(rows[layer], row=x)
             for x, layer in enumerate(config.cross_attention_layers)
         }
-        kinds[name] = kinds[source]
+        kinds[name] = kinds[copied]
         report.copied.append(name)
     report.fresh = sorted(set(shapes) - set(origins))

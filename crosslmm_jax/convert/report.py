@@ -3,23 +3,22 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 
 def condense(names: Iterable[str]) -> list[str]:
-    """Names that differ only in one number as one: `a.{0-3,5}.b`."""
-    groups: dict[tuple[str, str], set[int]] = {}
-    alone = []
+    """Joins names that differ only in one number: `a.{0-3,5}.b`."""
+    numbered: dict[tuple[str, str], set[int]] = {}  # (before, after) the number -> numbers
+    condensed = []
     for name in names:
         match = re.match(r"(.*?(?:^|[._/]))(\d+)((?:[./].*)?)$", name)
         if match:
-            groups.setdefault((match[1], match[3]), set()).add(int(match[2]))
+            numbered.setdefault((match[1], match[3]), set()).add(int(match[2]))
         else:
-            alone.append(name)
-    for (before, after), numbers in groups.items():
+            condensed.append(name)
+    for (before, after), numbers in numbered.items():
         text = _ranges(sorted(numbers))
-        alone.append(f"{before}{{{text}}}{after}" if len(numbers) > 1 else f"{before}{text}{after}")
-    return sorted(alone)
+        condensed.append(f"{before}{{{text}}}{after}" if len(numbers) > 1 else f"{before}{text}{after}")
+    return sorted(condensed)
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -34,25 +33,25 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 @dataclasses.dataclass
 class Report:
-    """Where every tensor went. Names of the source are those that its files have."""
+    """Where every tensor went. Source tensors have the names in their files."""
 
     used: list[str] = dataclasses.field(default_factory=list)
     ignored: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # by reason
     filled: list[str] = dataclasses.field(default_factory=list)  # parameters, from the source
     copied: list[str] = dataclasses.field(default_factory=list)  # parameters, from self-attention
     fresh: list[str] = dataclasses.field(default_factory=list)  # parameters, initialised
-    written: list[str] = dataclasses.field(default_factory=list)  # foreign keys, of an export
-    dtypes: dict[str, str] = dataclasses.field(default_factory=dict)  # of what is written, by part
+    written: list[str] = dataclasses.field(default_factory=list)  # keys of an export
+    dtypes: dict[str, str] = dataclasses.field(default_factory=dict)  # part of the model -> dtype written
     notes: list[str] = dataclasses.field(default_factory=list)
     bytes: int = 0  # written
     seconds: float = 0.0
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """All of it, for JSON."""
         return dataclasses.asdict(self)
 
     def lines(self) -> list[str]:
-        """For people: names that differ in a layer's number are one."""
+        """For people. Names that differ only in the layer number are joined."""
         if self.written:
             return [
                 f"parameters read: {len(self.used)}",
@@ -74,8 +73,8 @@ class Report:
         return [f"dtype: {kinds}", f"{self.bytes:,} bytes in {self.seconds:.1f} s ({rate:.0f} MB/s)"]
 
 
-def summed_dtypes(dtypes: Mapping[str, str]) -> dict[str, str]:
-    """Parameter path -> dtype as part -> dtype (several are joined by "/")."""
+def dtypes_by_part(dtypes: Mapping[str, str]) -> dict[str, str]:
+    """Part of the model -> dtype of its parameters; several are joined by "/"."""
     parts: dict[str, set[str]] = {}
     for name, dtype in dtypes.items():
         parts.setdefault(name.split(".")[0], set()).add(dtype)

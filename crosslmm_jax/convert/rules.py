@@ -1,33 +1,32 @@
-"""Tables of parameters: which tensor of another project is which of ours, and how it is turned.
+"""Tables of parameters: which tensor of another project is which of ours, and how its axes differ.
 
-A table has one `Rule` for each kind of parameter. `{i}` in the foreign name counts layers; ours are stacked
-on a leading axis. A transform is a named pair of functions that undo each other, so one table serves both
-directions.
+A table has one `Rule` for each kind of parameter. `{i}` in the foreign name is the layer number; our layers
+are stacked on a leading axis. A transform is a pair of functions, each the inverse of the other, so that one
+table serves both directions.
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from crosslmm_jax.config import ModelConfig
+from crosslmm_jax.model_folder import Shape
 
-Shape = tuple[int, ...]
-_STRIP = 256  # rows
+_STRIP_ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How one tensor is turned. `shape` is always that of ours, for one layer.
+    """How the axes of one tensor change. Shapes are those of one layer.
 
     Attributes:
-      name: what the tables call it.
-      foreign_shape: shape of ours -> shape of theirs.
-      into: (theirs, shape of ours) -> ours.
-      out_of: ours -> theirs.
+      name: for messages and tests.
+      foreign_shape: our shape -> their shape.
+      into: (their tensor, our shape) -> our tensor.
+      out_of: our tensor -> their tensor.
     """
 
     name: str
@@ -36,24 +35,16 @@ class Transform:
     out_of: Callable[[np.ndarray], np.ndarray]
 
 
-def _same(shape: Shape) -> Shape:
-    return shape
-
-
-def _reversed(shape: Shape) -> Shape:
-    return shape[::-1]
-
-
-def _heads_out_shape(shape: Shape) -> Shape:
-    return (shape[1] * shape[2], shape[0])
-
-
-def _heads_in_shape(shape: Shape) -> Shape:
-    return (shape[2], shape[0] * shape[1])
-
-
-def _flat_shape(shape: Shape) -> Shape:
-    return (math.prod(shape),)
+def transposed(x: np.ndarray) -> np.ndarray:
+    """A transposed copy of a matrix, made in strips: three times as fast as numpy on large ones."""
+    out = np.empty(x.shape[::-1], x.dtype)
+    if x.dtype.itemsize == 2:  # numpy copies its own types faster than bfloat16
+        x, filled = x.view(np.uint16), out.view(np.uint16)
+    else:
+        filled = out
+    for begin in range(0, x.shape[0], _STRIP_ROWS):
+        filled[:, begin : begin + _STRIP_ROWS] = x[begin : begin + _STRIP_ROWS].T
+    return out
 
 
 def _patch_side(rows: int) -> int:
@@ -65,87 +56,43 @@ def _patch_shape(shape: Shape) -> Shape:
     return (shape[1], 3, side, side)
 
 
-def _image_kernel_shape(shape: Shape) -> Shape:
-    side = _patch_side(shape[0])
-    return (side, side, 3, shape[1])
-
-
-def _with_batch(shape: Shape) -> Shape:
-    return (1, *shape)
-
-
-def _reshape(x: np.ndarray, shape: Shape) -> np.ndarray:
-    return x.reshape(shape)
-
-
-def transposed(x: np.ndarray) -> np.ndarray:
-    """A transposed copy of a matrix, strip by strip: three times as fast as numpy's on large ones."""
-    out = np.empty(x.shape[::-1], x.dtype)
-    if x.dtype.itemsize == 2:  # numpy copies its own types faster than bfloat16
-        x, filled = x.view(np.uint16), out.view(np.uint16)
-    else:
-        filled = out
-    for begin in range(0, x.shape[0], _STRIP):
-        filled[:, begin : begin + _STRIP] = x[begin : begin + _STRIP].T
-    return out
-
-
-def _transpose(x: np.ndarray, shape: Shape) -> np.ndarray:
-    return transposed(x)
-
-
-def _transpose_and_split(x: np.ndarray, shape: Shape) -> np.ndarray:
-    return transposed(x).reshape(shape)
-
-
-def _patch_in(x: np.ndarray, shape: Shape) -> np.ndarray:
-    return x.transpose(2, 3, 1, 0).reshape(shape)
-
-
 def _patch_out(x: np.ndarray) -> np.ndarray:
     side = _patch_side(x.shape[0])
     return x.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
 
 
-def _unsplit_out(x: np.ndarray) -> np.ndarray:
-    return transposed(x.reshape(x.shape[0], -1))
+def _image_kernel_shape(shape: Shape) -> Shape:
+    side = _patch_side(shape[0])
+    return (side, side, 3, shape[1])
 
 
-def _unsplit_in(x: np.ndarray) -> np.ndarray:
-    return transposed(x.reshape(-1, x.shape[-1]))
-
-
-def _image_kernel_out(x: np.ndarray) -> np.ndarray:
-    return x.reshape(_image_kernel_shape(x.shape))
-
-
-def _unchanged(x: np.ndarray) -> np.ndarray:
-    return x
-
-
-def _flattened(x: np.ndarray) -> np.ndarray:
-    return x.reshape(-1)
-
-
-def _batched(x: np.ndarray) -> np.ndarray:
-    return x[None]
-
-
-IDENTITY = Transform("identity", _same, _reshape, _unchanged)
+IDENTITY = Transform("identity", lambda shape: shape, np.reshape, lambda x: x)
 # [out, in] <-> [in, out]
-LINEAR = Transform("linear", _reversed, _transpose, transposed)
+LINEAR = Transform("linear", lambda shape: shape[::-1], lambda x, shape: transposed(x), transposed)
 # [N*H, in] <-> [in, N, H]
-HEADS_OUT = Transform("heads_out", _heads_out_shape, _transpose_and_split, _unsplit_out)
+HEADS_OUT = Transform(
+    "heads_out",
+    lambda shape: (shape[1] * shape[2], shape[0]),
+    lambda x, shape: transposed(x).reshape(shape),
+    lambda x: transposed(x.reshape(x.shape[0], -1)),
+)
 # [out, N*H] <-> [N, H, out]
-HEADS_IN = Transform("heads_in", _heads_in_shape, _transpose_and_split, _unsplit_in)
+HEADS_IN = Transform(
+    "heads_in",
+    lambda shape: (shape[2], shape[0] * shape[1]),
+    lambda x, shape: transposed(x).reshape(shape),
+    lambda x: transposed(x.reshape(-1, x.shape[-1])),
+)
 # [N*H] <-> [N, H]
-HEADS_BIAS = Transform("heads_bias", _flat_shape, _reshape, _flattened)
+HEADS_BIAS = Transform("heads_bias", lambda shape: (math.prod(shape),), np.reshape, np.ravel)
 # torch's [W, 3, p, p] <-> [p*p*3, W], rows in the order (row, column, channel)
-PATCH = Transform("patch", _patch_shape, _patch_in, _patch_out)
+PATCH = Transform("patch", _patch_shape, lambda x, shape: x.transpose(2, 3, 1, 0).reshape(shape), _patch_out)
 # flax's convolution kernel [p, p, 3, W] <-> [p*p*3, W]
-IMAGE_KERNEL = Transform("image_kernel", _image_kernel_shape, _reshape, _image_kernel_out)
+IMAGE_KERNEL = Transform(
+    "image_kernel", _image_kernel_shape, np.reshape, lambda x: x.reshape(_image_kernel_shape(x.shape))
+)
 # [1, ...] <-> [...]
-BATCH = Transform("batch", _with_batch, _reshape, _batched)
+BATCH = Transform("batch", lambda shape: (1, *shape), np.reshape, lambda x: x[None])
 TRANSFORMS = (IDENTITY, LINEAR, HEADS_OUT, HEADS_IN, HEADS_BIAS, PATCH, IMAGE_KERNEL, BATCH)
 
 
@@ -154,21 +101,21 @@ class Rule:
     """One kind of parameter.
 
     Attributes:
-      hf: the foreign name; `{i}` is the index of the layer.
-      ours: path joined by ".", e.g. "encoder.layers.wq".
+      hf: the foreign name; `{i}` is the layer number.
+      ours: our path, joined by ".", e.g. "encoder.layers.wq".
       transform: one of `TRANSFORMS`.
-      cut_rows: theirs may have more rows on axis 0 than ours: the vocabulary's padding.
+      drop_rows: theirs may have more rows on axis 0 than ours: padding of the vocabulary.
     """
 
     hf: str
     ours: str
     transform: Transform = IDENTITY
-    cut_rows: bool = False
+    drop_rows: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """The place of one foreign tensor: row `row` of our stacked parameter `ours` (None: all of it)."""
+    """The place of one foreign tensor: row `row` of our stacked parameter `ours`; None is all of it."""
 
     hf: str
     ours: str
@@ -184,23 +131,23 @@ class Slot:
     def accepts(self, shape: Shape) -> bool:
         """Whether a foreign tensor of `shape` fits."""
         wanted = self.foreign_shape
-        if self.rule.cut_rows and len(shape) == len(wanted) and shape[1:] == wanted[1:]:
+        if self.rule.drop_rows and len(shape) == len(wanted) and shape[1:] == wanted[1:]:
             return shape[0] >= wanted[0]
         return shape == wanted
 
     def into(self, value: np.ndarray) -> np.ndarray:
         """The foreign tensor `value` as ours."""
-        if self.rule.cut_rows:
+        if self.rule.drop_rows:
             value = value[: self.foreign_shape[0]]
         return self.rule.transform.into(value, self.shape)
 
     def out_of(self, value: np.ndarray) -> np.ndarray:
-        """The inverse of `into` (rows that were cut stay cut)."""
+        """The inverse of `into`. Rows that were dropped do not come back."""
         return self.rule.transform.out_of(value)
 
 
 def layer_indices(ours: str, config: ModelConfig) -> Sequence[int]:
-    """The layer numbers `{i}` of the parameter `ours`, in the order in which it stacks them."""
+    """The layer numbers `{i}` of the parameter `ours`, in the order in which they are stacked."""
     part = ours.split(".")[0]
     if part == "encoder":
         return range(config.vision.depth)
@@ -208,19 +155,19 @@ def layer_indices(ours: str, config: ModelConfig) -> Sequence[int]:
 
 
 def expand(rules: Iterable[Rule], config: ModelConfig, shapes: Mapping[str, Shape]) -> list[Slot]:
-    """The table with its layers written out.
+    """Expands a table to one slot per layer.
 
     Args:
       rules: a table.
-      config: of the model: how many layers there are.
-      shapes: of our parameters, by path; rules for parameters that are not there are left out (the head of
-        a model with tied embeddings).
+      config: the model configuration, for the number of layers.
+      shapes: path -> shape of our parameters. Rules for parameters that are not there are skipped, e.g. for
+        the head of a model with tied embeddings.
     """
     slots = []
     for rule in rules:
         if rule.ours not in shapes:
             continue
-        shape = tuple(shapes[rule.ours])
+        shape = shapes[rule.ours]
         if "{i}" not in rule.hf:
             slots.append(Slot(rule.hf, rule.ours, None, shape, rule))
             continue
@@ -230,13 +177,13 @@ def expand(rules: Iterable[Rule], config: ModelConfig, shapes: Mapping[str, Shap
 
 
 def prefixed(rules: Iterable[Rule], prefix: str) -> tuple[Rule, ...]:
-    """The table with `prefix` in front of the foreign names."""
+    """The table with `prefix` before every foreign name."""
     return tuple(dataclasses.replace(rule, hf=prefix + rule.hf) for rule in rules)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ignored:
-    """Foreign tensors that are left out on purpose; `pattern` matches from the start of the name."""
+    """Foreign tensors that are ignored on purpose. `pattern` matches from the start of the name."""
 
     pattern: str
     reason: str
@@ -244,14 +191,3 @@ class Ignored:
     def matches(self, name: str) -> bool:
         """Whether the tensor `name` is one of them."""
         return re.match(self.pattern, name) is not None
-
-
-def shapes_of(config: ModelConfig) -> dict[str, Shape]:
-    """Shape of every parameter of a model, by path."""
-    import jax
-
-    from crosslmm_jax.model import init_params
-    from crosslmm_jax.model_folder import flatten
-
-    tree: Any = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    return {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()}

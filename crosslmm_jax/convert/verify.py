@@ -1,7 +1,7 @@
 """`crosslmm convert verify`: a converted model against its source, block by block, in float32.
 
-The source runs in PyTorch (`verify_source`), the MODEL folder here, both on the same random frames and tokens
-and each from its own beginning to its end. Weights are read one layer at a time.
+The source runs in PyTorch (`verify_source`), the MODEL folder in JAX, on the same random frames and tokens.
+No block gets an output of the other side. Weights are read one layer at a time.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +16,8 @@ import numpy as np
 
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.convert import verify_source
-from crosslmm_jax.convert.hf_files import open_source
-from crosslmm_jax.convert.hf_processor import ImageSettings, image_settings
-from crosslmm_jax.convert.rules import shapes_of
+from crosslmm_jax.convert.source.files import open_source
+from crosslmm_jax.convert.source.processor import ImageSettings, image_settings
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import (
     Projector,
@@ -31,27 +29,27 @@ from crosslmm_jax.model import (
     rms_norm,
     self_attention,
 )
-from crosslmm_jax.model_folder import Reader, check_tensors, files_of, load_model_config
+from crosslmm_jax.model_folder import load_model_config, open_weights, parameter_shapes
 
 FRAMES, TOKENS = 2, 32
-Layer = dict[str, Any]
+Layer = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far one block's output is from the source's.
+    """The difference between the outputs of one block here and in the source.
 
-    Rounding grows with the numbers that are rounded, and trained decoders reach thousands. So what is
-    allowed is `tolerance` times the root mean square of the source's output where that is above 1.
+    Rounding errors grow with the values, which reach thousands in trained decoders. So the limit is
+    `tolerance` times the root mean square of the source's output, where that is above 1.
     """
 
     block: str
     max_abs: float
     mean_abs: float
-    rms: float  # of the source's output
+    rms: float  # root mean square of the source's output
 
     def within(self, tolerance: float) -> bool:
-        """Whether the block agrees; numbers that are not finite never do."""
+        """Whether the block agrees. Values that are not finite never agree."""
         return self.max_abs <= tolerance * max(1.0, self.rms)
 
 
@@ -82,7 +80,7 @@ class Verification:
             last += f" x its rms {first.rms:.3g})" if first.rms > 1 else ")"
         return [*table, *self.notes, last]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """All of it, for JSON."""
         first = self.diverging
         return {
@@ -107,10 +105,10 @@ def verify(
 
     Args:
       model: a MODEL folder.
-      vision: SigLIP folder, with `llm`; with `llava`, only for its image processor's settings.
+      vision: SigLIP folder, with `llm`; with `llava`, only the settings of its image processor are read.
       llm: Qwen2 folder.
-      llava: LLaVA folder in any layout, instead of both.
-      projector: `mm_projector.bin`, where the conversion used one.
+      llava: LLaVA folder in any layout, instead of the other two.
+      projector: `mm_projector.bin`, if the conversion used one.
       tolerance: see `Difference`.
       seed: of frames and tokens.
 
@@ -147,15 +145,16 @@ def verify(
 
 
 def _normalised(frames: np.ndarray, settings: ImageSettings) -> np.ndarray:
-    """Pixels as the source's image processor makes them."""
+    """Pixels as the source's image processor normalises them."""
     mean, std = (np.array(x, np.float32) for x in (settings.mean, settings.std))
     return (frames.astype(np.float32) / np.float32(255) - mean) / std
 
 
 def compare(block: str, ours: np.ndarray, theirs: np.ndarray | None) -> Difference:
-    """Raises a `UserError` when the source lacks the block or its shape differs.
+    """Compares the outputs of one block. The source's logits may have more vocabulary than ours.
 
-    The source's logits may have more rows of vocabulary.
+    Raises:
+      UserError: the source lacks the block or its shape differs.
     """
     if theirs is None:
         raise UserError(f"{block}: the source has no such block; give the MODEL's own source")
@@ -175,19 +174,12 @@ Read = Callable[[str, int | None], Layer]
 
 @contextlib.contextmanager
 def open_model(folder: Path, config: ModelConfig) -> Iterator[Read]:
-    """`read(part, row)`: the parameters directly below a part in float32, or one row of stacked ones.
+    """Yields `read(part, row)`: the float32 parameters directly below `part`, or row `row` of stacked ones.
 
     Raises:
       UserError: the folder does not hold exactly the parameters of `config`.
     """
-    with contextlib.ExitStack() as stack:
-        readers = {}
-        for file in files_of(folder):
-            reader = Reader(file)
-            stack.callback(reader.close)
-            readers |= dict.fromkeys(reader.entries, reader)
-        found = {name: reader.entries[name].shape for name, reader in readers.items()}
-        check_tensors(folder, found=found, wanted=shapes_of(config), problems=[])
+    with open_weights(folder, parameter_shapes(config)) as readers:
 
         def read(part: str, row: int | None) -> Layer:
             names = [name for name in readers if name.rpartition(".")[0] == part]
@@ -225,10 +217,10 @@ def _encoder_blocks(read: Read, config: ModelConfig, frames: np.ndarray) -> Iter
     for i in range(vision.depth):
         x = step(read("encoder.layers", i), x)
         yield f"encoder layer {i}", np.asarray(x)
-    # The whole module once more: its scan, and which layer's output it takes.
-    whole = SiglipEncoder(vision, "float32", config.attention)
+    # The complete module too, which checks its scan and which layer's output it takes.
+    encoder = SiglipEncoder(vision, "float32", config.attention)
     params = top | {"layers": read("encoder.layers", None)}
-    yield "features", np.asarray(jax.jit(whole.apply)({"params": params}, frames))
+    yield "features", np.asarray(jax.jit(encoder.apply)({"params": params}, frames))
 
 
 def _decoder_blocks(read: Read, config: ModelConfig, tokens: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

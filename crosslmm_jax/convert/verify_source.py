@@ -1,29 +1,33 @@
-"""The source of a conversion, run by PyTorch in float32, block by block.
+"""Runs the source of a conversion in PyTorch in float32, block by block.
 
-The models are Hugging Face's own classes. Their weights are read when a block is about to run and dropped
-behind it, so that a source of any size and layout takes the memory of its largest block.
+The models are Hugging Face's classes. The weights of a block are read just before it runs and dropped after
+it, so that a source of any size and layout needs only the memory of its largest block.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from crosslmm_jax.config import ModelConfig, VisionConfig
-from crosslmm_jax.convert.hf_config import read_json
-from crosslmm_jax.convert.hf_files import Source
-from crosslmm_jax.convert.llava import canonical
+from crosslmm_jax.convert.families.llava import canonical
+from crosslmm_jax.convert.source.files import Source
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.model_folder import read_json
+
+if TYPE_CHECKING:
+    import torch
+    import transformers
 
 Blocks = dict[str, np.ndarray]
-# Buffers that old checkpoints hold, although they are computed.
+# Buffers that old checkpoints hold although they are computed.
 _COMPUTED = ("position_ids", "rotary_emb.inv_freq")
 TOWER, PROJECTOR = "vision_model.", "multi_modal_projector."
 
 
 def require_torch() -> None:
-    """Raises a `UserError` naming the extra to install where torch or transformers is missing."""
+    """Raises a `UserError` that names the extra to install when torch or transformers is missing."""
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401
@@ -38,24 +42,24 @@ class Tensors:
     """The tensors of one or several sources under the names of an export."""
 
     def __init__(self, sources: Iterable[Source]) -> None:
-        """Later sources go before earlier ones."""
+        """A later source takes precedence over earlier ones."""
         sources = list(sources)
         self._paths = ", ".join(str(source.path) for source in sources)
         self._where = {canonical(name): (source, name) for source in sources for name in source.tensors}
 
     def names(self, prefix: str) -> list[str]:
-        """The names below `prefix`, without it."""
+        """The names below `prefix`, with the prefix removed."""
         below = [name[len(prefix) :] for name in self._where if name.startswith(prefix)]
         return [name for name in below if not name.endswith(_COMPUTED)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the tensor `name`; raises `UserError` when no source has it."""
+        """The shape of the tensor `name`. Raises a `UserError` when no source has it."""
         if name not in self._where:
             raise UserError(f"{self._paths}: no tensor {name}; give the source of this MODEL, complete")
         source, original = self._where[name]
         return source.tensors[original].shape
 
-    def read(self, prefix: str) -> dict[str, Any]:
+    def read(self, prefix: str) -> "dict[str, torch.Tensor]":
         """float32 torch tensors of all names below `prefix`."""
         import torch
 
@@ -66,7 +70,7 @@ class Tensors:
         return values
 
     def path(self, prefix: str) -> Path:
-        """Where the tensors below `prefix` come from."""
+        """The path of the source that holds the tensors below `prefix`."""
         return next(source.path for name, (source, _) in self._where.items() if name.startswith(prefix))
 
 
@@ -78,12 +82,12 @@ def source_blocks(
     pixels: np.ndarray,
     tokens: np.ndarray,
 ) -> Blocks:
-    """What every block of the source puts out.
+    """The outputs of every block of the source.
 
     Args:
       tensors: of the source.
-      config: of the converted model: how deep the tower is read, and where sizes are not written down.
-      folders: option ("--vision", "--llm" or "--llava") -> where its config.json is.
+      config: of the converted model, for the depth of the tower and for sizes that the source does not state.
+      folders: option ("--vision", "--llm" or "--llava") -> folder with its config.json.
       pixels: float32[n, R, R, 3], normalised.
       tokens: int32[B, T].
 
@@ -102,7 +106,7 @@ def source_blocks(
         return blocks | _decoder_blocks(tensors, decoder, tokens, tied=tied)
 
 
-def _vision_config(folders: Mapping[str, Path], vision: VisionConfig) -> Any:
+def _vision_config(folders: Mapping[str, Path], vision: VisionConfig) -> "transformers.SiglipVisionConfig":
     import transformers
 
     folder = folders.get("--llava", folders.get("--vision"))
@@ -111,25 +115,27 @@ def _vision_config(folders: Mapping[str, Path], vision: VisionConfig) -> Any:
         return transformers.SiglipVisionConfig(**stored["vision_config"])
     if "--llava" not in folders:
         return transformers.SiglipVisionConfig(**stored)
-    # The original LLaVA layout names its tower and writes no size down; tensors that do not fit are found.
+    # The original LLaVA layout names its tower without sizes. Tensors of other sizes fail when they are read.
     return transformers.SiglipVisionConfig(
         hidden_size=vision.width, intermediate_size=vision.mlp_width, num_attention_heads=vision.num_heads,
         image_size=vision.image_size, patch_size=vision.patch_size, layer_norm_eps=vision.layer_norm_eps,
     )  # fmt: skip
 
 
-def _decoder_config(folders: Mapping[str, Path]) -> Any:
+def _decoder_config(folders: Mapping[str, Path]) -> "transformers.Qwen2Config":
     import transformers
 
     stored = read_json(folders.get("--llava", folders.get("--llm", Path())) / "config.json")
     return transformers.Qwen2Config(**stored.get("text_config", stored))
 
 
-def _vision_blocks(tensors: Tensors, ours: ModelConfig, config: Any, pixels: np.ndarray) -> Blocks:
+def _vision_blocks(
+    tensors: Tensors, ours: ModelConfig, config: "transformers.SiglipVisionConfig", pixels: np.ndarray
+) -> Blocks:
     import torch
     import transformers
 
-    # Hugging Face's hidden_states[depth]: layers above are not run, nor is the attention-pooling head.
+    # Hugging Face's hidden_states[depth]: neither the layers above nor the attention-pooling head run.
     config.num_hidden_layers, config.vision_use_head = ours.vision.depth, False
     with torch.device("meta"):
         model = transformers.SiglipVisionModel(config).eval()
@@ -156,17 +162,19 @@ def _project(tensors: Tensors, features: np.ndarray) -> np.ndarray:
     return F.linear(hidden, w["linear_2.weight"], w["linear_2.bias"]).numpy()
 
 
-def _decoder_blocks(tensors: Tensors, config: Any, tokens: np.ndarray, *, tied: bool) -> Blocks:
+def _decoder_blocks(
+    tensors: Tensors, config: "transformers.Qwen2Config", tokens: np.ndarray, *, tied: bool
+) -> Blocks:
     import torch
     import transformers
 
     # The embedding's rows are counted: LLaVA's config and its tensors may disagree on the padding.
     config.vocab_size = tensors.shape("model.embed_tokens.weight")[0]
     head = "lm_head." if tensors.names("lm_head.") and not tied else "model.embed_tokens."
-    config.tie_word_embeddings = False  # in memory: each use reads its own copy
+    config.tie_word_embeddings = False  # each use reads its own copy
     with torch.device("meta"):
         model: Any = transformers.Qwen2ForCausalLM(config).eval()
-    # Its frequencies are computed on construction, which the meta device leaves out.
+    # Its frequencies are computed in the constructor, which computes nothing on the meta device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     blocks: Blocks = {}
     _stream(model.model.embed_tokens, tensors, "model.embed_tokens.", _keep(blocks, "token embedding"))
@@ -179,17 +187,17 @@ def _decoder_blocks(tensors: Tensors, config: Any, tokens: np.ndarray, *, tied: 
 
 
 def _keep(blocks: Blocks, name: str) -> Callable[[Any], None]:
-    def keep(output: Any) -> None:
+    def keep(output: "torch.Tensor | tuple[torch.Tensor, ...]") -> None:
         value = output[0] if isinstance(output, tuple) else output
         blocks[name] = value.numpy()
 
     return keep
 
 
-def _stream(module: Any, tensors: Tensors, prefix: str, keep: Callable[[Any], None]) -> None:
-    """Has `module` read its weights when it is called, and drop them behind."""
+def _stream(module: "torch.nn.Module", tensors: Tensors, prefix: str, keep: Callable[[Any], None]) -> None:
+    """Makes `module` read its weights before it is called, and drop them afterwards."""
 
-    def fill(module: Any, args: Any) -> None:
+    def fill(module: "torch.nn.Module", args: object) -> None:
         try:
             module.load_state_dict(tensors.read(prefix), strict=True, assign=True)
         except RuntimeError as error:
@@ -197,7 +205,7 @@ def _stream(module: Any, tensors: Tensors, prefix: str, keep: Callable[[Any], No
                 f"{tensors.path('')}: {error}; give the source of this MODEL, complete"
             ) from error
 
-    def drop(module: Any, args: Any, output: Any) -> None:
+    def drop(module: "torch.nn.Module", args: object, output: Any) -> None:
         keep(output)
         module.to("meta")
 

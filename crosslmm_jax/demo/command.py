@@ -1,11 +1,11 @@
-"""`crosslmm demo`: make videos, train both stages, evaluate, compare with a control, ask.
+"""`crosslmm demo`: makes videos, trains both stages, evaluates, compares with a control, asks questions.
 
     OUT/data/        mp4 files and LLaVA-style annotations      OUT/index/   OUT/tokenizer/
     OUT/train/       run folders of both stages, and of the control
     OUT/model/       MODEL folder: `crosslmm ask OUT ...` works
     OUT/demo.json    accuracies, seconds, questions             OUT/demo.png
 
-Repeated with the same OUT, seed and size it goes on where it stopped: what is trained is not trained again.
+The same command with the same OUT, seed and size continues where it stopped; finished stages are kept.
 """
 
 import contextlib
@@ -26,21 +26,21 @@ _SETTINGS = "settings.json"
 
 
 def run(out: str | Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]:
-    """Does all of it, prints one table and the answers, and writes `demo.json` and `demo.png`.
+    """Runs the demo, prints one table and the answers, and writes `demo.json` and `demo.png`.
 
     Args:
-      out: a folder for everything, made if need be.
+      out: a folder for everything, created if necessary.
       seed: of videos, weights and order.
-      quick: few videos and steps; shows that everything runs, and learns little.
+      quick: few videos and steps. This shows that everything runs, but the model learns little.
 
     Returns:
-      What `demo.json` holds.
+      The contents of `demo.json`.
 
     Raises:
-      UserError: `out` cannot be written, or holds something else, or the demo with another seed or size.
+      UserError: `out` cannot be written, or holds other files or the demo with another seed or size.
     """
     begin = time.perf_counter()
-    folder = claim(Path(out), seed=seed, quick=quick)
+    folder = claim_folder(Path(out), seed=seed, quick=quick)
     size = recipe.QUICK if quick else recipe.FULL
     _write_inputs(folder, size, seed)
     seconds = {"data": time.perf_counter() - begin}
@@ -62,8 +62,8 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any
     return result
 
 
-def claim(out: Path, *, seed: int, quick: bool) -> Path:
-    """Makes the folder `out` this demo's own and returns its absolute path.
+def claim_folder(out: Path, *, seed: int, quick: bool) -> Path:
+    """Creates the folder `out`, marks it as this demo's and returns its absolute path.
 
     Raises:
       UserError: it cannot be written, or holds anything but this demo with this seed and size.
@@ -76,7 +76,7 @@ def claim(out: Path, *, seed: int, quick: bool) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         if found is None and any(out.iterdir()):
-            raise UserError(f"--out {out}: holds something else than a demo; name a new folder")
+            raise UserError(f"--out {out}: holds files that are not a demo's; name a new folder")
         if found not in (None, settings):
             raise UserError(
                 f"--out {out}: holds the demo of another seed or size, {found}; name another folder, or give"

@@ -1,52 +1,68 @@
-"""TODO."""
+"""The MODEL folder: all that is needed to run a model, in files that describe themselves.
 
-from crosslmm_jax.model_folder.folder import (
+contents            which files there are, checks, tokenizer files
+settings            config.json and processor.json (`Processor`)
+save, load          a whole folder; its weights
+weights             parameters as safetensors files with an index
+safetensors_file    one file, tensor by tensor
+json_file           one JSON file
+"""
+
+from crosslmm_jax.model_folder.contents import (
     CONFIG_FILE,
     PROCESSOR_FILE,
-    Processor,
     check_replaceable,
     copy_tokenizer,
     is_model_folder,
+)
+from crosslmm_jax.model_folder.json_file import read_json, write_json
+from crosslmm_jax.model_folder.load import load_weights
+from crosslmm_jax.model_folder.safetensors_file import FLOATS, Reader, Shape
+from crosslmm_jax.model_folder.save import save_model_folder
+from crosslmm_jax.model_folder.settings import (
+    Processor,
+    Resampling,
     load_model_config,
     load_processor,
-    load_weights,
     make_processor,
-    save_model_folder,
-    write_json,
     write_settings,
 )
-from crosslmm_jax.model_folder.safetensors_file import Reader, Writer
 from crosslmm_jax.model_folder.weights import (
-    INDEX_FILE,
     MAX_SHARD_BYTES,
-    check_tensors,
-    files_of,
+    WeightsWriter,
     flatten,
-    plan_shards,
-    unflatten,
+    indexed_files,
+    open_weights,
+    parameter_shapes,
+    read_index,
+    write_index,
 )
 
 __all__ = [
     "CONFIG_FILE",
-    "INDEX_FILE",
+    "FLOATS",
     "MAX_SHARD_BYTES",
     "PROCESSOR_FILE",
     "Processor",
     "Reader",
-    "Writer",
+    "Resampling",
+    "Shape",
+    "WeightsWriter",
     "check_replaceable",
-    "check_tensors",
     "copy_tokenizer",
-    "files_of",
     "flatten",
+    "indexed_files",
     "is_model_folder",
     "load_model_config",
     "load_processor",
     "load_weights",
     "make_processor",
-    "plan_shards",
+    "open_weights",
+    "parameter_shapes",
+    "read_index",
+    "read_json",
     "save_model_folder",
-    "unflatten",
+    "write_index",
     "write_json",
     "write_settings",
 ]

@@ -1,7 +1,7 @@
-"""safetensors files one tensor, and one layer of a stacked tensor, at a time.
+"""Reads and writes safetensors files one tensor, or one layer of a stacked tensor, at a time.
 
-Reads and writes go by position, not by mapping the file: a mapped file counts as resident memory, and the
-library's `save_file` wants all tensors of a file at once.
+Whole tensors and layers are read and written by position instead of mapping the file, because a mapped file
+counts as resident memory. The library's `save_file` wants all tensors of a file at once.
 """
 
 import dataclasses
@@ -18,6 +18,8 @@ from crosslmm_jax.errors import UserError
 
 _LARGEST_HEADER = 100 * 2**20  # the library's own limit
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+FLOATS = tuple(_NAMES)  # types that weights may have
+Shape = tuple[int, ...]
 _OTHERS = {"float64": "F64", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
            "bool": "BOOL"}  # fmt: skip
 _DTYPES = {code: name for name, code in (_NAMES | _OTHERS).items()}
@@ -27,7 +29,7 @@ _DTYPES = {code: name for name, code in (_NAMES | _OTHERS).items()}
 class Entry:
     """One tensor of a file."""
 
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: str  # numpy's name
     begin: int  # of its bytes, from the start of the file
 
@@ -41,8 +43,8 @@ def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a file, in the order of their bytes.
 
     Raises:
-      UserError: the file cannot be read, is cut short or is no safetensors file; its tensors overlap or
-        leave bytes between them.
+      UserError: the file cannot be read, is truncated or is no safetensors file, or its tensors overlap or
+        leave gaps.
     """
     try:
         with path.open("rb") as file:
@@ -62,21 +64,21 @@ def read_header(path: Path) -> dict[str, Entry]:
         ) from error
     if end != size:
         raise UserError(
-            f"{path}: has {size} bytes instead of {end}; it is cut short or damaged: copy it again"
+            f"{path}: has {size} bytes instead of {end}; it is truncated or damaged: copy it again"
         )
     return ordered
 
 
 def _place_of(item: tuple[str, Entry]) -> tuple[int, int]:
-    return item[1].begin, item[1].nbytes  # an empty tensor stands before the one that begins there
+    return item[1].begin, item[1].nbytes  # an empty tensor comes before the one that begins at the same byte
 
 
 def _end_of(ordered: Mapping[str, Entry], start: int) -> int:
-    """Where the last tensor ends; a `ValueError` unless each begins where the one before it ends."""
+    """Where the last tensor ends. Raises a `ValueError` unless each begins where the one before it ends."""
     end, before = start, "the header"
     for name, entry in ordered.items():
         if entry.begin != end:
-            what = "overlaps" if entry.begin < end else "leaves bytes behind"
+            what = "overlaps" if entry.begin < end else "leaves a gap after"
             raise ValueError(f"{name} {what} {before}")
         end, before = end + entry.nbytes, name
     return end
@@ -96,7 +98,7 @@ def _entry(name: str, value: Mapping, start: int) -> Entry:
 
 
 def _bytes(value: np.ndarray) -> memoryview:
-    """The bytes of a contiguous array, not copied; memoryview does not know bfloat16."""
+    """The bytes of a contiguous array without a copy. memoryview itself does not know bfloat16."""
     return memoryview(value.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
 
@@ -104,7 +106,7 @@ class Reader:
     """One open file."""
 
     def __init__(self, path: Path) -> None:
-        """Reads the header; raises `UserError` as `read_header`."""
+        """Reads the header. Raises a `UserError` as `read_header` does."""
         self.path = path
         self.entries = read_header(path)
         self._file = path.open("rb", buffering=0)
@@ -127,21 +129,31 @@ class Reader:
             done += count
         return value
 
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The part of the tensor `name` at `index`, one slice per axis. Nothing else is read."""
+        entry = self.entries[name]
+        bounds = zip(index, entry.shape, strict=True)
+        if all(part.indices(size) == (0, size, 1) for part, size in bounds):
+            return self.read(name)
+        # Mapped, because a slice of an inner axis is many short runs of bytes. The copy ends the mapping.
+        mapped = np.memmap(self._file, jnp.dtype(entry.dtype), "r", entry.begin, entry.shape)
+        return np.array(mapped[index])
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
 
 class Writer:
-    """One file whose place on the disk is taken at once and filled in any order."""
+    """One file whose disk space is reserved at once and filled in any order."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], str]], *, kind: str) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[Shape, str]], *, kind: str) -> None:
         """Writes the header.
 
         Args:
           path: to write.
           tensors: name -> (shape, dtype).
-          kind: the metadata's "format": "np" or "pt" (transformers asks for that).
+          kind: "format" in the metadata: "np" or "pt" (transformers requires it).
 
         Raises:
           OSError: the disk is full, among others.
@@ -149,7 +161,7 @@ class Writer:
         header: dict[str, object] = {"__metadata__": {"format": kind}}
         position = 0
         self._places: dict[str, Entry] = {}
-        # Wide types first, as the library does, so that each tensor starts at a multiple of its item size.
+        # Wide types first, as in the library, so that each tensor starts at a multiple of its item size.
         for name in sorted(tensors, key=lambda name: (-jnp.dtype(tensors[name][1]).itemsize, name)):
             shape, dtype = tensors[name]
             entry = Entry(shape, dtype, position)
@@ -187,7 +199,7 @@ class Writer:
             begin, data = begin + count, data[count:]
 
     def close(self) -> None:
-        """Closes the file and sees to it that it is on the disk."""
+        """Flushes the file to the disk and closes it."""
         if not self._file.closed:
             os.fsync(self._file.fileno())
             self._file.close()

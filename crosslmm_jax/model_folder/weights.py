@@ -1,6 +1,11 @@
-"""Parameters as safetensors files: read straight into shards, written in shards, one tensor at a time."""
+"""Weights in a folder: one safetensors file, or numbered shards and an index.
 
+Tensors are read and written one at a time, so that a host never holds more than one of them.
+"""
+
+import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,17 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.model import init_params
+from crosslmm_jax.model_folder.json_file import read_json
+from crosslmm_jax.model_folder.safetensors_file import FLOATS, Reader, Shape, Writer
 
 MAX_SHARD_BYTES = 4 * 10**9
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-Shapes = Mapping[str, tuple[int, ...]]
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict, keys joined by "." and sorted."""
+    """Nested dicts as one dict. Keys are joined by "." and sorted."""
     flat: dict[str, Any] = {}
     for key in sorted(tree):
         value, name = tree[key], f"{prefix}{key}"
@@ -39,43 +46,70 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def write_weights(
-    folder: Path, params: Mapping[str, Any], *, dtype: str, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
-    """Writes `params` as `model.safetensors`, or as numbered shards and an index, into `folder`.
-
-    Every process of a run calls this with the same arguments; process 0 writes. Sharded parameters are put
-    together one at a time, so a host never holds more than one file's worth.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    flat = flatten(params)
-    size = jnp.dtype(dtype).itemsize
-    shards = plan_shards({name: leaf.size * size for name, leaf in flat.items()}, max_shard_bytes)
-    where: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name in names:
-            value = _to_host(flat[name])
-            if jax.process_index() == 0:
-                tensors[name] = np.asarray(value, dtype=jnp.dtype(dtype), order="C")
-            where[name] = file
-        if jax.process_index() == 0:
-            try:
-                save_file(tensors, folder / file, metadata={"format": "np"})
-                (folder / file).chmod(0o644)  # the library makes it unreadable for others
-            except SafetensorError as error:  # a full disk comes as this
-                raise OSError(f"{file}: {error}") from error
-    if jax.process_index() == 0 and len(shards) > 1:
-        total = sum(leaf.size * size for leaf in flat.values())
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Shape of every parameter of a model, by path."""
+    tree = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    return {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()}
 
 
-def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in files of at most `limit` bytes each; a tensor larger than that has a file of its own."""
+class WeightsWriter:
+    """Writes tensors in any order, straight to their places in the files of a folder. A context manager."""
+
+    def __init__(
+        self, folder: Path, tensors: Mapping[str, tuple[Shape, str]], *, kind: str,
+        max_shard_bytes: int = MAX_SHARD_BYTES, stem: str = "model",
+    ) -> None:  # fmt: skip
+        """Reserves the disk space of all files, and writes the index if there are several.
+
+        Args:
+          folder: where the files go.
+          tensors: name -> (shape, dtype) of everything that will be written.
+          kind: "format" in the metadata: "np" or "pt".
+          max_shard_bytes: of one file. A larger tensor gets a file of its own.
+          stem: of the file names.
+
+        Raises:
+          OSError: the disk is full, among others.
+        """
+        self.file_of: dict[str, str] = {}  # tensor -> file name
+        self._writers: dict[str, Writer] = {}
+        sizes = {
+            name: math.prod(shape) * jnp.dtype(dtype).itemsize for name, (shape, dtype) in tensors.items()
+        }
+        self.nbytes = sum(sizes.values())
+        shards = _shards(sizes, max_shard_bytes)
+        try:
+            for number, names in enumerate(shards, start=1):
+                count = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+                file = f"{stem}{count}.safetensors"
+                self._writers[file] = Writer(
+                    folder / file, {name: tensors[name] for name in names}, kind=kind
+                )
+                self.file_of |= dict.fromkeys(names, file)
+        except BaseException:
+            self.close()
+            raise
+        if len(shards) > 1:
+            write_index(folder, self.file_of, self.nbytes)
+
+    def write(self, name: str, value: np.ndarray, row: int | None = None) -> None:
+        """Writes the tensor `name`, or its part `row` along the first axis."""
+        self._writers[self.file_of[name]].write(name, value, row)
+
+    def close(self) -> None:
+        """Closes all files."""
+        for writer in self._writers.values():
+            writer.close()
+
+    def __enter__(self) -> "WeightsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in files of at most `limit` bytes each; a larger tensor has a file of its own."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -87,7 +121,34 @@ def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _to_host(leaf: Any) -> np.ndarray:
+def write_index(folder: Path, file_of: Mapping[str, str], nbytes: int) -> None:
+    """Writes the index: which file holds which tensor, and the bytes of all."""
+    index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(file_of.items()))}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_weights(
+    folder: Path, params: Mapping[str, Any], *, dtype: str, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes parameters into `folder`.
+
+    Every process of a run calls this with the same arguments, and process 0 writes. Parameters that are
+    sharded over hosts are gathered one at a time.
+    """
+    flat = flatten(params)
+    tensors = {name: (tuple(leaf.shape), dtype) for name, leaf in flat.items()}
+    with contextlib.ExitStack() as stack:
+        writer = None
+        if jax.process_index() == 0:
+            made = WeightsWriter(folder, tensors, kind="np", max_shard_bytes=max_shard_bytes)
+            writer = stack.enter_context(made)
+        for name, leaf in flat.items():
+            value = _gather(leaf)
+            if writer is not None:
+                writer.write(name, np.asarray(value, dtype=jnp.dtype(dtype)))
+
+
+def _gather(leaf: jax.Array | np.ndarray) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         from jax.experimental import multihost_utils
 
@@ -95,118 +156,126 @@ def _to_host(leaf: Any) -> np.ndarray:
     return np.asarray(leaf)
 
 
-def read_weights(
-    folder: Path, expected: Mapping[str, Any], *, shardings: Mapping[str, Any] | None, dtype: str | None
-) -> dict[str, Any]:
-    """The parameters in `folder`, each read straight into its shards.
+@contextlib.contextmanager
+def open_weights(folder: Path, shapes: Mapping[str, Shape]) -> Iterator[dict[str, Reader]]:
+    """Tensor -> the open file that holds it.
 
     Args:
       folder: holds `model.safetensors`, or shards and their index.
-      expected: tree of `jax.ShapeDtypeStruct`; the files must hold these tensors and no others.
-      shardings: tree of shardings like `expected`; None puts everything on the default device.
-      dtype: of the result; None keeps that of the files.
+      shapes: of the tensors that must be there, and no others.
 
     Raises:
       UserError: a file is missing or damaged, or tensors are missing, unknown, or of another shape or type;
         all of them are listed.
     """
-    wanted = flatten(expected)
-    places = flatten(shardings) if shardings is not None else {}
-    with _Files(folder) as files:
-        shapes = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
-        check_tensors(folder, found=files.shapes, wanted=shapes, problems=files.problems)
-        flat = {name: files.read(name, sharding=places.get(name), dtype=dtype) for name in wanted}
+    with contextlib.ExitStack() as stack:
+        readers: dict[str, Reader] = {}
+        problems = []
+        for file in _weight_files(folder):
+            try:
+                reader = Reader(file)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            stack.callback(reader.close)
+            readers |= dict.fromkeys(reader.entries, reader)
+        found = {name: reader.entries[name] for name, reader in readers.items()}
+        problems += [
+            f"{name} has type {entry.dtype} instead of one of {', '.join(FLOATS)}"
+            for name, entry in found.items()
+            if entry.dtype not in FLOATS
+        ]
+        problems += [
+            f"{name} {list(shapes[name])} is missing" for name in sorted(shapes.keys() - found.keys())
+        ]
+        problems += [
+            f"{name} {list(found[name].shape)} is unknown" for name in sorted(found.keys() - shapes.keys())
+        ]
+        problems += [
+            f"{name} has shape {list(found[name].shape)} instead of {list(shapes[name])}"
+            for name in sorted(shapes.keys() & found.keys())
+            if found[name].shape != shapes[name]
+        ]
+        if problems:
+            raise UserError(
+                f"{folder}: the weights do not fit the config in {len(problems)} place(s):"
+                f" {'; '.join(problems)}; use the config.json that was written with these weights, or"
+                " complete weights"
+            )
+        yield readers
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX_FILE).exists():
+        return indexed_files(folder / INDEX_FILE)
+    if not (folder / SINGLE_FILE).is_file():
+        raise UserError(f"{folder}: has no {SINGLE_FILE} and no {INDEX_FILE}; give a whole MODEL folder")
+    return [folder / SINGLE_FILE]
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor -> name of its file. Raises a `UserError` when `index` is no index of weights."""
+    file_of = read_json(index).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
+        raise UserError(f"{index}: field weight_map is no object of file names; copy or download it again")
+    return file_of
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The files that `index` names. Raises a `UserError` that lists all that are missing."""
+    names = sorted(set(read_index(index).values()))
+    # A name with a folder in it would lead out of the checkpoint's folder.
+    outside = [name for name in names if Path(name).name != name]
+    if outside or not names:
+        raise UserError(f"{index}: field weight_map names {outside}; it must name files beside it")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise UserError(f"{index}: names {', '.join(missing)}, which are missing; copy the whole folder")
+    return [index.parent / name for name in names]
+
+
+def read_weights(
+    folder: Path,
+    shapes: Mapping[str, Shape],
+    *,
+    shardings: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """The parameters in `folder`, each read straight into its shards.
+
+    Args:
+      folder: holds `model.safetensors`, or shards and their index.
+      shapes: parameter path -> shape of all that must be there.
+      shardings: tree of shardings like the parameters; None puts everything on the default device.
+      dtype: of the result; None keeps that of the files.
+
+    Raises:
+      UserError: as `open_weights`.
+    """
+    flat_shardings = {} if shardings is None else flatten(shardings)
+    with open_weights(folder, shapes) as readers:
+        flat = {
+            name: _read_sharded(readers[name], name, sharding=flat_shardings.get(name), dtype=dtype)
+            for name in shapes
+        }
     return unflatten(flat)
 
 
-def check_tensors(folder: Path, *, found: Shapes, wanted: Shapes, problems: list[str]) -> None:
-    """Raises a `UserError` listing `problems` and every tensor of `folder` that is not as `wanted`."""
-    problems = [*problems]
-    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    problems += [f"{name} {list(wanted[name])} is missing" for name in missing]
-    problems += [f"{name} {list(found[name])} is unknown" for name in unknown]
-    problems += [
-        f"{name} has shape {list(found[name])} instead of {list(wanted[name])}"
-        for name in sorted(set(wanted) & set(found))
-        if found[name] != wanted[name]
-    ]
-    if problems:
-        raise UserError(
-            f"{folder}: the weights do not fit the config in {len(problems)} place(s): {'; '.join(problems)};"
-            " use the config.json that was written with these weights, or complete weights"
-        )
+def _read_sharded(
+    reader: Reader, name: str, *, sharding: jax.sharding.Sharding | None, dtype: str | None
+) -> jax.Array:
+    """The tensor `name` on its devices. Only the parts that this process holds are read."""
+    entry = reader.entries[name]
+    target = jnp.dtype(dtype or entry.dtype)
+    if sharding is None:
+        return jax.device_put(np.asarray(reader.read(name), dtype=target))
+    parts: dict[str, np.ndarray] = {}
 
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        key = str(index)  # devices that hold the same part read it once
+        if key not in parts:
+            value = reader.read(name) if index is None else reader.read_part(name, index)
+            parts[key] = np.asarray(value, dtype=target)
+        return parts[key]
 
-class _Files:
-    """The safetensors files of a folder, opened without reading their tensors."""
-
-    def __init__(self, folder: Path) -> None:
-        self.problems: list[str] = []
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._handles: dict[str, Any] = {}
-        self._of: dict[str, Any] = {}
-        for file in files_of(folder):
-            self._open(file)
-
-    def _open(self, file: Path) -> None:
-        import safetensors
-
-        try:
-            handle = safetensors.safe_open(file, framework="numpy")
-        except (OSError, safetensors.SafetensorError) as error:
-            self.problems.append(f"{file.name} cannot be read ({error})")
-            return
-        self._handles[file.name] = handle
-        for name in handle.keys():  # noqa: SIM118 (a handle is not a dict)
-            view = handle.get_slice(name)
-            self.shapes[name] = tuple(view.get_shape())
-            self._of[name] = handle
-            if view.get_dtype() not in _DTYPES:
-                kinds = ", ".join(_DTYPES)
-                self.problems.append(f"{name} has type {view.get_dtype()} instead of one of {kinds}")
-
-    def __enter__(self) -> "_Files":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._handles.clear()
-        self._of.clear()
-
-    def read(self, name: str, *, sharding: Any, dtype: str | None) -> jax.Array:
-        """The tensor `name` on its devices; only the parts that this process holds are read."""
-        handle, shape = self._of[name], self.shapes[name]
-        view = handle.get_slice(name)
-        target = jnp.dtype(dtype or _DTYPES[view.get_dtype()])
-        parts: dict[str, np.ndarray] = {}
-
-        def part(index: Any) -> np.ndarray:
-            key = str(index)  # devices that hold the same part read it once
-            if key not in parts:
-                value = view[index] if shape else handle.get_tensor(name)
-                parts[key] = np.asarray(value, dtype=target)
-            return parts[key]
-
-        if sharding is None:
-            return jax.device_put(part(tuple(slice(None) for _ in shape)))
-        return jax.make_array_from_callback(shape, sharding, part)
-
-
-def files_of(folder: Path) -> Iterator[Path]:
-    """The files that hold weights; raises `UserError` naming all that are missing."""
-    index = folder / INDEX_FILE
-    if not index.exists():
-        if not (folder / SINGLE_FILE).is_file():
-            raise UserError(f"{folder}: has no {SINGLE_FILE} and no {INDEX_FILE}; give a whole MODEL folder")
-        return iter([folder / SINGLE_FILE])
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index}: is no index of weights ({error}); write the folder again") from error
-    # A name with a folder in it would lead out of the MODEL folder.
-    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if outside:
-        raise UserError(f"{index}: field weight_map names {outside}; it must name files beside it")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"{folder}: lacks {', '.join(missing)}, which its index names; copy the whole folder")
-    return iter([folder / name for name in names])
+    return jax.make_array_from_callback(entry.shape, sharding, part)

@@ -1,7 +1,7 @@
-"""Checkpoints with Orbax: state, position in the data and config, written while training goes on.
+"""Checkpoints with Orbax: state, position in the data and config, written while training continues.
 
-A checkpoint appears under its final name only when complete. The newest that all processes can read is used;
-one that some cannot is moved aside, never deleted.
+A checkpoint appears under its final name only when it is complete. The newest one that all processes can read
+is restored. Newer ones that some process cannot read are moved to another folder, never deleted.
 """
 
 import contextlib
@@ -25,10 +25,11 @@ from crosslmm_jax.train.processes import FailedSomewhere, together
 from crosslmm_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)
+Json = Mapping[str, Any]
 
 _ERROR_NUMBER = re.compile(r"\[(?:os_error_code='|OS error )(\d+)")
 
-# Settings that may differ from the checkpoint's: they change where or how fast a run computes, not what.
+# Fields that may differ from the checkpoint's: they change where or how fast a run computes, not what.
 FREE_FIELDS = frozenset({
     "data.index", "data.deadline_s", "data.num_workers", "data.num_threads", "data.prefetch",
     "data.frame_cache_mb",
@@ -43,13 +44,13 @@ FREE_FIELDS = frozenset({
 class Checkpoints:
     """The checkpoints of one run. Every process of the run calls every method."""
 
-    def __init__(self, folder: Path, *, keep: int, config: Mapping[str, Any]) -> None:
-        """Opens `folder`, which is made if need be.
+    def __init__(self, folder: Path, *, keep: int, config: Json) -> None:
+        """Opens `folder`, which is created if necessary.
 
         Args:
-          folder: of the checkpoints, one folder a step inside.
-          keep: how many of the newest stay.
-          config: of the run, nested dicts as JSON holds them; saved with every checkpoint.
+          folder: holds one folder per checkpoint, named by its step.
+          keep: number of checkpoints to keep, the newest ones.
+          config: the run's config as nested JSON values; saved with every checkpoint.
         """
         self.folder = folder.resolve()
         self._config = config
@@ -63,13 +64,13 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def is_complete(self, step: int) -> bool:
-        """Whether the newest checkpoint is that of `step`; raises `ConfigError` if of another config."""
+        """Whether the newest checkpoint is that of `step`. Raises a `ConfigError` if its config differs."""
         if self.latest_step() != step:
             return False
         try:
             together(lambda: self._check_config(step))
         except FailedSomewhere:
-            return False  # damaged: `restore` says so and looks for another one
+            return False  # damaged: `restore` logs it and tries an older one
         return True
 
     def _check_config(self, step: int) -> None:
@@ -77,9 +78,9 @@ class Checkpoints:
         check_same_config(self._config, saved["config"], where=f"{self.folder}/{step}")
 
     def _read(self, step: int, **items: Any) -> Any:
-        """Items of a checkpoint, as far as this process holds them.
+        """This process's part of the items of a checkpoint.
 
-        The manager's own `restore` waits for all processes, and for ever when one of them cannot read.
+        The manager's `restore` waits for all processes, and hangs when one of them cannot read.
         """
         here = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
@@ -87,10 +88,10 @@ class Checkpoints:
             return reader.restore(self.folder / str(step), args=ocp.args.Composite(**items))
 
     def save(self, step: int, state: TrainState, *, position: int) -> None:
-        """Starts to write a checkpoint; returns once the state may change again.
+        """Starts to write a checkpoint and returns as soon as the state may be changed.
 
         Raises:
-          UserError: the one before, or this one, could not be written.
+          UserError: this checkpoint, or the one before, could not be written.
         """
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),  # type: ignore[arg-type]
@@ -102,30 +103,30 @@ class Checkpoints:
             self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
-        """Returns when all that was saved is on disk."""
+        """Waits until all saved checkpoints are on disk."""
         with self._writing():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns what a full or broken disk raises into a `UserError`."""
+        """Turns errors of a full or broken disk into a `UserError`."""
         try:
             yield
         except (OSError, ValueError) as error:
-            if (reason := _said_by_system(error)) is None:
+            if (reason := _system_reason(error)) is None:
                 raise
             raise UserError(
                 f"{self.folder}: a checkpoint was not written ({reason}); make room and run again"
             ) from error
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, int] | None:
-        """The newest readable checkpoint as (state, position in the data); None when there is none at all.
+        """The newest readable checkpoint as (state, position in the data); None if there are no checkpoints.
 
         Args:
-          abstract: shapes, dtypes and shardings to restore to; any mesh will do.
+          abstract: shapes, dtypes and shardings to restore to, on any mesh.
 
         Raises:
-          ConfigError: the checkpoint was written under another config.
+          ConfigError: the checkpoint was written with another config.
           UserError: there are checkpoints, but none can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -155,7 +156,7 @@ class Checkpoints:
             )
 
         restored = together(read)
-        found = checksums(restored["state"])  # of all processes' parts: only once each has its own
+        found = checksums(restored["state"])  # over all processes: each has read its part
 
         def compare() -> None:
             wrong = sorted(name for name in found if found[name] != restored["checksums"].get(name))
@@ -166,7 +167,7 @@ class Checkpoints:
         return restored["state"], int(restored["data"]["position"])
 
     def _move_aside(self, steps: list[int]) -> None:
-        """Moves damaged checkpoints out of the way of new ones with their step."""
+        """Moves damaged checkpoints away, so that new ones can have their step."""
 
         def move() -> None:
             for step in steps if jax.process_index() == 0 else []:
@@ -186,17 +187,17 @@ class Checkpoints:
             self._manager.reload()
 
     def preempted(self, step: int) -> bool:
-        """Whether the scheduler asked some process of a multi-process run to stop: the same answer on all."""
+        """Whether the scheduler asked some process of a run to stop. All processes get the same answer."""
         return jax.process_count() > 1 and self._manager.reached_preemption(step)
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits for checkpoints that are being written."""
         with self._writing():
             self._manager.close()
 
 
-def _said_by_system(error: Exception) -> str | None:
-    """Why the system ended a write; tensorstore quotes the error's number in a ValueError."""
+def _system_reason(error: Exception) -> str | None:
+    """The operating system's reason for a failed write. tensorstore quotes its number in a ValueError."""
     if isinstance(error, OSError):
         return str(error)
     number = _ERROR_NUMBER.search(str(error))
@@ -204,13 +205,13 @@ def _said_by_system(error: Exception) -> str | None:
 
 
 def _free_name(path: Path) -> Path:
-    """`path`, or with the first suffix ".1", ".2", ... that nothing has."""
+    """`path`, or `path` with the first suffix ".1", ".2", ... that is not taken."""
     names = itertools.chain([path], (path.with_name(f"{path.name}.{i}") for i in itertools.count(1)))
     return next(name for name in names if not name.exists())
 
 
-def check_same_config(now: Mapping[str, Any], saved: Mapping[str, Any], *, where: str) -> None:
-    """Raises a `ConfigError` naming every field that changes what a run computes and differs."""
+def check_same_config(now: Json, saved: Json, *, where: str) -> None:
+    """Raises a `ConfigError` that lists every field that differs and changes what a run computes."""
     flat_now, flat_saved = flatten(now), flatten(saved)
     names = sorted((flat_now.keys() | flat_saved.keys()) - FREE_FIELDS)
     absent = "(no such field)"
@@ -221,18 +222,18 @@ def check_same_config(now: Mapping[str, Any], saved: Mapping[str, Any], *, where
     ]
     if different:
         raise ConfigError(
-            f"{where}: the checkpoint is of a run with another config: {'; '.join(different)};"
+            f"{where}: the checkpoint was written with another config: {'; '.join(different)};"
             " set them back, or choose another run.out"
         )
 
 
-def state_bytes(abstract: Any) -> int:
-    """Bytes of all arrays of a tree."""
+def state_bytes(abstract: TrainState) -> int:
+    """Size in bytes of all arrays of a state."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
 
 
 def check_room(out: Path, needed: int) -> None:
-    """Makes the folder `out`; raises a `UserError` unless it can be written and has `needed` bytes free."""
+    """Creates `out`. Raises a `UserError` unless it can be written and has `needed` bytes free."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".write_test.{os.getpid()}"

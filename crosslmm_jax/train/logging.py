@@ -11,7 +11,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of the `metrics.jsonl` in `folder`; a last line that was cut off is left out."""
+    """The lines of `metrics.jsonl` in `folder`, up to the first that is incomplete."""
     path = Path(folder) / METRICS_FILE
     if not path.exists():
         return []
@@ -20,7 +20,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(line))
         except ValueError:
-            break  # the process died while it wrote this one
+            break  # the process died while it wrote this line
     return lines
 
 
@@ -36,14 +36,14 @@ def flatten_scalars(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, f
 
 
 class MetricsLog:
-    """Writes one line of metrics at a time; in a run of several processes, only the first has one.
+    """Appends lines of metrics. In a run of several processes only process 0 has one.
 
-    A run that goes on from step n first drops the lines after n, so that the file reads like that of a run
-    that was never interrupted.
+    A run that resumes from step n first drops the lines after n, so that the file is that of a run without
+    interruption.
     """
 
     def __init__(self, folder: Path, *, resumed_step: int, tensorboard: bool) -> None:
-        """Opens the files in `folder` for a run that has done `resumed_step` steps."""
+        """Opens the files in `folder` for a run that continues after `resumed_step`."""
         kept = [line for line in read_metrics(folder) if line["step"] <= resumed_step]
         path = folder / METRICS_FILE
         atomic_write(path, "".join(json.dumps(line) + "\n" for line in kept).encode())

@@ -17,8 +17,8 @@ from crosslmm_jax.cli.app import MODEL_FIELDS, main
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.config_io import option_types
 from crosslmm_jax.convert.from_hf import Request, convert_from_hf
-from crosslmm_jax.convert.hf_files import open_source
 from crosslmm_jax.convert.report import condense
+from crosslmm_jax.convert.source.files import open_source
 from crosslmm_jax.convert.to_hf import convert_to_hf
 from crosslmm_jax.errors import UserError
 
@@ -70,7 +70,7 @@ def test_truncated(copies, fails, keep) -> None:
     path = shards(copies / "llm")[1]
     size = path.stat().st_size
     os.truncate(path, size - 1 if keep == -1 else int(keep * size) if isinstance(keep, float) else keep)
-    assert path.name in fails("safetensors file|cut short")
+    assert path.name in fails("safetensors file|truncated")
 
 
 def test_a_header_that_lies(copies, fails) -> None:
@@ -190,7 +190,8 @@ def test_configs_that_cannot_be_converted(copies, fails) -> None:
 def test_a_preset_that_does_not_fit(fails) -> None:
     message = fails("--preset crosslmm_2b does not fit", preset="crosslmm_2b")
     for part in ("vision.width is 48, the preset's is 1152", "decoder.num_heads is 4", "decoder.rope_theta",
-                 "decoder.num_layers is 5", "vision runs 2 layers", "decoder.vocab_size is 512"):  # fmt: skip
+                 "decoder.num_layers is 5", "vision.depth (layers up to its features) is 2",
+                 "decoder.vocab_size is 512"):  # fmt: skip
         assert part in message
 
 

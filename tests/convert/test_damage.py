@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from crosslmm_jax.convert.from_hf import Request, convert_from_hf
-from crosslmm_jax.convert.hf_config import decoder_sizes, llava_sizes, vision_sizes
-from crosslmm_jax.convert.hf_files import open_source
-from crosslmm_jax.convert.hf_processor import image_settings
+from crosslmm_jax.convert.source.config import decoder_sizes, llava_sizes, vision_sizes
+from crosslmm_jax.convert.source.files import open_source
+from crosslmm_jax.convert.source.processor import image_settings
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model_folder.safetensors_file import Reader, read_header
 
@@ -46,9 +46,9 @@ def tensor(begin, end, shape=None, dtype="F32") -> dict:
     [
         ({"a": tensor(0, 8), "b": tensor(4, 16)}, "b overlaps a"),
         ({"a": tensor(0, 16), "b": tensor(0, 16)}, "b overlaps a"),
-        ({"a": tensor(0, 4), "b": tensor(8, 16)}, "b leaves bytes behind a"),
-        ({"a": tensor(4, 16)}, "a leaves bytes behind the header"),
-        ({"a": tensor(0, 12)}, "has 8[0-9] bytes instead of 7[0-9]|cut short"),
+        ({"a": tensor(0, 4), "b": tensor(8, 16)}, "b leaves a gap after a"),
+        ({"a": tensor(4, 16)}, "a leaves a gap after the header"),
+        ({"a": tensor(0, 12)}, "has 8[0-9] bytes instead of 7[0-9]|truncated"),
         ({"a": tensor(16, 0, shape=[-4])}, "no size"),
         ({"a": tensor(0, 16, shape=[-2, -2])}, "no size"),
         ({"a": tensor(0, 16, shape=[2.0, 2])}, "no size"),

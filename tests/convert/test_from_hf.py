@@ -11,10 +11,10 @@ import torch
 import transformers
 
 from crosslmm_jax.config import MeshConfig
-from crosslmm_jax.convert.from_hf import Request, convert_from_hf, load_from_hf
+from crosslmm_jax.convert.from_hf import Request, convert_from_hf
 from crosslmm_jax.model import CrossLMM, init_params, logical_axes
 from crosslmm_jax.model.encoder import SiglipEncoder
-from crosslmm_jax.model_folder.folder import load_model_config, load_processor, load_weights
+from crosslmm_jax.model_folder import load_model_config, load_processor, load_weights
 from crosslmm_jax.parallel import make_mesh, param_shardings
 
 CROSS = ("--cross-attention.cross-attn-every", "2")
@@ -122,7 +122,7 @@ def test_llava_layouts_give_the_same_model(from_llava) -> None:
 def test_llava_keeps_type_and_names_what_it_leaves_out(from_llava) -> None:
     for layout, (_, report) in from_llava.items():
         assert set(report.dtypes.values()) == {"float16"}
-        (newline,) = (names for reason, names in report.ignored.items() if "rows of a picture" in reason)
+        (newline,) = (names for reason, names in report.ignored.items() if "rows of an image" in reason)
         assert len(newline) == 1 and newline[0].endswith("image_newline")
         rows = [note for note in report.notes if "beyond the vocabulary" in note]
         assert len(rows) == (0 if layout == "original" else 2)
@@ -197,19 +197,17 @@ def big_vision_block(arrays, i: int) -> dict[str, np.ndarray]:
     return block
 
 
-def test_straight_onto_a_mesh(sources, from_llava) -> None:
+def test_a_conversion_loads_onto_a_mesh(from_llava) -> None:
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-
-    def shardings(config):
-        shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-        return param_shardings(logical_axes(config), shapes, mesh)
-
-    config, params, report = load_from_hf(llava_request(sources, "hf"), shardings)
-    folder, _ = from_llava["hf"]
-    expected = load_weights(folder, config, shardings=shardings(config))
+    folder, report = from_llava["hf"]
+    config = load_model_config(folder)
+    expected = load_weights(folder, config)
+    shardings = param_shardings(logical_axes(config), expected, mesh)
+    params = load_weights(folder, config, shardings=shardings)
     assert jax.tree.structure(params) == jax.tree.structure(expected)
-    for ours, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
-        assert (ours.sharding, ours.dtype) == (wanted.sharding, wanted.dtype)
+    leaves = zip(*map(jax.tree.leaves, (params, expected, shardings)), strict=True)
+    for ours, wanted, sharding in leaves:
+        assert (ours.sharding, ours.dtype) == (sharding, wanted.dtype)
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(wanted))
     assert report.bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from crosslmm_jax import presets
-from crosslmm_jax.convert import hf_export, qwen2
-from crosslmm_jax.convert.rules import expand, shapes_of
-from crosslmm_jax.convert.stream import FileSink
+from crosslmm_jax.convert import export_settings
+from crosslmm_jax.convert.families import qwen2
+from crosslmm_jax.convert.rules import expand
+from crosslmm_jax.model_folder import WeightsWriter, parameter_shapes
 
 PROGRAM = """
 import resource, sys
@@ -39,16 +40,16 @@ def test_peak_memory_is_a_few_tensors(sources, tmp_path) -> None:
         tie_embeddings=False,
     )  # fmt: skip
     config = dataclasses.replace(tiny, decoder=decoder)
-    slots = expand(qwen2.RULES, config, shapes_of(config))
+    slots = expand(qwen2.RULES, config, parameter_shapes(config))
     folder = tmp_path / "llm"
     folder.mkdir()
     # As random as the largest needs to be: drawing all of them would take longer than converting them.
     drawn = np.random.default_rng(0).standard_normal(2048 * 4096, np.float32).astype(ml_dtypes.bfloat16)
     tensors = {slot.hf: (slot.foreign_shape, "bfloat16") for slot in slots}
-    with FileSink(folder, tensors, kind="pt", max_shard_bytes=2 * 10**8) as sink:
+    with WeightsWriter(folder, tensors, kind="pt", max_shard_bytes=2 * 10**8) as writer:
         for slot in slots:
-            sink.write_tensor(slot.hf, np.resize(drawn, slot.foreign_shape))
-    (folder / "config.json").write_text(json.dumps(hf_export.text_config(config, "bfloat16", {})))
+            writer.write(slot.hf, np.resize(drawn, slot.foreign_shape))
+    (folder / "config.json").write_text(json.dumps(export_settings.text_config(config, "bfloat16", {})))
     words = [sys.executable, "-c", PROGRAM, sources.vision, folder, sources.tokenizer, tmp_path / "out"]
     (tmp_path / "out").mkdir()
     result = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2])

@@ -12,13 +12,13 @@ import transformers
 from PIL import Image
 
 from crosslmm_jax.convert.from_hf import Request, convert_from_hf
-from crosslmm_jax.convert.hf_config import _unpadded
-from crosslmm_jax.convert.hf_processor import image_settings, tokenizer_size, with_tokenizer_json
+from crosslmm_jax.convert.source.config import _unpadded
+from crosslmm_jax.convert.source.processor import image_settings, tokenizer_size, with_tokenizer_json
 from crosslmm_jax.data.media.image import resize
 from crosslmm_jax.data.text.tokenizer import load_tokenizer
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.generate import Sampling, draw
-from crosslmm_jax.model_folder.folder import load_model_config, load_processor
+from crosslmm_jax.model_folder import load_model_config, load_processor
 
 QWEN = Path(__file__).parents[3] / "shared" / "tokenizer" / "qwen2.5"
 needs_qwen = pytest.mark.skipif(not QWEN.is_dir(), reason="the real vocabulary is not here")

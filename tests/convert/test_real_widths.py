@@ -12,7 +12,7 @@ from crosslmm_jax import presets
 from crosslmm_jax.convert.from_hf import Request, convert_from_hf
 from crosslmm_jax.model import CrossLMM
 from crosslmm_jax.model.encoder import SiglipEncoder
-from crosslmm_jax.model_folder.folder import load_model_config, load_weights
+from crosslmm_jax.model_folder import load_model_config, load_weights
 
 pytestmark = pytest.mark.slow
 FLOAT32 = ("--compute-dtype", "float32")

@@ -15,12 +15,11 @@ import torch
 from crosslmm_jax import presets
 from crosslmm_jax.cli.app import main
 from crosslmm_jax.config import CrossAttentionConfig, MergeConfig, ModelConfig, SamplingConfig
-from crosslmm_jax.convert.from_hf import Request, convert_from_hf, load_from_hf
+from crosslmm_jax.convert.from_hf import Request, convert_from_hf
 from crosslmm_jax.convert.to_hf import convert_to_hf
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import init_params
-from crosslmm_jax.model_folder.folder import load_processor, save_model_folder
-from crosslmm_jax.model_folder.weights import flatten
+from crosslmm_jax.model_folder import load_processor, save_model_folder
 
 CROSS = ("--cross-attention.cross-attn-every", "2", "--cross-attention.gate-init", "0.5")
 
@@ -141,21 +140,6 @@ def test_the_folder_of_the_whole_is_enough(mixed, tmp_path, monkeypatch) -> None
     shutil.rmtree(tmp_path / "export")
     convert_from_hf(Request(crosslmm=str(alone)), tmp_path / "back")
     assert contents(tmp_path / "back") == contents(mixed / "model")
-
-
-def test_straight_onto_devices(mixed) -> None:
-    def one_device(config: ModelConfig):
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        tree = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-        return jax.tree.map(lambda _: sharding, tree)
-
-    _, params, _ = load_from_hf(Request(crosslmm=str(mixed / "export")), one_device)
-    expected = safetensors.torch.load_file(mixed / "model" / "model.safetensors")
-    flat = flatten(params)
-    assert set(flat) == set(expected)
-    assert all(
-        np.array_equal(np.asarray(flat[name], np.float32), expected[name].float()) for name in expected
-    )
 
 
 def test_the_command_line(mixed, tmp_path, capsys) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crosslmm_jax import presets
-from crosslmm_jax.convert import llava, qwen2, siglip
+from crosslmm_jax.convert.families import llava, qwen2, siglip
 from crosslmm_jax.convert.plan import copied_parameters
 from crosslmm_jax.convert.rules import (
     BATCH,
@@ -24,10 +24,10 @@ from crosslmm_jax.convert.rules import (
     PATCH,
     TRANSFORMS,
     expand,
-    shapes_of,
     transposed,
 )
 from crosslmm_jax.model import copy_cross_attention, init_params
+from crosslmm_jax.model_folder import parameter_shapes
 
 SIZES = st.integers(1, 5)
 SHAPES = {
@@ -78,7 +78,7 @@ def variants():
 
 @pytest.mark.parametrize("name,config", [*CONFIGS.items(), *variants()])
 def test_every_parameter_has_exactly_one_rule(name, config) -> None:
-    shapes = shapes_of(config)
+    shapes = parameter_shapes(config)
     slots = expand(llava.EXPORT_RULES, config, shapes)
     assert {slot.ours for slot in slots} == set(shapes)
     assert len({slot.hf for slot in slots}) == len(slots)
@@ -94,7 +94,7 @@ def test_every_parameter_has_exactly_one_rule(name, config) -> None:
 
 
 def test_big_vision_rules_cover_the_encoder() -> None:
-    shapes = shapes_of(CONFIGS["crosslmm_7b_vitg"])
+    shapes = parameter_shapes(CONFIGS["crosslmm_7b_vitg"])
     slots = expand(siglip.BIG_VISION_RULES, CONFIGS["crosslmm_7b_vitg"], shapes)
     assert {slot.ours for slot in slots} == {name for name in shapes if name.startswith("encoder.")}
     assert len({(slot.ours, slot.row) for slot in slots}) == len({slot.hf for slot in slots}) == len(slots)
@@ -103,7 +103,9 @@ def test_big_vision_rules_cover_the_encoder() -> None:
 def test_names_are_those_of_the_released_checkpoints() -> None:
     """A few shapes of Qwen2.5-7B and SigLIP2-so400m, written out."""
     config = CONFIGS["crosslmm_7b"]
-    shapes = {slot.hf: slot.foreign_shape for slot in expand(llava.EXPORT_RULES, config, shapes_of(config))}
+    shapes = {
+        slot.hf: slot.foreign_shape for slot in expand(llava.EXPORT_RULES, config, parameter_shapes(config))
+    }
     assert shapes["model.layers.27.mlp.gate_proj.weight"] == (18944, 3584)
     assert shapes["model.layers.0.self_attn.k_proj.weight"] == (512, 3584)
     assert shapes["model.layers.24.v2v_attn.o_proj.weight"] == (3584, 3584)
@@ -118,7 +120,7 @@ def test_names_are_those_of_the_released_checkpoints() -> None:
 
 def test_ignored_names_are_none_that_are_used() -> None:
     config = CONFIGS["crosslmm_2b"]
-    names = [slot.hf for slot in expand(llava.EXPORT_RULES, config, shapes_of(config))]
+    names = [slot.hf for slot in expand(llava.EXPORT_RULES, config, parameter_shapes(config))]
     ignored = [*llava.ignored(config), *qwen2.ignored(config)]
     assert not [name for name in names if any(rule.matches(name) for rule in ignored)]
     above = f"{siglip.PREFIX}encoder.layers.26.mlp.fc1.weight"

@@ -11,7 +11,7 @@ from crosslmm_jax.cli.app import main
 from crosslmm_jax.convert.from_hf import Request, convert_from_hf
 from crosslmm_jax.convert.to_hf import convert_to_hf
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.model_folder.folder import load_model_config
+from crosslmm_jax.model_folder import load_model_config
 
 CROSS = ("--cross-attention.cross-attn-every", "2", "--cross-attention.gate-init", "0.5")
 

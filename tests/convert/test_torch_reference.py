@@ -15,13 +15,14 @@ import torch
 
 from crosslmm_jax.batch import Batch
 from crosslmm_jax.config_io import to_dict
-from crosslmm_jax.convert import llava, torch_reference
+from crosslmm_jax.convert import torch_reference
+from crosslmm_jax.convert.families import llava
 from crosslmm_jax.convert.from_hf import Request, convert_from_hf
 from crosslmm_jax.convert.rules import expand
 from crosslmm_jax.convert.to_hf import convert_to_hf
 from crosslmm_jax.model import CrossLMM, init_params
 from crosslmm_jax.model.loss import next_token_loss
-from crosslmm_jax.model_folder.folder import load_model_config, load_weights
+from crosslmm_jax.model_folder import load_model_config, load_weights
 from crosslmm_jax.model_folder.weights import flatten
 
 # Every choice that a config has, several at once: each costs a compilation.

@@ -13,7 +13,7 @@ from crosslmm_jax.config_io import to_dict
 from crosslmm_jax.demo import recipe, run
 from crosslmm_jax.demo.evaluate import answered_exactly
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.model_folder.folder import load_model_config
+from crosslmm_jax.model_folder import load_model_config
 
 Finished = tuple[Path, dict[str, Any]]
 
@@ -110,7 +110,7 @@ def test_a_folder_with_something_else_is_left_alone(
     (tmp_path / "notes.txt").write_text("keep me")
     assert main(["demo", "--out", str(tmp_path), "--quick"]) == 2
     error = capsys.readouterr().err
-    assert "holds something else than a demo" in error and error.count("\n") == 1
+    assert "holds files that are not a demo's" in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 

@@ -20,7 +20,7 @@ from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference import Sampling, load
 from crosslmm_jax.inference.commands import ask, chat
 from crosslmm_jax.model import CrossLMM, init_params
-from crosslmm_jax.model_folder.folder import save_model_folder
+from crosslmm_jax.model_folder import save_model_folder
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from crosslmm_jax.config import MeshConfig, SamplingConfig
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import init_params, logical_axes
-from crosslmm_jax.model_folder import weights
-from crosslmm_jax.model_folder.folder import (
+from crosslmm_jax.model_folder import (
+    Reader,
     load_model_config,
     load_processor,
     load_weights,
     save_model_folder,
+    weights,
 )
 from crosslmm_jax.parallel import make_mesh, param_shardings
 from crosslmm_jax.presets import tiny
@@ -58,6 +60,10 @@ def save(folder, params, tokenizer, **changes) -> None:
         "sampling": SamplingConfig(policy="fps", frames=8, fps=0.5),
     }  # fmt: skip
     save_model_folder(folder, **(arguments | changes))
+
+
+def shapes_of(params) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in weights.flatten(params).items()}
 
 
 def assert_equal(left, right) -> None:
@@ -106,7 +112,28 @@ def test_shards_and_index(tmp_path, params) -> None:
     assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert all(file.stat().st_size < max(200_000, largest) + 10_000 for file in files)
-    assert_equal(weights.read_weights(tmp_path, params, shardings=None, dtype=None), params)
+    assert_equal(weights.read_weights(tmp_path, shapes_of(params)), params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_files_equal_those_of_the_library(tmp_path, params, dtype: str) -> None:
+    weights.write_weights(tmp_path, params, dtype=dtype)
+    tensors = {name: leaf.astype(dtype) for name, leaf in weights.flatten(params).items()}
+    save_file(tensors, tmp_path / "library.safetensors", metadata={"format": "np"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "library.safetensors").read_bytes()
+
+
+def test_only_the_parts_of_a_process_are_read(tmp_path) -> None:
+    values = np.arange(120, dtype=np.float32).reshape(2, 3, 4, 5)
+    params = {"a": values, "b": values.astype(jnp.bfloat16), "scalar": np.float32(3), "empty": values[:0]}
+    weights.write_weights(tmp_path, params, dtype="bfloat16")
+    reader = Reader(tmp_path / "model.safetensors")
+    everything = slice(None)
+    for index in ((everything, slice(1, 2), everything, slice(3, 5)), (slice(1, 2), *3 * (everything,))):
+        for name in ("a", "b"):
+            np.testing.assert_array_equal(reader.read_part(name, index), params["b"][index])
+    assert reader.read_part("scalar", ()) == 3 and reader.read_part("empty", 4 * (everything,)).size == 0
+    reader.close()
 
 
 def test_sharded_in_and_out(tmp_path, written, params, tokenizer) -> None:
@@ -128,7 +155,7 @@ def test_all_defects_in_one_message(tmp_path, params) -> None:
     damaged["decoder"]["extra"] = np.zeros((2, 3), np.float32)
     weights.write_weights(tmp_path, damaged, dtype="float32")
     with pytest.raises(UserError) as error:
-        weights.read_weights(tmp_path, params, shardings=None, dtype=None)
+        weights.read_weights(tmp_path, shapes_of(params))
     message = str(error.value)
     assert "\n" not in message
     assert "v2v.gate [2] is missing" in message
@@ -148,7 +175,7 @@ def test_missing_file(copied, name: str) -> None:
 def test_truncated_weights(copied) -> None:
     path = copied / "model.safetensors"
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"model\.safetensors: has \d+ bytes instead of \d+; it is truncated"):
         load_weights(copied, tiny())
 
 
@@ -156,14 +183,14 @@ def test_missing_shard(tmp_path, params) -> None:
     weights.write_weights(tmp_path, params, dtype="float32", max_shard_bytes=200_000)
     gone = sorted(tmp_path.glob("*.safetensors"))[1]
     gone.unlink()
-    with pytest.raises(UserError, match=f"lacks {gone.name}"):
-        weights.read_weights(tmp_path, params, shardings=None, dtype=None)
+    with pytest.raises(UserError, match=f"names {gone.name}, which are missing"):
+        weights.read_weights(tmp_path, shapes_of(params))
 
 
 def test_index_does_not_lead_out_of_the_folder(tmp_path, params) -> None:
     (tmp_path / weights.INDEX_FILE).write_text(json.dumps({"weight_map": {"x": "../secret.safetensors"}}))
     with pytest.raises(UserError, match="files beside it"):
-        weights.read_weights(tmp_path, params, shardings=None, dtype=None)
+        weights.read_weights(tmp_path, shapes_of(params))
 
 
 def test_bad_field_in_config(copied) -> None:

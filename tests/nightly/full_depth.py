@@ -29,7 +29,7 @@ from crosslmm_jax.convert.from_hf import Request, convert_from_hf
 from crosslmm_jax.convert.verify import verify
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.model import CrossLMM
-from crosslmm_jax.model_folder.folder import load_model_config, load_weights
+from crosslmm_jax.model_folder import load_model_config, load_weights
 from crosslmm_jax.presets import get_preset
 
 PROMPT, NEW_TOKENS = 16, 32

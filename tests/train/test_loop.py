@@ -20,7 +20,7 @@ from crosslmm_jax.data.index.build import build_index
 from crosslmm_jax.demo.synthetic import write_dataset
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import ConfigError, UserError
-from crosslmm_jax.model_folder.folder import load_processor
+from crosslmm_jax.model_folder import load_processor
 from crosslmm_jax.train import loop
 from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs
 from crosslmm_jax.train.logging import METRICS_FILE, read_metrics
@@ -278,14 +278,14 @@ def test_frames_are_resized_in_training_as_the_model_says(experiment, finished, 
         (
             "cross_attention",
             {"gate_init": -0.25},
-            "cross_attention.gate_init is {0}, in model of the run it is -0.25; weights that are there keep"
-            " what they began with: set model.cross_attention.gate_init to {0}, or make the folder with"
+            "cross_attention.gate_init is {0}, in model of the run it is -0.25; existing weights keep"
+            " their initial values: set model.cross_attention.gate_init to {0}, or make the folder with"
             " `crosslmm convert from-hf ... --cross-attention.gate-init -0.25`",
         ),
         (
             "cross_attention",
             {"cross_attn_init": "fresh"},
-            "cross_attention.cross_attn_init is {}, in model of the run it is fresh; weights",
+            "cross_attention.cross_attn_init is {}, in model of the run it is fresh; existing weights",
         ),
     ],
 )

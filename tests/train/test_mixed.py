@@ -11,7 +11,7 @@ from crosslmm_jax.config import DataConfig, ExperimentConfig, ModalityWeights, R
 from crosslmm_jax.data.index.build import build_index
 from crosslmm_jax.demo.synthetic import write_dataset
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
-from crosslmm_jax.model_folder.folder import load_processor
+from crosslmm_jax.model_folder import load_processor
 from crosslmm_jax.train import loop
 
 

@@ -1,7 +1,7 @@
 """SigLIP's parameters: Hugging Face's `SiglipVisionModel`, and big_vision's `.npz` files.
 
-Both projects' two-tower models hold the same vision tower; text tower, attention-pooling head and layers
-above the one that features are read from are named and left out.
+Both projects' two-tower models hold the same vision tower. The text tower, the attention-pooling head and the
+layers above the one that features are read from are listed as ignored.
 """
 
 from crosslmm_jax.config import ModelConfig
@@ -19,7 +19,7 @@ from crosslmm_jax.convert.rules import (
     Transform,
 )
 
-# The tower inside our own export, and what the names of every other layout are brought to.
+# The tower's prefix in our export, to which the prefixes of all other layouts are changed.
 PREFIX = "vision_model."
 HEAD = "attention-pooling head: features are read patch by patch"
 TEXT = "text tower: the decoder reads the text"
@@ -88,13 +88,13 @@ BIG_VISION_RULES = (
 
 
 def _layers_from(depth: int) -> str:
-    """Pattern of the whole numbers that are at least `depth`."""
+    """A pattern that matches whole numbers of at least `depth`."""
     below = "|".join(str(number) for number in range(depth))
     return rf"(?!(?:{below})(?!\d))\d+"
 
 
 def ignored(config: ModelConfig) -> tuple[Ignored, ...]:
-    """What a source of the vision tower may hold besides `RULES`."""
+    """Tensors that a source of the vision tower may hold beside those of `RULES`."""
     above = f"above the layer that features are read from (the first {config.vision.depth} are kept)"
     prefix = PREFIX.replace(".", r"\.")
     return (
@@ -107,7 +107,7 @@ def ignored(config: ModelConfig) -> tuple[Ignored, ...]:
 
 
 def big_vision_ignored(config: ModelConfig) -> tuple[Ignored, ...]:
-    """What a big_vision file may hold besides `BIG_VISION_RULES`."""
+    """Arrays that a big_vision file may hold beside those of `BIG_VISION_RULES`."""
     above = f"above the layer that features are read from (the first {config.vision.depth} are kept)"
     blocks = rf"params/img/Transformer/encoderblock_{_layers_from(config.vision.depth)}/"
     return (
@@ -115,5 +115,5 @@ def big_vision_ignored(config: ModelConfig) -> tuple[Ignored, ...]:
         Ignored(blocks, above),
         Ignored(r"params/txt/", TEXT),
         Ignored(r"params/(t|b)$", "of the contrastive loss"),
-        Ignored(r"opt/", "optimiser's state"),
+        Ignored(r"opt/", "state of the optimiser"),
     )

@@ -1,7 +1,7 @@
 """Tensors of other projects' checkpoints, read one at a time: safetensors, torch's .bin, numpy's .npz.
 
-No pickle is ever executed: `.bin` and `.pt` go through torch's `weights_only` loader (where torch is
-installed; it is no dependency), `.npz` through numpy with `allow_pickle=False`.
+No pickle is ever executed: `.bin` and `.pt` are read by torch's `weights_only` loader, if torch is installed
+(it is no dependency), and `.npz` by numpy with `allow_pickle=False`.
 """
 
 import contextlib
@@ -11,17 +11,18 @@ import pickle
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
-from crosslmm_jax.convert.hf_config import read_json
 from crosslmm_jax.convert.report import condense
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.model_folder import Reader
+from crosslmm_jax.model_folder import Reader, Shape, indexed_files, read_index
 
-FLOATS = ("float32", "bfloat16", "float16")
+if TYPE_CHECKING:
+    import torch
+
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
@@ -29,9 +30,9 @@ _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """What is known of a tensor before it is read."""
+    """Shape and type of a tensor, known before it is read."""
 
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: str  # numpy's name
 
     @property
@@ -60,11 +61,11 @@ class Source(Protocol):
 def open_source(path: str | Path) -> Iterator[Source]:
     """The tensors of a folder or of one file.
 
-    A folder is read through its index (`*.safetensors`, else `pytorch_model*.bin`), or is one file.
+    A folder holds an index (of `*.safetensors`, else of `pytorch_model*.bin`) or a single file.
 
     Raises:
-      UserError: nothing to read, a file is missing, cut short, or holds anything but tensors, or the index
-        says something else than the files.
+      UserError: there is nothing to read; a file is missing, truncated, or holds anything but tensors; or the
+        index does not agree with the files.
     """
     source = _open(Path(path))
     try:
@@ -91,7 +92,7 @@ def _open(path: Path) -> Source:
 def _files_of(folder: Path) -> list[Path]:
     for name in _INDEX_FILES:
         if (folder / name).is_file():
-            return _indexed_files(folder / name)
+            return indexed_files(folder / name)
     for name in _SINGLE_FILES:
         if (folder / name).is_file():
             return [folder / name]
@@ -107,36 +108,18 @@ def _files_of(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: has no {' or '.join(_SINGLE_FILES)} and no index; give a checkpoint's folder")
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    """Tensor -> name of its file."""
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-        raise UserError(f"{index}: field weight_map is no object of file names; download it again")
-    return where
-
-
-def _indexed_files(index: Path) -> list[Path]:
-    """The files that `index` names; raises `UserError` naming all that are missing."""
-    names = sorted(set(_read_index(index).values()))
-    outside = [name for name in names if Path(name).name != name]
-    if outside or not names:
-        raise UserError(f"{index}: field weight_map names {outside}; it must name files beside it")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise UserError(f"{index}: names {', '.join(missing)}, which are missing; copy the whole folder")
-    return [index.parent / name for name in names]
-
-
 def _check_index(source: Source) -> None:
-    """Raises a `UserError` listing every tensor that lies elsewhere than the index says."""
+    """Raises a `UserError` that lists every tensor whose file is not the one in the index."""
     index = next((source.path / name for name in _INDEX_FILES if (source.path / name).is_file()), None)
     if index is None:
         return
-    said, found = _read_index(index), source.files
+    indexed, found = read_index(index), source.files
     problems = {
-        "missing in the file it names": [name for name in said if name not in found],
-        "in another file than it names": [name for name in said if found.get(name, said[name]) != said[name]],
-        "not in it": [name for name in found if name not in said],
+        "missing in the file it names": [name for name in indexed if name not in found],
+        "in another file than it names": [
+            name for name, file in indexed.items() if found.get(name, file) != file
+        ],
+        "not in it": [name for name in found if name not in indexed],
     }
     listed = [f"{', '.join(condense(names))}: {problem}" for problem, names in problems.items() if names]
     if listed:
@@ -153,7 +136,7 @@ class SafetensorsSource:
     """One or several safetensors files."""
 
     def __init__(self, path: Path, files: Sequence[Path]) -> None:
-        """Reads the headers; raises `UserError` naming every file that is damaged."""
+        """Reads the headers. Raises a `UserError` that lists every damaged file."""
         self.path = path
         self.tensors: dict[str, Info] = {}
         self.files: dict[str, str] = {}
@@ -188,11 +171,11 @@ class TorchSource:
     """One or several files of `torch.save`, mapped into memory."""
 
     def __init__(self, path: Path, files: Sequence[Path]) -> None:
-        """Raises `UserError` when torch is not installed or a file holds anything but tensors."""
+        """Raises a `UserError` when torch is not installed or a file holds anything but tensors."""
         self.path = path
         self.tensors: dict[str, Info] = {}
         self.files: dict[str, str] = {}
-        self._values: dict[str, Any] = {}
+        self._values: dict[str, torch.Tensor] = {}
         for file in files:
             for name, value in _load_torch(file).items():
                 _add(self.tensors, name, Info(tuple(value.shape), str(value.dtype).split(".")[1]), file)
@@ -208,11 +191,11 @@ class TorchSource:
         return value.numpy()
 
     def close(self) -> None:
-        """Lets the tensors go."""
+        """Releases the tensors."""
         self._values.clear()
 
 
-def _load_torch(file: Path) -> dict[str, Any]:
+def _load_torch(file: Path) -> dict[str, "torch.Tensor"]:
     try:
         import torch
     except ImportError as error:
@@ -225,7 +208,7 @@ def _load_torch(file: Path) -> dict[str, Any]:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{file}: holds something else than tensors and is not opened; save its state_dict() instead"
+            f"{file}: holds something other than tensors and is not opened; save its state_dict() instead"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -236,12 +219,12 @@ def _load_torch(file: Path) -> dict[str, Any]:
 
 
 class NpzSource:
-    """big_vision's `.npz`; layers stacked by its scan are shown one by one, under the unstacked names."""
+    """big_vision's `.npz`. Layers that its scan has stacked appear one by one, under the unstacked names."""
 
     _STACKED = "/encoderblock/"
 
     def __init__(self, path: Path) -> None:
-        """Reads the headers of the arrays; raises `UserError` on damage and on pickled objects."""
+        """Reads the headers of the arrays. Raises a `UserError` on damage and on pickled objects."""
         self.path = path
         self.tensors: dict[str, Info] = {}
         self._member: dict[str, tuple[str, int | None]] = {}
@@ -254,7 +237,7 @@ class NpzSource:
             raise UserError(f"{path}: is no whole .npz of arrays ({error}); download it again") from error
         self.files = dict.fromkeys(self.tensors, path.name)
 
-    def _header(self, name: str) -> tuple[tuple[int, ...], str]:
+    def _header(self, name: str) -> tuple[Shape, str]:
         with self._file.zip.open(f"{name}.npy") as member:
             version = np.lib.format.read_magic(member)
             read = (
@@ -268,7 +251,7 @@ class NpzSource:
         # numpy writes bfloat16 as two nameless bytes.
         return shape, "bfloat16" if dtype == np.dtype("V2") else dtype.name
 
-    def _declare(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
+    def _declare(self, name: str, shape: Shape, dtype: str) -> None:
         full = name if name.startswith(("params/", "opt/")) else f"params/{name}"
         if self._STACKED not in full:
             self.tensors[full], self._member[full] = Info(shape, dtype), (name, None)
@@ -280,7 +263,9 @@ class NpzSource:
     def read(self, name: str) -> np.ndarray:
         """The tensor `name`."""
         member, row = self._member[name]
-        if self._last is None or self._last[0] != member:  # layers of a stack are asked for in turn
+        if (
+            self._last is None or self._last[0] != member
+        ):  # the layers of a stack are read one after the other
             value = self._file[member]
             self._last = (member, value.view(jnp.dtype("bfloat16")) if value.dtype.kind == "V" else value)
         value = self._last[1]

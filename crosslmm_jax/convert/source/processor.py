@@ -1,4 +1,4 @@
-"""What a source says about pictures and text: image processor settings and the tokenizer's files."""
+"""Image processor settings and tokenizer files of a source."""
 
 import contextlib
 import dataclasses
@@ -6,21 +6,20 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
 
-from crosslmm_jax.convert.hf_config import is_number, read_json
+from crosslmm_jax.convert.source.config import Json, is_number
 from crosslmm_jax.errors import ConfigError, UserError
+from crosslmm_jax.model_folder import Resampling, read_json
 
-Resampling = Literal["bicubic", "bilinear"]
-# PIL's numbers, which Hugging Face writes.
-_RESAMPLING: dict[int, Resampling] = {3: "bicubic", 2: "bilinear"}
-# Tokens that prompts are made of.
+# PIL's number, as Hugging Face writes it -> our name.
+RESAMPLING: dict[int, Resampling] = {3: "bicubic", 2: "bilinear"}
+# Special tokens of prompts.
 NEEDED_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """How a picture becomes pixels."""
+    """How an image is resized and normalised."""
 
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -32,8 +31,8 @@ def image_settings(folder: Path | None, image_size: int) -> ImageSettings:
     """Settings from `preprocessor_config.json`, or `processor_config.json` of newer checkpoints.
 
     Raises:
-      UserError: the file is damaged, asks for another size than the tower's, or for something that this
-        project does not do.
+      UserError: the file is damaged, its size is not the vision tower's, or it needs something that this
+        project does not support.
     """
     if folder is None or not folder.is_dir():
         return ImageSettings()
@@ -56,13 +55,13 @@ def image_settings(folder: Path | None, image_size: int) -> ImageSettings:
             raise ConfigError(f"{path}: field {name} is {value!r}; it must be three numbers{above}")
     return ImageSettings(
         tuple(float(x) for x in mean), tuple(float(x) for x in std),
-        _RESAMPLING[settings.get("resample", 3)], path.name,
+        RESAMPLING[settings.get("resample", 3)], path.name,
     )  # fmt: skip
 
 
-def _check(settings: dict[str, Any], path: Path, image_size: int) -> None:
+def _check(settings: Json, path: Path, image_size: int) -> None:
     resample = settings.get("resample", 3)
-    if type(resample) is not int or resample not in _RESAMPLING:
+    if type(resample) is not int or resample not in RESAMPLING:
         raise ConfigError(f"{path}: field resample is {resample!r}; it must be 3 (bicubic) or 2 (bilinear)")
     for name in ("do_resize", "do_rescale", "do_normalize"):
         if settings.get(name, True) is not True:
@@ -77,15 +76,15 @@ def _check(settings: dict[str, Any], path: Path, image_size: int) -> None:
         raise ConfigError(f"{path}: field rescale_factor is {factor!r}; it must be 1/255")
     size = settings.get("size")
     wanted = {"height": image_size, "width": image_size}
-    if type(size) is int:  # how older checkpoints say that both sides are as long
+    if type(size) is int:  # older checkpoints write one number for both sides
         size = {"height": size, "width": size}
     if size is not None and size != wanted:
-        raise ConfigError(f"{path}: field size is {size!r}, but the tower reads {wanted}; mend one of them")
+        raise ConfigError(f"{path}: field size is {size!r}, but the tower reads {wanted}; fix one of them")
 
 
 @contextlib.contextmanager
 def with_tokenizer_json(folder: Path) -> Iterator[Path]:
-    """`folder`, or of an older tokenizer (vocab.json, merges.txt) a copy that transformers has converted.
+    """`folder`, or a converted copy of it if it holds an older tokenizer (vocab.json, merges.txt).
 
     Raises:
       UserError: transformers cannot read it.
@@ -109,7 +108,7 @@ def tokenizer_size(folder: Path) -> int:
     """One more than the highest id of a tokenizer folder.
 
     Raises:
-      UserError: it is no tokenizer folder, or lacks tokens that prompts are made of.
+      UserError: it is no tokenizer folder, or lacks special tokens of prompts.
     """
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():

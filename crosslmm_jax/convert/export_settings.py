@@ -1,20 +1,20 @@
-"""The settings files of an export, as Hugging Face reads them, and ours back from them."""
+"""The settings files of an export, as Hugging Face reads them; and ours, read back from them."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.config_io import from_dict, to_dict
-from crosslmm_jax.convert.hf_config import read_json
+from crosslmm_jax.convert.source.config import Json
+from crosslmm_jax.convert.source.processor import RESAMPLING
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.model_folder import Processor, write_json
+from crosslmm_jax.model_folder import Processor, read_json, write_json
 
-_RESAMPLE = {"bicubic": 3, "bilinear": 2}  # PIL's numbers
+_PIL_NUMBER = {name: number for number, name in RESAMPLING.items()}
 
 
-def vision_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json of a `SiglipVisionModel` that ends with the layer features are read from."""
+def vision_config(config: ModelConfig, dtype: str) -> Json:
+    """config.json of a `SiglipVisionModel` whose last layer is the one that features are read from."""
     vision = config.vision
     return {
         "architectures": ["SiglipVisionModel"],
@@ -30,12 +30,12 @@ def vision_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "hidden_act": "gelu_pytorch_tanh",
         "attention_dropout": 0.0,
         "vision_use_head": False,
-        "vision_feature_layer": -1,  # no field of the class: tells `from-hf` that nothing lies above
+        "vision_feature_layer": -1,  # not a field of the class: tells `from-hf` that this is the last layer
         "torch_dtype": dtype,
     }
 
 
-def text_config(config: ModelConfig, dtype: str, tokens: dict[str, int]) -> dict[str, Any]:
+def text_config(config: ModelConfig, dtype: str, tokens: dict[str, int]) -> Json:
     """config.json of a `Qwen2ForCausalLM`."""
     decoder = config.decoder
     return {
@@ -62,10 +62,8 @@ def text_config(config: ModelConfig, dtype: str, tokens: dict[str, int]) -> dict
     }
 
 
-def crosslmm_config(
-    config: ModelConfig, processor: Processor, vision: dict[str, Any], text: dict[str, Any]
-) -> dict[str, Any]:
-    """config.json of the whole: both parts as Hugging Face has them, and ours under "crosslmm"."""
+def crosslmm_config(config: ModelConfig, processor: Processor, vision: Json, text: Json) -> Json:
+    """config.json of the whole model: both parts as Hugging Face has them, our config under "crosslmm"."""
     return {
         "architectures": ["CrossLMM"],
         "model_type": "crosslmm",
@@ -77,13 +75,13 @@ def crosslmm_config(
 
 
 def export_folder(path: str | Path) -> Path:
-    """The folder that holds all of an export, of the export's folder or of itself."""
+    """The folder with all weights of an export, given the export's folder or that folder itself."""
     inner = Path(path) / "crosslmm"
     return inner if inner.is_dir() else Path(path)
 
 
 def read_crosslmm_config(folder: Path) -> tuple[ModelConfig, Processor]:
-    """What `crosslmm_config` wrote; raises `UserError` naming file and field."""
+    """Reads what `crosslmm_config` wrote. Raises a `UserError` that names file and field."""
     path = folder / "config.json"
     described = read_json(path)
     kind = described.get("model_type")
@@ -96,12 +94,12 @@ def read_crosslmm_config(folder: Path) -> tuple[ModelConfig, Processor]:
     return config, from_dict(Processor, described.get("processor"), source=f"{path}: field processor")
 
 
-def preprocessor_config(processor: Processor) -> dict[str, Any]:
+def preprocessor_config(processor: Processor) -> Json:
     """preprocessor_config.json of a `SiglipImageProcessor`."""
     return {
         "image_processor_type": "SiglipImageProcessor",
         "size": {"height": processor.image_size, "width": processor.image_size},
-        "resample": _RESAMPLE[processor.resampling],
+        "resample": _PIL_NUMBER[processor.resampling],
         "image_mean": list(processor.image_mean),
         "image_std": list(processor.image_std),
         "rescale_factor": 1 / 255,
@@ -113,14 +111,14 @@ def preprocessor_config(processor: Processor) -> dict[str, Any]:
 
 
 def special_tokens(folder: Path) -> dict[str, int]:
-    """Ids of the tokens that end and pad a text; none when the folder's tokenizer has no such tokens."""
+    """Ids of the tokens that end and pad a text, as far as the folder's tokenizer has them."""
     described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     ids = {token["content"]: token["id"] for token in described.get("added_tokens", [])}
     return {name: ids[name] for name in ("<|endoftext|>", "<|im_end|>") if name in ids}
 
 
 def write_generation_config(folder: Path, tokens: dict[str, int]) -> None:
-    """generation_config.json: a chat model stops at either end, and pads with the end of a text."""
+    """Writes generation_config.json: generation stops at either end token and pads with the end of a text."""
     if len(tokens) == 2:
         end, im_end = tokens["<|endoftext|>"], tokens["<|im_end|>"]
         write_json(

@@ -1,9 +1,9 @@
 """The parameters that only CrossLMM has: V2V and T2V, their gates, and the projector's optional norm.
 
-`{i}` is the decoder layer that carries the cross-attention, so that the export reads like the decoder's.
+`{i}` is the decoder layer that has the cross-attention, so that its keys are numbered like the decoder's.
 """
 
-from crosslmm_jax.convert.qwen2 import attention_rules
+from crosslmm_jax.convert.families.qwen2 import attention_rules
 from crosslmm_jax.convert.rules import Rule
 
 

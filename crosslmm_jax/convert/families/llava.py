@@ -1,17 +1,17 @@
-"""LLaVA-OneVision and LLaVA-Video: the projector, and the three layouts that such checkpoints come in.
+"""LLaVA-OneVision and LLaVA-Video: the projector, and the three layouts of such checkpoints.
 
 - original, `LlavaQwenForCausalLM`: `model.vision_tower.vision_tower.vision_model.`, `model.mm_projector.0.`,
   `model.layers.`, `model.image_newline`;
 - Hugging Face: `vision_tower.vision_model.`, `multi_modal_projector.linear_1.`, `language_model.model.`;
 - Hugging Face since 4.52: `model.vision_tower.`, `model.multi_modal_projector.`, `model.language_model.`.
 
-All names are brought to those of our own export first, so one table serves every layout.
+All names are first changed to those of our export, so that one table serves every layout.
 """
 
 import re
 
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.convert import cross, qwen2, siglip
+from crosslmm_jax.convert.families import cross, qwen2, siglip
 from crosslmm_jax.convert.rules import LINEAR, Ignored, Rule, prefixed
 
 PROJECTOR_RULES = (
@@ -21,11 +21,11 @@ PROJECTOR_RULES = (
     Rule("multi_modal_projector.linear_2.bias", "projector.b2"),
 )
 VISION_RULES = prefixed(siglip.RULES, siglip.PREFIX)
-# Every parameter of every model, once: the names of `crosslmm convert to-hf`.
+# Every parameter of every model, under the names of `crosslmm convert to-hf`.
 EXPORT_RULES = (*VISION_RULES, *PROJECTOR_RULES, *qwen2.RULES, *cross.RULES)
 
 _TOWER = r"(?:vision_model\.)?(?=embeddings\.|encoder\.|post_layernorm\.|head\.)"
-# The first pattern that matches is replaced.
+# (pattern, replacement); the first pattern that matches is replaced.
 _SPELLINGS = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
@@ -44,7 +44,7 @@ _SPELLINGS = tuple(
 
 
 def canonical(name: str) -> str:
-    """The name that our export has for the tensor `name` of any layout; unknown names stay as they are."""
+    """The name in our export of the tensor `name` of any layout. Unknown names stay as they are."""
     for pattern, replacement in _SPELLINGS:
         match = pattern.match(name)
         if match:
@@ -52,9 +52,9 @@ def canonical(name: str) -> str:
     return name
 
 
-NEWLINE = Ignored(r"image_newline$", "ends the rows of a picture in LLaVA's prompts; ours have no such token")
+NEWLINE = Ignored(r"image_newline$", "ends the rows of an image in LLaVA's prompts; ours have no such token")
 
 
 def ignored(config: ModelConfig) -> tuple[Ignored, ...]:
-    """What a LLaVA checkpoint may hold besides the rules."""
+    """Tensors that a LLaVA checkpoint may hold beside those of the rules."""
     return (*siglip.ignored(config), *qwen2.ignored(config), NEWLINE)

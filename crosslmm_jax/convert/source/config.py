@@ -1,22 +1,23 @@
 """Sizes of other projects' checkpoints, from their config.json.
 
-Hugging Face writes every size of a model's own config, but leaves out of a nested one (`vision_config`,
-`text_config`) what equals the class's default. So nested configs are completed by those classes, and a size
-that is missing anywhere else is an error.
+Hugging Face writes all sizes of a top-level config. In a nested one (`vision_config`, `text_config`) it omits
+values that equal the class's default. So nested configs are completed by those classes, and a size that is
+missing anywhere else is an error.
 """
 
+import contextlib
 import dataclasses
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from crosslmm_jax import presets
 from crosslmm_jax.config import DecoderConfig, TimeInstruction, VisionConfig
 from crosslmm_jax.errors import ConfigError, UserError
+from crosslmm_jax.model_folder import read_json
 
-Mapped = Mapping[str, Any]
+Json = Mapping[str, Any]  # a config.json, or an object in it
 LLAVA_TYPES = ("llava_onevision", "llava", "llava_qwen")
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _NEEDED_VISION = (*_NEEDED, "image_size", "patch_size")
@@ -30,25 +31,11 @@ _FLAGS = ("tie_word_embeddings", "add_time_instruction")
 _LARGEST = 2**31  # of any size
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What a source says about the parts that it holds."""
+class Sizes(NamedTuple):
+    """Sizes of the two parts of a model, from its sources."""
 
-    vision: VisionConfig | None = None
-    decoder: DecoderConfig | None = None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises `UserError` when there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: is missing; give a checkpoint's whole folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no readable JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds no JSON object; download it again")
-    return value
+    vision: VisionConfig
+    decoder: DecoderConfig
 
 
 def vision_sizes(folder: Path) -> VisionConfig:
@@ -84,8 +71,9 @@ def llava_sizes(folder: Path, *, has_head: bool, tower: VisionConfig | None = No
 
     Args:
       folder: the checkpoint.
-      has_head: it holds an `lm_head.weight`, which settles what its two configs say differently.
-      tower: of a vision tower that the original layout only names, when it is none of the released ones.
+      has_head: it holds an `lm_head.weight`. This decides where its two configs disagree about tying.
+      tower: sizes of the vision tower. The original layout only names its tower; this is needed where it is
+        not a released one.
     """
     path = folder / "config.json"
     config = read_json(path)
@@ -101,10 +89,10 @@ def llava_sizes(folder: Path, *, has_head: bool, tower: VisionConfig | None = No
 
 
 def llava_time_instruction(folder: Path) -> TimeInstruction:
-    """What a LLaVA checkpoint was told about each video in training.
+    """What a LLaVA checkpoint's training prompts said about the times of each video.
 
-    LLaVA-NeXT's training writes `add_time_instruction` into config.json, and its own inference goes by it.
-    The sentence lists the time of every frame: our "full". Hugging Face's layouts do not have the field.
+    LLaVA-NeXT's training writes `add_time_instruction` into config.json, and its inference reads it. The
+    sentence lists the time of every frame: our "full". Hugging Face's layouts do not have the field.
     """
     path = folder / "config.json"
     config = read_json(path)
@@ -112,7 +100,7 @@ def llava_time_instruction(folder: Path) -> TimeInstruction:
     return "full" if config.get("add_time_instruction") else "none"
 
 
-def _hf_llava(config: Mapped, path: Path, has_head: bool) -> Sizes:
+def _hf_llava(config: Json, path: Path, has_head: bool) -> Sizes:
     vision = _siglip(_nested(config, "vision_config", path), path, nested=True)
     decoder = _qwen2(_nested(config, "text_config", path), path, nested=True)
     _expect(config, path, "projector_hidden_act", ("gelu",), default="gelu")
@@ -124,19 +112,19 @@ def _hf_llava(config: Mapped, path: Path, has_head: bool) -> Sizes:
         raise ConfigError(f"{path}: field vision_feature_layer is null; it must be one number")
     if layer >= 0:
         layer -= vision.num_layers + 1
-    said = {decoder.tie_embeddings, config.get("tie_word_embeddings", decoder.tie_embeddings)}
-    tied = (False not in said) if has_head else (True in said)
+    stated = {decoder.tie_embeddings, config.get("tie_word_embeddings", decoder.tie_embeddings)}
+    tied = (False not in stated) if has_head else (True in stated)
     decoder = dataclasses.replace(decoder, tie_embeddings=tied, vocab_size=_unpadded(decoder.vocab_size))
     return Sizes(_replaced(vision, path, feature_layer=layer), decoder)
 
 
 def _unpadded(rows: int) -> int:
-    """Rows of the embedding of a released Qwen2 before Hugging Face's LLaVA added two and rounded up."""
+    """Rows of the embedding of a released Qwen2, before Hugging Face's LLaVA added two and rounded up."""
     known = {presets.get_preset(name).decoder.vocab_size for name in ("crosslmm_2b", "crosslmm_7b")}
     return next((size for size in known if rows == -(-(size + 2) // 64) * 64), rows)
 
 
-def _original_llava(config: Mapped, path: Path, tower: VisionConfig | None) -> Sizes:
+def _original_llava(config: Json, path: Path, tower: VisionConfig | None) -> Sizes:
     _expect(config, path, "mm_projector_type", ("mlp2x_gelu",))
     name = str(config["mm_vision_tower"])
     if tower is None:
@@ -162,7 +150,7 @@ def _released_tower(name: str) -> VisionConfig | None:
     return presets.giant_opt() if base == "siglip2-giant-opt-patch16-384" else None
 
 
-def _nested(config: Mapped, name: str, path: Path) -> dict[str, Any]:
+def _nested(config: Json, name: str, path: Path) -> Json:
     value = config.get(name)
     if not isinstance(value, dict):
         found = "missing" if value is None else f"{value!r} instead of an object"
@@ -170,18 +158,18 @@ def _nested(config: Mapped, name: str, path: Path) -> dict[str, Any]:
     return value
 
 
-def _completed(cls: Any, config: Mapped, path: Path) -> dict[str, Any]:
-    """A nested config with the defaults of the class `cls` of Hugging Face."""
+def _completed(cls: Any, config: Json, path: Path) -> Json:
+    """A nested config with the defaults of the Hugging Face class `cls`."""
     _check_types(config, path)
     try:
         return cls(**config).to_dict()
-    except Exception as error:  # the class has checks, and types of errors, of its own
+    except Exception as error:  # the class raises errors of its own types
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: {cls.__name__} rejects its fields ({reason}); mend it") from error
+        raise ConfigError(f"{path}: {cls.__name__} rejects its fields ({reason}); fix them") from error
 
 
-def _check_types(config: Mapped, path: Path) -> None:
-    """Raises a `ConfigError` listing all fields that are there and are of another type."""
+def _check_types(config: Json, path: Path) -> None:
+    """Raises a `ConfigError` that lists all fields that are present with a wrong type."""
     wrong = []
     for names, fits, expected in (
         (_COUNTS, _is_count, f"a whole number of at most {_LARGEST}"),
@@ -209,33 +197,37 @@ def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _check_stated(config: Mapped, path: Path, names: tuple[str, ...]) -> None:
+def _check_stated(config: Json, path: Path, names: tuple[str, ...]) -> None:
     missing = [name for name in names if config.get(name) is None]
     if missing:
         raise ConfigError(f"{path}: field {', '.join(missing)} is missing; add it as the model was trained")
     _check_types(config, path)
 
 
-def _expect(config: Mapped, path: Path, name: str, known: tuple, *, default: object = None) -> None:
+def _expect(
+    config: Json, path: Path, name: str, known: tuple[object, ...], *, default: object = None
+) -> None:
     value = config.get(name, default)
     if value not in known:
         choices = " or ".join(repr(choice) for choice in known)
         raise ConfigError(f"{path}: field {name} is {value!r}; only {choices} can be converted")
 
 
-def _build(make: Any, *arguments: Any, path: Path, **fields: Any) -> Any:
-    """A config of ours; a value that it rejects is blamed on the file."""
+@contextlib.contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+    """Adds the file to the errors of our config classes."""
     try:
-        return make(*arguments, **fields)
+        yield
     except (ConfigError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
 def _replaced(vision: VisionConfig, path: Path, **fields: int) -> VisionConfig:
-    return _build(dataclasses.replace, vision, path=path, **fields)
+    with _errors_name(path):
+        return dataclasses.replace(vision, **fields)
 
 
-def _siglip(config: Mapped, path: Path, *, nested: bool) -> VisionConfig:
+def _siglip(config: Json, path: Path, *, nested: bool) -> VisionConfig:
     if nested:
         _expect(config, path, "model_type", ("siglip_vision_model", "siglip"), default="siglip_vision_model")
         from transformers import SiglipVisionConfig
@@ -245,17 +237,17 @@ def _siglip(config: Mapped, path: Path, *, nested: bool) -> VisionConfig:
     _expect(config, path, "hidden_act", ("gelu_pytorch_tanh",), default="gelu_pytorch_tanh")
     _expect(config, path, "num_channels", (3,), default=3)
     extra = {}
-    if "vision_feature_layer" in config:  # our own export holds the layers that were read, and says so
+    if "vision_feature_layer" in config:  # our export holds only the layers that are run, and says so
         extra["feature_layer"] = config["vision_feature_layer"]
-    return _build(
-        VisionConfig, path=path, image_size=config["image_size"], patch_size=config["patch_size"],
-        width=config["hidden_size"], num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"], mlp_width=config["intermediate_size"],
-        layer_norm_eps=config.get("layer_norm_eps", 1e-6), **extra,
-    )  # fmt: skip
+    with _errors_name(path):
+        return VisionConfig(
+            image_size=config["image_size"], patch_size=config["patch_size"], width=config["hidden_size"],
+            num_layers=config["num_hidden_layers"], num_heads=config["num_attention_heads"],
+            mlp_width=config["intermediate_size"], layer_norm_eps=config.get("layer_norm_eps", 1e-6), **extra,
+        )  # fmt: skip
 
 
-def _qwen2(config: Mapped, path: Path, *, nested: bool) -> DecoderConfig:
+def _qwen2(config: Json, path: Path, *, nested: bool) -> DecoderConfig:
     if nested:
         _expect(config, path, "model_type", ("qwen2",), default="qwen2")
         from transformers import Qwen2Config
@@ -265,18 +257,20 @@ def _qwen2(config: Mapped, path: Path, *, nested: bool) -> DecoderConfig:
     _expect(config, path, "hidden_act", ("silu",), default="silu")
     _expect(config, path, "use_sliding_window", (False,), default=False)
     width, heads = config["hidden_size"], config["num_attention_heads"]
-    return _build(
-        DecoderConfig, path=path, vocab_size=config["vocab_size"], width=width,
-        num_layers=config["num_hidden_layers"], num_heads=heads, num_kv_heads=config["num_key_value_heads"],
-        head_dim=config.get("head_dim") or width // (heads or 1), mlp_width=config["intermediate_size"],
-        rope_theta=_rope_theta(config, path), rms_norm_eps=config["rms_norm_eps"],
-        tie_embeddings=config.get("tie_word_embeddings", False),
-        max_positions=config["max_position_embeddings"],
-    )  # fmt: skip
+    rope_theta = _rope_theta(config, path)
+    with _errors_name(path):
+        return DecoderConfig(
+            vocab_size=config["vocab_size"], width=width, num_layers=config["num_hidden_layers"],
+            num_heads=heads, num_kv_heads=config["num_key_value_heads"],
+            head_dim=config.get("head_dim") or width // (heads or 1), mlp_width=config["intermediate_size"],
+            rope_theta=rope_theta, rms_norm_eps=config["rms_norm_eps"],
+            tie_embeddings=config.get("tie_word_embeddings", False),
+            max_positions=config["max_position_embeddings"],
+        )  # fmt: skip
 
 
-def _rope_theta(config: Mapped, path: Path) -> float:
-    """Base of the rotary embedding: a field of its own, or since transformers 5 inside `rope_parameters`."""
+def _rope_theta(config: Json, path: Path) -> float:
+    """Base of the rotary embedding: a top-level field, or since transformers 5 in `rope_parameters`."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ConfigError(f"{path}: field rope_parameters or rope_scaling is {rope!r}; it must be an object")

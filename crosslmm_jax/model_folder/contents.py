@@ -1,0 +1,61 @@
+"""The files of a MODEL folder: which there must be, and what may be replaced.
+
+| file | contents |
+|---|---|
+| config.json | `ModelConfig` |
+| processor.json | `Processor`: how frames and prompts are made |
+| model.safetensors | weights under our parameter names, joined by "."; or shards and an index |
+| tokenizer.json, ... | what `AutoTokenizer` reads |
+"""
+
+import shutil
+from pathlib import Path
+
+from crosslmm_jax.errors import UserError
+from crosslmm_jax.model_folder.weights import INDEX_FILE, SINGLE_FILE
+from crosslmm_jax.utils import is_vacant
+
+CONFIG_FILE = "config.json"
+PROCESSOR_FILE = "processor.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+def _missing(folder: Path) -> list[str]:
+    """Required files that are not there; those of the tokenizer aside."""
+    weights = INDEX_FILE if (folder / INDEX_FILE).is_file() else SINGLE_FILE
+    return [name for name in (CONFIG_FILE, PROCESSOR_FILE, weights) if not (folder / name).is_file()]
+
+
+def is_model_folder(folder: str | Path) -> bool:
+    """Whether `folder` has the files of a MODEL folder. They may still be damaged."""
+    return not _missing(Path(folder))
+
+
+def check_model_folder(folder: str | Path) -> None:
+    """Raises a `UserError` that lists the files `folder` lacks."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a MODEL folder, as `crosslmm train` writes")
+    missing = _missing(folder)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        missing.append("tokenizer.json")
+    if missing:
+        raise UserError(f"{folder}: lacks {', '.join(missing)}; give a complete MODEL folder")
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Raises a `UserError` when `folder` exists and is neither empty nor a MODEL folder."""
+    if not is_model_folder(folder) and not is_vacant(Path(folder)):
+        raise UserError(f"{folder}: exists and is no MODEL folder; it is left alone: give another name")
+
+
+def copy_tokenizer(tokenizer_folder: str | Path, folder: Path) -> None:
+    """Copies the tokenizer files into `folder`. Raises a `UserError` when there are none."""
+    names = [name for name in _TOKENIZER_FILES if (Path(tokenizer_folder) / name).is_file()]
+    if not {"tokenizer.json", "vocab.json"} & set(names):
+        raise UserError(f"{tokenizer_folder}: has no tokenizer.json or vocab.json; give a tokenizer's folder")
+    for name in names:
+        shutil.copyfile(Path(tokenizer_folder) / name, folder / name)
