@@ -58,7 +58,7 @@ def products(jaxpr) -> Iterator[str]:
 def test_an_odd_number_of_patches_is_padded_once_to_train_on_a_gpu(monkeypatch, backend, dtype, tolerance):
     """cuDNN's backward pass takes even lengths only. Padding is read by nobody and gets no gradient."""
     monkeypatch.setattr(
-        sys.modules["crosslmm_jax.model.attention.cudnn"], "FUSED", "xla"
+        sys.modules["crosslmm_jax.model.attention.cudnn"], "IMPLEMENTATION", "xla"
     )  # in place of cuDNN
     config = encoder_of("elementwise", backend, dtype)
     config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=56))
@@ -80,7 +80,7 @@ def test_an_odd_number_of_patches_is_padded_once_to_train_on_a_gpu(monkeypatch, 
 @pytest.mark.parametrize("backend", ["blockwise", "cudnn"])
 def test_gradients_are_equal_and_memory_is_as_promised(backend, monkeypatch) -> None:
     monkeypatch.setattr(
-        sys.modules["crosslmm_jax.model.attention.cudnn"], "FUSED", "xla"
+        sys.modules["crosslmm_jax.model.attention.cudnn"], "IMPLEMENTATION", "xla"
     )  # in place of cuDNN
     dtype = "bfloat16" if backend == "cudnn" else "float32"
     gradients, temporaries, counts = {}, {}, {}

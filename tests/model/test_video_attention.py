@@ -149,7 +149,7 @@ def test_a_prefill_of_a_whole_video_asks_nothing_on_the_way(
     tiny_config, replace_config, make_batch, monkeypatch, known
 ) -> None:
     """On cuDNN, no branch is taken on the device; and the result is that of the program with branches."""
-    monkeypatch.setattr(cudnn, "FUSED", "xla")
+    monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
     config = replace_config(
         tiny_config, vision={"width": 32}, cross_attention={"gate_init": 0.5}, attention="cudnn",
         compute_dtype="bfloat16",

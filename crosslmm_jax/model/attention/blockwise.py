@@ -1,35 +1,35 @@
-"""Attention by blocks with an online softmax: portable, exact, no T x S array, forward or backward.
+"""Attention by blocks with an online softmax: portable and exact, without any T x S array.
 
-The scheme is FlashAttention's (Dao 2023): the forward pass keeps one running maximum and sum a query, the
-backward pass recomputes the probabilities of a block from the saved log-sum-exp. Key blocks that no query
-of a block may see are skipped at run time.
+The scheme is FlashAttention's (Dao 2023). The forward pass keeps a running maximum and sum per query. The
+backward pass recomputes the probabilities of a block from the saved log-sum-exp. Key blocks that no query of
+a block may read are skipped at run time.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-# What an attention's backward pass reads, by this name for `jax.checkpoint` policies.
+# `jax.checkpoint` policies know the residuals of an attention's backward pass by this name.
 RESIDUALS = "attention_residuals"
-# Finite, so that maxima over nothing stay free of NaN; far below any score.
+# Score of a key that is not read. Finite, so that the maximum of none is no NaN; far below any score.
 MASKED = -1e30
-# A GPU is idle on small blocks: there, scores of one block may take this many bytes.
+# Small blocks leave a GPU idle: there, the scores of one block may take this many bytes.
 GPU_SCORE_BYTES = 64 * 2**20
 
 
 class BlockSizes(NamedTuple):
-    """Queries and keys handled at once: the largest score array is [B, N, query, key] in float32."""
+    """Queries and keys of one block. The largest array is the scores, float32[B, N, query, key]."""
 
     query: int = 512
     key: int = 1024
 
 
 def block_sizes(q: Float[Array, "b t n h"]) -> BlockSizes:
-    """The default blocks, or on a GPU blocks of keys that grow as queries get fewer."""
+    """The default block sizes; on a GPU, fewer queries get larger blocks of keys."""
     if jax.default_backend() != "gpu":
         return BlockSizes()
     batch, length, heads, _ = q.shape
@@ -50,19 +50,18 @@ def blockwise_attention(
     """Attention of query `t` over keys `kv_start[t] <= s < kv_stop[t]`, and its log-sum-exp.
 
     Returns:
-      float[B, T, N, H] in the dtype of `q`, 0 for a query with no key, and float32[B, T, N]
-      log-sum-exp of the scaled scores (`MASKED` for a query with no key). Both are differentiable.
+      float[B, T, N, H] in the dtype of `q`, and float32[B, T, N] log-sum-exp of the scaled scores. A query
+      that reads no key gets 0 and `MASKED`. Both are differentiable.
     """
-    result: Any = _differentiable(q, k, v, kv_start, kv_stop, scale, blocks)
-    return result
+    return _differentiable(q, k, v, kv_start, kv_stop, scale, blocks)
 
 
 def _forward(
     q: Array, k: Array, v: Array, kv_start: Array, kv_stop: Array, scale: float, blocks: BlockSizes
 ) -> tuple[Array, Array]:
     batch, length, heads, size = q.shape
-    # Ranges are the same in all layers. What follows from them alone, the masks of all blocks, T x S in sum,
-    # would be moved out of a differentiated scan over layers and kept; tied to the queries, it stays inside.
+    # The barrier ties the ranges to the queries. Ranges are the same in all layers, so XLA would otherwise
+    # move the masks of all blocks, T x S in sum, out of a differentiated scan over layers and keep them.
     q, kv_start, kv_stop = jax.lax.optimization_barrier((q, kv_start, kv_stop))
     q_blocks, start_blocks, stop_blocks = _split_queries(q, kv_start, kv_stop, k.shape[2], blocks.query)
     attend = functools.partial(_attend_block, k=k, v=v, scale=scale, block=min(blocks.key, k.shape[1]))
@@ -77,14 +76,14 @@ def _forward(
 
 
 def _split_queries(q: Array, kv_start: Array, kv_stop: Array, kv_heads: int, block: int) -> tuple[Array, ...]:
-    """Queries by blocks, heads by the key head they read: [blocks, B, block, K, G, H]."""
+    """Queries as [blocks, B, block, K, G, H], and both ranges as [blocks, B, block]."""
     batch, length, heads, size = q.shape
     count = -(-length // block)
     block = -(-length // count)
     pad = count * block - length
     q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
     q = q.reshape(batch, count, block, kv_heads, heads // kv_heads, size)
-    # Padded queries see no key: start 0, stop 0.
+    # Padded queries read no key: start 0, stop 0.
     ranges = [jnp.pad(x, ((0, 0), (0, pad))).reshape(batch, count, block) for x in (kv_start, kv_stop)]
     return tuple(jnp.moveaxis(x, 1, 0) for x in (q, *ranges))
 
@@ -94,7 +93,10 @@ def _key_blocks(length: int, block: int) -> Array:
 
 
 def _key_block(k: Array, v: Array, index: Array, block: int) -> tuple[Array, Array, Array, Array]:
-    """Keys and values of a block. The last one is moved back to end at S: `fresh` marks keys not yet read."""
+    """Keys, values and positions of a block, and which of them are `fresh`: in no earlier block.
+
+    The last block ends at S, so that it may overlap the one before.
+    """
     begin = jnp.minimum(index * block, k.shape[1] - block)
     k_block = jax.lax.dynamic_slice_in_dim(k, begin, block, axis=1)
     v_block = jax.lax.dynamic_slice_in_dim(v, begin, block, axis=1)
@@ -113,10 +115,10 @@ def _any_visible(kv_start: Array, kv_stop: Array, index: Array, block: int) -> A
 
 
 def _product(equation: str, left: Array, right: Array) -> Array:
-    """An einsum in float32 over arrays that begin with the batch.
+    """An einsum with float32 sums over arrays that begin with the batch.
 
-    A batch of one is left out of it: a GPU's products read keys and values [S, K, H] where they lie, but want
-    [B, S, K, H] as [B, K, S, H], and XLA would hold a copy of all of them in that order.
+    A batch of one is left out. Matrix products on a GPU read keys and values [S, K, H] where they lie, but
+    need [B, S, K, H] as [B, K, S, H]: XLA would hold a copy of all of them in that order.
     """
     if left.shape[0] > 1:
         return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
@@ -129,6 +131,10 @@ def _scores(q: Array, k: Array, scale: float) -> Array:
     return scale * _product("btkgh,bskh->bkgts", q, k)
 
 
+# Running maxima, sums and outputs of the queries of a block: [B, K, G, t], the same, [B, K, G, t, H].
+_Running = tuple[Array, Array, Array]
+
+
 def _attend_block(
     queries: tuple[Array, ...], *, k: Array, v: Array, scale: float, block: int
 ) -> tuple[Array, Array]:
@@ -136,10 +142,10 @@ def _attend_block(
     q, kv_start, kv_stop = queries
     batch, length, kv_heads, groups, size = q.shape
 
-    def add_block(carry: Any, index: Array) -> Any:
+    def add_block(carry: _Running, index: Array) -> _Running:
         maximum, total, out = carry
         k_block, v_block, positions, fresh = _key_block(k, v, index, block)
-        k_block, v_block = k_block.astype(q.dtype), v_block.astype(q.dtype)  # they may be 8-bit numbers
+        k_block, v_block = k_block.astype(q.dtype), v_block.astype(q.dtype)  # from 8 bits, perhaps
         visible = _visible(kv_start, kv_stop, positions, fresh)
         scores = jnp.where(visible, _scores(q, k_block, scale), MASKED)
         new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
@@ -148,7 +154,7 @@ def _attend_block(
         values = _product("bkgts,bskh->bkgth", p.astype(v_block.dtype), v_block)
         return new_maximum, total * decay + jnp.sum(p, axis=-1), out * decay[..., None] + values
 
-    def body(carry: Any, index: Array) -> tuple[Any, None]:
+    def body(carry: _Running, index: Array) -> tuple[_Running, None]:
         seen = _any_visible(kv_start, kv_stop, index, block)
         return jax.lax.cond(seen, add_block, lambda carry, _: carry, carry, index), None
 
@@ -167,18 +173,22 @@ def _attend_block(
 
 
 _differentiable = jax.custom_vjp(_forward, nondiff_argnums=(5, 6))
+_Residuals = tuple[Array, ...]  # q, k, v, kv_start, kv_stop, out, lse
+_Gradients = tuple[Array, Array, Array]  # of queries, keys and values
 
 
 def _forward_rule(
     q: Array, k: Array, v: Array, kv_start: Array, kv_stop: Array, scale: float, blocks: BlockSizes
-) -> tuple[Any, Any]:
+) -> tuple[tuple[Array, Array], _Residuals]:
     out, lse = _forward(q, k, v, kv_start, kv_stop, scale, blocks)
     q, k, v, kept, lse = (checkpoint_name(x, RESIDUALS) for x in (q, k, v, out, lse))
     return (out, lse), (q, k, v, kv_start, kv_stop, kept, lse)
 
 
-def _backward_rule(scale: float, blocks: BlockSizes, saved: Any, cotangents: Any) -> tuple[Any, ...]:
-    q, k, v, kv_start, kv_stop, out, lse = saved
+def _backward_rule(
+    scale: float, blocks: BlockSizes, residuals: _Residuals, cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, Array, None, None]:
+    q, k, v, kv_start, kv_stop, out, lse = residuals
     d_out, d_lse = cotangents
     # With p = exp(s - lse): ds = p * (d_out . v - d_out . out + d_lse).
     offset = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
@@ -189,7 +199,7 @@ def _backward_rule(scale: float, blocks: BlockSizes, saved: Any, cotangents: Any
     rows, _, _ = split(jnp.stack([lse, offset], axis=-1), kv_start, kv_stop)
     queries = (q_blocks, d_out_blocks, rows, starts, stops)
 
-    def body(carry: Any, index: Array) -> tuple[Any, None]:
+    def body(carry: _Gradients, index: Array) -> tuple[_Gradients, None]:
         d_q, d_k, d_v = carry
         k_block, v_block, positions, fresh = _key_block(k, v, index, block)
         begin = positions[0]
@@ -207,18 +217,19 @@ def _backward_rule(scale: float, blocks: BlockSizes, saved: Any, cotangents: Any
 
 
 def _add_slice(x: Array, update: Array, begin: Array) -> Array:
-    """Adds to the slice of `x` that starts at `begin`: only the moved last block meets written keys."""
+    """`x` with `update` added from `begin` on; only the last block may find keys that are written already."""
     current = jax.lax.dynamic_slice_in_dim(x, begin, update.shape[1], axis=1)
     return jax.lax.dynamic_update_slice_in_dim(x, current + update.astype(x.dtype), begin, axis=1)
 
 
 def _backward_block(
-    carry: Any, inputs: Any, *, k: Array, v: Array, positions: Array, fresh: Array, scale: float
-) -> tuple[Any, Array]:
-    """Gradients of one block of queries against one block of keys."""
+    carry: tuple[Array, Array], inputs: tuple[Array, tuple[Array, ...]], *, k: Array, v: Array,
+    positions: Array, fresh: Array, scale: float,
+) -> tuple[tuple[Array, Array], Array]:  # fmt: skip
+    """Adds the gradients of one block of queries and one block of keys: (d_k, d_v), d_q."""
     d_q, (q, d_out, rows, kv_start, kv_stop) = inputs
 
-    def add(carry: Any, d_q: Array) -> tuple[Any, Array]:
+    def add(carry: tuple[Array, Array], d_q: Array) -> tuple[tuple[Array, Array], Array]:
         d_k, d_v = carry
         lse, offset = (jnp.einsum("btkg->bkgt", rows[..., i])[..., None] for i in range(2))
         visible = _visible(kv_start, kv_stop, positions, fresh)

@@ -1,7 +1,8 @@
-"""Cross-attention over frames that are spread over devices, merged exactly by log-sum-exp.
+"""Cross-attention to frames that are sharded over devices, merged exactly by log-sum-exp.
 
-Each device reads its own frames' keys; what travels is one output and one log-sum-exp a query and head,
-never a key. Cheaper than a ring whenever there are fewer queries than keys, which is the point here.
+Each device reads the keys of its own frames. One output and one log-sum-exp per query and head cross between
+devices, and never a key. That is cheaper than ring attention where there are fewer queries than keys, as
+here.
 """
 
 import functools
@@ -26,10 +27,10 @@ def context_parallel_attention(
     backend: AttentionBackend,
     rules: AxisRules | None,
 ) -> Float[Array, "b t n h"]:
-    """Attention of each query over the first `kv_stop` of the F*P keys (None: all), or of one for a row.
+    """Attention of each query over the first `kv_stop` of the F*P keys; arguments as of `attention`.
 
-    With `act_context` on more than one device and F divisible by their number, each device handles its
-    own frames and the results are merged in float32; otherwise it is plain `attention`.
+    With `act_context` on several devices whose number divides F, each device handles its own frames and the
+    results are merged in float32. Otherwise this is `attention`.
     """
     shards = num_shards(rules, "act_context")
     if rules is None or shards == 1 or k.shape[1] % shards:
@@ -56,7 +57,7 @@ def context_parallel_attention(
 def _attend_local(
     q: Array, k: Array, v: Array, kv_stop: Array, *, axis: str | tuple[str, ...]
 ) -> Float[Array, "b t n h"]:
-    """What one device does: attention over its own keys, then the merge over `axis`."""
+    """Attention over the keys of one device, then the merge over the mesh axes `axis`."""
     k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v))
     stop = jnp.clip(kv_stop - jax.lax.axis_index(axis) * k.shape[1], 0, k.shape[1])
     out, lse = blockwise_attention(q, k, v, jnp.zeros_like(stop), stop, q.shape[-1] ** -0.5)

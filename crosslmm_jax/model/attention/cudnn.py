@@ -1,15 +1,18 @@
-"""cuDNN's fused attention: one length of keys a row, and enough blocks for a whole GPU.
+"""cuDNN's fused attention: one number of keys per row, and split-K where the GPU would not be full.
 
-cuDNN cuts work into blocks of 128 queries of one head, and a block reads all keys. The text of a prompt, 64
-queries of 12 heads over the 186,624 tokens of 256 frames, is 12 blocks: on one H200 (132 multiprocessors)
-2.2 ms, where a trial with keys in 18 parts took 0.19. Where blocks do not fill the GPU, keys are cut too, and
-the parts are merged by their log-sum-exp, exactly. Queries that share a key head are put one behind the other
-first, which makes the blocks full. Only without gradients: a backward pass has a block for every 128 keys.
+cuDNN divides the work into blocks: 128 queries of one head, which read all keys. The text of a prompt, 64
+queries of 12 heads over the 186,624 tokens of 256 frames, is 12 blocks. On one H200 with its 132
+multiprocessors that takes 2.2 ms; with the keys in 18 splits, a trial took 0.19 ms. So where blocks do not
+fill the GPU, the keys are split too, and the partial results are merged exactly by their log-sum-exp. The
+queries that share a key head are first joined into one longer query, which fills the blocks.
+
+Gradients need no splits: a backward pass has one block per 128 keys.
 """
 
 import functools
 import math
-from typing import Any, Literal, cast
+from collections.abc import Callable
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +22,31 @@ from jaxtyping import Array, Float, Int
 
 from crosslmm_jax.model.attention.blockwise import MASKED, RESIDUALS, block_sizes, blockwise_attention
 
-# Implementation of the fused attention; tests put "xla" in its place, since CPUs have no cuDNN.
-FUSED: Literal["cudnn", "xla"] = "cudnn"
-BLOCK = 128  # queries that cuDNN handles at once
-MULTIPROCESSORS = 132  # of a GPU that does not say how many it has: Hopper's
-FEWEST_KEYS = 512  # of a part
-MOST_PARTS = 128
-PART_COST = 1024  # keys that could be read in the time that a part takes to begin and end
-WORTHWHILE = 0.95  # of the time without parts
+# Implementation of `jax.nn.dot_product_attention`. Tests use "xla", since CPUs have no cuDNN.
+IMPLEMENTATION: Literal["cudnn", "xla"] = "cudnn"
+QUERY_BLOCK = 128  # queries of one block
+MULTIPROCESSORS = 132  # of Hopper; for GPUs that do not say how many they have
+MIN_KEYS_PER_SPLIT = 512
+MAX_SPLITS = 128
+SPLIT_COST = 1024  # keys that could be read in the time that a split takes to begin and end
+MAX_SPLIT_TIME = 0.95  # of the time without splits; above, splits are not worthwhile
+
+# From the gradient of the output to the gradients of queries, keys and values; a pytree of residuals.
+Backward = Callable[[Array], tuple[Array, Array, Array]]
 
 
-def is_applicable(q: Array) -> bool:
-    """Whether cuDNN takes queries float[B, T, N, H] of this dtype and head size."""
-    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
+def is_applicable(q: Array, kv_start: Array | None) -> bool:
+    """Whether cuDNN takes these queries float[B, T, N, H] and these ranges."""
+    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and kv_start is None
+
+
+def check(q: Array, kv_start: Array | None) -> None:
+    """Raises a `ValueError` where cuDNN is not applicable."""
+    if not is_applicable(q, kv_start):
+        raise ValueError(
+            "attention backend 'cudnn' needs bfloat16 or float16, a head size divisible by 8 and no kv_start;"
+            f" got {q.dtype}, head size {q.shape[-1]}; use 'auto' or 'blockwise'"
+        )
 
 
 def cudnn_attention(
@@ -44,55 +59,55 @@ def cudnn_attention(
 ) -> Float[Array, "b t n h"]:
     """Attention of each query over its first `kv_stop` keys; arguments as of `attention`.
 
-    Rows in which every query reads either nothing or the same keys (one medium in the row, the common case)
-    run on cuDNN; others run blockwise. Which it is, is decided on the device, but for lengths given by row.
+    Rows in which every query reads either nothing or the same keys run on cuDNN. That is the common case: one
+    medium per row. Other rows run blockwise. The device decides, except for a `kv_stop` given per row.
     """
     if kv_stop is None:
         return _fused(q, k, v, None, causal)
     stop, longest = jnp.asarray(kv_stop), jnp.max(kv_stop, axis=1)
-    known = isinstance(kv_stop, np.ndarray) and kv_stop.min() > 0  # no query without keys
+    all_read_some = isinstance(kv_stop, np.ndarray) and kv_stop.min() > 0
 
-    def whole(q: Array, k: Array, v: Array) -> Array:
+    def all_keys(q: Array, k: Array, v: Array) -> Array:
         return _fused(q, k, v, None, False)
 
-    def by_length(q: Array, k: Array, v: Array) -> Array:
-        # A length of 0 is not defined for every cuDNN version; such rows are zeroed below.
+    def same_for_row(q: Array, k: Array, v: Array) -> Array:
+        # Not every cuDNN version defines a length of 0; such rows are zeroed below.
         out = cast(Array, _fused(q, k, v, jnp.maximum(longest, 1), False))
-        return out if known else jnp.where((stop > 0)[:, :, None, None], out, 0)
+        return out if all_read_some else jnp.where((stop > 0)[:, :, None, None], out, 0)
 
     if stop.shape[1] == 1:
-        return by_length(q, k, v)
+        return same_for_row(q, k, v)
 
     def by_query(q: Array, k: Array, v: Array) -> Array:
         start, scale = jnp.zeros_like(stop), q.shape[-1] ** -0.5
         return blockwise_attention(q, k, v, start, stop, scale, block_sizes(q))[0]
 
-    # Without lengths cuDNN is a tenth faster.
+    # Without lengths cuDNN takes a tenth less time.
     is_whole = jnp.all(stop == k.shape[1])
     is_uniform = jnp.all((stop == 0) | (stop == longest[:, None]))
     chosen = jnp.where(is_whole, 0, jnp.where(is_uniform, 1, 2))
-    return jax.lax.switch(chosen, (whole, by_length, by_query), q, k, v)
+    return jax.lax.switch(chosen, (all_keys, same_for_row, by_query), q, k, v)
 
 
 def _call(q: Array, k: Array, v: Array, lengths: Array | None, causal: bool = False) -> Array:
     return jax.nn.dot_product_attention(
-        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation=FUSED
+        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation=IMPLEMENTATION
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _fused(q: Array, k: Array, v: Array, lengths: Array | None, causal: bool) -> Array:
-    """cuDNN over the first `lengths` keys of each row (all keys without).
+    """cuDNN over the first `lengths` keys of each row, or over all keys.
 
-    Its backward pass takes even lengths only, and an encoder with 27 x 27 patches has odd ones: only where
-    gradients are asked for, queries and keys are padded by one.
+    Only the rules for gradients below pad queries and keys to even lengths: cuDNN's backward pass takes no
+    other, and an encoder with 27 x 27 patches has odd ones.
     """
-    parts = 0 if causal else best_parts(q.shape, k.shape)
-    return split_attention(q, k, v, lengths, parts)[0] if parts else _call(q, k, v, lengths, causal)
+    splits = 0 if causal else best_num_splits(q.shape, k.shape)
+    return split_attention(q, k, v, lengths, splits)[0] if splits else _call(q, k, v, lengths, causal)
 
 
 def _fused_even(q: Array, k: Array, v: Array, lengths: Array | None, causal: bool) -> Array:
-    """`_fused` on even lengths: what is padded is read by no query, and dropped."""
+    """`_call` on even lengths. No query reads the padded key, and the padded query is dropped."""
     length, odd_keys = q.shape[1], k.shape[1] % 2
     if odd_keys and not causal and lengths is None:
         lengths = jnp.full((q.shape[0],), k.shape[1], jnp.int32)
@@ -105,45 +120,48 @@ def _padded(x: Array, count: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, count), (0, 0), (0, 0))) if count else x
 
 
-def fused_forward(q: Array, k: Array, v: Array, lengths: Array | None, causal: bool) -> tuple[Array, Any]:
-    """Output, and what `fused_backward` needs."""
+def fused_forward(
+    q: Array, k: Array, v: Array, lengths: Array | None, causal: bool
+) -> tuple[Array, Backward]:
+    """The output, and the residuals of `fused_backward`."""
     out, backward = jax.vjp(lambda q, k, v: _fused_even(q, k, v, lengths, causal), q, k, v)
     return out, jax.tree.map(lambda x: checkpoint_name(x, RESIDUALS), backward)
 
 
-def fused_backward(causal: bool, backward: Any, d_out: Array) -> tuple[Any, ...]:
-    """Gradients of queries, keys, values and (None) lengths."""
+def fused_backward(causal: bool, backward: Backward, d_out: Array) -> tuple[Array, Array, Array, None]:
+    """Gradients of queries, keys and values, and None for the lengths."""
     return (*backward(d_out), None)
 
 
 _fused.defvjp(fused_forward, fused_backward)
 
 
-def best_parts(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> int:
-    """Parts of equal size to cut keys into, or 0 for cuDNN as it is, by the blocks that the GPU runs at once.
+def best_num_splits(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> int:
+    """Number of equal splits of the keys, or 0 to call cuDNN as it is.
 
-    Time is taken as rounds of blocks on all multiprocessors, times the keys of a block and `PART_COST`. Parts
-    are of even size where keys are even, since odd ones are copied (`_with_log_sum_exp`). Shapes are those of
-    the whole batch: where it is spread over devices, a device has fewer blocks and may be left emptier.
+    The time is estimated as rounds of blocks on all multiprocessors, times the keys of a block plus
+    `SPLIT_COST`. Where the number of keys is even, only splits of even length are considered, since
+    `_with_log_sum_exp` copies odd ones. The shapes are of the whole batch: where it is sharded, a device has
+    fewer blocks and may be filled less.
     """
     batch, length, heads, _ = q_shape
     keys, kv_heads = k_shape[1], k_shape[2]
     at_once = multiprocessors()
 
-    def time(rows: int, queries: int, parts: int) -> float:
-        blocks = batch * rows * math.ceil(queries / BLOCK) * parts
-        return math.ceil(blocks / at_once) * (keys / parts + PART_COST)
+    def time(rows: int, queries: int, splits: int) -> float:
+        blocks = batch * rows * math.ceil(queries / QUERY_BLOCK) * splits
+        return math.ceil(blocks / at_once) * (keys / splits + SPLIT_COST)
 
-    most = min(keys // FEWEST_KEYS, MOST_PARTS)
+    most = min(keys // MIN_KEYS_PER_SPLIT, MAX_SPLITS)
     step = 2 if keys % 2 == 0 else 1
-    choices = [parts for parts in range(1, most + 1) if keys % (step * parts) == 0]
-    folded = functools.partial(time, kv_heads, heads // kv_heads * length)
-    best = min(choices, key=folded, default=0)
-    return best if best and folded(best) < WORTHWHILE * time(heads, length, 1) else 0
+    choices = [splits for splits in range(1, most + 1) if keys % (step * splits) == 0]
+    joined = functools.partial(time, kv_heads, heads // kv_heads * length)
+    best = min(choices, key=joined, default=0)
+    return best if best and joined(best) < MAX_SPLIT_TIME * time(heads, length, 1) else 0
 
 
 def multiprocessors() -> int:
-    """Of the GPU."""
+    """Multiprocessors of the GPU."""
     return getattr(jax.local_devices()[0], "core_count", None) or MULTIPROCESSORS
 
 
@@ -152,16 +170,16 @@ def split_attention(
     k: Float[Array, "b s k h"],
     v: Float[Array, "b s k h"],
     lengths: Int[Array, " b"] | None,
-    parts: int,
+    splits: int,
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t n"]]:
-    """cuDNN over `parts` equal parts of the keys, as rows of one call, merged in float32.
+    """Split-K attention: cuDNN over equal splits of the keys, as rows of one call, merged in float32.
 
     Args:
       q: float[B, T, N, H].
-      k: float[B, S, K, H]; S is a multiple of `parts`.
+      k: float[B, S, K, H]; S is a multiple of `splits`.
       v: float[B, S, K, H].
-      lengths: int32[B] from 1, keys of a row that are read; None: all.
-      parts: how many.
+      lengths: int32[B], number of keys that each row reads, at least 1; None: all.
+      splits: number of splits.
 
     Returns:
       float[B, T, N, H] in the dtype of `q`, and float32[B, T, N] log-sum-exp. Neither is differentiable.
@@ -170,15 +188,15 @@ def split_attention(
     keys, kv_heads = k.shape[1], k.shape[2]
     q = q.reshape(batch, length, kv_heads, -1, size)
     q = jnp.einsum("btkgh->bgtkh", q).reshape(batch, 1, -1, kv_heads, size)
-    q = jnp.broadcast_to(q, (batch, parts, *q.shape[2:])).reshape(batch * parts, -1, kv_heads, size)
-    k, v = (x.reshape(batch * parts, keys // parts, kv_heads, size) for x in (k, v))
+    q = jnp.broadcast_to(q, (batch, splits, *q.shape[2:])).reshape(batch * splits, -1, kv_heads, size)
+    k, v = (x.reshape(batch * splits, keys // splits, kv_heads, size) for x in (k, v))
     if lengths is not None:
-        begins = jnp.arange(parts) * (keys // parts)
-        lengths = jnp.clip(lengths[:, None] - begins, 0, keys // parts).reshape(-1)
+        begins = jnp.arange(splits) * (keys // splits)
+        lengths = jnp.clip(lengths[:, None] - begins, 0, keys // splits).reshape(-1)
     out, lse = _with_log_sum_exp(q, k, v, None if lengths is None else jnp.maximum(lengths, 1))
     if lengths is not None:
         lse = jnp.where(lengths[:, None, None] > 0, lse, MASKED)
-    out, lse = (x.reshape(batch, parts, *x.shape[1:]) for x in (out, lse))
+    out, lse = (x.reshape(batch, splits, *x.shape[1:]) for x in (out, lse))
     total = jax.nn.logsumexp(lse, axis=1)
     weight = jnp.exp(lse - total[:, None])[..., None]
     out = jnp.sum(weight * out.astype(jnp.float32), axis=1).astype(q.dtype)
@@ -191,13 +209,14 @@ def split_attention(
 def _with_log_sum_exp(q: Array, k: Array, v: Array, lengths: Array | None) -> tuple[Array, Array]:
     """Attention, and float32[B, T, N] log-sum-exp of its scores.
 
-    The log-sum-exp that `jax.nn.dot_product_attention` returns is rounded to the dtype of the queries, by up
-    to 3% of a weight. What it keeps for the backward pass is not: the one float32 array [B, N, T].
+    `jax.nn.dot_product_attention` rounds the log-sum-exp that it returns to the dtype of the queries, which
+    moves weights by up to 3%. The residual of its backward pass is not rounded: the one float32 array
+    [B, N, T].
     """
     length, odd_keys = q.shape[1], k.shape[1] % 2
     if odd_keys and lengths is None:
         lengths = jnp.full((q.shape[0],), k.shape[1], jnp.int32)
-    # As for a backward pass, lengths are to be even.
+    # Asking for residuals, like a backward pass, needs even lengths.
     q, k, v = _padded(q, length % 2), _padded(k, odd_keys), _padded(v, odd_keys)
     out, backward = jax.vjp(lambda q: _call(q, k, v, lengths), q)
     shape = (q.shape[0], q.shape[2], q.shape[1])

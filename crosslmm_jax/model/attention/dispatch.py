@@ -1,13 +1,19 @@
-"""One attention function, several backends, one kind of mask: each query reads a range of keys.
+"""One attention function with several backends.
 
-A range a query says all that this model needs: everything (encoder), up to itself (decoder), the frames of
-its own and earlier media (cross-attention), the frames around its own (V2V in a window). It costs two
-integers a query where a mask would cost T x S.
+Every query reads one range of keys. That expresses all that this model needs, at two integers per query
+instead of a mask of T x S:
+
+| use | keys that a query reads |
+|---|---|
+| encoder | all |
+| decoder | the ones up to its own position |
+| cross-attention | the frames of its own and of earlier media |
+| V2V with a window | the frames around its own |
 """
 
 import logging
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +27,21 @@ from crosslmm_jax.model.params.partitioning import AxisRules, map_devices
 
 logger = logging.getLogger(__name__)
 
-Backend = AttentionBackend | Literal["mosaic"]  # which is no choice for a model: its decoder cannot take it
+Backend = AttentionBackend | Literal["mosaic"]  # no config offers "mosaic": the decoder's heads do not fit it
 
-# Scores up to this size are simply held on a CPU or TPU: several times faster to run and to compile.
+# On a CPU or TPU, scores up to this size are held at once: several times faster to run and to compile.
 SMALL_SCORE_BYTES = 32 * 2**20
-# Up to this many queries, reading keys once is all the work of a GPU or TPU: two plain products and a softmax
-# over scores of up to this many bytes.
+# A GPU or TPU spends its time reading keys when there are so few queries. Two matrix products and a softmax
+# then read them once, as long as the scores take no more than this many bytes.
 DECODE_QUERIES, DECODE_SCORE_BYTES = 8, 2**30
-# From this size of keys and values on, cuDNN in parts is faster than these on a GPU. On one H200, a query
-# over 256 frames: 0.068 instead of 0.099 ms (2B, 191 MB), 0.114 instead of 0.149 (7B, 382 MB); over 32 frames
-# of 7B (48 MB) 0.06 both.
-FUSED_DECODE_BYTES = 2**26
-SUM_PARTS = 64
+# With at least this many bytes of keys and values per row, split-K cuDNN is faster on a GPU. Milliseconds of
+# one query on one H200:
+#                             plain   cuDNN
+#   2B, 256 frames (191 MB)   0.099   0.068
+#   7B, 256 frames (382 MB)   0.149   0.114
+#   7B, 32 frames (48 MB)     0.06    0.06
+SPLIT_DECODE_BYTES = 2**26
+VALUE_SPLITS = 64
 
 
 def attention(
@@ -49,20 +58,28 @@ def attention(
 ) -> Float[Array, "b t n h"]:
     """Softmax attention with grouped heads; a query that may read no key gets exactly 0.
 
+    | backend | platform | "auto" takes it for | what it cannot do |
+    |---|---|---|---|
+    | `reference` | all | scores up to 32 MiB, not on a GPU | long sequences: it holds all scores |
+    | `plain` | all | GPU, TPU: up to 8 queries | likewise |
+    | `blockwise` | all | all that the others leave | - |
+    | `cudnn` | GPU | all that it can do | float32, `kv_start`, head sizes that 8 does not divide |
+    | `mosaic` | Hopper GPU | heads of 72 or 80, as SigLIP2's | grouped heads; ranges not known beforehand |
+    | `splash` | TPU | 128 rows or more (T * N / K) | `kv_start` with more than 65,535 keys |
+
     Args:
       q: float[B, T, N, H], queries.
-      k: float[B, S, K, H], keys; query head n reads key head n // (N / K). May be 8-bit numbers, whose
-        scales are the caller's: they become as wide as queries when they are read, by `blockwise` in parts.
+      k: float[B, S, K, H], keys; query head n reads key head n // (N / K). May have an 8-bit dtype, whose
+        scales the caller applies. They are converted to the dtype of `q` when they are read, by `blockwise`
+        block by block.
       v: float[B, S, K, H], values; likewise.
       causal: query t reads keys 0..t (T = S). Excludes `kv_start` and `kv_stop`.
-      kv_start: int32[B, T], first key a query reads (default 0).
-      kv_stop: int32[B, T], one past the last key a query reads (default S); [B, 1] for all queries of a row,
-        by numpy if it is known.
-      backend: "auto" takes `mosaic` on a GPU where it applies, else cuDNN where that does, splash on a TPU,
-        `plain` on both for up to 8 queries (but for very many keys); `blockwise` for many keys, `reference`
-        elsewhere.
-      rules: logical axes, for the backends that the compiler cannot spread over devices: splash and mosaic.
-        None, one device: only there "auto" takes cuDNN for up to 8 queries.
+      kv_start: int32[B, T], first key that a query reads (default 0).
+      kv_stop: int32[B, T], one past the last key that a query reads (default S). [B, 1] holds for all queries
+        of a row; as a numpy array it is known at compile time.
+      backend: one of the table, or "auto".
+      rules: logical axis -> mesh axes, for the kernels that the compiler cannot shard (splash, mosaic).
+        None on one device; only then does "auto" take cuDNN for up to 8 queries.
       axes: logical axes of the batch and of the heads.
 
     Returns:
@@ -73,17 +90,20 @@ def attention(
         not apply.
     """
     if causal and (kv_start is not None or kv_stop is not None or q.shape[1] != k.shape[1]):
-        raise ValueError("causal attention takes as many keys as queries, and no ranges")
-    chosen = _choose(backend, q, k, kv_start, kv_stop, rules, causal=causal, axes=axes)
+        raise ValueError("causal attention takes as many keys as queries, and no kv_start or kv_stop")
+    if backend == "auto":
+        chosen = _choose(q, k, kv_start, kv_stop, rules, causal=causal, axes=axes)
+    else:
+        chosen = backend
     logger.debug("attention of %s over %s keys: %s", q.shape, k.shape[1], chosen)
     if chosen == "mosaic":
         return mosaic.mosaic_attention(q, k, v, kv_start, kv_stop, causal=causal, rules=rules, axes=axes)
-    if chosen in ("cudnn", "splash"):
-        k, v = k.astype(q.dtype), v.astype(q.dtype)
     if chosen == "cudnn":
-        return cudnn.cudnn_attention(q, k, v, causal=causal, kv_stop=kv_stop)
+        cudnn.check(q, kv_start)
+        return cudnn.cudnn_attention(q, k.astype(q.dtype), v.astype(q.dtype), causal=causal, kv_stop=kv_stop)
     kv_stop = None if kv_stop is None else jnp.broadcast_to(kv_stop, q.shape[:2])
     if chosen == "splash":
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
         stop = _ranges(q, k, causal=True, kv_start=None, kv_stop=None)[1] if causal else kv_stop
         return map_devices(splash.splash_attention, q, k, v, kv_start, stop, rules=rules, axes=axes)
     start, stop = _ranges(q, k, causal=causal, kv_start=kv_start, kv_stop=kv_stop)
@@ -95,49 +115,48 @@ def attention(
 
 
 def _choose(
-    backend: Backend, q: Array, k: Array, kv_start: Array | None, kv_stop: Any = None,
+    q: Array, k: Array, kv_start: Array | None, kv_stop: Array | np.ndarray | None = None,
     rules: AxisRules | None = None, *, causal: bool = False,
     axes: tuple[str, str | None] = ("act_batch", "act_heads"),
 ) -> Backend:  # fmt: skip
-    applies = cudnn.is_applicable(q) and kv_start is None
-    if backend == "cudnn" and not applies:
-        raise ValueError(
-            "attention backend 'cudnn' needs bfloat16 or float16, a head size divisible by 8 and no kv_start;"
-            f" got {q.dtype}, head size {q.shape[-1]}; use 'auto' or 'blockwise'"
-        )
-    if backend == "splash":
-        splash.check(k.shape[1], kv_start)
-    if backend != "auto":
-        return backend
-    platform = jax.default_backend()
+    """The backend of "auto": the first rule that holds for the platform and the shapes."""
     batch, length, heads, _ = q.shape
     score_bytes = batch * length * heads * k.shape[1] * 4
-    if platform in ("gpu", "tpu") and length <= DECODE_QUERIES:
-        if platform == "gpu" and applies and rules is None and _is_long_decode(q, k, kv_stop):
+    is_decode = length <= DECODE_QUERIES
+    platform = jax.default_backend()
+    if platform == "gpu":
+        fused = cudnn.is_applicable(q, kv_start)
+        # Very many keys: split-K fills the GPU and is faster, by the table above.
+        if is_decode and fused and rules is None and _is_long_decode(q, k, kv_stop):
             return "cudnn"
-        if score_bytes <= DECODE_SCORE_BYTES:
+        # Few queries: reading the keys is all the work, and matrix products do it once.
+        if is_decode and score_bytes <= DECODE_SCORE_BYTES:
             return "plain"
-    if platform != "gpu" and score_bytes <= SMALL_SCORE_BYTES:
+        # cuDNN computes heads of 72 as if they had 128 columns.
+        if fused and mosaic.is_applicable(q, k, kv_start, kv_stop, causal=causal, rules=rules, axes=axes):
+            return "mosaic"
+        return "cudnn" if fused else "blockwise"
+    if platform == "tpu" and is_decode and score_bytes <= DECODE_SCORE_BYTES:
+        return "plain"
+    # Small scores: faster to run and to compile than anything that works by blocks.
+    if score_bytes <= SMALL_SCORE_BYTES:
         return "reference"
-    if platform == "tpu":
-        return "splash" if splash.is_worthwhile(q, k, kv_start) else "blockwise"
-    if platform == "gpu" and applies:
-        takes = mosaic.is_applicable(q, k, kv_start, kv_stop, causal=causal, rules=rules, axes=axes)
-        return "mosaic" if takes else "cudnn"
-    return "blockwise"
+    # Splash, unless its smallest block would be mostly padding.
+    return "splash" if platform == "tpu" and splash.is_worthwhile(q, k, kv_start) else "blockwise"
 
 
-def _is_long_decode(q: Array, k: Array, kv_stop: Any) -> bool:
-    """Whether keys and values of a row are as many as cuDNN reads faster, as they lie: odd ones it copies."""
-    alike = kv_stop is None or kv_stop.shape[1] == 1
+def _is_long_decode(q: Array, k: Array, kv_stop: Array | np.ndarray | None) -> bool:
+    """Whether split-K cuDNN reads these keys and values faster, and where they lie: it copies odd lengths."""
+    same_for_row = kv_stop is None or kv_stop.shape[1] == 1
     row_bytes = 2 * k.size // k.shape[0] * k.dtype.itemsize
-    return alike and k.dtype == q.dtype and k.shape[1] % 2 == 0 and row_bytes >= FUSED_DECODE_BYTES
+    is_long = k.shape[1] % 2 == 0 and row_bytes >= SPLIT_DECODE_BYTES
+    return same_for_row and k.dtype == q.dtype and is_long
 
 
 def _ranges(
     q: Array, k: Array, *, causal: bool, kv_start: Array | None, kv_stop: Array | None
 ) -> tuple[Array, Array]:
-    """The range of keys of every query, spelled out."""
+    """int32[B, T] first key of every query, and one past its last."""
     shape = q.shape[:2]
     if causal:
         kv_stop = jnp.broadcast_to(jnp.arange(1, shape[1] + 1, dtype=jnp.int32), shape)
@@ -151,7 +170,7 @@ def _ranges(
 def reference_attention(
     q: Array, k: Array, v: Array, kv_start: Array, kv_stop: Array
 ) -> Float[Array, "b t n h"]:
-    """The definition, in float32, every score held at once: what the other backends are tested against."""
+    """The definition, in float32 and with all scores held at once. Tests compare the other backends to it."""
     batch, length, heads, size = q.shape
     q32 = q.astype(jnp.float32).reshape(batch, length, k.shape[2], -1, size)
     scores = jnp.einsum("btkgh,bskh->bkgts", q32, k.astype(jnp.float32), precision="highest") * size**-0.5
@@ -165,21 +184,22 @@ def reference_attention(
 
 
 def plain_attention(q: Array, k: Array, v: Array, kv_start: Array, kv_stop: Array) -> Float[Array, "b t n h"]:
-    """Products in the inputs' dtype, every score held in float32: for a few queries, as in decoding.
+    """Attention of a few queries, as in decoding: products in the dtype of `q`, all scores held in float32.
 
-    All queries of a row meet the keys of all heads in one product, [T*N, K*H] by [K*H, S]: a query is zero
-    outside its own head's columns, and of its values only those of its own head are kept. That multiplies
-    more, but reads keys and values once and where they lie; by head, XLA first copies them in another order.
+    One product of [T*N, K*H] by [K*H, S] scores all queries of a row against the keys of all heads: a query
+    is zero outside the columns of its key head, and of its output only these columns are kept. That is more
+    arithmetic, but keys and values are read once and where they lie. With one product per head, XLA would
+    first copy them in another order.
     """
     if k.dtype != q.dtype:
-        # 8-bit keys are the same for all generated tokens: not tied to a query, they would be made wide once
-        # and for all before the first, and then read at that width.
+        # The barrier ties 8-bit keys to the queries. No generated token changes them, so XLA would otherwise
+        # convert them once, before the loop over tokens, and every token would read the wide copy.
         q, k, v = jax.lax.optimization_barrier((q, k, v))
         k, v = k.astype(q.dtype), v.astype(q.dtype)
     batch, length, heads, size = q.shape
     kv_heads, keys = k.shape[2], k.shape[1]
-    own = jnp.repeat(jnp.eye(kv_heads, dtype=q.dtype), heads // kv_heads, axis=0)  # [N, K]
-    wide = jnp.einsum("btnh,nk->btnkh", q, own).reshape(batch, length * heads, kv_heads * size)
+    key_head = jnp.repeat(jnp.eye(kv_heads, dtype=q.dtype), heads // kv_heads, axis=0)  # [N, K], one-hot
+    wide = jnp.einsum("btnh,nk->btnkh", q, key_head).reshape(batch, length * heads, kv_heads * size)
     scores = jnp.einsum(
         "bqw,bsw->bqs", wide, k.reshape(batch, keys, -1), preferred_element_type=jnp.float32
     ).reshape(batch, length, heads, keys)
@@ -189,10 +209,10 @@ def plain_attention(q: Array, k: Array, v: Array, kv_start: Array, kv_stop: Arra
     p = jnp.where(visible, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0.0)
     total = jnp.sum(p, axis=-1, keepdims=True)
     p = p / jnp.where(total > 0, total, 1.0)
-    # Many keys are summed in parts: a GPU would otherwise pad, and so copy, all values to split them itself.
-    parts = math.gcd(keys, SUM_PARTS)
-    p = p.astype(v.dtype).reshape(batch, length * heads, parts, -1)
-    v = v.reshape(batch, parts, keys // parts, -1)
+    # The sum over many keys is split here: XLA would split it too on a GPU, but pad and so copy all values.
+    splits = math.gcd(keys, VALUE_SPLITS)
+    p = p.astype(v.dtype).reshape(batch, length * heads, splits, -1)
+    v = v.reshape(batch, splits, keys // splits, -1)
     out = jnp.sum(jnp.einsum("bqcs,bcsw->bcqw", p, v, preferred_element_type=jnp.float32), axis=1)
     out = out.reshape(batch, length, heads, kv_heads, size)
-    return jnp.einsum("btnkh,nk->btnh", out, own.astype(jnp.float32)).astype(q.dtype)
+    return jnp.einsum("btnkh,nk->btnh", out, key_head.astype(jnp.float32)).astype(q.dtype)

@@ -1,21 +1,26 @@
-"""The kernel behind `mosaic`: attention over all keys for heads of 72 or 80 columns, for Hopper's GPUs.
+"""The kernel of `mosaic`: attention over all keys for heads of 72 or 80 columns, for Hopper GPUs.
 
-Tensor cores take columns by 16, so that 72 become 80: the hardware that fetches blocks of an array fills what
-lies outside of it with zeros, and drops it when it stores. A block of threads has three warpgroups that
-compute, with 64 queries each, and one that fetches for them. There are as many blocks as multiprocessors, and
-each goes from item to item: 192 queries of one head of one row. While one warpgroup takes exponentials, the
-others keep the tensor cores busy; and the first half of its weights meets the values while it makes the rest.
+Layout of the work:
 
-Written in Mosaic GPU, the layer that Pallas has on these GPUs: Pallas itself fetches whole tiles only. The
-softmax with running maxima is that of FlashAttention (arXiv 2205.14135), in powers of 2; the division of
-labour is that of FlashAttention-3 (arXiv 2407.08608).
+- Tensor cores take columns by 16, so that 72 become 80. The hardware that copies blocks of an array fills
+  what lies outside of it with zeros, and drops it when it stores.
+- A thread block has three consumer warpgroups with 64 queries each, and one producer warpgroup that fetches.
+- There are as many thread blocks as multiprocessors. Each loops over items: 192 queries of one head and row.
+- While one warpgroup computes exponentials, the others keep the tensor cores busy. Within a warpgroup, the
+  first half of the weights is multiplied with the values while the second half is computed.
+
+Written in Mosaic GPU, the layer below Pallas on these GPUs: Pallas itself fetches only whole tiles. The
+softmax with running maxima is FlashAttention's (arXiv 2205.14135), in powers of 2. Producer and consumers are
+FlashAttention-3's (arXiv 2407.08608).
 """
+
+from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,34 +29,41 @@ from jax.interpreters import mlir
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, nvvm, scf
 
-ROWS = 64  # queries of a warpgroup
-WARPGROUPS = 3  # that compute
-BLOCK = 128  # keys at once
+ROWS = 64  # queries of a consumer warpgroup
+CONSUMERS = 3  # warpgroups
+KEY_BLOCK = 128  # keys of one step
 STAGES = 2  # blocks of keys, and of queries, in shared memory
-# Of 65,536: three warpgroups with many, one with few.
-REGISTERS, REGISTERS_TO_FETCH = 160, 24
-# Columns are kept in pieces: the wide one in rows of 128 bytes, the others in rows of 32.
+# Registers per thread, of 65,536 in all: many for the consumers, few for the producer.
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 160, 24
+# Columns are kept in pieces: the wide one in rows of 128 bytes, the narrow ones in rows of 32.
 WIDE, NARROW = 64, 16
 COLUMNS = 80
 SWIZZLE_WIDE, SWIZZLE_NARROW = 128, 32
-PIECES = ((0, WIDE, SWIZZLE_WIDE), (WIDE, NARROW, SWIZZLE_NARROW))
-LOWEST = -1e30
-ALIGNMENT, MOST_BYTES = 1024, 227 * 1024  # bytes, of what is swizzled, and of shared memory
+PIECES = ((0, WIDE, SWIZZLE_WIDE), (WIDE, NARROW, SWIZZLE_NARROW))  # first column, columns, swizzle
+MASKED = -1e30  # score of a key that is not read
+ALIGNMENT, MAX_SHARED_BYTES = 1024, 227 * 1024  # of swizzled buffers, and of shared memory
+
+Pieces = Sequence[tuple[int, int, int]]
+Value = ir.Value  # a scalar, or a reference to memory
+Registers = mgpu.FragmentedArray  # an array in the registers of a warpgroup
+Carry = TypeVar("Carry")
+# Running maxima [64], sums [64, 8] and outputs [64, 80] of a consumer's queries.
+Running = tuple[Registers, Registers, Registers]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Shapes of one kernel.
+class KernelShape:
+    """Sizes of one kernel.
 
     Attributes:
       batch: rows.
-      queries: of a row.
-      keys: of a row.
-      heads: of queries, keys and values alike.
-      size: of a head, from 72 to 80 and divisible by 8.
+      queries: queries of a row.
+      keys: keys of a row.
+      heads: heads of queries, keys and values alike.
+      size: head size, from 72 to 80 and divisible by 8.
       read: keys of a row that are read, the first ones.
       dtype: bfloat16 or float16.
-      blocks: of threads at most, one a multiprocessor.
+      blocks: largest number of thread blocks, one per multiprocessor.
     """
 
     batch: int
@@ -66,147 +78,155 @@ class Plan:
     @property
     def query_blocks(self) -> int:
         """Items of a head."""
-        return -(-self.queries // (ROWS * WARPGROUPS))
+        return -(-self.queries // (ROWS * CONSUMERS))
 
     @property
     def items(self) -> int:
-        """Of all rows and heads."""
+        """Items of all rows and heads."""
         return self.batch * self.heads * self.query_blocks
 
     @property
     def grid(self) -> int:
-        """Blocks of threads."""
+        """Thread blocks."""
         return min(self.blocks, self.items)
 
     @property
     def key_blocks(self) -> tuple[int, int]:
-        """Whole ones, and keys of the last one."""
-        return divmod(self.read, BLOCK)
+        """Whole blocks of keys, and keys of the last one."""
+        return divmod(self.read, KEY_BLOCK)
 
     @property
     def steps(self) -> int:
         """Blocks of keys of an item."""
-        return -(-self.read // BLOCK)
+        return -(-self.read // KEY_BLOCK)
+
+
+# Within `build` a shape, a barrier or a dict of them; within the kernel what Mosaic GPU makes of it.
+Buffer = Any
 
 
 class _Memory(NamedTuple):
-    """Shared memory of a block of threads. Buffers lie in this order, each at a multiple of `ALIGNMENT`."""
+    """Shared memory of a thread block. Buffers lie in this order, each at a multiple of `ALIGNMENT`."""
 
-    queries: Any  # by piece of columns: [STAGES, WARPGROUPS, 64, columns]
-    keys: Any  # by piece: [STAGES, BLOCK, columns]
-    values: Any  # [STAGES, pieces, BLOCK, 16]
-    out: Any  # by piece: [WARPGROUPS, 64, columns]
-    full: Any  # barriers that open when a stage was filled
-    free: Any  # barriers that open when all warpgroups have read a stage
+    queries: Buffer  # by piece of columns: [STAGES, CONSUMERS, 64, columns]
+    keys: Buffer  # by piece: [STAGES, KEY_BLOCK, columns]
+    values: Buffer  # [STAGES, pieces, KEY_BLOCK, 16]
+    out: Buffer  # by piece: [CONSUMERS, 64, columns]
+    full: Buffer  # by name of an array: barriers that open when a stage is filled
+    free: Buffer  # by name: barriers that open when all consumers have read a stage
 
 
 @functools.cache
-def build(plan: Plan) -> Callable[..., jax.Array]:
+def build(shape: KernelShape) -> Callable[..., jax.Array]:
     """The function (q, k, v) -> output, all [batch, queries or keys, heads, size]."""
-    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(plan.dtype))
-    q, kv = (shape((plan.batch, length, plan.heads, plan.size)) for length in (plan.queries, plan.keys))
-    grid, block = (plan.grid, 1, 1), ((WARPGROUPS + 1) * 128, 1, 1)
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(shape.dtype))
+    q, kv = (array((shape.batch, length, shape.heads, shape.size)) for length in (shape.queries, shape.keys))
+    grid, block = (shape.grid, 1, 1), ((CONSUMERS + 1) * 128, 1, 1)
 
     def pieces(*lead: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return tuple(shape((*lead, columns)) for _, columns, _ in PIECES)
+        return tuple(array((*lead, columns)) for _, columns, _ in PIECES)
 
-    def barriers(arrivals: int) -> dict[str, Any]:
+    def barriers(arrivals: int) -> dict[str, mgpu.Barrier]:
         return {name: mgpu.Barrier(arrivals, STAGES) for name in ("queries", "keys", "values")}
 
     memory = _Memory(
-        queries=pieces(STAGES, WARPGROUPS, ROWS), keys=pieces(STAGES, BLOCK),
-        values=shape((STAGES, COLUMNS // NARROW, BLOCK, NARROW)), out=pieces(WARPGROUPS, ROWS),
-        full=barriers(1), free=barriers(WARPGROUPS),
+        queries=pieces(STAGES, CONSUMERS, ROWS), keys=pieces(STAGES, KEY_BLOCK),
+        values=array((STAGES, COLUMNS // NARROW, KEY_BLOCK, NARROW)), out=pieces(CONSUMERS, ROWS),
+        full=barriers(1), free=barriers(CONSUMERS),
     )  # fmt: skip
     _check_layout(memory)
-    body = functools.partial(_kernel, plan)
+    body = functools.partial(_kernel, shape)
     with mlir.make_ir_context(), ir.Location.unknown():
         return mgpu.as_gpu_kernel(body, grid, block, (q, kv, kv), q, memory, module_name="crosslmm_attention")
 
 
 def _check_layout(memory: _Memory) -> None:
-    """Holds for the numbers above; others may break it, and the kernel would read what is elsewhere."""
+    """Asserts that every buffer is aligned and all fit; otherwise the kernel would read other buffers."""
     buffers = (*memory.queries, *memory.keys, memory.values, *memory.out)
     sizes = [math.prod(x.shape) * x.dtype.itemsize for x in buffers]
-    assert all(size % ALIGNMENT == 0 for size in sizes) and sum(sizes) + ALIGNMENT <= MOST_BYTES, sizes
+    assert all(size % ALIGNMENT == 0 for size in sizes) and sum(sizes) + ALIGNMENT <= MAX_SHARED_BYTES, sizes
 
 
-def _kernel(plan: Plan, ctx: Any, q: Any, k: Any, v: Any, out: Any, memory: _Memory) -> None:
+def _kernel(
+    shape: KernelShape, ctx: mgpu.LaunchContext, q: Value, k: Value, v: Value, out: Value, memory: _Memory
+) -> None:
     warpgroup = mgpu.warpgroup_idx(sync=True)
-    computes = arith.cmpi(arith.CmpIPredicate.ult, warpgroup, _int(WARPGROUPS))
+    computes = arith.cmpi(arith.CmpIPredicate.ult, warpgroup, _int(CONSUMERS))
     branch = scf.IfOp(computes, has_else=True)
     with ir.InsertionPoint(branch.then_block):
-        nvvm.setmaxregister(REGISTERS, nvvm.SetMaxRegisterAction.increase)
-        _Reader(plan, ctx, memory, warpgroup, out).run()
+        nvvm.setmaxregister(CONSUMER_REGISTERS, nvvm.SetMaxRegisterAction.increase)
+        _Consumer(shape, ctx, memory, warpgroup, out).run()
         scf.yield_([])
-    with ir.InsertionPoint(cast(Any, branch.else_block)):
-        nvvm.setmaxregister(REGISTERS_TO_FETCH, nvvm.SetMaxRegisterAction.decrease)
-        # Not `mgpu.single_thread`, which knows by a global variable whether it is in use: two threads of a
-        # program that trace kernels at once would spoil each other's.
+    with ir.InsertionPoint(cast(ir.Block, branch.else_block)):
+        nvvm.setmaxregister(PRODUCER_REGISTERS, nvvm.SetMaxRegisterAction.decrease)
+        # Not `mgpu.single_thread`: a global variable says whether it is in use, so that two threads of a
+        # program that trace kernels at once would break each other's.
         with mgpu.when(mgpu.single_thread_predicate(mgpu.ThreadSubset.WARPGROUP)):
-            _Fetcher(plan, ctx, memory, {"queries": q, "keys": k, "values": v}).run()
+            _Producer(shape, ctx, memory, {"queries": q, "keys": k, "values": v}).run()
         scf.yield_([])
 
 
-class _Role:
-    """What both kinds of warpgroups know: the plan, shared memory, and which item comes next."""
+class _Worker:
+    """What producer and consumers share: sizes, shared memory, and the order of items."""
 
-    def __init__(self, plan: Plan, ctx: Any, memory: _Memory) -> None:
-        self.plan, self.ctx, self.memory = plan, ctx, memory
+    def __init__(self, shape: KernelShape, ctx: mgpu.LaunchContext, memory: _Memory) -> None:
+        self.shape, self.ctx, self.memory = shape, ctx, memory
         self.full, self.free = memory.full, memory.free
         self.block = arith.index_cast(ir.IntegerType.get_signless(32), gpu.block_id(gpu.Dimension.x))
 
     def run(self) -> None:
-        """Goes through the items of this block of threads."""
-        plan = self.plan
-        count = arith.divui(arith.subi(_int(plan.items + plan.grid - 1), self.block), _int(plan.grid))
+        """Handles all items of this thread block."""
+        shape = self.shape
+        count = arith.divui(arith.subi(_int(shape.items + shape.grid - 1), self.block), _int(shape.grid))
 
         @mgpu.fori(count, ())
-        def _(index: Any, _: Any) -> tuple[()]:
+        def _(index: Value, _: object) -> tuple[()]:
             self.item(index)
             return ()
 
-    def item(self, index: Any) -> None:
-        """Handles the block's item of this number."""
+    def item(self, index: Value) -> None:
+        """Handles item number `index` of this thread block."""
         raise NotImplementedError
 
-    def place(self, index: Any) -> tuple[Any, Any, Any]:
-        """Row of the batch, head and first query; items of a head follow each other, and share its keys."""
-        item = arith.addi(self.block, arith.muli(index, _int(self.plan.grid)))
-        head = arith.divui(item, _int(self.plan.query_blocks))
-        first = arith.muli(arith.remui(item, _int(self.plan.query_blocks)), _int(ROWS * WARPGROUPS))
-        heads = _int(self.plan.heads)
+    def coordinates(self, index: Value) -> tuple[Value, Value, Value]:
+        """Row, head and first query of an item. Items of one head, which share its keys, are consecutive."""
+        item = arith.addi(self.block, arith.muli(index, _int(self.shape.grid)))
+        head = arith.divui(item, _int(self.shape.query_blocks))
+        first = arith.muli(arith.remui(item, _int(self.shape.query_blocks)), _int(ROWS * CONSUMERS))
+        heads = _int(self.shape.heads)
         return _index(arith.divui(head, heads)), _index(arith.remui(head, heads)), _index(first)
 
-    def over_keys(self, step: Callable[[Any, Any, int], Any], carry: Any) -> Any:
-        """Calls `step(number, carry, keys)` for every block of keys, the last of which may be smaller."""
-        whole, rest = self.plan.key_blocks
+    def over_keys(self, step: Callable[[Value, Carry, int], Carry], carry: Carry) -> Carry:
+        """Calls `step(number, carry, keys)` for every block of keys; the last one may have fewer keys."""
+        whole, rest = self.shape.key_blocks
         if whole:
-            carry = mgpu.fori(_int(whole), carry)(lambda n, carry: step(n, carry, BLOCK)).results
+            carry = mgpu.fori(_int(whole), carry)(lambda n, carry: step(n, carry, KEY_BLOCK)).results
         return step(_int(whole), carry, rest) if rest else carry
 
-    def count(self, index: Any, step: Any) -> tuple[Any, Any]:
-        """Blocks of keys before this one, and the stage it is held in."""
-        before = arith.addi(arith.muli(index, _int(self.plan.steps)), step)
+    def count(self, index: Value, step: Value) -> tuple[Value, Value]:
+        """Number of blocks of keys before this one, and the stage that holds it."""
+        before = arith.addi(arith.muli(index, _int(self.shape.steps)), step)
         return before, arith.remui(before, _int(STAGES))
 
 
-class _Fetcher(_Role):
-    """One thread that fills shared memory, as soon as all warpgroups are done with what it held."""
+class _Producer(_Worker):
+    """One thread that fills the stages of shared memory, each as soon as all consumers have read it."""
 
-    def __init__(self, plan: Plan, ctx: Any, memory: _Memory, arrays: dict[str, Any]) -> None:
-        super().__init__(plan, ctx, memory)
+    def __init__(
+        self, shape: KernelShape, ctx: mgpu.LaunchContext, memory: _Memory, arrays: dict[str, Value]
+    ) -> None:
+        super().__init__(shape, ctx, memory)
         self.arrays = arrays
 
-    def item(self, index: Any) -> None:
+    def item(self, index: Value) -> None:
         """Fetches the queries of an item, then its keys and values block by block."""
-        row, head, first = self.place(index)
+        row, head, first = self.coordinates(index)
         stage = self.stage("queries", index)
         targets = [mgpu.memref_fold(_at(x, stage), 0, 2) for x in self.memory.queries]
         self.fetch("queries", stage, row, first, head, targets, PIECES)
 
-        def step(number: Any, carry: Any, keys: int) -> Any:
-            first = _index(arith.muli(number, _int(BLOCK)))
+        def step(number: Value, carry: tuple[()], keys: int) -> tuple[()]:
+            first = _index(arith.muli(number, _int(KEY_BLOCK)))
             before, _ = self.count(index, number)
             for name in ("keys", "values"):
                 stage = self.stage(name, before)
@@ -216,27 +236,28 @@ class _Fetcher(_Role):
 
         self.over_keys(step, ())
 
-    def stage(self, name: str, before: Any) -> Any:
-        """The stage for what comes after `before` others, once it is free."""
+    def stage(self, name: str, before: Value) -> Value:
+        """The stage of block number `before` of an array, once it is free."""
         stage = arith.remui(before, _int(STAGES))
         with mgpu.when(arith.cmpi(arith.CmpIPredicate.uge, before, _int(STAGES))):
             self.free[name][stage].wait()
         return stage
 
-    def targets(self, name: str, stage: Any, rows: int) -> tuple[list[Any], Any]:
-        """Where the pieces of columns of a block of keys or values go, and the pieces."""
+    def targets(self, name: str, stage: Value, rows: int) -> tuple[list[Value], Pieces]:
+        """Buffers for the pieces of columns of a block of keys or values, and the pieces."""
         if name == "keys":
             return [_first(_at(x, stage), rows) for x in self.memory.keys], PIECES
         pieces = [(column, NARROW, SWIZZLE_NARROW) for column in range(0, COLUMNS, NARROW)]
         return [_first(_at(self.memory.values, stage, i), rows) for i in range(len(pieces))], pieces
 
     def fetch(
-        self, name: str, stage: Any, row: Any, first: Any, head: Any, targets: list[Any], pieces: Any
-    ) -> None:
-        """Starts the copies of rows of one head, whose barrier opens when the bytes of all have arrived."""
+        self, name: str, stage: Value, row: Value, first: Value, head: Value, targets: list[Value],
+        pieces: Pieces,
+    ) -> None:  # fmt: skip
+        """Starts to copy rows of one head. The barrier of the stage opens when all bytes have arrived."""
         barrier = self.full[name][stage]
         rows = ir.MemRefType(targets[0].type).shape[0]
-        size = jnp.dtype(self.plan.dtype).itemsize
+        size = jnp.dtype(self.shape.dtype).itemsize
         barrier.arrive_expect_tx(rows * size * sum(columns for _, columns, _ in pieces))
         for target, (column, columns, swizzle) in zip(targets, pieces, strict=True):
             self.ctx.async_copy(
@@ -245,37 +266,39 @@ class _Fetcher(_Role):
             )  # fmt: skip
 
 
-class _Reader(_Role):
-    """A warpgroup that computes the outputs of its 64 queries of an item."""
+class _Consumer(_Worker):
+    """A warpgroup that computes the outputs of 64 queries of each item."""
 
-    def __init__(self, plan: Plan, ctx: Any, memory: _Memory, warpgroup: Any, out: Any) -> None:
-        super().__init__(plan, ctx, memory)
+    def __init__(
+        self, shape: KernelShape, ctx: mgpu.LaunchContext, memory: _Memory, warpgroup: Value, out: Value
+    ) -> None:
+        super().__init__(shape, ctx, memory)
         self.warpgroup, self.out = warpgroup, out
         self.one_thread = mgpu.single_thread_predicate(mgpu.ThreadSubset.WARPGROUP)
 
     def run(self) -> None:
-        """Goes through all items, and waits for the last store."""
+        """Handles all items, and waits for the last store."""
         super().run()
         self.ctx.await_async_copy(0)
 
-    def item(self, index: Any) -> None:
-        """Reads all keys with these queries; what is carried is the running maximum, sums and outputs."""
+    def item(self, index: Value) -> None:
+        """Attends to all keys with the queries of an item, and stores the outputs."""
         stage = arith.remui(index, _int(STAGES))
         self.full["queries"][stage].wait()
         pieces = zip(self.memory.queries, PIECES, strict=True)
         queries = [_tiles(_at(x, stage, self.warpgroup), columns) for x, (_, columns, _) in pieces]
         step = functools.partial(self.step, index, queries)
-        top = _splat(LOWEST, (ROWS,), mgpu.WGMMA_ROW_LAYOUT)
+        top = _splat(MASKED, (ROWS,), mgpu.WGMMA_ROW_LAYOUT)
         _, sums, out = self.over_keys(step, (top, _splat(0, (ROWS, 8)), _splat(0, (ROWS, COLUMNS))))
-        self.leave("queries", stage)
+        self.release("queries", stage)
         self.store(index, out / sums.reduce("add", axis=1).broadcast_minor(COLUMNS))
 
-    def step(self, index: Any, queries: list[Any], number: Any, carry: Any, keys: int) -> Any:
-        """One block of keys: (maxima [64], sums [64, 8], outputs [64, 80]) -> the same."""
+    def step(self, index: Value, queries: list[Value], number: Value, carry: Running, keys: int) -> Running:
+        """Adds one block of keys."""
         top, sums, out = carry
         _, stage = self.count(index, number)
         scores = self.scores(queries, stage, keys)
-        scale = self.plan.size**-0.5 * math.log2(math.e)
+        scale = self.shape.size**-0.5 * math.log2(math.e)
         blocks = [scores[:, i : i + 8] for i in range(0, scores.shape[1], 8)]
         highest = functools.reduce(lambda a, b: a.max(b), blocks).reduce("max", axis=1) * _float(scale)
         before, top = top, top.max(highest)
@@ -287,17 +310,17 @@ class _Reader(_Role):
             part = scores[:, begin:end] * _float(scale) - top.broadcast_minor(end - begin)
             weights = part.exp2(approx=True)
             out = self.add_values(out, weights, stage, begin)
-            # Summed by eight columns, across which threads need not talk to each other; and only now, while
-            # the tensor cores are at work.
+            # Summed by eight columns, so that threads need not communicate; and only now, while the tensor
+            # cores are at work.
             sums = functools.reduce(
                 lambda a, b: a + b, [weights[:, i : i + 8] for i in range(0, end - begin, 8)], sums
             )
         nvvm.wgmma_wait_group_sync_aligned(0)
-        self.leave("values", stage)
+        self.release("values", stage)
         return top, sums, out.value
 
-    def scores(self, queries: list[Any], stage: Any, keys: int) -> Any:
-        """float32[64, keys up to a multiple of 16], lowest where there is no key to read."""
+    def scores(self, queries: list[Value], stage: Value, keys: int) -> Registers:
+        """float32[64, keys rounded up to a multiple of 16], `MASKED` beyond the keys."""
         rows = _whole_tiles(keys)
         self.full["keys"][stage].wait()
         scores = mgpu.WGMMAAccumulator.zero(ROWS, rows)
@@ -306,17 +329,19 @@ class _Reader(_Role):
             scores = mgpu.wgmma(scores, query, mgpu.memref_transpose(tiles, (1, 0, 3, 2)), swizzle=swizzle)
         nvvm.wgmma_commit_group_sync_aligned()
         nvvm.wgmma_wait_group_sync_aligned(0)
-        self.leave("keys", stage)
+        self.release("keys", stage)
         scores = scores.value
         if keys == rows:
             return scores
         positions = mgpu.FragmentedArray.broadcasted_iota(
             ir.IntegerType.get_signless(32), scores.shape, 1, layout=mgpu.WGMMA_LAYOUT, is_signed=True
         )
-        return (positions < _int(keys)).select(scores, _splat(LOWEST, scores.shape))
+        return (positions < _int(keys)).select(scores, _splat(MASKED, scores.shape))
 
-    def add_values(self, out: Any, weights: Any, stage: Any, begin: int) -> Any:
-        """Starts adding weights [64, n] times the values from `begin` on."""
+    def add_values(
+        self, out: mgpu.WGMMAAccumulator, weights: Registers, stage: Value, begin: int
+    ) -> mgpu.WGMMAAccumulator:
+        """Starts to add weights [64, n] times the values from `begin` on."""
         tiles = mgpu.memref_transpose(
             mgpu.memref_unfold(_at(self.memory.values, stage), 1, (None, 8)), (1, 0, 2, 3)
         )
@@ -325,20 +350,20 @@ class _Reader(_Role):
         nvvm.wgmma_commit_group_sync_aligned()
         return out
 
-    def leave(self, name: str, stage: Any) -> None:
-        """Says that this warpgroup needs what the stage holds no more."""
+    def release(self, name: str, stage: Value) -> None:
+        """Tells the producer that this consumer has read the stage."""
         self.free[name][stage].arrive(predicate=self.one_thread)
 
-    def store(self, index: Any, out: Any) -> None:
-        """Writes outputs [64, 80]; rows and columns that the array does not have are dropped on the way."""
-        row, head, first = self.place(index)
+    def store(self, index: Value, out: Registers) -> None:
+        """Writes outputs [64, 80]. The copy drops rows and columns that the array does not have."""
+        row, head, first = self.coordinates(index)
         first = arith.addi(first, arith.muli(_index(self.warpgroup), mgpu.c(ROWS, ir.IndexType.get())))
-        self.ctx.await_async_copy(0, await_read_only=True)  # the last item's
+        self.ctx.await_async_copy(0, await_read_only=True)  # of the last item
         out, staged = out.astype(self.dtype()), [_at(x, self.warpgroup) for x in self.memory.out]
         for target, (column, columns, swizzle) in zip(staged, PIECES, strict=True):
             out[:, column : column + columns].store_tiled(_tiles(target, columns), swizzle=swizzle)
         mgpu.commit_shared()
-        queries = mgpu.c(self.plan.queries, ir.IndexType.get())
+        queries = mgpu.c(self.shape.queries, ir.IndexType.get())
         with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, first, queries)):
             for target, (column, columns, swizzle) in zip(staged, PIECES, strict=True):
                 self.ctx.async_copy(
@@ -346,13 +371,13 @@ class _Reader(_Role):
                     gmem_slice=(row, mgpu.ds(first, ROWS), head, _columns(column, columns)),
                 )  # fmt: skip
 
-    def dtype(self) -> Any:
-        """Of inputs and outputs."""
-        return ir.BF16Type.get() if self.plan.dtype == "bfloat16" else ir.F16Type.get()
+    def dtype(self) -> ir.Type:
+        """Element type of inputs and outputs."""
+        return ir.BF16Type.get() if self.shape.dtype == "bfloat16" else ir.F16Type.get()
 
 
 def _whole_tiles(keys: int) -> int:
-    """Keys up to what tensor cores take at once."""
+    """Keys rounded up to the 16 that tensor cores take at once."""
     return -(-keys // NARROW) * NARROW
 
 
@@ -361,36 +386,36 @@ def _halves(count: int) -> list[tuple[int, int]]:
     return [(0, middle), (middle, count)] if middle else [(0, count)]
 
 
-def _int(value: int) -> Any:
+def _int(value: int) -> Value:
     return mgpu.c(value, ir.IntegerType.get_signless(32))
 
 
-def _float(value: float) -> Any:
+def _float(value: float) -> Value:
     return mgpu.c(float(value), ir.F32Type.get())
 
 
-def _index(value: Any) -> Any:
+def _index(value: Value) -> Value:
     return arith.index_cast(ir.IndexType.get(), value)
 
 
-def _splat(value: float, shape: tuple[int, ...], layout: Any = mgpu.WGMMA_LAYOUT) -> Any:
+def _splat(value: float, shape: tuple[int, ...], layout: mgpu.TiledLayout = mgpu.WGMMA_LAYOUT) -> Registers:
     return mgpu.FragmentedArray.splat(_float(value), shape, layout)
 
 
-def _at(ref: Any, *index: Any) -> Any:
-    """The part of a buffer at these leading indices."""
+def _at(ref: Value, *index: Value | int) -> Value:
+    """The slice of a buffer at these leading indices."""
     return mgpu.memref_slice(ref, tuple(x if isinstance(x, int) else _index(x) for x in index))
 
 
-def _first(ref: Any, rows: int) -> Any:
+def _first(ref: Value, rows: int) -> Value:
     return ref if ir.MemRefType(ref.type).shape[0] == rows else mgpu.memref_slice(ref, slice(0, rows))
 
 
-def _columns(first: int, count: int) -> Any:
+def _columns(first: int, count: int) -> mgpu.DynamicSlice:
     return mgpu.ds(mgpu.c(first, ir.IndexType.get()), count)
 
 
-def _tiles(ref: Any, columns: int) -> Any:
+def _tiles(ref: Value, columns: int) -> Value:
     """[rows, columns] as the tiles [rows / 8, 1, 8, columns] that tensor cores read."""
     ref = mgpu.memref_unfold(mgpu.memref_unfold(ref, 1, (None, columns)), 0, (None, 8))
     return mgpu.memref_transpose(ref, (0, 2, 1, 3))

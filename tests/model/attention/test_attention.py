@@ -1,7 +1,6 @@
 """Every attention backend against the definition, forward and backward."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ def draw(seed: int, *, batch: int, length: int, keys: int, heads: int, groups: i
     return q, k, v, np.minimum(start, stop) * (rng.random((batch, length)) < 0.5).astype(np.int32), stop
 
 
-# Compiled shapes are few so that examples are many: (batch, length, keys, heads, groups, blocks).
+# (batch, length, keys, heads, groups, blocks). Few compiled shapes, so that there can be many examples.
 SHAPES = [
     (2, 7, 23, 2, 1, BlockSizes(3, 5)),
     (1, 9, 16, 1, 3, BlockSizes(4, 16)),
@@ -98,7 +97,7 @@ def test_against_torch(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "blockwise", "plain"])
-def test_a_query_without_keys_gets_exactly_zero(backend):
+def test_a_query_that_reads_no_key_gets_exactly_zero(backend):
     q, k, v, _, stop = draw(7, batch=2, length=6, keys=9, heads=1, groups=2)
     stop[:, ::2] = 0
     out = attention(q, k, v, kv_stop=stop, backend=backend)
@@ -136,7 +135,7 @@ def test_blockwise_memory_does_not_grow_with_keys(backward):
     assert long - short <= kv_bytes + 4096
 
 
-def test_wrong_calls_are_refused():
+def test_errors_of_wrong_calls():
     q, k, v, _, stop = draw(1, batch=1, length=4, keys=6, heads=1, groups=1)
     with pytest.raises(ValueError, match="causal"):
         attention(q, k, v, causal=True)
@@ -151,10 +150,9 @@ def test_wrong_calls_are_refused():
         (9, 41, False, False), (9, 41, False, True),
     ],
 )  # fmt: skip
-def test_odd_lengths_are_padded_for_gradients_alone(monkeypatch, queries, keys, causal, limited):
-    """cuDNN's backward pass takes even lengths; XLA's attention stands in for it, called the same way."""
-    module = importlib.import_module("crosslmm_jax.model.attention.cudnn")
-    monkeypatch.setattr(module, "FUSED", "xla")
+def test_odd_lengths_are_padded_only_for_gradients(monkeypatch, queries, keys, causal, limited):
+    """cuDNN's backward pass takes only even lengths. XLA's attention stands in for it in this test."""
+    monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
     rng = np.random.default_rng(keys)
     q, k, v = (rng.standard_normal((2, n, 2, 8), np.float32) for n in (queries, keys, keys))
     stop = np.repeat([[keys], [keys - 4]], queries, axis=1) if limited else None
@@ -177,9 +175,9 @@ def test_odd_lengths_are_padded_for_gradients_alone(monkeypatch, queries, keys, 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("backend", ["reference", "blockwise", "plain", "cudnn"])
 @pytest.mark.parametrize("lengths", [(17, 4), (17, 0)])
-def test_a_length_for_all_queries_of_a_row(monkeypatch, backend, lengths, known):
-    """Given by row it is the same for all queries: cuDNN takes it without asking the device whether it is."""
-    monkeypatch.setattr(importlib.import_module("crosslmm_jax.model.attention.cudnn"), "FUSED", "xla")
+def test_one_length_for_all_queries_of_a_row(monkeypatch, backend, lengths, known):
+    """A `kv_stop` of [B, 1] is the same for all queries, so cuDNN needs no branch on the device."""
+    monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
     dtype = jnp.bfloat16 if backend == "cudnn" else jnp.float32
     q, k, v = (jnp.asarray(x, dtype) for x in draw(3, batch=2, length=6, keys=17, heads=2, groups=2)[:3])
     stop = np.array(lengths, np.int32)[:, None]
@@ -198,7 +196,7 @@ def test_a_length_for_all_queries_of_a_row(monkeypatch, backend, lengths, known)
 
 @pytest.mark.parametrize("keys", [2560, 255 * 729, 256 * 729, 2048 * 729])
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_decoding_takes_few_products_on_accelerators_or_cudnn_in_parts(monkeypatch, caplog, platform, keys):
+def test_decoding_on_accelerators_uses_plain_products_or_split_k(monkeypatch, caplog, platform, keys):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     monkeypatch.setattr(cudnn, "cudnn_attention", lambda q, *_, **__: q)
     q = jax.ShapeDtypeStruct((1, 1, 28, 128), jnp.bfloat16)

@@ -1,7 +1,7 @@
 """On a GPU: every attention backend against the float32 definition, forward and gradients.
 
-Programs take the ranges of keys as arguments, so that one serves many draws, and all are compiled at once,
-on several threads: compiling is nearly all the time that this takes. To keep what was found:
+Programs take the ranges of keys as arguments, so that one serves many draws. All are compiled at once on
+several threads, since compiling takes nearly all the time. To keep the errors that were measured:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=1 JAX_PLATFORMS=cuda,cpu \\
         pytest -m gpu tests/model/attention/test_attention_gpu.py \\
@@ -48,7 +48,7 @@ SHAPES = {
     "one_token": (1, 21 * 729, 6, 2, 128),
 }
 CHOICES = {"encoder": "cudnn", "decoder": "cudnn", "v2v": "cudnn", "t2v": "cudnn", "one_token": "plain"}
-# What the queries read. Attention with a stop a query, and with a start too, takes any draw of its kinds.
+# What queries read: form of the call -> kinds of ranges that it is tested with.
 KINDS = {
     "all": ("all",),
     "causal": ("causal",),
@@ -64,13 +64,13 @@ FORMS = [
 
 
 def ranges(kind: str, queries: int, keys: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """int32[B, T] first key that each query reads, and one past the last."""
+    """int32[B, T] first key that each query reads, and one past its last."""
     start = np.zeros((BATCH, queries))
     if kind == "all":
         stop = np.full((BATCH, queries), keys)
     elif kind == "causal":
         stop = np.tile(np.arange(1, queries + 1), (BATCH, 1))
-    elif kind == "one_medium":  # nothing, or the same keys for the whole row
+    elif kind == "one_medium":  # a query reads nothing, or the same keys as the others of its row
         stop = np.repeat(rng.integers(1, keys + 1, (BATCH, 1)), queries, axis=1)
         stop[:, : rng.integers(0, queries // 2 + 1)] = 0
     else:
@@ -144,15 +144,15 @@ def test_backends_equal_the_definition_forward_and_backward(
 
 @pytest.mark.parametrize("kind", ["all", "one_medium", "several_media"])
 @pytest.mark.parametrize("name", ["t2v", "v2v", "one_token"])
-def test_keys_in_parts_equal_the_definition(record_property: Any, name: str, kind: str) -> None:
-    """Without gradients, blocks that do not fill the GPU read parts of the keys.
+def test_split_k_equals_the_definition(record_property: Any, name: str, kind: str) -> None:
+    """Without gradients, blocks that do not fill the GPU split the keys.
 
-    Keys grow along the video, so that parts differ in weight by orders of magnitude: a log-sum-exp that is
-    rounded to bfloat16 would be off by several percent.
+    Keys grow along the video, so that the weights of splits differ by orders of magnitude: a log-sum-exp that
+    is rounded to bfloat16 would be off by several percent.
     """
     q, k, *_ = arguments(name, jnp.bfloat16)
-    parts, keys = cudnn.best_parts(q.shape, k.shape), k.shape[1]
-    assert parts > 1
+    splits, keys = cudnn.best_num_splits(q.shape, k.shape), k.shape[1]
+    assert splits > 1
     rng = np.random.default_rng(len(kind))
     growth = np.linspace(0.2, 3, keys, dtype=np.float32)[:, None, None]
     worst = 0.0
@@ -166,19 +166,19 @@ def test_keys_in_parts_equal_the_definition(record_property: Any, name: str, kin
         got = run(*arrays, stop).astype(jnp.float32)
         wanted = exact(*(x.astype(jnp.float32) for x in arrays), start, stop)
         worst = max(worst, relative_error(got, wanted))
-        if kind == "all":  # as where it is known beforehand
+        if kind == "all":  # as where it is known at compile time
             got = run(*arrays, None).astype(jnp.float32)
             worst = max(worst, relative_error(got, wanted))
         if kind == "one_medium":
             length = jnp.max(stop, axis=1)
-            _, lse = jax.jit(cudnn.split_attention, static_argnums=4)(*arrays, length, parts)
+            _, lse = jax.jit(cudnn.split_attention, static_argnums=4)(*arrays, length, splits)
             _, expected = blockwise_attention(
                 *(x.astype(jnp.float32) for x in arrays), start, np.repeat(length[:, None], q.shape[1], 1),
                 q.shape[-1] ** -0.5,
             )  # fmt: skip
             assert float(jnp.max(jnp.abs(lse - expected))) < 5e-3
     record_property("error", worst)
-    record_property("parts", parts)
+    record_property("splits", splits)
     assert worst < TOLERANCE
 
 
@@ -188,15 +188,15 @@ def relative_error(got: Any, wanted: Any) -> float:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_choice_of_auto_is_among_those_above(name: str) -> None:
+def test_the_choice_of_auto_is_tested_above(name: str) -> None:
     q, k, *_ = arguments(name, jnp.bfloat16)
     q, k = jax.ShapeDtypeStruct((1, *q.shape[1:]), q.dtype), jax.ShapeDtypeStruct((1, *k.shape[1:]), k.dtype)
     stop = jax.ShapeDtypeStruct(q.shape[:2], jnp.int32)
-    assert _choose("auto", q, k, None, stop) == CHOICES[name]
+    assert _choose(q, k, None, stop) == CHOICES[name]
 
 
 def small_2b(scope: str, backend: str, dtype: str) -> ModelConfig:
-    """The 2B model's heads and patches, and a narrower decoder."""
+    """The heads and patches of the 2B model, and a narrower decoder."""
     config = presets.crosslmm_2b()
     return dataclasses.replace(
         config,
@@ -210,18 +210,18 @@ def small_2b(scope: str, backend: str, dtype: str) -> ModelConfig:
 
 
 @pytest.mark.parametrize("scope", ["video", "frame", "window"])
-def test_long_videos_in_parts_equal_the_whole_in_float32(
+def test_long_videos_in_chunks_equal_the_whole_in_float32(
     monkeypatch: pytest.MonkeyPatch, record_property: Any, scope: str
 ) -> None:
-    """V2V of one layer over 13 frames, of which 11 are there, in parts of 4 or 5."""
-    frames, there = 13, 11
+    """V2V of one layer over 13 frames, of which 11 are valid, in chunks of 4 or 5."""
+    frames, valid = 13, 11
     config = small_2b(scope, "auto", "bfloat16")
     weights = jax.tree.map(lambda w: w[0], init_params(config, jax.random.key(0))["v2v"])
     rng, c = np.random.default_rng(0), config.merge.tokens_per_frame
     x = rng.standard_normal((1, frames * c, 256)).astype(np.float32)
     tokens = rng.standard_normal((1, frames, config.vision.num_patches, 256)).astype(np.float32)
     frame = np.repeat(np.arange(frames), c)[None]
-    visible = VisibleFrames(np.where(frame < there, there, 0).astype(np.int32))
+    visible = VisibleFrames(np.where(frame < valid, valid, 0).astype(np.int32))
     seen = {"visible_frames": visible, "times": frame}
 
     def update(config: ModelConfig, weights: Any, x: Any, tokens: Any) -> Any:
@@ -238,11 +238,11 @@ def test_long_videos_in_parts_equal_the_whole_in_float32(
     monkeypatch.setattr(frame_parts, "PART_BYTES", 4 * kv_bytes)
     error = relative_error(run(config), expected)
     record_property("error", error)
-    assert error < 2 * TOLERANCE  # the output is a product more than an attention, in bfloat16
+    assert error < 2 * TOLERANCE  # one more product in bfloat16 than an attention
 
 
-def test_more_keys_than_a_signed_word_counts(record_property: Any) -> None:
-    """2^31 numbers in the keys of one head, as of 23,000 frames: what stands last is found."""
+def test_more_elements_of_keys_than_int32_counts(record_property: Any) -> None:
+    """2^31 elements in the keys of one head, as of 23,000 frames: the last keys are found."""
     keys, size, last = 2**24 + 2**18, 128, 1024
     direction = jnp.ones((size,), jnp.bfloat16)
 

@@ -1,6 +1,6 @@
-"""The encoder's attention kernel for GPUs, without one: where it is chosen, that it lowers, what devices get.
+"""The encoder's attention kernel without a GPU: where it is chosen, that it lowers, how it is sharded.
 
-What the kernel itself computes, `test_mosaic_gpu.py` compares on a GPU.
+`test_mosaic_gpu.py` runs the kernel on a GPU.
 """
 
 import concurrent.futures
@@ -39,7 +39,7 @@ def stand_in(q: Any, k: Any, v: Any, *, read: int) -> Any:
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mosaic, "_is_available", lambda: True)
     monkeypatch.setattr(mosaic, "_kernel", stand_in)
-    monkeypatch.setattr(cudnn, "FUSED", "xla")
+    monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
 
 
 @pytest.mark.parametrize(
@@ -47,12 +47,12 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (ENCODER, ENCODER, None, {}, True),
         (ENCODER, ENCODER, np.full((4, 1), 700), {}, True),
-        (ENCODER, ENCODER, np.array([[700], [700], [3], [700]]), {}, False),  # rows that read unlike numbers
+        (ENCODER, ENCODER, np.array([[700], [700], [3], [700]]), {}, False),  # not the same for all rows
         (ENCODER, ENCODER, np.zeros((4, 1), int), {}, False),
         (ENCODER, ENCODER, np.full((4, 1), -1), {}, False),
-        (ENCODER, ENCODER, np.full((4, 1), 1000), {}, True),  # as all
+        (ENCODER, ENCODER, np.full((4, 1), 1000), {}, True),  # all keys
         ((0, 729, 2, 72), (0, 729, 2, 72), None, {}, False),
-        (ENCODER, ENCODER, jnp.full((4, 1), 700), {}, False),  # known on the device only
+        (ENCODER, ENCODER, jnp.full((4, 1), 700), {}, False),  # known only on the device
         (ENCODER, ENCODER, None, {"causal": True}, False),
         (ENCODER, ENCODER, None, {"kv_start": jnp.zeros((4, 729), jnp.int32)}, False),
         (ENCODER, (4, 729, 1, 72), None, {}, False),  # heads that share keys
@@ -73,13 +73,13 @@ def test_applies_to(
 def test_auto_takes_it_on_a_hopper_gpu_only(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, _ = arrays()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert _choose("auto", q, k, None) == "mosaic"
-    assert _choose("auto", q, k, None, causal=True) == "cudnn"
+    assert _choose(q, k, None) == "mosaic"
+    assert _choose(q, k, None, causal=True) == "cudnn"
     monkeypatch.setattr(mosaic, "_is_available", lambda: False)
-    assert _choose("auto", q, k, None) == "cudnn"
+    assert _choose(q, k, None) == "cudnn"
 
 
-def test_asked_for_where_it_does_not_apply() -> None:
+def test_error_where_it_does_not_apply() -> None:
     with pytest.raises(ValueError, match="backend 'mosaic' needs a Hopper GPU.*use 'auto'"):
         attention(*arrays(), backend="mosaic")
 
@@ -109,9 +109,9 @@ def test_every_device_computes_its_own_rows(on_hopper: None, axes: dict[str, int
             )
         )
         out, expected = (x.astype(jnp.float32) for x in (attend(q, k, v), expected))
-        np.testing.assert_allclose(out, expected, rtol=2**-7)  # of a number that bfloat16 rounds otherwise
+        np.testing.assert_allclose(out, expected, rtol=2**-7)  # one rounding of bfloat16
         assert "tensor<1x70x2x72xbf16>" in attend.lower(q, k, v).as_text()
-        # Seven rows do not divide; and without rules all rows would be gathered on every device.
+        # Seven rows cannot be sharded evenly. Without rules, every device would gather all rows.
         assert not mosaic.is_applicable(q[:7], k[:7], rules=activation_rules(), axes=names)
         assert not mosaic.is_applicable(q, k)
 
@@ -120,31 +120,30 @@ def test_every_device_computes_its_own_rows(on_hopper: None, axes: dict[str, int
     ("shape", "read"), [((2, 730, 730, 2, 72), 729), ((1, 64, 300, 3, 80), 129), ((1, 64, 64, 1, 72), 7)]
 )
 def test_lowers_for_a_gpu(shape: tuple[int, ...], read: int) -> None:
-    batch, queries, keys, heads, size = shape
-    plan = mosaic_kernel.Plan(batch, queries, keys, heads, size, read, "bfloat16", 132)
-    assert "mosaic_gpu" in lowered_for_cuda(plan)
+    kernel_shape = mosaic_kernel.KernelShape(*shape, read, "bfloat16", 132)
+    assert "mosaic_gpu" in lowered_for_cuda(kernel_shape)
 
 
-def lowered_for_cuda(plan: Any) -> str:
+def lowered_for_cuda(shape: Any) -> str:
     q, kv = (
-        jax.ShapeDtypeStruct((plan.batch, n, plan.heads, plan.size), plan.dtype)
-        for n in (plan.queries, plan.keys)
+        jax.ShapeDtypeStruct((shape.batch, n, shape.heads, shape.size), shape.dtype)
+        for n in (shape.queries, shape.keys)
     )
-    kernel = mosaic_kernel.build.__wrapped__(plan)  # anew
+    kernel = mosaic_kernel.build.__wrapped__(shape)  # past the cache
     lowered = jax.jit(kernel).trace(q, kv, kv).lower(lowering_platforms=("cuda",))
     assert lowered.out_info.shape == q.shape
     return lowered.as_text()
 
 
-def test_threads_that_build_at_once_get_what_one_gets() -> None:
-    plans = [mosaic_kernel.Plan(2 + i, 730, 730, 2, 72, 729, "bfloat16", 132) for i in range(4)] * 3
-    alone = [lowered_for_cuda(plan) for plan in plans[:4]]
+def test_threads_that_build_at_once_get_the_same_kernels() -> None:
+    shapes = [mosaic_kernel.KernelShape(2 + i, 730, 730, 2, 72, 729, "bfloat16", 132) for i in range(4)] * 3
+    alone = [lowered_for_cuda(shape) for shape in shapes[:4]]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lowered_for_cuda, plans))
+        together = list(pool.map(lowered_for_cuda, shapes))
     assert together == alone * 3
 
 
-def test_the_kernel_itself_is_spread_over_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lowered_kernel_is_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mosaic, "_is_available", lambda: True)
     rules, stop = activation_rules(), np.full((8, 1), 729)
     x = jax.ShapeDtypeStruct((8, 730, 2, 72), jnp.bfloat16)
@@ -166,8 +165,8 @@ def test_the_kernel_itself_is_spread_over_devices(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("axes", [None, {"data": 8}])
-def test_the_question_may_be_asked_within_a_trace(axes: dict[str, int] | None) -> None:
-    """Where a model first asks it: in a scanned layer of a program, under a mesh."""
+def test_the_kernel_can_be_probed_within_a_trace(axes: dict[str, int] | None) -> None:
+    """That is where a model first probes it: in a scanned layer of a program, under a mesh."""
     answers = []
 
     @jax.checkpoint
@@ -181,22 +180,22 @@ def test_the_question_may_be_asked_within_a_trace(axes: dict[str, int] | None) -
     assert answers and all(answers)
 
 
-def test_a_jax_that_does_not_take_the_kernel_gets_cudnn(
+def test_cudnn_is_used_where_the_kernel_does_not_lower(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert mosaic._can_be_built.__wrapped__()
 
-    def changed(plan: Any) -> Any:
+    def changed(shape: Any) -> Any:
         raise AttributeError("no attribute 'as_gpu_kernel'")
 
     monkeypatch.setattr(mosaic_kernel, "build", changed)
     with caplog.at_level(logging.WARNING):
         assert not mosaic._can_be_built.__wrapped__()
-    assert "cuDNN takes its place" in caplog.text
+    assert "cuDNN is used instead" in caplog.text
 
 
 def test_gradients_through_a_scan_of_layers_compiled_ahead(on_hopper: None) -> None:
-    """As the encoder trains: what belongs to the trace of a layer must not outlive it."""
+    """As in training: no value of the trace of a layer may outlive it."""
     (x,) = arrays((2, 70, 2, 72), count=1)
     stop = np.full((2, 1), 65)
 

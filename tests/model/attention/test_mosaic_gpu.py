@@ -33,7 +33,7 @@ SHAPES = [
     (3, 730, 730, 2, 72, 729),  # SigLIP2's, with a patch of padding
     (2, 729, 729, 3, 72, 729),
     (1, 64, 64, 1, 72, 64),  # one warpgroup's queries, half a block of keys
-    (2, 193, 300, 3, 80, 129),  # one query, and one key, more than whole blocks
+    (2, 193, 300, 3, 80, 129),  # one query and one key more than whole blocks
     (1, 100, 1000, 2, 72, 1),
     (2, 576, 576, 4, 80, 512),
     (150, 70, 145, 16, 72, 145),  # several items for every multiprocessor
@@ -52,7 +52,7 @@ def draw(shape: tuple[int, ...], dtype: str) -> tuple[list[Any], np.ndarray]:
         rng.standard_normal((batch, n, heads, size), np.float32) * std
         for n, std in ((queries, 2.0), (keys, 2.0), (keys, 1.0), (queries, 1.0))
     ]
-    # Later keys weigh more, as running maxima have to notice; what lies behind must not be seen.
+    # Later keys weigh more, so that running maxima change. Keys beyond `read` must not be read.
     arrays[1] *= np.linspace(0.5, 2, keys, dtype=np.float32)[:, None, None]
     arrays[1][:, read:], arrays[2][:, read:] = 30, 1e4
     return [jnp.asarray(x, dtype) for x in arrays], np.full((batch, 1), read, np.int32)
@@ -77,7 +77,7 @@ def test_equals_the_definition_forward_and_backward(
 
     wide = (x.astype(jnp.float32) for x in (q, k, v, d_out))
     wanted = jax.jit(both, compiler_options=matmul_options())(*wide)
-    # With one key, whose weight is 1, gradients of queries and keys are 0, and those of cuDNN rounding.
+    # With one key its weight is 1: gradients of queries and keys are 0, and cuDNN's are rounding errors.
     errors = [relative_error(mine, other) for mine, other in zip(got, wanted, strict=True) if np.any(other)]
     record_property("errors", errors)
     assert max(errors) < TOLERANCE
@@ -85,7 +85,7 @@ def test_equals_the_definition_forward_and_backward(
 
 @pytest.mark.parametrize("frames", [1, 5])
 def test_the_encoder_takes_it_and_equals_float32(record_property: Any, caplog: Any, frames: int) -> None:
-    """Three layers at SigLIP2's sizes, under a mesh of one device and without."""
+    """Three layers of SigLIP2's sizes, with and without a mesh of one device."""
     vision = dataclasses.replace(presets.crosslmm_2b().vision, num_layers=4)
     config = dataclasses.replace(presets.crosslmm_2b(), vision=vision)
     params = {"params": init_params(config, jax.random.key(0))["encoder"]}
@@ -100,13 +100,13 @@ def test_the_encoder_takes_it_and_equals_float32(record_property: Any, caplog: A
     with caplog.at_level(logging.DEBUG, logger="crosslmm_jax.model.attention.dispatch"):
         ours = encode("bfloat16", "auto")
         with jax.set_mesh(make_mesh(MeshConfig(), devices=jax.devices()[:1])):
-            spread = encode("bfloat16", "auto", activation_rules())
+            with_mesh = encode("bfloat16", "auto", activation_rules())
     assert caplog.text.count("mosaic") == 2
     errors = {
         "mosaic": relative_error(ours, expected),
         "cudnn": relative_error(encode("bfloat16", "cudnn"), expected),
     }
     record_property("errors", errors)
-    assert relative_error(spread, ours) < TOLERANCE
-    # All of the rest is in bfloat16 too: no worse than cuDNN.
+    assert relative_error(with_mesh, ours) < TOLERANCE
+    # The other operations are in bfloat16 too, so the error need only be no larger than with cuDNN.
     assert errors["mosaic"] < 1.05 * errors["cudnn"]

@@ -24,8 +24,8 @@ from crosslmm_jax.profiling.flops import Workload
 from crosslmm_jax.profiling.inputs import param_shapes, random_prompt, shapes_of
 
 BLOCKS = BlockSizes(128, 256)
-# (batch, queries, keys, key heads, queries a key head, head size, with a start): compiled shapes are few so
-# that examples are many. Several blocks of both, a padded head size, few and many queries.
+# (batch, queries, keys, key heads, query heads per key head, head size, with a start). Few compiled shapes,
+# so that there can be many examples: several blocks of both, a padded head size, few and many queries.
 SHAPES = [
     (2, 70, 300, 2, 3, 72, True),
     (1, 300, 520, 1, 1, 16, False),
@@ -49,7 +49,7 @@ def value_and_gradients(shape: int, ours: bool) -> Any:
 
 
 def draw_ranges(rng: np.random.Generator, kind: str, batch: int, length: int, keys: int) -> Any:
-    """Ranges as the model has them, and ranges without any order."""
+    """Ranges as in the model, and ranges without any order."""
     stop = rng.integers(0, keys + 1, (batch, length))
     if kind == "media":  # few different ones, growing
         stop = np.sort(rng.choice(rng.integers(0, keys + 1, 3), (batch, length)), axis=1)
@@ -93,27 +93,27 @@ def test_everything_and_causal(length: int) -> None:
         assert np.mean(np.abs(ours - expected)) < 1e-3
 
 
-def test_blocks_that_nobody_reads_are_skipped() -> None:
-    """The map of blocks holds what the ranges say, and the kernel obeys it."""
+def test_blocks_that_no_query_reads_are_skipped() -> None:
+    """The map of blocks follows from the ranges, and the kernel obeys it."""
     stop = jnp.repeat(jnp.array([[0, 130, 256]]), 128, axis=1)
-    runs = splash_module._running(None, stop, 384, block_q=128, block_kv=128)
+    runs = splash_module._block_map(None, stop, 384, block_q=128, block_kv=128)
     assert runs is not None
     assert runs.tolist() == [[True, False, False], [True, True, False], [True, True, False]]
     start = jnp.repeat(jnp.array([[0, 128, 140]]), 128, axis=1)
-    runs = splash_module._running(start, stop, 384, block_q=128, block_kv=128)
+    runs = splash_module._block_map(start, stop, 384, block_q=128, block_kv=128)
     assert runs is not None
     assert runs.tolist() == [[True, False, False], [False, True, False], [False, True, False]]
     assert splash_module._mask_info(runs, axis=1).data_next.tolist() == [[[0, 0, 0], [1, 1, 1], [1, 1, 1]]]
     assert splash_module._mask_info(runs, axis=0).data_next.tolist() == [[[0, 1, 0], [0, 1, 0], [0, 2, 0]]]
-    # Keys out of sight may hold anything: a block that ran would spread it, masked or not.
+    # Keys that are not read may be NaN: a block that ran would spread it, masked or not.
     q = jnp.ones((1, 4, 1, 8))
     k = jnp.ones((1, 512, 1, 8)).at[:, 256:].set(jnp.nan)
     out = splash_attention(q, k, k, None, jnp.full((1, 4), 200), BlockSizes(128, 256))
     assert np.all(np.asarray(out) == 1)
 
 
-def test_more_blocks_than_the_map_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(splash_module, "MOST_MAPPED_BLOCKS", 1)
+def test_without_a_map_of_blocks_that_would_be_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splash_module, "MAX_MAPPED_BLOCKS", 1)
     rng = np.random.default_rng(0)
     q, k = rng.standard_normal((1, 9, 2, 8), np.float32), rng.standard_normal((1, 500, 1, 8), np.float32)
     stop = np.array([[0, 1, 2, 255, 256, 257, 499, 500, 0]], np.int32)
@@ -127,7 +127,7 @@ def test_more_blocks_than_the_map_may_hold(monkeypatch: pytest.MonkeyPatch) -> N
         np.testing.assert_allclose(mine, other, atol=1e-5)
 
 
-def test_ranges_that_the_kernel_cannot_hold_are_refused() -> None:
+def test_too_many_keys_for_ranges_with_a_start() -> None:
     q, k = jnp.zeros((1, 2, 1, 8)), jnp.zeros((1, 2**16, 1, 8))
     ranges = {"kv_start": jnp.zeros((1, 2), jnp.int32), "kv_stop": jnp.ones((1, 2), jnp.int32)}
     with pytest.raises(ValueError, match="at most 65535 keys, not 65536; use 'auto'"):
@@ -143,12 +143,12 @@ def test_choice_on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
             jax.ShapeDtypeStruct((1, n, heads, 128), jnp.bfloat16) for n, heads in ((length, 12), (keys, 2))
         )
         start: Any = jax.ShapeDtypeStruct((1, length), jnp.int32) if ranged else None
-        return _choose("auto", q, k, start)  # type: ignore[arg-type]
+        return _choose(q, k, start)  # type: ignore[arg-type]
 
     assert choice(2304, 186_624) == choice(64, 186_624) == choice(2368, 2368) == "splash"
     assert choice(1, 1_866_240) == "plain", "one token would be a block of padding"
     assert choice(72, 17_496, ranged=True) == "splash"
-    assert choice(720, 174_960, ranged=True) == "blockwise", "ranges with a start, too many keys to name"
+    assert choice(720, 174_960, ranged=True) == "blockwise", "ranges with a start, too many keys"
     assert choice(16, 64) == "reference"
 
 
@@ -170,7 +170,7 @@ def with_backend(config: ModelConfig, name: Any) -> ModelConfig:
 def test_the_model_equals_reference(
     scope: str, tiny_config: ModelConfig, replace_config: Any, make_batch: Any
 ) -> None:
-    """Loss and all gradients; rows of different lengths, text before and behind the video."""
+    """Loss and all gradients; rows of different lengths, text before and after the video."""
     cross = {"v2v_scope": scope, "v2v_window": 1}
     config = replace_config(head_size_72(tiny_config), cross_attention=cross)
     params = init_params(config, jax.random.key(0))
@@ -239,8 +239,8 @@ def test_training_lowers_for_a_tpu(replace_config: Any) -> None:
     assert all(f"splash_mha_{phase}" in text for phase in ("fwd_residuals", "dq_no", "dkv_no"))
 
 
-def test_several_tpus_each_run_the_kernel_on_their_own_rows(replace_config: Any) -> None:
-    """The compiler refuses to divide a kernel, so each must be told its part; 8 devices, all axes used."""
+def test_every_tpu_runs_the_kernel_on_its_own_rows(replace_config: Any) -> None:
+    """The compiler refuses to shard a kernel, so `map_devices` must; 8 devices, three axes."""
     config = replace_config(presets.crosslmm_2b(), attention="splash")
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     frames, batch = prompt_shapes(config, 8, rows=4)
@@ -252,7 +252,7 @@ def test_several_tpus_each_run_the_kernel_on_their_own_rows(replace_config: Any)
 
 
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}])
-def test_spread_over_devices_equals_one(
+def test_sharded_over_devices_equals_one(
     axes: dict[str, int], tiny_config: ModelConfig, make_batch: Any
 ) -> None:
     """Interpreted on 8 devices: rows and heads that divide, and rows that do not."""
