@@ -20,7 +20,7 @@ from crosslmm_jax.model import CrossLMM, quantise_params
 from crosslmm_jax.model.encode_frames import Visual, encode_in_chunks
 from crosslmm_jax.model.ops import layer_norm
 from crosslmm_jax.model.params.tables import cast
-from crosslmm_jax.model.quantisation.quantise import DTYPES, Rows, quantise, quantised_product
+from crosslmm_jax.model.quantisation.quantise import DTYPES, QuantisedRows, quantise, quantised_product
 from crosslmm_jax.parallel.compiler_options import program
 from crosslmm_jax.profiling.inputs import (
     OPEN_GATE,
@@ -148,7 +148,7 @@ def _encode(model: CrossLMM, params: Any, frames: Array) -> Encoded:
     def both(model: Any) -> Encoded:
         features = model.encoder(frames)  # what `encode` would make again
         visual = encode_in_chunks(
-            features[None], encode=lambda x: x, project=model.projector, config=model.config, rules=None
+            features[None], encode=lambda x: x, pool=model.pooler, config=model.config, rules=None
         )
         return Encoded(features, visual)
 
@@ -222,7 +222,9 @@ def product_rows(config: ModelConfig, params: Any, features: Array) -> list[dict
         for scales, axes in (("by row and channel", -1), ("one for all", (0, 1))):
             weight, weight_scale = quantise(layer["w1"].T, dtype, axes)
             scale = jnp.broadcast_to(weight_scale, (len(weight), 1))
-            got = quantised_product(Rows(*quantise(x, dtype, axes)), weight, scale, dtype=jnp.float32)
+            got = quantised_product(
+                QuantisedRows(*quantise(x, dtype, axes)), weight, scale, dtype=jnp.float32
+            )
             row = {"what": "product", "products": precision, "scales": scales}
             rows.append({**row, **differences(np.asarray(got), expected)})
     return rows

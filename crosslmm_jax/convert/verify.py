@@ -20,7 +20,7 @@ from crosslmm_jax.convert.source.files import open_source
 from crosslmm_jax.convert.source.processor import ImageSettings, image_settings
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import (
-    Projector,
+    Pooler,
     SiglipEncoder,
     encoder_layer,
     logits_of,
@@ -125,7 +125,7 @@ def verify(
             raise UserError(
                 f"{option} {path}: torch reads no .npz; give the same tower's Hugging Face folder"
             )
-    config = dataclasses.replace(load_model_config(model), compute_dtype="float32")
+    config = dataclasses.replace(load_model_config(model), compute_dtype="float32", visual_matmul="compute")
     rng, size = np.random.default_rng(seed), config.vision.image_size
     frames = rng.integers(0, 256, (FRAMES, size, size, 3), dtype=np.uint8)
     settings = image_settings(Path(str(vision if vision is not None else llava)), size)
@@ -199,9 +199,8 @@ def model_blocks(
     for name, features in _encoder_blocks(read, config, frames):
         yield name, features
     if with_projector:
-        c = config
-        module = Projector(c.merge, c.vision.width, c.decoder.width, c.compute_dtype)
-        yield "projector", np.asarray(module.apply({"params": read("projector", None)}, features))
+        params = {"params": read("projector", None)}
+        yield "projector", np.asarray(Pooler(config).apply(params, features, method="project"))
     yield from _decoder_blocks(read, config, tokens)
 
 

@@ -38,7 +38,7 @@ from crosslmm_jax.model.params.initialise import (
     quantised_axes,
 )
 from crosslmm_jax.model.params.tables import has_own_dtype, is_decayed, separate_layers
-from crosslmm_jax.model.pooler import Projector
+from crosslmm_jax.model.pooler import Pooler
 from crosslmm_jax.model.quantisation.quantise import DTYPES, quantise_params
 from crosslmm_jax.model.qwen2 import mlp, self_attention
 
@@ -48,7 +48,7 @@ __all__ = [
     "CrossLMM",
     "DTYPES",
     "KeysValues",
-    "Projector",
+    "Pooler",
     "SiglipEncoder",
     "Visual",
     "attention",

@@ -24,7 +24,7 @@ from crosslmm_jax.model.loss import logits_of, next_token_loss
 from crosslmm_jax.model.ops import gather_tokens, rms_norm, with_fewest_rows
 from crosslmm_jax.model.params.partitioning import AxisRules, constrain, constrain_output
 from crosslmm_jax.model.params.tables import WeightTable, declare, layer_of
-from crosslmm_jax.model.pooler import Projector
+from crosslmm_jax.model.pooler import Pooler
 from crosslmm_jax.model.qwen2 import decoder_weights
 
 
@@ -63,14 +63,14 @@ class CrossLMM(nn.Module):
         self.encoder = SiglipEncoder(
             c.vision, c.compute_dtype, c.attention, self.rules, c.visual_matmul, self.stacked
         )
-        self.projector = Projector(c.merge, c.vision.width, c.decoder.width, c.compute_dtype, c.visual_matmul)
+        self.pooler = Pooler(c, name="projector")  # by its parameters
         self.decoder = Weights(decoder_weights(c.decoder, stacked=self.stacked))
         self.v2v = Weights(cross_attention_weights(c, stacked=self.stacked))
         self.t2v = Weights(cross_attention_weights(c, stacked=self.stacked))
 
     def declare(self) -> None:
         """Touches every parameter, so that `init` needs no batch and computes nothing."""
-        for part in (self.encoder, self.projector):
+        for part in (self.encoder, self.pooler):
             _ = part.weights
         for part in (self.decoder, self.v2v, self.t2v):
             part()
@@ -94,9 +94,7 @@ class CrossLMM(nn.Module):
                 jnp.zeros((frames.shape[0], 0, c.decoder.width), dtype), jnp.zeros(originals, dtype)
             )
         # Linen binds modules, not functions: inside a scan the bound parts are closed over as values.
-        return encode_in_chunks(
-            frames, encode=self.encoder, project=self.projector, config=c, rules=self.rules
-        )
+        return encode_in_chunks(frames, encode=self.encoder, pool=self.pooler, config=c, rules=self.rules)
 
     def hidden(self, visual: Visual, batch: Batch) -> Float[Array, "b t d"]:
         """float[B, T, D] last hidden states, behind the final norm."""

@@ -1,13 +1,14 @@
-"""From frames to what the decoder reads: encode, pool and project, chunk by chunk.
+"""From frames to the tokens that the decoder reads: encode, pool and project, chunk by chunk.
 
-Features of all frames never exist at once: a chunk leaves its compact tokens and its original tokens.
-`VisionConfig.remat` says what the backward pass recomputes. Kept for it, of SigLIP2 so400m in bfloat16:
+The encoder features of all frames never exist at once: only compact and original tokens of a chunk are kept.
+`VisionConfig.remat` says what the backward pass recomputes. Memory that it takes, of SigLIP2 so400m in
+bfloat16:
 
-                                                            a layer and frame    26 layers, 64 frames
-    none         nothing is recomputed                            68 MB                113 GB
-    elementwise  norms and GELU, from products and attention      18 MB                 30 GB
-    layer        each layer, from what it read                   1.7 MB                2.8 GB
-    chunk        a chunk, from its pixels, and then each layer   1.7 MB of one chunk   1.4 GB
+    remat        recomputed                                     per layer and frame   26 layers, 64 frames
+    none         nothing                                            68 MB                  113 GB
+    elementwise  norms and GELU, from products and attention        18 MB                   30 GB
+    layer        each layer, from its input                        1.7 MB                  2.8 GB
+    chunk        a chunk from its pixels, then each layer          1.7 MB, one chunk's     1.4 GB
 """
 
 from collections.abc import Callable
@@ -19,52 +20,50 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, UInt8
 
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.model.ops import rms_normalise
 from crosslmm_jax.model.params.partitioning import AxisRules, constrain, num_shards
-from crosslmm_jax.model.pooler import pool
 
 FEATURES = "vision_features"
-# Chunks that `frame_chunk=None` takes one of. Measured on one H100, 64 frames at once gain nothing over 32.
+# Sizes to choose from with `frame_chunk=None`. On one H100, 64 frames at once were no faster than 32.
 CHUNKS = (32, 16, 8, 4, 2, 1)
-CHUNK_OFF_ACCELERATORS = 8  # where the backend does not say how much memory it has: CPUs
-CHUNK_SHARE = 1 / 8  # of a device's memory beside the weights that a chunk's activations may take
+CPU_CHUNK = 8  # and of any backend that does not say how much memory it has
+CHUNK_SHARE = 1 / 8  # of the memory beside the weights: what the activations of a chunk may take
 
 
 class Visual(NamedTuple):
     """A video as the decoder reads it."""
 
-    compact: Float[Array, "b n d"]  # F*C projected pooled tokens, in frame order
-    originals: Float[Array, "b f p d"]  # what K/V are made from, at unit root mean square
+    compact: Float[Array, "b n d"]  # F*C tokens, pooled and projected, in frame order
+    originals: Float[Array, "b f p d"]  # the input of K/V, at unit root mean square
 
 
 def frame_chunk(config: ModelConfig) -> int:
-    """Frames that a device encodes at once: the configured number, or one that suits its memory.
+    """Frames that a device encodes at once: the configured number, or one that fits its memory.
 
-    It depends on sizes and on the memory that the process may use in all, not on what is free at the moment:
-    all processes of a run with equal devices choose the same, at any time.
+    It depends on sizes and on the memory that the process may use in all, not on what is free now. So all
+    processes of a run with equal devices choose the same number at any time.
     """
     if config.vision.frame_chunk is not None:
         return config.vision.frame_chunk
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
-        return CHUNK_OFF_ACCELERATORS
-    room = CHUNK_SHARE * (limit - _weight_bytes(config)) / _frame_bytes(config)
-    return next((size for size in CHUNKS if size <= room), 1)
+        return CPU_CHUNK
+    frames = CHUNK_SHARE * (limit - _weight_bytes(config)) / _frame_bytes(config)
+    return next((size for size in CHUNKS if size <= frames), 1)
 
 
 def _weight_bytes(config: ModelConfig) -> int:
-    """Bytes of all matrices at inference."""
+    """Bytes of all matrices of the model at inference."""
     v, d = config.vision, config.decoder
     encoder = v.depth * (4 * v.width**2 + 2 * v.width * v.mlp_width)
-    own = 2 * d.width * d.head_dim * (d.num_heads + d.num_kv_heads)
-    decoder = d.num_layers * (own + 3 * d.width * d.mlp_width)
-    cross = 2 * len(config.cross_attention_layers) * own
+    attention = 2 * d.width * d.head_dim * (d.num_heads + d.num_kv_heads)
+    decoder = d.num_layers * (attention + 3 * d.width * d.mlp_width)
+    cross = 2 * len(config.cross_attention_layers) * attention
     embeddings = d.vocab_size * d.width * (1 if d.tie_embeddings else 2)
     return (encoder + decoder + cross + embeddings) * jnp.dtype(config.compute_dtype).itemsize
 
 
 def _frame_bytes(config: ModelConfig) -> int:
-    """Bytes of one frame's arrays in a layer: what it reads and adds, a norm, Q, K, V, hidden units."""
+    """Bytes of the activations of one frame in a layer: input, residual, norm, Q, K, V and hidden units."""
     v = config.vision
     return v.num_patches * (6 * v.width + 2 * v.mlp_width) * jnp.dtype(config.compute_dtype).itemsize
 
@@ -73,7 +72,7 @@ def encode_in_chunks(
     frames: UInt8[Array, "b f r r 3"],
     *,
     encode: Callable[[Array], Array],
-    project: Callable[[Array], Array],
+    pool: Callable[[Array], tuple[Array, Array]],
     config: ModelConfig,
     rules: AxisRules | None,
 ) -> Visual:
@@ -81,10 +80,10 @@ def encode_in_chunks(
 
     Args:
       frames: pixels.
-      encode: uint8[n, R, R, 3] -> float[n, P, W].
-      project: float[..., W] -> float[..., D].
-      config: the whole model's.
-      rules: logical axes; the frames of a chunk are spread over all devices.
+      encode: uint8[n, R, R, 3] -> float[n, P, W], the encoder.
+      pool: float[n, P, W] -> float[n, C, D] compact tokens and float[n, P, D] original tokens, the pooler.
+      config: the model configuration.
+      rules: logical axis -> mesh axes; the frames of a chunk are sharded over all devices.
     """
     batch, length = frames.shape[:2]
     shards = num_shards(rules, "act_frames")
@@ -97,14 +96,7 @@ def encode_in_chunks(
         frames = constrain(frames, rules, "act_frames", None, None, None)
         with jax.named_scope("encoder"):
             features = checkpoint_name(encode(frames), FEATURES)
-        with jax.named_scope("pool"):
-            pooled = pool(features, config.merge.grid, config.merge.pooling)
-        projected = config.cross_attention.kv_source == "projected"
-        with jax.named_scope("projector"):
-            compact = project(pooled)
-            originals = project(features) if projected else features
-            originals = rms_normalise(originals, config.decoder.rms_norm_eps)
-        return compact, originals
+        return pool(features)
 
     policy = jax.checkpoint_policies.save_only_these_names(FEATURES) if config.vision.keep_features else None
     recomputed = config.vision.remat == "chunk" or config.vision.keep_features
@@ -112,7 +104,7 @@ def encode_in_chunks(
     if count == 1:
         compact, originals = (x[None] for x in chunk(flat))
     else:
-        # With several devices a chunk takes a part of each device's frames, so that frames stay put.
+        # With several devices, a chunk takes some frames of each device, so that no frame changes devices.
         chunks = flat.reshape(size, count, *flat.shape[1:]) if shards > 1 else None
         chunks = flat.reshape(count, size, *flat.shape[1:]) if chunks is None else jnp.swapaxes(chunks, 0, 1)
         compact, originals = jax.lax.map(chunk, chunks)

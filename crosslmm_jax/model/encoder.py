@@ -1,4 +1,4 @@
-"""SigLIP2 vision encoder: frames to patch features, with the layer stack as one scan.
+"""SigLIP2 vision encoder: frames to patch features.
 
 Reference implementation: Hugging Face's `SiglipVisionModel` (no class token, learned positions, pre-norm,
 tanh-approximated GELU). The attention-pooling head is not part of it.
@@ -32,16 +32,16 @@ from crosslmm_jax.model.params.tables import (
 )
 from crosslmm_jax.model.quantisation.quantise import linear, operand, quantised_table
 
-FP8_ROWS = 16  # of which an fp8 product on a GPU takes a multiple
-KEPT = "encoder_kept"  # by the backward pass with remat="elementwise"
+FP8_ROWS = 16  # the rows of an fp8 product on a GPU are a multiple of it
+SAVED = "encoder_saved"  # checkpoint name of what remat="elementwise" saves for the backward pass
 
 
 def encoder_weights(
     config: VisionConfig, matmul: Precision = "compute", *, stacked: bool = True
 ) -> WeightTable:
-    """Parameters of the tower, up to and including the layer that features are read from.
+    """Parameters of the encoder, up to the layer whose output are the features.
 
-    With `matmul` other than "compute", those of its layers are as `quantise_params` leaves them.
+    With `matmul` other than "compute", its layers are as `quantise_params` returns them.
     """
     W, N, H, M = config.width, config.num_heads, config.head_dim, config.mlp_width
     pixels = 3 * config.patch_size**2
@@ -74,11 +74,17 @@ def encoder_weights(
 
 
 class SiglipEncoder(nn.Module):
-    """Frames to features of `feature_layer`, one frame independent of the next.
+    """Frames to features of `feature_layer`; frames do not depend on each other.
 
     Attributes:
-      matmul: of the layers' matrices; patch embedding and attention scores stay in the compute dtype.
-      stacked: layers' weights are stacked and scanned; otherwise each has its own, and the loop is unrolled.
+      config: sizes and choices.
+      compute_dtype: dtype of activations and of cast weights.
+      backend: attention backend.
+      rules: logical axis -> mesh axes.
+      matmul: precision of the matrices of the layers; patch embedding and attention scores stay in the
+        compute dtype.
+      stacked: the layers' weights are stacked on axis 0 and scanned; otherwise each layer has its own arrays,
+        and the loop is unrolled.
     """
 
     config: VisionConfig
@@ -111,11 +117,12 @@ class SiglipEncoder(nn.Module):
             x = encoder_layer(
                 layer, x, patches=patches, config=config, backend=self.backend, rules=self.rules
             )
-            # Else the compiler may cut activations as it finds the weights cut, by width, and then move
-            # those of all frames several times a layer, where gathering the layer's weights would do.
+            # Without this constraint the compiler may shard activations as the weights are, by width. It
+            # would then move those of all frames several times per layer, instead of gathering the layer's
+            # weights.
             return constrain(x, self.rules, "act_frames", None, None), None
 
-        x, layers = _recomputed(embed, config)(frames), _recomputed(body, config)
+        x, layers = _rematerialised(embed, config)(frames), _rematerialised(body, config)
         x = pad_tokens(x, self._padded_patches(frames.shape[0]))
         if self.stacked:
             x, _ = jax.lax.scan(layers, x, self.weights["layers"])
@@ -129,11 +136,11 @@ class SiglipEncoder(nn.Module):
         return x
 
     def _padded_patches(self, frames: int) -> int:
-        """Tokens a frame that the layers handle: on a GPU some more than patches, once for all layers.
+        """Tokens per frame within the layers: on a GPU padded beyond the patches, once for all layers.
 
-        cuDNN's backward pass takes even lengths only; without padding here it would take six passes a layer.
-        cuBLASLt's fp8 products take multiples of 16 rows; else XLA pads and cuts around each of them, and
-        bias, GELU and residual stay outside.
+        - cuDNN's backward pass takes only even lengths. Padding there would be six passes per layer.
+        - cuBLASLt's fp8 products take multiples of 16 rows. Otherwise XLA pads and slices around each product
+          and leaves bias, GELU and residual outside.
         """
         patches = self.config.num_patches
         if jax.default_backend() != "gpu":
@@ -144,19 +151,19 @@ class SiglipEncoder(nn.Module):
         return patches + patches % 2 if self.stacked else patches
 
 
-def _recomputed(function: Callable, config: VisionConfig) -> Callable:
-    """`function` as the backward pass shall treat it; with remat="chunk" as with "layer", in one chunk."""
+def _rematerialised(function: Callable, config: VisionConfig) -> Callable:
+    """`function` with `config.remat`; within a chunk, "chunk" is the same as "layer"."""
     if config.remat == "none":
         return function
-    # Results of products and of the attention are named. All else is a few passes over memory to make again.
-    keep = jax.checkpoint_policies.save_only_these_names(KEPT, RESIDUALS)
-    return jax.checkpoint(function, prevent_cse=False, policy=keep if config.remat == "elementwise" else None)
+    # Outputs of matrix products and of the attention have names. All else takes a few passes over memory.
+    save = jax.checkpoint_policies.save_only_these_names(SAVED, RESIDUALS)
+    return jax.checkpoint(function, prevent_cse=False, policy=save if config.remat == "elementwise" else None)
 
 
 def patchify(frames: Float[Array, "n r r 3"], patch: int) -> Float[Array, "n p d"]:
     """Square patches in row-major order, each flattened as (row, column, channel).
 
-    Equals a VALID convolution with stride `patch`: pixels that fill no whole patch are left out.
+    Equals a VALID convolution with stride `patch`: pixels beyond the last whole patch are dropped.
     """
     count, grid = frames.shape[0], frames.shape[1] // patch
     frames = frames[:, : grid * patch, : grid * patch]
@@ -173,20 +180,20 @@ def encoder_layer(
     backend: AttentionBackend,
     rules: AxisRules | None = None,
 ) -> Float[Array, "n r w"]:
-    """One pre-norm transformer layer; every patch of a frame reads every other, none reads padding behind."""
+    """One pre-norm transformer layer. Every patch of a frame reads all patches of it, and no padding."""
     w, eps = weights, config.layer_norm_eps
-    frames, heads = x.shape, (*x.shape[:2], config.num_heads, config.head_dim)
-    # Two-dimensional throughout: a reshape between GELU and its rounding to fp8 would be a pass over memory.
+    shape, heads = x.shape, (*x.shape[:2], config.num_heads, config.head_dim)
+    # Two-dimensional throughout: a reshape between GELU and the rounding to fp8 would be a pass over memory.
     x = x.reshape(-1, x.shape[-1])
     y = operand(layer_norm(x, w["norm1_scale"], w["norm1_bias"], eps=eps), w, "wq")
     q, k, v = (
         linear(y, w, matrix, bias).reshape(heads)
         for matrix, bias in (("wq", "bq"), ("wk", "bk"), ("wv", "bv"))
     )
-    stop = None if frames[1] == patches else np.full((frames[0], 1), patches, np.int32)
+    stop = None if shape[1] == patches else np.full((shape[0], 1), patches, np.int32)
     out = attention(q, k, v, kv_stop=stop, backend=backend, rules=rules, axes=("act_frames", None))
-    out = checkpoint_name(out, KEPT)
-    x = checkpoint_name(x + linear(operand(out.reshape(x.shape), w, "wo"), w, "wo", "bo"), KEPT)
+    out = checkpoint_name(out, SAVED)
+    x = checkpoint_name(x + linear(operand(out.reshape(x.shape), w, "wo"), w, "wo", "bo"), SAVED)
     y = operand(layer_norm(x, w["norm2_scale"], w["norm2_bias"], eps=eps), w, "w1")
-    y = jax.nn.gelu(checkpoint_name(linear(y, w, "w1", "b1"), KEPT), approximate=True)
-    return (x + linear(operand(y, w, "w2"), w, "w2", "b2")).reshape(frames)
+    y = jax.nn.gelu(checkpoint_name(linear(y, w, "w1", "b1"), SAVED), approximate=True)
+    return (x + linear(operand(y, w, "w2"), w, "w2", "b2")).reshape(shape)

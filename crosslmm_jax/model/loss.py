@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from crosslmm_jax.model.ops import matmul
 
-# Positions whose logits exist at once, over the whole batch: 512 x 152,064 float32 are 311 MB.
+# Positions of the batch whose logits exist at once: 512 x 152,064 float32 are 311 MB.
 LOGITS_AT_ONCE = 512
 
 
@@ -18,8 +18,8 @@ def next_token_loss(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of weighted cross-entropies in nats, and the sum of the weights.
 
-    Token t is predicted from hidden state t - 1 and counts `loss_mask[t]`. Logits are float32, made chunk
-    by chunk, recomputed in the backward pass, and not made at all for chunks without a target.
+    Token t is predicted from hidden state t - 1 and has weight `loss_mask[t]`. Logits are float32. They are
+    computed chunk by chunk, again in the backward pass, and not at all for chunks without a target.
     """
     hidden, targets, weights = hidden[:, :-1], tokens[:, 1:], loss_mask[:, 1:]
     batch, length = targets.shape
@@ -50,13 +50,13 @@ def chunk_loss(
     weights: Float[Array, "b t"],
     head: Float[Array, "d v"],
 ) -> Float[Array, ""]:
-    """Weighted cross-entropies of one chunk, summed."""
+    """Sum of the weighted cross-entropies of one chunk."""
     logits = logits_of(hidden, head)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked))
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - target_logits))
 
 
 @jax.named_scope("head")
 def logits_of(hidden: Float[Array, "b t d"], head: Float[Array, "d v"]) -> Float[Array, "b t v"]:
-    """float32[B, T, V] logits of hidden states that the final norm has seen."""
+    """float32[B, T, V] logits of hidden states, which the final norm has been applied to."""
     return matmul(hidden, head, precise=True)

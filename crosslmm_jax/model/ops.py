@@ -1,4 +1,4 @@
-"""Small maths shared by encoder and decoder: plain functions on arrays."""
+"""Operations that encoder and decoder share: norms, rotary positions, slots of tokens, matrix products."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-FEWEST_ROWS = 8  # of a product on a GPU
+MIN_ROWS = 8  # of a matrix product on a GPU
 
 
 def rms_normalise(x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:
@@ -26,7 +26,7 @@ def layer_norm(
 ) -> Float[Array, "... d"]:
     """LayerNorm in float32, returned in the dtype of `x`.
 
-    Mean and variance come from one pass over `x`, as in Flax's LayerNorm: a pass less over memory.
+    Mean and variance take one pass over `x`, as in Flax's LayerNorm, instead of two.
     """
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(x32, axis=-1, keepdims=True)
@@ -37,14 +37,14 @@ def layer_norm(
 def rotate(
     x: Float[Array, "b t n h"], positions: Int[Array, "b t"], *, theta: float
 ) -> Float[Array, "b t n h"]:
-    """Rotary position embedding in Qwen2's form: the first half of a head turns against the second."""
+    """Rotary position embedding in Qwen2's form, on pairs of the first and the second half of a head."""
     half = x.shape[-1] // 2
     frequencies = theta ** (-np.arange(half, dtype=np.float32) / half)
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
 
 
 def gather_tokens(x: Float[Array, "b t d"], slots: Int[Array, "b n"]) -> Float[Array, "b n d"]:
@@ -64,18 +64,18 @@ def _add_row(x: Array, slots: Array, update: Array) -> Array:
 
 
 def with_fewest_rows(x: Float[Array, "b t d"]) -> Float[Array, "b r d"]:
-    """`x` with zeros behind its tokens, so that products of it need no padding of their own (see `matmul`).
+    """`x` padded with zero tokens on a GPU, so that no product of it is padded (see `matmul`).
 
-    Padded once in front of all layers, a norm is one kernel; padded at every product, three.
+    Padded once before all layers, a norm is one kernel; padded at every product, three.
     """
     batch, tokens = x.shape[:2]
     if jax.default_backend() != "gpu":
         return x
-    return pad_tokens(x, max(tokens, -(-FEWEST_ROWS // batch)))
+    return pad_tokens(x, max(tokens, -(-MIN_ROWS // batch)))
 
 
 def pad_tokens(x: Float[Array, "b t ..."], length: int) -> Float[Array, "b r ..."]:
-    """`x` with zeros behind its tokens, up to `length`."""
+    """`x` padded with zero tokens at the end, to `length`."""
     more = length - x.shape[1]
     return jnp.pad(x, [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)]) if more else x
 
@@ -83,26 +83,27 @@ def pad_tokens(x: Float[Array, "b t ..."], length: int) -> Float[Array, "b r ...
 def matmul(x: Float[Array, "*a d"], weight: Float[Array, "d e"], *, precise: bool = False) -> Array:
     """`x @ weight`, with a float32 result where `precise`.
 
-    On a GPU, fewer rows than 8 are padded: XLA makes a product of one row of elementwise multiplication and a
-    sum, and writes the product with a whole matrix, or a float32 copy of it, to memory in between.
+    On a GPU, fewer than 8 rows are padded. XLA would compute a product of one row as an elementwise
+    multiplication and a sum, and write an array of the size of the matrix, or a float32 copy of it, to
+    memory.
     """
     rows, dtype = math.prod(x.shape[:-1]), jnp.float32 if precise else None
-    if jax.default_backend() != "gpu" or rows >= FEWEST_ROWS:
+    if jax.default_backend() != "gpu" or rows >= MIN_ROWS:
         return jnp.matmul(x, weight, preferred_element_type=dtype)
-    flat = jnp.pad(x.reshape(rows, -1), ((0, FEWEST_ROWS - rows), (0, 0)))
+    flat = jnp.pad(x.reshape(rows, -1), ((0, MIN_ROWS - rows), (0, 0)))
     return jnp.matmul(flat, weight, preferred_element_type=dtype)[:rows].reshape(*x.shape[:-1], -1)
 
 
 def to_heads(x: Float[Array, "*a d"], weight: Float[Array, "d n h"], bias: Float[Array, "n h"]) -> Array:
     """float[..., N, H]: `x` by `weight`, plus `bias`.
 
-    As a product of two-dimensional matrices: on a GPU the bias is then added within it, and no operand is
-    copied into another order.
+    The matrices are two-dimensional: a GPU then adds the bias within the product, and XLA copies no operand
+    into another order.
     """
     y = matmul(x, weight.reshape(weight.shape[0], -1)) + bias.reshape(-1)
     return y.reshape(*x.shape[:-1], *weight.shape[1:])
 
 
 def from_heads(x: Float[Array, "*a n h"], weight: Float[Array, "n h d"]) -> Array:
-    """float[..., D]: all heads of `x` by `weight`, likewise."""
+    """float[..., D]: all heads of `x` by `weight`, as one product of two-dimensional matrices."""
     return matmul(x.reshape(*x.shape[:-2], -1), weight.reshape(-1, weight.shape[-1]))

@@ -1,4 +1,4 @@
-"""Token merge and projector (paper sec. 3.1): P patches of a frame to C compact tokens of decoder width."""
+"""The pooler (paper sec. 3.1): token merge, P patches to C compact tokens per frame, and the projector."""
 
 import functools
 
@@ -8,19 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from crosslmm_jax.config import MergeConfig, Pooling, Precision
-from crosslmm_jax.model.ops import layer_norm
+from crosslmm_jax.config import MergeConfig, ModelConfig, Pooling
+from crosslmm_jax.model.ops import layer_norm, rms_normalise
 from crosslmm_jax.model.params.tables import Weight, cast, declare, fan_in, ones, zeros
 from crosslmm_jax.model.quantisation.quantise import linear, operand, quantised_table
 
-# LayerNorm before the projector is an option of ours; torch's default epsilon.
+# Of the optional LayerNorm before the projector, which LLaVA does not have: torch's default.
 INPUT_NORM_EPS = 1e-5
 
 
 def pool(features: Float[Array, "n p w"], grid: int, pooling: Pooling) -> Float[Array, "n c w"]:
-    """float[N, P, W] on a square grid to float[N, C, W] on a `grid` x `grid` one.
+    """float[N, P, W] features of square frames to float[N, C, W], with C = `grid` squared.
 
-    Every pooling is linear and separable, so it is one small matrix; see `pooling_weights`.
+    Every pooling is linear and separable, so that one small matrix does it: see `pooling_weights`.
     """
     side = round(features.shape[1] ** 0.5)
     along = pooling_weights(side, grid, pooling)
@@ -31,11 +31,11 @@ def pool(features: Float[Array, "n p w"], grid: int, pooling: Pooling) -> Float[
 
 @functools.lru_cache
 def pooling_weights(size: int, grid: int, pooling: Pooling) -> np.ndarray:
-    """float64[grid, size]: how much of each of `size` inputs goes into each of `grid` outputs, on one axis.
+    """float64[grid, size]: the weight of each of `size` inputs in each of `grid` outputs, along one axis.
 
     - average: torch's `adaptive_avg_pool2d`.
-    - bilinear: torch's `interpolate(mode="bilinear", align_corners=False)`, which LLaVA runs. When it
-      shrinks, it reads at most two inputs a side: 27 -> 3 just picks inputs 4, 13 and 22.
+    - bilinear: torch's `interpolate(mode="bilinear", align_corners=False)`, which LLaVA runs. It reads
+      at most two inputs per output: 27 -> 3 only picks inputs 4, 13 and 22.
     - bilinear_antialias: the same with `antialias=True`, a triangle as wide as the shrinking factor.
     """
     weights = np.zeros((grid, size))
@@ -46,10 +46,10 @@ def pooling_weights(size: int, grid: int, pooling: Pooling) -> np.ndarray:
             begin, end = i * size // grid, -(-(i + 1) * size // grid)
             weights[i, begin:end] = 1
         elif pooling == "bilinear":
-            source = max(centre - 0.5, 0)
-            low = min(int(source), size - 1)
-            weights[i, low] += 1 - (source - low)
-            weights[i, min(low + 1, size - 1)] += source - low
+            position = max(centre - 0.5, 0)
+            low = min(int(position), size - 1)
+            weights[i, low] += 1 - (position - low)
+            weights[i, min(low + 1, size - 1)] += position - low
         else:
             width = max(scale, 1.0)
             begin, end = max(int(centre - width + 0.5), 0), min(int(centre + width + 0.5), size)
@@ -59,7 +59,7 @@ def pooling_weights(size: int, grid: int, pooling: Pooling) -> np.ndarray:
 
 
 def projector_weights(config: MergeConfig, vision_width: int, width: int) -> dict[str, Weight]:
-    """Linear, GELU, Linear; with an input LayerNorm where the config asks for one."""
+    """Linear, GELU, Linear; an input LayerNorm where the config asks for one."""
     table = {
         "w1": Weight((vision_width, width), ("vision_embed", "mlp"), fan_in(vision_width)),
         "b1": Weight((width,), ("mlp",), zeros),
@@ -72,24 +72,36 @@ def projector_weights(config: MergeConfig, vision_width: int, width: int) -> dic
     return table
 
 
-class Projector(nn.Module):
-    """LLaVA's `mlp2x_gelu` with the exact GELU: vision width to decoder width."""
+class Pooler(nn.Module):
+    """Token merge, then LLaVA's `mlp2x_gelu` with the exact GELU: vision width to decoder width."""
 
-    config: MergeConfig
-    vision_width: int
-    width: int
-    compute_dtype: str
-    matmul: Precision = "compute"
+    config: ModelConfig
 
     def setup(self) -> None:
-        """Declares the parameters."""
-        table = projector_weights(self.config, self.vision_width, self.width)
-        self.weights = declare(self, quantised_table(table, self.matmul))
+        """Declares the parameters, which are the projector's."""
+        c = self.config
+        table = projector_weights(c.merge, c.vision.width, c.decoder.width)
+        self.weights = declare(self, quantised_table(table, c.visual_matmul))
 
-    def __call__(self, features: Float[Array, "... w"]) -> Float[Array, "... d"]:
+    def __call__(
+        self, features: Float[Array, "n p w"]
+    ) -> tuple[Float[Array, "n c d"], Float[Array, "n p d"]]:
+        """Compact tokens of N frames, and their original tokens at unit root mean square, for K/V.
+
+        With `kv_source="encoder"` the original tokens are the features themselves, of width W.
+        """
+        c = self.config
+        with jax.named_scope("pool"):
+            pooled = pool(features, c.merge.grid, c.merge.pooling)
+        with jax.named_scope("projector"):
+            compact = self.project(pooled)
+            originals = self.project(features) if c.cross_attention.kv_source == "projected" else features
+            return compact, rms_normalise(originals, c.decoder.rms_norm_eps)
+
+    def project(self, features: Float[Array, "... w"]) -> Float[Array, "... d"]:
         """float[..., W] to float[..., D]."""
-        w = cast(dict(self.weights), jnp.dtype(self.compute_dtype))
-        if self.config.projector_input_norm:
+        w = cast(dict(self.weights), jnp.dtype(self.config.compute_dtype))
+        if self.config.merge.projector_input_norm:
             features = layer_norm(features, w["norm_scale"], w["norm_bias"], eps=INPUT_NORM_EPS)
         hidden = jax.nn.gelu(linear(operand(features, w, "w1"), w, "w1", "b1"), approximate=False)
         return linear(operand(hidden, w, "w2"), w, "w2", "b2")

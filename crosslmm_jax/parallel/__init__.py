@@ -1,10 +1,14 @@
-"""Devices: the mesh, logical axis -> mesh axes, shardings, process start, and compilation flags.
+"""Devices: mesh, shardings, start of processes, compilation flags.
 
-Names are imported when they are first asked for: `xla_flags` has to be importable before jax is.
+- `mesh`: the device mesh, and how the processes of a run find each other.
+- `axis_rules`: the table of logical axes -> mesh axes.
+- `sharding`: shardings of parameters and batches; which rows a process reads.
+- `compiler_options`: XLA options for programs of large matrix products.
+- `xla_flags`: TPU flags in the environment. It is imported before jax, so all other names are imported late.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from crosslmm_jax.parallel.axis_rules import activation_rules, partition_spec
@@ -34,19 +38,12 @@ __all__ = [
     "to_global",
 ]
 
-_MODULES = {
-    "activation_rules": "axis_rules",
-    "partition_spec": "axis_rules",
-    "initialize_processes": "mesh",
-    "make_mesh": "mesh",
-    "matmul_options": "compiler_options",
-    "program": "compiler_options",
-}
 
-
-def __getattr__(name: str) -> Any:
-    """Imports the module that holds `name`."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'sharding')}")
-    return getattr(module, name)
+def __getattr__(name: str) -> object:
+    """Imports the files of this package, which need jax, and returns what one of them defines."""
+    if name in __all__:
+        for file in ("mesh", "axis_rules", "sharding", "compiler_options"):
+            module = importlib.import_module(f"{__name__}.{file}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,6 @@
-"""The one table from logical axes, which the model names, to mesh axes, which the user sizes."""
+"""The one table of logical axes, which the model names, -> mesh axes, which the user sizes."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from jax.sharding import PartitionSpec
@@ -9,26 +10,26 @@ from crosslmm_jax.parallel.mesh import MESH_AXES
 MeshAxes = str | tuple[str, ...] | None
 
 RULES: Mapping[str, MeshAxes] = {
-    # Weights: `fsdp` cuts the width that every matrix has, `tensor` the dimension that is local to a device
-    # in the maths (heads, hidden units, vocabulary), so that a layer costs one sum over `tensor`.
-    "layers": None,  # the scan walks over it: a device needs every layer
+    # Weights: `fsdp` shards the width that every matrix has, `tensor` the dimension whose entries do not
+    # interact (heads, hidden units, vocabulary), so that a layer takes one all-reduce over `tensor`.
+    "layers": None,  # the scan iterates over it: every device needs every layer
     "embed": "fsdp",  # in every matrix of the decoder: gathered just before use
     "vision_embed": "fsdp",  # the same for the encoder
-    "mlp": "tensor",  # hidden units do not see each other
+    "mlp": "tensor",  # hidden units do not interact
     "vision_mlp": "tensor",  # the same for the encoder
-    "heads": "tensor",  # attention heads do not see each other
-    "kv_heads": "tensor",  # beside the query heads that read them
+    "heads": "tensor",  # attention heads do not interact
+    "kv_heads": "tensor",  # on the devices of the query heads that read them
     "vision_heads": "tensor",  # the same for the encoder
-    "head_dim": None,  # summed inside attention scores: cutting it would add a sum per score
+    "head_dim": None,  # summed over in attention scores: sharded, every score would need an all-reduce
     "vision_head_dim": None,  # the same for the encoder
     "vocab": "tensor",  # the loss sums over it once
-    "patch": None,  # pixels of a patch and positions of a frame: small
+    "patch": None,  # pixels of a patch, positions of a frame: small
     # Activations.
-    "act_batch": ("data", "fsdp"),  # fsdp devices hold slices of weights but rows of their own
-    "act_frames": ("data", "fsdp", "context", "tensor"),  # frames are independent: use every device
-    "act_context": "context",  # frames of one video, as keys and values of cross-attention
-    "act_len": None,  # tokens of a row: short, since a frame is 1..16 of them
-    "act_embed": None,  # the residual stream is whole on every device of a row
+    "act_batch": ("data", "fsdp"),  # devices along fsdp share weights, and hold different rows
+    "act_frames": ("data", "fsdp", "context", "tensor"),  # frames are independent: every device encodes some
+    "act_context": "context",  # frames of one video, in K/V of cross-attention
+    "act_len": None,  # tokens of a row: few, since a frame is 1 to 16 of them
+    "act_embed": None,  # every device of a row holds the whole residual stream
     "act_heads": "tensor",  # follows the weights
     "act_mlp": "tensor",  # follows the weights
     "act_vocab": "tensor",  # follows the weights
@@ -47,14 +48,14 @@ def partition_spec(
     *,
     rules: Mapping[str, MeshAxes] = RULES,
 ) -> PartitionSpec:
-    """How an array of `shape` whose dimensions have the logical names `axes` lies on a mesh.
+    """How an array of `shape`, whose dimensions have the logical names `axes`, is sharded on a mesh.
 
-    This is the one place where a dimension falls back to being replicated: when the mesh axes that its rule
-    names do not divide it (2 key/value heads on `tensor=4`, rows of an odd batch).
+    This is the one place where a dimension falls back to being replicated: where the mesh axes of its rule do
+    not divide it (2 key/value heads on `tensor=4`, rows of an odd batch).
 
     Raises:
-      KeyError: a logical axis has no rule (a typo would otherwise replicate a large array in silence).
-      ValueError: not one name a dimension, or two dimensions on the same mesh axis.
+      KeyError: a logical axis has no rule; a typo would otherwise replicate a large array in silence.
+      ValueError: not one name per dimension, or two dimensions on the same mesh axis.
     """
     if len(axes) != len(shape):
         raise ValueError(f"logical axes {tuple(axes)} do not fit an array of shape {shape}")
@@ -64,9 +65,7 @@ def partition_spec(
         raise ValueError(f"logical axes {tuple(axes)} collide: their mesh axes are {wanted}")
     entries: list[MeshAxes] = []
     for names, size in zip(wanted, shape, strict=True):
-        count = 1
-        for name in names:
-            count *= mesh_shape[name]
+        count = math.prod(mesh_shape[name] for name in names)
         entries.append(names if names and size % count == 0 else None)
     return PartitionSpec(*entries)
 

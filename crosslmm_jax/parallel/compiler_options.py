@@ -1,22 +1,23 @@
-"""Options of XLA for programs that are made of large matrix products."""
+"""XLA options for programs of large matrix products."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 
+R = TypeVar("R")
+
 
 def matmul_options() -> dict[str, bool | int] | None:
-    """`compiler_options` of `jax.jit` for encoding, prefill and training; None off the GPU.
+    """`compiler_options` of `jax.jit` for encoding, prefill and training; None on other devices than GPUs.
 
-    Without Triton's products XLA calls cuBLASLt, which adds bias, GELU and residual within the product:
-    measured on one H100 (jax 0.11.2, bfloat16, 128 frames through the SigLIP2 encoder), 193 ms against 216.
-    Decoding must not use them: its products of one row are three times as fast in Triton.
-
-    Products that read the same input stay apart: merged, Q, K and V take a copy of their weights beside each
-    other, and a pass over memory that adds their biases and splits them (by the profiler 62 of 850 us of an
-    encoder layer at 16 frames); apart, each adds its own within.
+    - No Triton products: XLA then calls cuBLASLt, which adds bias, GELU and residual within the product. On
+      one H100 (jax 0.11.2, bfloat16), 128 frames take 193 ms in the SigLIP2 encoder instead of 216. Decoding
+      must not use this option: its products of one row are three times as fast in Triton.
+    - No merged products of the same input. Merged, Q, K and V need a copy of their weights side by side, and
+      a pass over memory that adds the biases and splits the result (by the profiler 62 of 850 us of an
+      encoder layer at 16 frames). Separate, each product adds its bias itself.
     """
     if jax.default_backend() != "gpu":
         return None
@@ -24,9 +25,9 @@ def matmul_options() -> dict[str, bool | int] | None:
 
 
 @functools.cache
-def program(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose `model` is static, compiled with these options; the same one at every call.
+def program(function: Callable[..., R]) -> Callable[..., R]:
+    """`function` under `jax.jit` with these options and a static `model`; the same one at every call.
 
-    Made late, since asking for the platform starts it.
+    Called late, not at import, since `matmul_options` initialises the platform.
     """
     return jax.jit(function, static_argnames="model", compiler_options=matmul_options())

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -16,10 +15,10 @@ MESH_AXES: tuple[str, ...] = ("data", "fsdp", "tensor", "context")
 _PROCESS_VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of axes `data`, `fsdp`, `tensor`, `context` over all devices (or over `devices`).
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of axes `data`, `fsdp`, `tensor`, `context` over all devices, or over `devices`.
 
-    Axes are of type Auto: the compiler places every array from the constraints that the model gives it.
+    Axes are of type Auto: the compiler shards every array, by the constraints in the model.
     Enter the mesh with `jax.set_mesh`.
 
     Raises:
@@ -31,18 +30,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def _fill(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
-    """Sizes of the mesh axes with the -1 replaced by the devices that are left."""
+    """Sizes of the mesh axes, with -1 replaced by the number of remaining devices."""
     wanted = dataclasses.asdict(config)
     fixed = math.prod(size for size in wanted.values() if size != -1)
-    left, rest = divmod(num_devices, fixed)
+    remaining, rest = divmod(num_devices, fixed)
     fits = rest == 0 if -1 in wanted.values() else fixed == num_devices
-    if not fits or left == 0:
+    if not fits or remaining == 0:
         shown = " x ".join(f"{name}={size}" for name, size in wanted.items())
         raise ConfigError(
             f"MeshConfig {shown} does not fit {num_devices} device(s): they must multiply to {num_devices};"
-            " one of them may be -1, which takes the devices that are left"
+            " one of them may be -1, for all remaining devices"
         )
-    return tuple(left if wanted[name] == -1 else wanted[name] for name in MESH_AXES)
+    return tuple(remaining if wanted[name] == -1 else wanted[name] for name in MESH_AXES)
 
 
 def initialize_processes() -> None:

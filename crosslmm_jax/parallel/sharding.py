@@ -1,11 +1,11 @@
-"""Shardings of parameters and batches, and the way of a host's rows onto the devices."""
+"""Shardings of parameters and batches, and the rows of a batch that each process reads."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from crosslmm_jax.batch import Batch, batch_axes
 from crosslmm_jax.errors import ConfigError
@@ -17,20 +17,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def param_shardings(axes: Any, shapes: Any, mesh: Mesh, *, rules: Mapping[str, MeshAxes] = RULES) -> Any:
-    """One `NamedSharding` a parameter.
+def param_shardings(
+    axes: PyTree, shapes: PyTree, mesh: Mesh, *, rules: Mapping[str, MeshAxes] = RULES
+) -> PyTree:
+    """One `NamedSharding` per parameter.
 
     Args:
       axes: tree of tuples of logical axis names (`model.logical_axes`).
       shapes: the same tree of arrays or `jax.ShapeDtypeStruct` (`jax.eval_shape` of `init_params`).
-      mesh: devices to lay them on.
-      rules: logical axis to mesh axes.
+      mesh: the device mesh.
+      rules: logical axis -> mesh axes.
 
     Raises:
       KeyError, ValueError: as `partition_spec`, with the parameter's path.
     """
 
-    def sharding(path: Any, leaf_axes: tuple[str | None, ...], leaf: Any) -> NamedSharding:
+    def sharding(
+        path: jax.tree_util.KeyPath, leaf_axes: tuple[str | None, ...], leaf: jax.Array | jax.ShapeDtypeStruct
+    ) -> NamedSharding:
         try:
             spec = partition_spec(leaf_axes, leaf.shape, mesh.shape, rules=rules)
         except (KeyError, ValueError) as error:
@@ -52,7 +56,7 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> Batch[NamedSharding]:
 
 
 def row_shard(mesh: Mesh) -> tuple[int, int]:
-    """Which rows of a global batch this process reads: (index, count), contiguous shares in equal parts.
+    """Which rows of a global batch this process reads: share `index` of `count` equal, contiguous shares.
 
     Processes that differ only along `tensor` or `context` read the same rows.
 
@@ -60,7 +64,7 @@ def row_shard(mesh: Mesh) -> tuple[int, int]:
       ConfigError: the devices of a process do not form one share of rows.
     """
     rows = int(mesh.shape["data"] * mesh.shape["fsdp"])
-    # One row a device along (data, fsdp): the rows that each process holds follow from where devices sit.
+    # With one row per device along (data, fsdp), the rows of a process are those of its devices.
     order = NamedSharding(mesh, PartitionSpec(("data", "fsdp"))).devices_indices_map((rows,))
     held: dict[int, set[int]] = {}
     for device, index in order.items():
@@ -68,14 +72,14 @@ def row_shard(mesh: Mesh) -> tuple[int, int]:
     shares = sorted({tuple(sorted(share)) for share in held.values()})
     if sorted(row for share in shares for row in share) != list(range(rows)):
         raise ConfigError(
-            "MeshConfig: processes hold overlapping rows of a batch; make data x fsdp a multiple of the"
-            " processes, or tensor x context a multiple of the devices of a process"
+            "MeshConfig: processes hold overlapping rows of a batch; make data x fsdp a multiple of"
+            " the number of processes, or tensor x context a multiple of the devices per process"
         )
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, *, microbatches: int = 1) -> None:
-    """Raises a `ConfigError` unless each microbatch spreads evenly over the `data` and `fsdp` devices."""
+    """Raises a `ConfigError` unless each microbatch can be sharded evenly over `data` and `fsdp`."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (devices * microbatches):
         raise ConfigError(

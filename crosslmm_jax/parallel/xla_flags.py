@@ -1,15 +1,15 @@
-"""Compiler flags for TPUs, put into the environment before jax starts.
+"""Compiler flags for TPUs, added to the environment before jax starts.
 
-None was measured with this model, so they are set on request alone: CROSSLMM_XLA_FLAGS=all. Unset or 0 sets
-nothing. libtpu ends the process at a flag that it does not know, so nothing is set for a jaxlib outside those
-whose libtpu is known to take them. What the user has set wins.
+- None was measured with this model, so they are set only on request: CROSSLMM_XLA_FLAGS=all. Unset or 0 sets
+  nothing.
+- libtpu ends the process at an unknown flag, so nothing is set unless the libtpu of this jaxlib is known to
+  take them.
+- Flags that the user has set are kept.
+- GPUs get none: XLA_FLAGS hold for every program of a process. The flag that makes the encoder faster
+  (--xla_gpu_enable_triton_gemm=false) makes decoding three times slower (6.3 -> 19.9 ms per token on one
+  H100). `compiler_options.py` sets it for single programs.
 
-There are none for GPUs: XLA_FLAGS holds for every program of a process, and what speeds up the encoder
-(--xla_gpu_enable_triton_gemm=false) makes decoding three times slower (6.3 -> 19.9 ms a token on one H100).
-`compiler_options.py` sets it for the programs that gain by it.
-
-`python -m crosslmm_jax.parallel.xla_flags` prints the variable as a line for a shell, which
-`launch/_env.sh` reads it.
+`python -m crosslmm_jax.parallel.xla_flags` prints a shell line that sets the variable, for `launch/_env.sh`.
 """
 
 import importlib.metadata
@@ -23,9 +23,9 @@ from crosslmm_jax.errors import UserError
 
 SWITCH = "CROSSLMM_XLA_FLAGS"
 VARIABLE = "LIBTPU_INIT_ARGS"
-OLDEST, BELOW = (0, 10, 2), (0, 12)  # versions of jaxlib with a libtpu whose strings were read
+OLDEST, BELOW = (0, 10, 2), (0, 12)  # jaxlib versions whose libtpu was searched for these flags
 
-# Collectives of fsdp beside matmuls.
+# They overlap the collectives of fsdp with matrix products.
 FLAGS = (
     "--xla_tpu_enable_async_collective_fusion=true",
     "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
@@ -36,9 +36,9 @@ FLAGS = (
 
 
 def apply(environ: MutableMapping[str, str]) -> None:
-    """Adds the flags to LIBTPU_INIT_ARGS of `environ` when they are asked for and a TPU is usable.
+    """Adds the flags to LIBTPU_INIT_ARGS of `environ` if they are requested and a TPU is usable.
 
-    Doing so twice is doing so once. A process whose jax has started does not see them.
+    Idempotent. Without effect on a process whose jax has started.
 
     Raises:
       UserError: CROSSLMM_XLA_FLAGS is neither 0 nor all.
@@ -54,7 +54,7 @@ def apply(environ: MutableMapping[str, str]) -> None:
 
 
 def _is_usable(environ: Mapping[str, str]) -> bool:
-    """Whether jax may start a TPU here: not ruled out by JAX_PLATFORMS, and its plugin installed."""
+    """Whether jax may start a TPU: JAX_PLATFORMS allows it and its plugin is installed."""
     asked = {name.strip() for name in environ.get("JAX_PLATFORMS", "").split(",")} - {""}
     return (not asked or "tpu" in asked) and importlib.util.find_spec("libtpu") is not None
 
@@ -80,7 +80,7 @@ def _name(word: str) -> str:
 
 
 def shell_line(environ: Mapping[str, str]) -> str:
-    """The line that brings a shell's variable to what `apply` makes of `environ`; "" for no change."""
+    """The line that makes a shell set its variable as `apply` does; "" for no change."""
     changed = dict(environ)
     apply(changed)
     if changed.get(VARIABLE) == environ.get(VARIABLE):

@@ -1,4 +1,4 @@
-"""Token merge against torch's own pooling and interpolation."""
+"""Token merge against torch's pooling and interpolation."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_poolings_equal_torch(side, grid, pooling):
 
 
 def test_plain_bilinear_only_picks():
-    """What LLaVA runs reads 9 of 729 tokens, so that it cannot carry what lies between them."""
+    """LLaVA's pooling reads 9 of 729 tokens, so that all others are lost."""
     weights = pooling_weights(27, 3, "bilinear")
     assert np.argwhere(weights == 1).tolist() == [[0, 4], [1, 13], [2, 22]]
     assert np.count_nonzero(pooling_weights(27, 3, "average")) == 27

@@ -143,5 +143,5 @@ def test_text_behind_a_cache_is_padded_once_on_a_gpu(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), padded(cache, tokens), expected)
     layers, crossed = config.decoder.num_layers, len(config.cross_attention_layers)
     pads = padded.lower(cache, tokens).as_text().count("call @_pad")
-    embedding_and_logits, attended = 1 + (batch < ops.FEWEST_ROWS), layers + crossed
-    assert pads == (embedding_and_logits + attended if batch * length < ops.FEWEST_ROWS else 1)
+    embedding_and_logits, attended = 1 + (batch < ops.MIN_ROWS), layers + crossed
+    assert pads == (embedding_and_logits + attended if batch * length < ops.MIN_ROWS else 1)

@@ -1,4 +1,4 @@
-"""The table of rules covers every weight of every size, and mistakes in it do not pass in silence."""
+"""The table of rules covers every weight of every size, and mistakes in it raise errors."""
 
 import jax
 import pytest
@@ -26,7 +26,7 @@ def test_every_weight_has_a_sharding(preset: str) -> None:
         )
         if leaf.size > 10**6 and sharding.is_fully_replicated
     ]
-    assert large == [], "large weights that every device holds whole"
+    assert large == [], "large weights that are replicated"
 
 
 def test_activation_rules_name_mesh_axes() -> None:

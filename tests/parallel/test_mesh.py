@@ -59,7 +59,7 @@ def test_bad_environment(monkeypatch: pytest.MonkeyPatch, environment: dict[str,
         initialize_processes()
 
 
-# Each process reads its own rows; with context=4 over two processes of two devices, both read the same.
+# Each process reads its rows. With context=4 over two processes of two devices, both read the same rows.
 TWO_PROCESSES = """
     import sys
     import jax, numpy as np

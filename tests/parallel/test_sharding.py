@@ -1,4 +1,4 @@
-"""Batches on the devices."""
+"""Shardings of batches, and rows of processes."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_batch_shardings(tiny_config, make_batch) -> None:
 
 def test_values_arrive(tiny_config, make_batch) -> None:
     mesh = make_mesh(MeshConfig(data=2, tensor=2, context=2))
-    batch = make_batch(tiny_config, batch=4, frames=3)  # 3 frames do not divide among 2 devices
+    batch = make_batch(tiny_config, batch=4, frames=3)  # 3 frames cannot be sharded over 2 devices
     batch = batch._replace(visible_frames=AllOrNone(batch.visible_frames.counts))
     arrays, placed = batch.arrays(), to_global(batch, mesh)
     assert type(placed.visible_frames) is AllOrNone

@@ -29,7 +29,7 @@ def added(**environ: str) -> dict[str, str]:
     return {name: value for name, value in environ.items() if before.get(name) != value}
 
 
-def test_a_tpu_gets_them_on_request_alone(machine) -> None:
+def test_tpu_flags_are_set_only_on_request(machine) -> None:
     machine("libtpu")
     assert added(CROSSLMM_XLA_FLAGS="all") == {"LIBTPU_INIT_ARGS": FLAGS}
     assert added(CROSSLMM_XLA_FLAGS="all", JAX_PLATFORMS="tpu,cpu") == {"LIBTPU_INIT_ARGS": FLAGS}
@@ -41,26 +41,26 @@ def test_a_tpu_gets_them_on_request_alone(machine) -> None:
 
 @pytest.mark.parametrize("plugin", ["jax_cuda13_plugin", "jax_cuda12_plugin"])
 @pytest.mark.parametrize("switch", ["", "0", "all"])
-def test_a_gpu_gets_none(machine, plugin: str, switch: str) -> None:
-    """A flag of XLA_FLAGS holds for decoding too, which Triton's matmuls make three times as fast."""
+def test_gpus_get_no_flags(machine, plugin: str, switch: str) -> None:
+    """XLA_FLAGS hold for decoding too, which is three times as fast with Triton's matrix products."""
     machine(plugin)
     assert added(CROSSLMM_XLA_FLAGS=switch, XLA_FLAGS="--xla_a=1") == {}
 
 
-def test_a_cpu_is_left_alone(machine) -> None:
+def test_cpus_get_no_flags(machine) -> None:
     machine()
     assert added(CROSSLMM_XLA_FLAGS="all") == {}
     machine("libtpu")
     assert added(CROSSLMM_XLA_FLAGS="all", JAX_PLATFORMS="cpu") == {}
 
 
-def test_the_users_value_wins_and_the_rest_stays(machine) -> None:
+def test_flags_of_the_user_are_kept(machine) -> None:
     machine("libtpu")
     first, *others = xla_flags.FLAGS
     theirs = first.replace("true", "false")
     found = added(CROSSLMM_XLA_FLAGS="all", LIBTPU_INIT_ARGS=f"{theirs} --xla_a=1")
     assert found["LIBTPU_INIT_ARGS"].split() == [theirs, "--xla_a=1", *others]
-    # A longer name that begins the same is another flag.
+    # A longer name with the same beginning is another flag.
     found = added(CROSSLMM_XLA_FLAGS="all", LIBTPU_INIT_ARGS=first.replace("=", "_any="))
     assert first in found["LIBTPU_INIT_ARGS"].split()
     assert added(CROSSLMM_XLA_FLAGS="all", LIBTPU_INIT_ARGS=FLAGS) == {}
@@ -77,7 +77,7 @@ def test_the_users_value_wins_and_the_rest_stays(machine) -> None:
         ("", False),
     ],
 )
-def test_only_versions_that_know_the_flags(machine, version: str, known: bool) -> None:
+def test_flags_are_set_only_for_known_versions(machine, version: str, known: bool) -> None:
     machine("libtpu", version=version)
     assert bool(added(CROSSLMM_XLA_FLAGS="all")) == known
 
@@ -91,7 +91,7 @@ def test_the_command_sets_them_before_its_room_runs(machine, monkeypatch) -> Non
     assert seen["LIBTPU_INIT_ARGS"] == FLAGS
 
 
-def test_the_shell_gets_a_line_it_can_read(machine) -> None:
+def test_shell_line(machine) -> None:
     machine("libtpu")
     environ = {"CROSSLMM_XLA_FLAGS": "all"}
     assert xla_flags.shell_line(environ) == f"export LIBTPU_INIT_ARGS='{FLAGS}'"

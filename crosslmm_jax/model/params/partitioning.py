@@ -1,7 +1,7 @@
-"""Logical axes of activations. The model knows names only; `parallel` decides what they mean."""
+"""Logical axes of activations. The model knows only their names; `parallel` maps them to mesh axes."""
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 from jaxtyping import Array
@@ -11,11 +11,11 @@ AxisRules = Mapping[str, MeshAxes]
 
 
 def constrain(x: Array, rules: AxisRules | None, *axes: str | None) -> Array:
-    """Asks the compiler to lay `x` out as `rules` say for its logical `axes`; no rules, no request.
+    """`x` with a constraint to be sharded as `rules` say for its logical `axes`; without rules, `x` itself.
 
     Raises:
-      KeyError: an axis has no rule (a typo would otherwise leave the array replicated in silence).
-      ValueError: not one axis name a dimension.
+      KeyError: an axis has no rule; a typo would otherwise leave the array replicated in silence.
+      ValueError: not one axis name per dimension.
     """
     if rules is None:
         return x
@@ -26,9 +26,9 @@ def constrain(x: Array, rules: AxisRules | None, *axes: str | None) -> Array:
 
 
 def constrain_output(x: Array, rules: AxisRules | None, *axes: str | None) -> Array:
-    """As `constrain`, for what a program returns: jax has no name for a layout that does not divide evenly.
+    """As `constrain`, for the output of a program. A dimension that does not divide evenly is replicated.
 
-    Within a program, XLA pads what does not divide; a dimension of a result is then held whole instead.
+    Within a program XLA pads such a dimension, but jax cannot express an output that is sharded unevenly.
     """
     if rules is None:
         return x
@@ -40,15 +40,15 @@ def constrain_output(x: Array, rules: AxisRules | None, *axes: str | None) -> Ar
 
 
 def dividing_axes(rules: AxisRules, axis: str, size: int) -> MeshAxes:
-    """Mesh axes of a logical axis, or None (every device has all of it) where they do not divide `size`."""
+    """Mesh axes of a logical axis, or None (replicated) where they do not divide `size`."""
     return rules[axis] if size % num_shards(rules, axis) == 0 else None
 
 
 def map_devices(
-    function: Callable[..., Array], q: Array, k: Array, v: Array, *ranges: Any, rules: AxisRules | None,
-    axes: tuple[str, str | None],
+    function: Callable[..., Array], q: Array, k: Array, v: Array, *ranges: Array | None,
+    rules: AxisRules | None, axes: tuple[str, str | None],
 ) -> Array:  # fmt: skip
-    """An attention of each device's own rows and heads, for kernels: the compiler cannot divide those itself.
+    """Attention with rows and heads sharded over devices, for kernels, which the compiler cannot shard.
 
     Args:
       function: (q, k, v, *ranges) -> float[B, T, N, H].
@@ -57,7 +57,7 @@ def map_devices(
       v: float[B, S, K, H].
       ranges: int32[B, T] each, or None.
       rules: logical axis to mesh axes of the mesh in use, or None on one device.
-      axes: logical axes of B and of the heads; one that does not divide evenly is not divided.
+      axes: logical axes of B and of the heads; one whose mesh axes do not divide it is replicated.
     """
     if rules is None or jax.sharding.get_abstract_mesh().size == 1:
         return function(q, k, v, *ranges)
@@ -70,12 +70,9 @@ def map_devices(
 
 
 def num_shards(rules: AxisRules | None, axis: str) -> int:
-    """Devices that share one logical axis under the mesh in use (1 without rules)."""
+    """Devices over which a logical axis is sharded, in the mesh in use; 1 without rules."""
     if rules is None:
         return 1
     names = rules[axis]
     shape = jax.sharding.get_abstract_mesh().shape
-    size = 1
-    for name in (names,) if isinstance(names, str) else names or ():
-        size *= shape[name]
-    return size
+    return math.prod(shape[name] for name in ((names,) if isinstance(names, str) else names or ()))

@@ -1,14 +1,16 @@
 """How a module declares its parameters: one line each, with shape, logical axes and initialiser.
 
-Modules own parameters; plain functions do the maths on them. Layers of a stack are stored on a leading
-"layers" axis that does not depend on where cross-attention sits, so the same checkpoint serves every
-placement. That is what training scans, checkpoints hold and converters fill. Inference reads arrays of each
-layer's own instead (`separate_layers`): XLA copies a layer out of a stack before a matrix product reads it.
+Modules hold parameters; plain functions compute with them. There are two forms of a stack of layers:
+
+- Stacked, on a leading "layers" axis: what training scans, checkpoints hold and converters fill. It does not
+  depend on where cross-attention is, so that one checkpoint serves every placement.
+- Separate, with arrays per layer (`separate_layers`): what inference reads. XLA would copy a layer out of a
+  stack before a matrix product reads it.
 """
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,14 +18,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 Initializer = Callable[[Array, tuple[int, ...]], Array]
 WeightTable = Mapping[str, "Weight | WeightTable"]
+Params = dict[str, Any]  # parameters (or their shapes or shardings): nested dicts of arrays
+AxisTree = dict[str, Any]  # the same nested dicts of tuples of logical axis names
 
 
 class Weight(NamedTuple):
-    """One parameter: its shape, one logical axis name (or None) a dimension, and its initialiser."""
+    """One parameter: its shape, one logical axis (or None) per dimension, and its initialiser."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
@@ -57,7 +62,7 @@ zeros, ones = constant(0.0), constant(1.0)
 
 
 def stack(length: int, table: Mapping[str, Weight], *, stacked: bool = True) -> WeightTable:
-    """The table of `length` layers: stacked on a leading "layers" axis, or a table a layer by number."""
+    """The table of `length` layers: stacked on a leading "layers" axis, or one table per layer number."""
     if not stacked:
         return {str(index): table for index in range(length)}
     return {
@@ -66,21 +71,21 @@ def stack(length: int, table: Mapping[str, Weight], *, stacked: bool = True) -> 
     }
 
 
-def layer_of(layers: Mapping[str, Any], index: int) -> dict[str, Any]:
+def layer_of(layers: Mapping[str, Any], index: int) -> Params:
     """The weights of one layer of a stack, in either form."""
     if str(index) in layers:
         return dict(layers[str(index)])
     return jax.tree.map(lambda w: w[index], dict(layers))
 
 
-def separate_layers(params: dict[str, Any], *, consume: bool = False) -> dict[str, Any]:
-    """Parameters with an array a layer instead of stacks: for `CrossLMM(..., stacked=False)`.
+def separate_layers(params: Params, *, consume: bool = False) -> Params:
+    """Parameters with separate arrays per layer instead of stacks: for `CrossLMM(..., stacked=False)`.
 
     Args:
-      params: of `init_params`, or some of its parts; each array keeps its devices and their shares of it.
-        They may be shapes (`jax.ShapeDtypeStruct`).
-      consume: take each stack out of `params` when its layers are copied, so that no more than one exists
-        twice where nobody else holds it.
+      params: of `init_params`, or some of its parts; arrays keep their sharding. May be shapes
+        (`jax.ShapeDtypeStruct`).
+      consume: remove each stack from `params` once its layers are copied, so that at most one stack exists
+        twice, if nothing else refers to them.
     """
     separated = dict(params)
     for part, weights in params.items():
@@ -91,8 +96,8 @@ def separate_layers(params: dict[str, Any], *, consume: bool = False) -> dict[st
     return separated
 
 
-def _separate(stack: dict[str, Array], consume: bool) -> dict[str, dict[str, Array]]:
-    layers: dict[str, dict[str, Array]] = {}
+def _separate(stack: Params, consume: bool) -> Params:
+    layers: Params = {}
     for name in list(stack):
         rows = _rows(stack.pop(name) if consume else stack[name])
         if consume:
@@ -102,7 +107,8 @@ def _separate(stack: dict[str, Array], consume: bool) -> dict[str, dict[str, Arr
     return layers
 
 
-def _rows(array: Any) -> list[Any]:
+def _rows(array: Array | jax.ShapeDtypeStruct) -> Sequence[Array | jax.ShapeDtypeStruct]:
+    """The rows of an array, each a copy with the sharding of the other dimensions."""
     if isinstance(array, jax.ShapeDtypeStruct):
         return [jax.ShapeDtypeStruct(array.shape[1:], array.dtype)] * array.shape[0]
     sharding = array.sharding
@@ -111,12 +117,12 @@ def _rows(array: Any) -> list[Any]:
     return jax.jit(list, out_shardings=[sharding] * array.shape[0])(array)
 
 
-def declare(module: nn.Module, table: WeightTable) -> dict[str, Any]:
+def declare(module: nn.Module, table: WeightTable) -> Params:
     """Declares every parameter of `table` on `module` and returns their values under the same names."""
     return {name: module.param(name, partial(_initialise, entry)) for name, entry in table.items()}
 
 
-def _initialise(entry: "Weight | WeightTable", key: Array) -> Any:
+def _initialise(entry: Weight | WeightTable, key: Array) -> nn.LogicallyPartitioned | Params:
     if isinstance(entry, Weight):
         if len(entry.shape) != len(entry.axes):
             raise ValueError(f"shape {entry.shape} and logical axes {entry.axes} differ in length")
@@ -134,15 +140,15 @@ def is_decayed(path: tuple[str, ...]) -> bool:
     return not (is_bias or "norm" in name or name == "gate")
 
 
-def has_own_dtype(name: str, dtype: Any) -> bool:
-    """Norms and gates (float32 master copies), and matrices in 8 bits with their float32 scales."""
+def has_own_dtype(name: str, dtype: DTypeLike) -> bool:
+    """Whether `cast` leaves a parameter as it is: norms, gates, 8-bit matrices and their scales."""
     return "norm" in name or name == "gate" or name.endswith("_scale") or jnp.dtype(dtype).itemsize == 1
 
 
-def cast(weights: Any, dtype: Any) -> Any:
-    """Matrices and biases in the compute dtype; what has a dtype of its own stays as stored."""
+def cast(weights: Params, dtype: DTypeLike) -> Params:
+    """`weights` with matrices and biases in the compute dtype; see `has_own_dtype` for the others."""
 
-    def cast_leaf(path: tuple[Any, ...], value: Array) -> Array:
+    def cast_leaf(path: tuple[jax.tree_util.DictKey, ...], value: Array) -> Array:
         return value if has_own_dtype(path[-1].key, value.dtype) else value.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast_leaf, weights)

@@ -1,59 +1,64 @@
 """Matrix products in 8 bits, for inference: fp8 (e4m3) or int8 operands.
 
-int8, and fp8 in the projector: one scale a row of activations and one an output channel of weights, applied
-behind the product, so that the product itself reads nothing but 8-bit operands. XLA hands a plain dot of
-float8_e4m3fn to cuBLASLt with unit scales (its GEMM rewriter), and one of int8 with int32 sums to cuBLAS. The
-scale of a row is one more reduction behind what makes the row (LayerNorm, GELU), in the form that XLA fuses
-with it: maximum, broadcast, divide.
+| products | scales of the weights | of the activations | applied |
+|---|---|---|---|
+| int8, and fp8 in the projector | one per output channel | one per row | after the product |
+| fp8 in the encoder's layers | one per matrix | one per matrix | within the product |
 
-fp8 in the encoder's layers: one scale a matrix and one for all activations that a matrix reads, from bounds
-that follow from the weights (`activation_bounds`). e4m3 rounds relative to each number, so nothing is lost by
-that; and cuBLASLt then applies scales, bias, GELU and residual within the product and writes the MLP's hidden
-units in 8 bits: on an H100, XLA compiles no pass over memory beside LayerNorm's and attention's.
+Scales after the product leave only 8-bit operands within it. XLA hands a plain dot of float8_e4m3fn to
+cuBLASLt with unit scales (its GEMM rewriter), and one of int8 with int32 sums to cuBLAS. The scale of a row
+is one more reduction after what computes the row (LayerNorm, GELU), in the form that XLA fuses with it:
+maximum, broadcast, divide.
 
-For fp8 the summed dimension must be the last of both, or XLA transposes in a copy: so weights are stored as
-[output, input]. Sizes that are no multiple of 16, rows too, are padded in a copy (so400m has none; the
-encoder sees to its rows).
+The encoder's fp8 scales follow from bounds of the weights (`activation_bounds`). e4m3 rounds relative to each
+number, so one scale for all loses nothing. cuBLASLt then applies scales, bias, GELU and residual within the
+product and writes the MLP's hidden units in 8 bits: on an H100, XLA compiles no pass over memory other than
+LayerNorm's and attention's.
+
+Weights are stored as [output, input]: for fp8 the summed dimension must be the last of both operands, or XLA
+transposes in a copy. Sizes that are no multiple of 16, rows too, are padded in a copy. so400m has no such
+size, and the encoder pads its rows.
 """
 
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from crosslmm_jax.config import Precision
 from crosslmm_jax.errors import ConfigError
-from crosslmm_jax.model.params.tables import Weight, zeros
+from crosslmm_jax.model.params.tables import Params, Weight, zeros
 from crosslmm_jax.model.quantisation.activation_bounds import Bounds, activation_bounds
 
 DTYPES = {"fp8": jnp.float8_e4m3fn, "int8": jnp.int8}
-# Leading dimensions of each matrix that a product sums over; the encoder's and the projector's are quantised.
+# The quantised matrices, of encoder and projector, and how many leading dimensions a product sums over.
 INPUT_DIMS = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w1": 1, "w2": 1}
-# Below this a row counts as zeros: its scale must be a normal float32, and so must its inverse.
+# A row of smaller numbers counts as zeros: its scale and the inverse must be normal float32 numbers.
 SMALLEST = 1e-30
 
 
-class Rows(NamedTuple):
+class QuantisedRows(NamedTuple):
     """Activations in 8 bits: `values * scale`."""
 
     values: Array  # fp8 or int8[..., D]
-    scale: Float[Array, "... 1"] | Float[Array, ""]  # a row, or for all
+    scale: Float[Array, "... 1"] | Float[Array, ""]  # per row, or for all
 
 
-def largest(dtype: Any) -> float:
-    """The largest number that an 8-bit dtype is used for: 448 in e4m3, 127 in int8 (symmetric)."""
+def largest(dtype: DTypeLike) -> float:
+    """The largest quantised value of an 8-bit dtype: 448 in e4m3, 127 in int8 (symmetric)."""
     dtype = jnp.dtype(dtype)
     return float((jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo)(dtype).max)
 
 
-def quantise(x: Array, dtype: Any, axes: int | Sequence[int]) -> tuple[Array, Array]:
-    """`x` in 8 bits, with one float32 scale for all that lies along `axes`.
+def quantise(x: Array, dtype: DTypeLike, axes: int | Sequence[int]) -> tuple[Array, Array]:
+    """`x` in 8 bits, with one float32 scale for all numbers along `axes`.
 
-    Zeros stay zeros. What is not finite makes all that shares its scale not finite, and nothing else.
+    Zeros stay zeros. A number that is not finite makes all that share its scale not finite, and no others.
 
     Returns:
       8-bit values of the shape of `x`, and scales with size 1 along `axes`: `x` is about `values * scale`.
@@ -62,55 +67,59 @@ def quantise(x: Array, dtype: Any, axes: int | Sequence[int]) -> tuple[Array, Ar
     most = jnp.max(jnp.abs(x32), axis=axes, keepdims=True)
     scale = jnp.maximum(most, SMALLEST) / largest(dtype)
     scaled = x32 / scale
-    # int8 knows no NaN; the scale carries it.
+    # int8 has no NaN; the scale carries it.
     return (jnp.round(scaled) if jnp.issubdtype(dtype, jnp.integer) else scaled).astype(dtype), scale
 
 
-def power_of_two(bound: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
-    """The least power of two that brings all up to `bound` into the range of an 8-bit dtype.
+def power_of_two(bound: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+    """The least power of two that scales numbers up to `bound` into the range of an 8-bit dtype.
 
-    Exact in bfloat16 too. Not finite where `bound` is not.
+    It is exact in bfloat16 too, and not finite where `bound` is not.
     """
     needed = jnp.maximum(bound.astype(jnp.float32), SMALLEST) / largest(dtype)
     mantissa, exponent = jnp.frexp(needed)
     return jnp.where(jnp.isfinite(needed), jnp.ldexp(1.0, exponent - (mantissa == 0.5)), needed)
 
 
-def quantise_by(x: Array, scale: Float[Array, ""], dtype: Any) -> Array:
-    """`x / scale` in fp8, with what lies beyond its range at the range's end: a conversion makes NaN of it.
+def quantise_by(x: Array, scale: Float[Array, ""], dtype: DTypeLike) -> Array:
+    """`x / scale` in fp8, clipped to its range; a conversion alone would make NaN of larger numbers.
 
-    In the dtype of `x`, where a power of two loses nothing: in this form the product that made `x` does it.
+    Computed in the dtype of `x`, in which a power of two loses nothing: in this form the GPU does it within
+    the product that computes `x`.
     """
     most = jnp.asarray(largest(dtype), x.dtype)
     return jnp.clip(x / scale.astype(x.dtype), -most, most).astype(dtype)
 
 
-def quantise_params(params: Mapping[str, Any], precision: Precision) -> dict[str, Any]:
+def quantise_params(params: Params, precision: Precision) -> Params:
     """Parameters of `init_params` as a model with `ModelConfig.visual_matmul` = `precision` reads them.
 
-    Each matrix of encoder and projector becomes 8-bit values with its summed dimensions last, and under its
-    name with "_scale" a float32 scale an output channel; but with "fp8" one for each matrix of an encoder
-    layer, and under the name with "_input_scale" another for what it reads (wk and wv read what wq does). All
-    else stays as it is; so does everything with "compute". May be traced.
+    For each matrix NAME of encoder and projector:
+
+    - NAME: 8-bit values with the summed dimensions last.
+    - NAME_scale: a float32 scale per output channel; with "fp8", one per matrix of an encoder layer.
+    - NAME_input_scale: with "fp8" in the encoder, the scale of its input. wk and wv have the input of wq.
+
+    All other parameters stay as they are, and with "compute" everything does. May be traced.
 
     Args:
       params: some or all parts, layers stacked on axis 0.
-      precision: of the products.
+      precision: precision of the products.
     """
     if precision == "compute":
         return dict(params)
     quantised = dict(params)
-    by_row = functools.partial(_quantise_matrices, precision=precision)
+    per_channel = functools.partial(_quantise_per_channel, precision=precision)
     if "encoder" in params:
-        of_layer = _quantise_layer if precision == "fp8" else by_row
-        layers = jax.vmap(of_layer)(params["encoder"]["layers"])
+        quantise_layer = _quantise_layer if precision == "fp8" else per_channel
+        layers = jax.vmap(quantise_layer)(params["encoder"]["layers"])
         quantised["encoder"] = {**params["encoder"], "layers": layers}
     if "projector" in params:
-        quantised["projector"] = by_row(params["projector"])
+        quantised["projector"] = per_channel(params["projector"])
     return quantised
 
 
-def _quantise_matrices(weights: Mapping[str, Array], precision: Precision) -> dict[str, Array]:
+def _quantise_per_channel(weights: Mapping[str, Array], precision: Precision) -> dict[str, Array]:
     quantised = dict(weights)
     for name in INPUT_DIMS.keys() & weights.keys():
         matrix, summed = _summed_last(weights, name)
@@ -140,12 +149,12 @@ def _summed_last(weights: Mapping[str, Array], name: str) -> tuple[Array, tuple[
 def quantised_table(
     table: Mapping[str, Weight], precision: Precision, *, bounded: bool = False
 ) -> dict[str, Weight]:
-    """The table of one layer's weights as `quantise_params` leaves them; initial values are of no use.
+    """The table of one layer's weights as `quantise_params` returns them; initial values are meaningless.
 
     Args:
       table: of an encoder layer (`bounded`) or the projector.
-      precision: of the products.
-      bounded: whether `activation_bounds` knows what the matrices read.
+      precision: precision of the products.
+      bounded: whether `activation_bounds` bounds the inputs of the matrices.
     """
     quantised, one_scale = dict(table), bounded and precision == "fp8"
     if precision == "compute":
@@ -160,29 +169,33 @@ def quantised_table(
     return quantised
 
 
-def operand(x: Float[Array, "... d"], weights: Mapping[str, Array], matrix: str) -> Array | Rows:
-    """`x` as products with the `matrix` of a layer's `weights` read it: quantised where that is."""
+def operand(x: Float[Array, "... d"], weights: Mapping[str, Array], matrix: str) -> Array | QuantisedRows:
+    """`x` as the operand of products with `weights[matrix]`: quantised if the matrix is."""
     dtype, scale = weights[matrix].dtype, weights.get(f"{matrix}_input_scale")
     if dtype.itemsize > 1:
         return x
-    return Rows(*quantise(x, dtype, -1)) if scale is None else Rows(quantise_by(x, scale, dtype), scale)
+    return QuantisedRows(
+        *(quantise(x, dtype, -1) if scale is None else (quantise_by(x, scale, dtype), scale))
+    )
 
 
-def linear(x: Array | Rows, weights: Mapping[str, Array], matrix: str, bias: str) -> Float[Array, "... m"]:
+def linear(
+    x: Array | QuantisedRows, weights: Mapping[str, Array], matrix: str, bias: str
+) -> Float[Array, "... m"]:
     """`x @ matrix + bias`, all outputs of the matrix in one dimension.
 
     Args:
-      x: what `operand` made of float[..., D].
-      weights: a layer's.
-      matrix: name of a matrix with D inputs, in as many dimensions as it has.
-      bias: name of its bias, which gives the dtype of the result.
+      x: `operand` of float[..., D].
+      weights: weights of a layer.
+      matrix: name of a matrix with D inputs, in any number of dimensions.
+      bias: name of its bias, whose dtype is that of the result.
 
     Raises:
-      ConfigError: a gradient is asked for with quantised weights.
+      ConfigError: the gradient of a quantised product is taken.
     """
     b = weights[bias].reshape(-1)
-    if not isinstance(x, Rows):
-        # Matrices as two-dimensional: on a GPU, bias, GELU and residual then run within the products.
+    if not isinstance(x, QuantisedRows):
+        # Two-dimensional matrices: a GPU then computes bias, GELU and residual within the products.
         return x @ weights[matrix].reshape(x.shape[-1], -1) + b
     weight, scale = weights[matrix], weights[f"{matrix}_scale"]
     if x.scale.ndim == 0:
@@ -192,12 +205,12 @@ def linear(x: Array | Rows, weights: Mapping[str, Array], matrix: str, bias: str
 
 
 def scaled_product(
-    rows: Rows, weight: Array, weight_scale: Float[Array, ""], *, dtype: Any
+    rows: QuantisedRows, weight: Array, weight_scale: Float[Array, ""], *, dtype: DTypeLike
 ) -> Float[Array, "... m"]:
-    """`dtype`[..., M] of fp8 rows and a matrix [output..., input...], both with one scale, a power of two.
+    """`dtype`[..., M] of fp8 rows and a matrix [output..., input...], each with one scale, a power of two.
 
-    Written as a product of scaled-back operands: the form that XLA's GEMM rewriter takes for fp8, and that
-    any other device can compute as it stands.
+    Written as a product of dequantised operands: XLA's GEMM rewriter takes this form for fp8, and any other
+    device can compute it as it is.
     """
     rows, weight, weight_scale = _without_gradient((rows, weight, weight_scale))
     matrix = weight.reshape(-1, rows.values.shape[-1])
@@ -207,13 +220,13 @@ def scaled_product(
 
 
 def quantised_product(
-    rows: Rows, weight: Array, weight_scale: Float[Array, "..."], *, dtype: Any
+    rows: QuantisedRows, weight: Array, weight_scale: Float[Array, "..."], *, dtype: DTypeLike
 ) -> Float[Array, "... m"]:
-    """float32[..., M] of 8-bit rows and an 8-bit matrix [output..., input...], scaled back.
+    """float32[..., M] of 8-bit rows and an 8-bit matrix [output..., input...], with both scales applied.
 
-    Sums are int32 for int8. For fp8 they are float32, written in `dtype` and then scaled: what a product
-    writes is most of what its scaling reads. On Hopper, XLA's default precision lets tensor cores keep fewer
-    bits of a running sum (cuBLASLt's fast accumulation); `precision="highest"` would not, and runs slower.
+    Sums are int32 for int8. For fp8 they are float32, written as `dtype` and then scaled: scaling reads
+    little else than what the product writes. On Hopper, XLA's default precision lets tensor cores keep fewer
+    bits of a running sum (cuBLASLt's fast accumulation). `precision="highest"` does not, and runs slower.
     """
     rows, weight, weight_scale = _without_gradient((rows, weight, weight_scale))
     scale = weight_scale.reshape(-1)
@@ -224,14 +237,17 @@ def quantised_product(
     return product.astype(jnp.float32) * (rows.scale * scale)
 
 
+Operands = tuple[QuantisedRows, Array, Array]  # rows, matrix and the scale of the matrix
+
+
 @jax.custom_jvp
-def _without_gradient(operands: Any) -> Any:
+def _without_gradient(operands: Operands) -> Operands:
     return operands
 
 
 @_without_gradient.defjvp
-def _refuse(primals: Any, tangents: Any) -> Any:
+def _refuse(primals: object, tangents: object) -> NoReturn:
     raise ConfigError(
         "ModelConfig.visual_matmul is 'fp8' or 'int8'; it must be 'compute' where gradients are taken, since"
-        " rounding to 8 bits has none"
+        " rounding to 8 bits has no gradient"
     )

@@ -24,7 +24,7 @@ from crosslmm_jax.model import (
 from crosslmm_jax.model.quantisation.quantise import (
     DTYPES,
     SMALLEST,
-    Rows,
+    QuantisedRows,
     largest,
     linear,
     operand,
@@ -83,7 +83,7 @@ def operands(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 @given(operands())
 def test_a_product_is_as_exact_as_its_rounding(precision: str, pair: tuple[np.ndarray, np.ndarray]) -> None:
     x, w = pair
-    rows = Rows(*quantise(jnp.asarray(x), DTYPES[precision], -1))
+    rows = QuantisedRows(*quantise(jnp.asarray(x), DTYPES[precision], -1))
     weight, scale = quantise(jnp.asarray(w.T), DTYPES[precision], -1)
     got = np.asarray(quantised_product(rows, weight, scale, dtype=jnp.float32), np.float64)
     assert np.all(np.isfinite(got))
@@ -155,7 +155,7 @@ def test_what_is_not_finite_spoils_its_own_row_only(precision: str, bad: float) 
     x = np.ones((3, 16), np.float32)
     x[1, 5] = bad
     weight, scale = quantise(jnp.ones((4, 16)), DTYPES[precision], -1)
-    rows = Rows(*quantise(jnp.asarray(x), DTYPES[precision], -1))
+    rows = QuantisedRows(*quantise(jnp.asarray(x), DTYPES[precision], -1))
     got = np.asarray(quantised_product(rows, weight, scale, dtype=jnp.float32))
     assert not np.any(np.isfinite(got[1]))
     np.testing.assert_allclose(got[[0, 2]], 16, rtol=1e-6)
