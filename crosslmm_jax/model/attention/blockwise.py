@@ -88,10 +88,6 @@ def _split_queries(q: Array, kv_start: Array, kv_stop: Array, kv_heads: int, blo
     return tuple(jnp.moveaxis(x, 1, 0) for x in (q, *ranges))
 
 
-def _key_blocks(length: int, block: int) -> Array:
-    return jnp.arange(-(-length // block))
-
-
 def _key_block(k: Array, v: Array, index: Array, block: int) -> tuple[Array, Array, Array, Array]:
     """Keys, values and positions of a block, and which of them are `fresh`: in no earlier block.
 
@@ -163,7 +159,7 @@ def _attend_block(
     if k.shape[1] <= block:
         carry = add_block(carry, jnp.int32(0))
     else:
-        carry, _ = jax.lax.scan(body, carry, _key_blocks(k.shape[1], block))
+        carry, _ = jax.lax.scan(body, carry, jnp.arange(-(-k.shape[1] // block)))
     maximum, total, out = carry
     seen = total > 0
     out = jnp.where(seen[..., None], out / jnp.where(seen, total, 1.0)[..., None], 0.0)
@@ -211,7 +207,7 @@ def _backward_rule(
         return (d_q, _add_slice(d_k, dk_block, begin), _add_slice(d_v, dv_block, begin)), None
 
     carry = (jnp.zeros(q_blocks.shape, jnp.float32), jnp.zeros_like(k), jnp.zeros_like(v))
-    (d_q, d_k, d_v), _ = jax.lax.scan(body, carry, _key_blocks(k.shape[1], block))
+    (d_q, d_k, d_v), _ = jax.lax.scan(body, carry, jnp.arange(-(-k.shape[1] // block)))
     d_q = jnp.moveaxis(d_q, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]]
     return d_q.astype(q.dtype), d_k, d_v, None, None
 

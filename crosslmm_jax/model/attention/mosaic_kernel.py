@@ -53,27 +53,16 @@ Running = tuple[Registers, Registers, Registers]
 
 @dataclasses.dataclass(frozen=True)
 class KernelShape:
-    """Sizes of one kernel.
+    """Sizes of one kernel."""
 
-    Attributes:
-      batch: rows.
-      queries: queries of a row.
-      keys: keys of a row.
-      heads: heads of queries, keys and values alike.
-      size: head size, from 72 to 80 and divisible by 8.
-      read: keys of a row that are read, the first ones.
-      dtype: bfloat16 or float16.
-      blocks: largest number of thread blocks, one per multiprocessor.
-    """
-
-    batch: int
-    queries: int
-    keys: int
-    heads: int
-    size: int
-    read: int
-    dtype: str
-    blocks: int
+    batch: int  # rows
+    queries: int  # of a row
+    keys: int  # of a row
+    heads: int  # of queries, keys and values alike
+    size: int  # of a head, from 72 to 80 and divisible by 8
+    read: int  # keys of a row that are read, the first ones
+    dtype: str  # bfloat16 or float16
+    blocks: int  # thread blocks at most, one per multiprocessor
 
     @property
     def query_blocks(self) -> int:

@@ -36,12 +36,8 @@ class Weight(NamedTuple):
 
 
 def normal(std: float) -> Initializer:
-    """Gaussian with standard deviation `std`."""
-    return partial(_normal, std)
-
-
-def _normal(std: float, key: Array, shape: tuple[int, ...]) -> Array:
-    return std * jax.random.normal(key, shape, jnp.float32)
+    """Gaussian with standard deviation `std`, float32."""
+    return partial(nn.initializers.normal(std), dtype=jnp.float32)
 
 
 def fan_in(size: int) -> Initializer:
@@ -50,12 +46,8 @@ def fan_in(size: int) -> Initializer:
 
 
 def constant(value: float) -> Initializer:
-    """Every entry equal to `value`."""
-    return partial(_constant, value)
-
-
-def _constant(value: float, key: Array, shape: tuple[int, ...]) -> Array:
-    return jnp.full(shape, value, jnp.float32)
+    """Every entry equal to `value`, float32."""
+    return partial(nn.initializers.constant(value), dtype=jnp.float32)
 
 
 zeros, ones = constant(0.0), constant(1.0)

@@ -121,7 +121,7 @@ def quantise_params(params: Params, precision: Precision) -> Params:
 
 def _quantise_per_channel(weights: Mapping[str, Array], precision: Precision) -> dict[str, Array]:
     quantised = dict(weights)
-    for name in INPUT_DIMS.keys() & weights.keys():
+    for name in [name for name in INPUT_DIMS if name in weights]:
         matrix, summed = _summed_last(weights, name)
         quantised[name], scale = quantise(matrix, DTYPES[precision], summed)
         quantised[f"{name}_scale"] = jnp.squeeze(scale, summed)
@@ -159,7 +159,7 @@ def quantised_table(
     quantised, one_scale = dict(table), bounded and precision == "fp8"
     if precision == "compute":
         return quantised
-    for name in INPUT_DIMS.keys() & table.keys():
+    for name in [name for name in INPUT_DIMS if name in table]:
         shape, axes, summed = table[name].shape, table[name].axes, INPUT_DIMS[name]
         quantised[name] = Weight(shape[summed:] + shape[:summed], axes[summed:] + axes[:summed], zeros)
         outputs = slice(summed, summed if one_scale else None)
