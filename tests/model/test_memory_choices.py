@@ -1,4 +1,4 @@
-"""What is kept for the backward pass of the encoder, and how many frames are encoded at once."""
+"""Memory of the encoder: rematerialisation, and how many frames are encoded at once."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ FRAMES = 16
 
 
 def encoder_of(remat, backend, dtype="float32"):
-    """Eight layers, four chunks."""
+    """An encoder of eight layers, for four chunks."""
     tiny = presets.tiny()
     tower = dataclasses.replace(
         tiny.vision, image_size=64, width=64, num_layers=9, mlp_width=256, frame_chunk=4, remat=remat
@@ -55,8 +55,10 @@ def products(jaxpr) -> Iterator[str]:
 @pytest.mark.parametrize(
     "backend,dtype,tolerance", [("reference", "float32", 1e-5), ("cudnn", "bfloat16", 0.03)]
 )
-def test_an_odd_number_of_patches_is_padded_once_to_train_on_a_gpu(monkeypatch, backend, dtype, tolerance):
-    """cuDNN's backward pass takes even lengths only. Padding is read by nobody and gets no gradient."""
+def test_an_odd_number_of_patches_is_padded_once_for_training_on_a_gpu(
+    monkeypatch, backend, dtype, tolerance
+):
+    """cuDNN's backward pass takes only even lengths. No patch reads padding, and it gets no gradient."""
     monkeypatch.setattr(
         sys.modules["crosslmm_jax.model.attention.cudnn"], "IMPLEMENTATION", "xla"
     )  # in place of cuDNN
@@ -69,7 +71,7 @@ def test_an_odd_number_of_patches_is_padded_once_to_train_on_a_gpu(monkeypatch, 
     on_gpu = jax.jit(gradient_of(config)[0])
     got = on_gpu(*arguments)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
-        if path[-1].key != "bk":  # moves all scores of a query alike: its gradient is 0 but for rounding
+        if path[-1].key != "bk":  # shifts all scores of a query equally: its gradient is rounding error
             assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b) + 1e-6, path
     padded = set(
         re.findall(r"call @_pad\w*\(.*\) : \(tensor<([\dx]+)x[a-z]", on_gpu.lower(*arguments).as_text())
@@ -78,7 +80,7 @@ def test_an_odd_number_of_patches_is_padded_once_to_train_on_a_gpu(monkeypatch, 
 
 
 @pytest.mark.parametrize("backend", ["blockwise", "cudnn"])
-def test_gradients_are_equal_and_memory_is_as_promised(backend, monkeypatch) -> None:
+def test_gradients_are_equal_and_memory_decreases(backend, monkeypatch) -> None:
     monkeypatch.setattr(
         sys.modules["crosslmm_jax.model.attention.cudnn"], "IMPLEMENTATION", "xla"
     )  # in place of cuDNN
@@ -115,17 +117,17 @@ class Device:
         ("crosslmm_7b", 16, 1), ("crosslmm_7b", 24, 32), ("crosslmm_2b", None, 8), ("crosslmm_7b", 4, 1),
     ],
 )  # fmt: skip
-def test_chunks_suit_the_memory_of_a_device(preset, gigabytes, chunk, monkeypatch) -> None:
+def test_chunks_fit_the_memory_of_a_device(preset, gigabytes, chunk, monkeypatch) -> None:
     config = presets.get_preset(preset)
     limit = None if gigabytes is None else gigabytes * 10**9
     monkeypatch.setattr(jax, "local_devices", lambda: [Device(limit)])
     assert vision.frame_chunk(config) == chunk
-    own = dataclasses.replace(config, vision=dataclasses.replace(config.vision, frame_chunk=5))
-    assert vision.frame_chunk(own) == 5
+    configured = dataclasses.replace(config, vision=dataclasses.replace(config.vision, frame_chunk=5))
+    assert vision.frame_chunk(configured) == 5
 
 
-def test_the_estimates_are_near_the_truth() -> None:
-    """Of weights and of what a chunk takes besides; a few parts in a hundred are biases and norms."""
+def test_estimated_bytes_of_weights() -> None:
+    """Within 2% of the true size; biases and norms are not counted."""
     config = presets.crosslmm_2b()
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     held = 2 * sum(x.size for x in jax.tree.leaves(abstract))

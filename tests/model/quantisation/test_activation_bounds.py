@@ -1,4 +1,4 @@
-"""What an encoder layer's matrices read at most, by `activation_bounds`."""
+"""Bounds of the inputs of an encoder layer's matrices, by `activation_bounds`."""
 
 import dataclasses
 from typing import Any
@@ -29,8 +29,8 @@ def random_layer(rng: np.random.Generator, spread: float) -> dict[str, np.ndarra
     return layer
 
 
-def what_is_read(layer: dict[str, np.ndarray], x: np.ndarray, dtype: str) -> dict[str, float]:
-    """The largest magnitude that each matrix reads in a layer with fp8 products."""
+def largest_inputs(layer: dict[str, np.ndarray], x: np.ndarray, dtype: str) -> dict[str, float]:
+    """Largest magnitude of the input of each matrix in a layer with fp8 products."""
     stacked = {"encoder": {"layers": {name: jnp.asarray(value)[None] for name, value in layer.items()}}}
     quantised = quantise_params(stacked, "fp8")["encoder"]["layers"]
     weights = {name: value[0] for name, value in quantised.items()}
@@ -51,41 +51,43 @@ def what_is_read(layer: dict[str, np.ndarray], x: np.ndarray, dtype: str) -> dic
 
 
 def hardest(layer: dict[str, np.ndarray], norm: str, matrix: str) -> np.ndarray:
-    """Rows that, normalised, point along the columns of a matrix: what makes its products largest."""
+    """Rows that, once normalised, point along the columns of a matrix, which maximises its products."""
     columns = layer[f"{norm}_scale"][:, None] * layer[matrix].reshape(WIDTH, -1)
     return np.concatenate([columns.T, -columns.T])
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(0, 3), st.sampled_from(["float32", "bfloat16"]))
-def test_nothing_read_is_beyond_its_bound(seed: int, spread: float, dtype: str) -> None:
+def test_no_input_exceeds_its_bound(seed: int, spread: float, dtype: str) -> None:
     rng = np.random.default_rng(seed)
     layer = random_layer(rng, spread)
     rows = [rng.standard_normal((20, WIDTH)), np.eye(WIDTH) * 1e3, -np.eye(WIDTH), np.ones((1, WIDTH))]
-    # As columns of wv; what passes the attention on to the MLP is a residual stream that can be anything.
+    # Rows along the columns of wv and w1; the residual stream that the MLP reads can be anything.
     rows += [hardest(layer, "norm1", "wv") * 100, hardest(layer, "norm2", "w1") * 1e4]
     bounds = activation_bounds({name: jnp.asarray(value) for name, value in layer.items()})._asdict()
-    # One patch a frame: attention weighs values by one, so that nothing evens them out; nor do rows, which
-    # share no scale but those that the weights give.
-    read = what_is_read(layer, np.concatenate(rows).astype(np.float32)[:, None], dtype)
+    # One patch per frame: its attention weight is one, so that values are not averaged. Rows share only the
+    # scales that follow from the weights.
+    read = largest_inputs(layer, np.concatenate(rows).astype(np.float32)[:, None], dtype)
     assert set(read) == set(bounds)
     for matrix, most in read.items():
         assert most <= float(bounds[matrix]), matrix
 
 
 def test_the_bounds_are_reached() -> None:
-    """Not by much more than what rounding is allowed: a looser bound would waste e4m3's range."""
+    """Up to the margin for rounding: a looser bound would waste the range of e4m3."""
     layer = random_layer(np.random.default_rng(0), 0.5)
     layer |= {name: np.zeros_like(value) for name, value in layer.items() if name in ("norm1_bias", "bv")}
     bounds = activation_bounds({name: jnp.asarray(value) for name, value in layer.items()})
-    spike = what_is_read(layer, np.eye(WIDTH, dtype=np.float32)[:, None], "float32")
-    aligned = what_is_read(layer, hardest(layer, "norm1", "wv").astype(np.float32)[:, None] * 100, "float32")
+    spike = largest_inputs(layer, np.eye(WIDTH, dtype=np.float32)[:, None], "float32")
+    aligned = largest_inputs(
+        layer, hardest(layer, "norm1", "wv").astype(np.float32)[:, None] * 100, "float32"
+    )
     assert spike["wq"] > 0.8 * float(bounds.wq)
     assert aligned["wo"] > 0.7 * float(bounds.wo)
 
 
 def layer_of_zeros(**weights: Any) -> dict[str, np.ndarray]:
-    """Weights of a layer that are zeros but for those given, each a number or an array of its shape."""
+    """Weights of a layer: zeros except those given, each as a number or an array of its shape."""
     layer = random_layer(np.random.default_rng(0), 0)
     return {name: np.full_like(value, weights.get(name, 0)) for name, value in layer.items()}
 
@@ -100,34 +102,34 @@ def layer_of_zeros(**weights: Any) -> dict[str, np.ndarray]:
     ],
 )
 def test_biases_are_in_the_bounds(weights: dict[str, float], matrix: str) -> None:
-    """By themselves, where all else is little."""
+    """Each alone, with small other weights."""
     layer = layer_of_zeros(**weights)
     bounds = activation_bounds({name: jnp.asarray(value) for name, value in layer.items()})._asdict()
-    read = what_is_read(layer, np.eye(WIDTH, dtype=np.float32)[:, None], "float32")
+    read = largest_inputs(layer, np.eye(WIDTH, dtype=np.float32)[:, None], "float32")
     assert 8.9 < read[matrix] <= float(bounds[matrix]) < 12
 
 
-def test_what_rounding_adds_is_in_the_bounds() -> None:
-    """Every product of a sum has two operands that e4m3 rounds up as far as it ever does, to 9/8."""
+def test_rounding_is_in_the_bounds() -> None:
+    """Every product of a sum has two operands that e4m3 rounds up by the most, to 9/8."""
     signs = np.resize([1.0, -1.0], WIDTH).astype(np.float32)
     wv = np.zeros((WIDTH, CONFIG.num_heads, CONFIG.head_dim), np.float32)
     wv[:, 0, 0] = 1.0626 * signs
     layer = layer_of_zeros(norm1_scale=1.0626, wv=wv)
     bound = float(activation_bounds({name: jnp.asarray(value) for name, value in layer.items()}).wo)
-    read = what_is_read(layer, signs[None, None], "float32")["wo"]
+    read = largest_inputs(layer, signs[None, None], "float32")["wo"]
     assert WIDTH * 1.125**2 == pytest.approx(read, rel=1e-4)
     assert 0.95 * bound < read <= bound
 
 
-def test_what_lies_beyond_a_bound_is_clipped() -> None:
-    """LayerNorm in one pass makes of numbers that all but equal their mean more than a bound says."""
+def test_inputs_beyond_a_bound_are_clipped() -> None:
+    """For numbers that nearly equal their mean, the output of a one-pass LayerNorm exceeds its bound."""
     layer = layer_of_zeros(norm1_scale=1)
     token = np.full((1, 1, WIDTH), 1000, np.float32)
     token[..., 0] = 1001
     bounds = activation_bounds({name: jnp.asarray(value) for name, value in layer.items()})
-    assert what_is_read(layer, token, "float32")["wq"] > 10 * float(bounds.wq)  # and all is finite
+    assert largest_inputs(layer, token, "float32")["wq"] > 10 * float(bounds.wq)  # and all is finite
 
 
-def test_of_a_layer_of_zeros() -> None:
+def test_a_layer_of_zeros() -> None:
     layer = layer_of_zeros()
-    assert set(what_is_read(layer, np.ones((2, 3, WIDTH), np.float32), "float32").values()) == {0.0}
+    assert set(largest_inputs(layer, np.ones((2, 3, WIDTH), np.float32), "float32").values()) == {0.0}

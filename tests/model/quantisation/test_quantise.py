@@ -1,4 +1,4 @@
-"""Products in 8 bits: against float64 with the error that rounding allows, and where they are refused."""
+"""Products in 8 bits: against float64, within the error of rounding; and where they are refused."""
 
 import dataclasses
 
@@ -38,18 +38,18 @@ from crosslmm_jax.parallel.mesh import make_mesh
 from crosslmm_jax.parallel.sharding import param_shardings
 
 PRECISIONS = ("fp8", "int8")
-BFLOAT16 = 2.0**-8  # relative error of one rounding, both halves of the last bit
+BFLOAT16 = 2.0**-8  # relative error of one rounding
 
 
 def rounding(x: np.ndarray, scale: np.ndarray, precision: str) -> np.ndarray:
-    """The most that rounding to 8 bits moves each number: half a step, which e4m3 has by binade."""
+    """Largest change of a number by rounding to 8 bits: half a step, in e4m3 that of its binade."""
     if precision == "int8":
         return np.broadcast_to(scale * 0.5, x.shape)
     return np.maximum(np.abs(x) * 2.0**-4, scale * 2.0**-10)
 
 
 def check_product(x: np.ndarray, w: np.ndarray, precision: str, got: np.ndarray, kept: float) -> None:
-    """`got` is x @ w up to rounding of both, float32's sums, and `kept`, that of the sums as written."""
+    """`got` is x @ w up to rounding of both operands, of float32 sums, and `kept`, of the output."""
     x, w = x.astype(np.float64), w.astype(np.float64)
     top = largest(DTYPES[precision])
     x_scale = np.maximum(np.abs(x).max(axis=1, keepdims=True), SMALLEST) / top
@@ -120,15 +120,15 @@ def test_the_least_power_of_two() -> None:
     assert 0 < got[6] < 1e-30 and not np.any(np.isfinite(got[7:]))
 
 
-def test_what_is_beyond_the_range_stays_at_its_end() -> None:
+def test_numbers_beyond_the_range_are_clipped() -> None:
     x = jnp.asarray([1000.0, -1000.0, np.inf, 447.0, np.nan], jnp.bfloat16)
     got = np.asarray(quantise_by(x, jnp.float32(1), DTYPES["fp8"]), np.float32)
     np.testing.assert_array_equal(got, [448, -448, 448, 448, np.nan])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_bfloat16_is_only_the_last_rounding_of_the_sums(precision: str) -> None:
-    """At the width of the MLP, where sums in bfloat16 would be far off."""
+def test_only_the_sums_are_rounded_to_bfloat16(precision: str) -> None:
+    """At the width of the MLP, where sums in bfloat16 would have large errors."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(np.abs(rng.standard_normal((8, 4304))), jnp.bfloat16)
     w = np.abs(rng.standard_normal((4304, 32))).astype(np.float32)
@@ -151,7 +151,7 @@ def test_the_largest_numbers_and_the_smallest(precision: str) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_spoils_its_own_row_only(precision: str, bad: float) -> None:
+def test_numbers_that_are_not_finite_affect_only_their_row(precision: str, bad: float) -> None:
     x = np.ones((3, 16), np.float32)
     x[1, 5] = bad
     weight, scale = quantise(jnp.ones((4, 16)), DTYPES[precision], -1)
@@ -210,7 +210,7 @@ def lowered_encode(config, precision: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("precision", "dtype", "count"), [("fp8", "f8E4M3FN", 4), ("int8", "i8", 6 + 4)])
-def test_products_are_given_8_bits_and_the_rest_is_not(tiny_config, precision, dtype, count) -> None:
+def test_only_products_of_quantised_matrices_are_in_8_bits(tiny_config, precision, dtype, count) -> None:
     """In what the compiler is handed: q, k, v, o and the MLP of the one layer body for int8; the projector
     twice (for pooled and original tokens), each summing over the last dimension of both."""
     lines = [line for line in lowered_encode(tiny_config, precision) if "dot_general" in line]
@@ -223,7 +223,7 @@ def test_products_are_given_8_bits_and_the_rest_is_not(tiny_config, precision, d
 
 
 def test_the_encoders_fp8_products_have_the_form_that_xla_rewrites(tiny_config) -> None:
-    """Both operands of all six are fp8, converted and scaled, one right before the other."""
+    """Both operands of all six are fp8 and converted, then scaled at once."""
     lines = lowered_encode(tiny_config, "fp8")
     converts = [i for i, line in enumerate(lines) if "stablehlo.convert" in line and "f8E4M3FN>) ->" in line]
     assert len(converts) == 2 * 6
@@ -249,7 +249,7 @@ def test_gradients_are_refused(tiny_config, make_batch, precision: str) -> None:
 
 
 def test_parameters_stay_those_of_training(tiny_config) -> None:
-    """What is initialised, stored and counted does not depend on the precision; what inference reads does."""
+    """Parameters that are initialised, stored and counted do not depend on the precision."""
     config = dataclasses.replace(tiny_config, visual_matmul="int8")
     params = init_params(config, jax.random.key(0))
     same = init_params(tiny_config, jax.random.key(0))
@@ -266,7 +266,7 @@ def test_parameters_stay_those_of_training(tiny_config) -> None:
     assert quantised["decoder"] is params["decoder"]
 
 
-def test_fp8_has_one_scale_a_matrix_in_the_encoder_and_one_a_channel_in_the_projector(tiny_config) -> None:
+def test_fp8_scales_are_per_matrix_in_the_encoder_and_per_channel_in_the_projector(tiny_config) -> None:
     params = init_params(tiny_config, jax.random.key(0))
     quantised = quantise_params(params, "fp8")
     layers, plain = quantised["encoder"]["layers"], params["encoder"]["layers"]
@@ -288,7 +288,7 @@ def test_fp8_has_one_scale_a_matrix_in_the_encoder_and_one_a_channel_in_the_proj
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("mesh", [{"data": 1, "tensor": 4, "context": 2}, {"data": 2, "fsdp": 4}], ids=str)
 def test_on_any_mesh_equal_one_device(tiny_config, replace_config, make_batch, precision: str, mesh) -> None:
-    """Quantised where the weights lie; scales of a matrix that is cut are those of the whole."""
+    """Weights are quantised on their devices; a sharded matrix has the scales of the whole."""
     config = replace_config(tiny_config, vision={"frame_chunk": 2}, visual_matmul=precision)
     params = init_params(config, jax.random.key(0))
     frames = make_batch(config, batch=4, frames=8).frames
@@ -302,7 +302,7 @@ def test_on_any_mesh_equal_one_device(tiny_config, replace_config, make_batch, p
     matrix = placed["encoder"]["layers"]["1"]["w1"]
     assert matrix.dtype == DTYPES[precision]
     assert not matrix.sharding.is_fully_replicated
-    # A sum in another order may move a number over an edge between two codes: 1/16 of it in e4m3.
+    # A sum in another order may round a number to the next code, which changes it by 1/16 in e4m3.
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=0.05)
         assert np.mean(np.abs(a - b)) < 2e-4
@@ -321,7 +321,7 @@ def test_axes_name_every_dimension(tiny_config) -> None:
 def test_rows_of_fp8_products_are_a_multiple_of_16_on_a_gpu(
     monkeypatch, tiny_config, replace_config, frames: int, rows: int
 ) -> None:
-    """Else XLA would pad each product, and leave bias, GELU and residual to passes of their own."""
+    """Otherwise XLA would pad each product, and not fuse bias, GELU and residual."""
     vision = {"image_size": 24, "frame_chunk": frames}
     config = replace_config(tiny_config, vision=vision, attention="reference", visual_matmul="fp8")
     config = replace_config(config, merge={"grid": 1})

@@ -1,4 +1,4 @@
-"""On a GPU: products in 8 bits against float64, their kernels, and attention to a cache in 8 bits.
+"""On a GPU: products in 8 bits against float64, their kernels, and attention to an 8-bit KV cache.
 
 Run with
 `pytest -m gpu tests/model/quantisation/test_quantise_gpu.py --gpu-report ...`; it skips elsewhere.
@@ -55,8 +55,8 @@ def test_products_equal_the_float64_ones(shape: tuple[int, int, int], precision:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_encoder_runs_on_8_bit_kernels_and_is_right(precision: str) -> None:
-    """so400m's widths, two layers, one frame: tokens against float32, and what products became."""
+def test_the_encoder_uses_8_bit_kernels_and_equals_float32(precision: str) -> None:
+    """so400m's widths, two layers, two frames: tokens against float32, and the kernels of the products."""
     config = presets.crosslmm_2b()
     decoder = dataclasses.replace(config.decoder, num_layers=1, vocab_size=8, mlp_width=8)
     config = dataclasses.replace(
@@ -85,7 +85,7 @@ def test_the_encoder_runs_on_8_bit_kernels_and_is_right(precision: str) -> None:
         products = [line for line in text.splitlines() if "__cublas$lt$matmul$f8" in line]
         assert any('"epilogue":"BIAS_GELU"' in line and "= (f8e4m3fn[" in line for line in products)
         assert sum('"epilogue":"BIAS"' in line for line in products) >= 5
-    else:  # cuBLAS or a fusion around Triton's product, never a product of numbers made wide
+    else:  # cuBLAS or a fusion with Triton's product, never a product of dequantised operands
         assert any(
             "s32[" in line and ("custom-call" in line or "fusion" in line) for line in text.splitlines()
         )
@@ -94,8 +94,8 @@ def test_the_encoder_runs_on_8_bit_kernels_and_is_right(precision: str) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("backend", ["plain", "blockwise", "cudnn", "auto"])
 @pytest.mark.parametrize("queries", [1, 33, 180])
-def test_attention_to_a_cache_in_8_bits(queries: int, backend: str, precision: str) -> None:
-    """Against float32 on what the 8 bits stand for, so only bfloat16's rounding is between them."""
+def test_attention_to_an_8_bit_cache(queries: int, backend: str, precision: str) -> None:
+    """Against float32 attention to the dequantised cache, so that only rounding to bfloat16 differs."""
     rng = np.random.default_rng(queries)
     frames, patches, heads, kv_heads, size = 21, 729, 6, 2, 128
 
