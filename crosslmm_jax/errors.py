@@ -7,6 +7,7 @@ format's `to_row`, while media are decoded, while tokens are made. Whoever goes 
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Literal
 
 
@@ -85,3 +86,8 @@ class DataError(UserError):
 
     def __str__(self) -> str:
         return str(self.fault)
+
+
+def list_counts(counts: Mapping[str, int]) -> list[str]:
+    """How often each reason occurred, for people: "3 missing"."""
+    return [f"{count} {reason}" for reason, count in sorted(counts.items())]

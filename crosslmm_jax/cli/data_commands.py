@@ -8,7 +8,7 @@ from crosslmm_jax.data.index import build_index
 from crosslmm_jax.data.reports import check_index, describe
 from crosslmm_jax.data.tfds_export import to_tfds
 from crosslmm_jax.demo import write_default_tokenizer
-from crosslmm_jax.errors import Fault
+from crosslmm_jax.errors import Fault, list_counts
 
 FAILURES = 1  # exit code of `check` when a row cannot be read
 
@@ -59,9 +59,7 @@ def check(
         folder, sampling=sampling, sample=sample, workers=workers, seed=seed, allow_outside=allow_outside,
         deadline_s=deadline_s, on_bad_row=_print_row,
     )  # fmt: skip
-    reasons = ", ".join(
-        f"{number} {reason}" for reason, number in sorted(Counter(r.reason for r in bad).items())
-    )
+    reasons = ", ".join(list_counts(Counter(fault.reason for fault in bad)))
     print(f"{count} rows decoded, {len(bad)} bad{f' ({reasons})' if bad else ''}")
     return FAILURES if bad else 0
 

@@ -1,87 +1,111 @@
-"""The format of a .json or .jsonl file that a mixture does not name, told by the fields of its first rows."""
+"""The format of annotations whose mixture names none: by file name, or by the fields of the first rows."""
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
 
+from crosslmm_jax.data.annotations.formats import FORMATS
+from crosslmm_jax.data.annotations.json_files import expand_files
 from crosslmm_jax.errors import UserError
 
-# Fields that the rows of a format have, and those of no other.
-_FIELDS = {
-    "llava": {"conversations"},
-    "videochat2": {"QA"},
-    "internvid": {"YoutubeID", "Caption"},
-    "moviechat": {"info", "global"},
-    "vript": {"meta", "data"},
-}
-_ROWS = 20  # that are looked at: the first ones may be damaged
-_HEAD = 2**16  # characters that are read at first
+_ROWS = 20  # rows that are looked at: the first ones may be damaged
+_HEAD = 2**16  # characters of the first read
 _BETWEEN = re.compile(r"[\s,]*")
+_FIX = f"set format to one of {', '.join(FORMATS)} in a mixture"
 
 
-def format_by_fields(path: str, *, where: str) -> str:
-    """A key of `formats.FORMATS`; "llava", whose reader names the fault, for a file without readable rows.
+def detect_format(path: str, *, where: str) -> str:
+    """The key in FORMATS of a file, a folder or a pattern.
 
     Args:
-        path: of the file.
-        where: what to call it in messages.
+        path: file, folder or pattern.
+        where: place in the mixture, for messages; `path` itself without a mixture.
 
     Raises:
-        UserError: naming `where` and the fields, when they are those of no format, or of several.
+        UserError: the format is unknown, or the files of a pattern have several.
+    """
+    if os.path.isfile(os.path.join(path, "dataset_info.json")):
+        return "tfds"
+    suffix = Path(path).suffix
+    for name, form in FORMATS.items():
+        if suffix and suffix == form.suffix:
+            return name
+    if suffix not in (".json", ".jsonl"):
+        raise UserError(f"{name_place(where, path)}: its name does not tell its format; {_FIX}")
+    files = [file for file in expand_files(path) if os.path.isfile(file)]
+    names = {_format_by_fields(file, where=name_place(where, file)): file for file in files}
+    if len(names) > 1:
+        found = ", ".join(f"{file} of {name}" for name, file in sorted(names.items()))
+        raise UserError(
+            f"{name_place(where, path)}: holds files of several formats ({found}); list them apart"
+        )
+    return next(iter(names), "llava")  # without a file: the reader names the missing one
+
+
+def name_place(where: str, path: str) -> str:
+    """`path`, after its place in the mixture if there is one."""
+    return path if where == path else f"{where}: {path}"
+
+
+def _format_by_fields(path: str, *, where: str) -> str:
+    """The format of a JSON file; "llava", whose reader names the fault, for a file without readable rows.
+
+    Raises:
+        UserError: the fields are those of no format, or of several.
     """
     first = None
-    fix = f"set format to one of {', '.join(_FIELDS)} in a mixture"
-    for row in itertools.islice(_head_rows(path), _ROWS):
+    for row in itertools.islice(_first_values(path), _ROWS):
         if not isinstance(row, Mapping):
             continue
         first = row if first is None else first
-        found = [name for name, fields in _FIELDS.items() if fields <= row.keys()]
+        found = [name for name, form in FORMATS.items() if form.fields and form.fields <= row.keys()]
         if len(found) > 1:
-            fields = ", ".join(sorted(set().union(*(_FIELDS[name] for name in found))))
-            raise UserError(f"{where}: its rows have fields of several formats ({fields}); {fix}")
+            fields = ", ".join(sorted(set().union(*(FORMATS[name].fields for name in found))))
+            raise UserError(f"{where}: its rows have fields of several formats ({fields}); {_FIX}")
         if found:
             return found[0]
     if first is not None:
         fields = ", ".join(map(repr, first)) or "no fields"
-        raise UserError(f"{where}: its fields ({fields}) do not tell its format; {fix}")
+        raise UserError(f"{where}: its fields ({fields}) do not tell its format; {_FIX}")
     return "llava"
 
 
-def _head_rows(path: str) -> Iterator[Any]:
-    """The first values of a JSON list or of a file with one a line, or the only value of a file."""
+def _first_values(path: str) -> Iterator[object]:
+    """The first values of a JSON list or of JSONL, or the only value of a JSON file."""
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             if path.endswith(".jsonl"):
                 yield from filter(None, map(_value_of, file))
                 return
-            text, more, done = "", _HEAD, 0
-            while read := file.read(more):
-                text, more = text + read, 2 * more
-                rows = _rows_in(text)
-                yield from rows[done:]
-                done = len(rows)
+            text, size, done = "", _HEAD, 0
+            while read := file.read(size):
+                text, size = text + read, 2 * size
+                values = _complete_values(text)
+                yield from values[done:]
+                done = len(values)
     except OSError:
-        return  # left to the reader of the file
+        return  # the reader of the file raises it again, with its name
 
 
-def _value_of(line: str) -> Any:
+def _value_of(line: str) -> object:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
 
 
-def _rows_in(text: str) -> list[Any]:
-    """The values that stand whole at the begin of a file that is one list, or several values."""
-    decoder, rows = json.JSONDecoder(), []
+def _complete_values(text: str) -> list[object]:
+    """The complete values at the start of a file that is one list, or several values."""
+    decoder, values = json.JSONDecoder(), []
     place = len(text) - len(text.lstrip())
     place += text[place : place + 1] == "["
-    while len(rows) < _ROWS:
+    while len(values) < _ROWS:
         try:
-            row, place = decoder.raw_decode(text, _BETWEEN.match(text, place).end())  # type: ignore[union-attr]
+            value, place = decoder.raw_decode(text, _BETWEEN.match(text, place).end())  # type: ignore[union-attr]
         except (ValueError, RecursionError):
             break
-        rows.append(row)
-    return rows
+        values.append(value)
+    return values

@@ -1,4 +1,4 @@
-"""Reading annotation files: JSON whole, JSONL line by line, every fault named."""
+"""Reads annotation files: JSON at once, JSONL line by line; finds the files of a pattern."""
 
 import glob
 import itertools
@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from crosslmm_jax.data.annotations.rows import Entry
 from crosslmm_jax.errors import Fault, UserError
@@ -18,12 +17,12 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def expand_files(pattern: str) -> list[str]:
-    """The files that a pattern names: "{a,b}" and "{000..012}" in order, "*" and "?" sorted.
+    """The files of a pattern: "{a,b}" and "{000..012}" in order, matches of "*" and "?" sorted.
 
-    A pattern whose stars match nothing comes back as it is, to be named as missing.
+    A "*" or "?" that matches nothing is returned as it stands, so that the caller can name it as missing.
 
     Raises:
-        UserError: a range counts down, which would be no file at all.
+        UserError: a range counts down and so names no file.
     """
     pieces = _BRACES.split(pattern)
     choices = [
@@ -38,7 +37,7 @@ def expand_files(pattern: str) -> list[str]:
 
 
 def _alternatives(text: str, pattern: str) -> list[str]:
-    """What stands for "{text}" in `pattern`: the items of a list, the numbers of a range, or itself."""
+    """The alternatives of "{text}": the items of a list, the numbers of a range, or "{text}" itself."""
     numbers = _RANGE.fullmatch(text)
     if numbers is None:
         return [item.strip() for item in text.split(",")] if "," in text else ["{" + text + "}"]
@@ -50,10 +49,10 @@ def _alternatives(text: str, pattern: str) -> list[str]:
 
 
 def files_of(pattern: str, *suffixes: str) -> list[str]:
-    """The files of `pattern`; a folder among them stands for its files with one of `suffixes`, sorted.
+    """The files of a pattern; a folder is replaced by its files with one of `suffixes`, sorted.
 
     Raises:
-        UserError: a folder holds none.
+        UserError: a folder has no such file.
     """
     files: list[str] = []
     for path in expand_files(pattern):
@@ -68,41 +67,41 @@ def files_of(pattern: str, *suffixes: str) -> list[str]:
 
 
 def unreadable(path: str, error: Exception) -> UserError:
-    """The error of a file that cannot be read at all."""
+    """The error for a file that cannot be read."""
     reason = (error.strerror or error) if isinstance(error, OSError) else "it is not UTF-8 text"
     return UserError(f"{path}: cannot be read ({reason}); correct the path or download the file again")
 
 
-def read_json(path: str) -> Any:
-    """What a JSON file holds. Raises UserError naming the file when it cannot be read or is no JSON."""
+def read_json(path: str) -> object:
+    """Reads a JSON file. Raises UserError, naming it, when it cannot be read or is no JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
         at = getattr(error, "lineno", 1)
-        raise UserError(f"{path}: line {at} is no valid JSON; mend or download the file again") from error
+        raise UserError(f"{path}: line {at} is no valid JSON; fix it or download the file again") from error
 
 
-def name_row(where: str, value: Any) -> str:
-    """`where` with the row's id, if it has one."""
+def _with_id(where: str, value: object) -> str:
+    """`where` and the id of the row, if it has one."""
     return f"{where} (id {value['id']})" if isinstance(value, dict) and "id" in value else where
 
 
-def read_json_list(path: str) -> Iterator[Entry]:
-    """Rows of a JSON list. Raises UserError naming the file when it cannot be read or holds none."""
+def _read_json_list(path: str) -> Iterator[Entry]:
+    """Reads the rows of a JSON list. Raises UserError, naming the file, when it cannot be read as one."""
     rows = read_json(path)
     if not isinstance(rows, list):
-        raise UserError(f"{path}: must hold a list of rows; name a file of one row a line .jsonl")
+        raise UserError(f"{path}: must hold a list of rows; name a file with one row per line .jsonl")
     for number, row in enumerate(rows):
-        yield Entry(name_row(f"{path}: row {number}", row), row)
+        yield Entry(_with_id(f"{path}: row {number}", row), row)
 
 
-def read_json_lines(path: str) -> Iterator[Entry]:
-    """Objects of a file with one a line; a line that is no JSON is a fault of that row alone.
+def _read_json_lines(path: str) -> Iterator[Entry]:
+    """Reads JSONL, one row per line. A line that is no JSON is a Fault of that row only.
 
     Raises:
-        UserError: naming the file, when it cannot be read or not one of its lines is JSON.
+        UserError: the file cannot be read, or none of its lines is JSON.
     """
     row, good, first_bad = 0, 0, 0
     try:
@@ -113,7 +112,7 @@ def read_json_lines(path: str) -> Iterator[Entry]:
                 where = f"{path}: row {row}"
                 try:
                     value = json.loads(line)
-                    where = name_row(where, value)
+                    where = _with_id(where, value)
                     good += 1
                 except (ValueError, RecursionError):
                     first_bad = first_bad or number
@@ -123,20 +122,16 @@ def read_json_lines(path: str) -> Iterator[Entry]:
     except OSError as error:
         raise unreadable(path, error) from error
     if row and not good:
-        raise UserError(f"{path}: line {first_bad} is no valid JSON; mend or download the file again")
+        raise UserError(f"{path}: line {first_bad} is no valid JSON; fix it or download the file again")
 
 
 def read_json_rows(path: str) -> Iterator[Entry]:
-    """Rows of a JSON list, or of a file with one object a line, whatever its name.
-
-    Raises:
-        UserError: as `read_json_list` and `read_json_lines`.
-    """
-    yield from read_json_lines(path) if _holds_lines(path) else read_json_list(path)
+    """Reads the rows of a JSON list, or of JSONL, whatever its name. Raises UserError, naming the file."""
+    yield from _read_json_lines(path) if _holds_lines(path) else _read_json_list(path)
 
 
 def _holds_lines(path: str) -> bool:
-    """Whether a file is JSONL: by its name, or as its first line is an object of its own."""
+    """Whether a file is JSONL: by its name, or because its first line is a complete object."""
     if path.endswith(".jsonl"):
         return True
     try:
@@ -152,16 +147,16 @@ def _holds_lines(path: str) -> bool:
 
 
 def read_json_folder(pattern: str) -> Iterator[Entry]:
-    """What each file of one JSON value a video holds, or of JSONL files each line.
+    """Reads files with one JSON value each, or JSONL.
 
-    A file that cannot be read is a fault of its rows alone, as there are thousands of them.
+    There are thousands of such files, so a JSON file that cannot be read is a Fault of its row only.
 
     Raises:
-        UserError: a folder holds no such file, or a JSONL file cannot be read.
+        UserError: a folder has no such file, or a JSONL file cannot be read.
     """
     for file in files_of(pattern, ".json", ".jsonl"):
         if file.endswith(".jsonl"):
-            yield from read_json_lines(file)
+            yield from _read_json_lines(file)
             continue
         try:
             yield Entry(file, read_json(file))

@@ -1,4 +1,4 @@
-"""Rows of annotations, whatever format they come from, checked before anything is decoded."""
+"""Rows of annotations, whatever their format, checked before any medium is opened."""
 
 import dataclasses
 import math
@@ -6,21 +6,18 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from crosslmm_jax.data.text import Turn, check_placeholders, parse_turns, writable
 from crosslmm_jax.errors import DataError, Fault, Reason
 
 Modality = Literal["text", "image", "multi_image", "video"]
-MODALITIES: tuple[Modality, ...] = (
-    "text",
-    "image",
-    "multi_image",
-    "video",
-)  # an index holds the position here
+MODALITIES: tuple[Modality, ...] = ("text", "image", "multi_image", "video")
+# What asks for the caption of a medium, where neither the row nor the mixture has a question.
+CAPTION_QUESTIONS = {"images": "Describe the image briefly.", "videos": "Describe the video briefly."}
 MediaType = Literal["image", "video", "text", "mix"]
 _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d{1,2}(?:\.\d*)?)")  # [hours:]minutes:seconds
-_ELSEWHERE = re.compile(r"[A-Za-z]:|.*:$")  # a drive, or the scheme of an address
+_ELSEWHERE = re.compile(r"[A-Za-z]:|.*:$")  # a drive letter, or the scheme of a URL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +26,13 @@ class DatasetSpec:
 
     Attributes:
         name: unique within the mixture; seeds the random strategy.
-        path: file, folder or pattern of the annotations, absolute or relative to the working folder.
+        path: file, folder or glob pattern of the annotations, absolute or relative to the working folder.
         format: a key of `crosslmm_jax.data.annotations.formats.FORMATS`.
         root: folder that the media paths are relative to.
-        strategy: which rows; see `crosslmm_jax.data.annotations.strategies`.
-        media_type: which field of a row counts; None and "mix" let each row tell.
-        read_type: VideoChat-Flash's `video_read_type`, for all rows that bring none.
+        strategy: which rows are used; see `crosslmm_jax.data.annotations.strategies`.
+        media_type: which field of a row names its media; None and "mix": decided per row.
         weight: how often its rows are drawn, relative to the other data sets of the mixture.
-        options: settings of the format, e.g. the field map.
+        options: settings of the format, e.g. names of fields.
     """
 
     name: str
@@ -45,25 +41,23 @@ class DatasetSpec:
     root: str
     strategy: str = "all"
     media_type: MediaType | None = None
-    read_type: str | None = None
     weight: float = 1.0
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One training row, still text.
+    """One training row: its conversation as text, its media as paths.
 
     Attributes:
-        where: file, row and id, for messages.
-        dataset: name of the data set it came from.
-        row: its number in that data set, bad rows counted.
-        modality: what its media are.
-        media: references of its images or videos, relative to `root`; a row of text has none.
+        where: file, row number and id, for messages.
+        dataset: name of its data set.
+        row: number of the row in its data set, bad rows counted.
+        modality: kind of its media.
+        media: paths of its images or videos relative to `root`, or "shard.tar::member"; none for text.
         root: folder of the media.
-        bounds: seconds (start, end) of the part of the video to read, or None for all.
+        bounds: seconds (start, end) of the part of the video to read; None: all of it.
         turns: the conversation.
-        read_type: VideoChat-Flash's `video_read_type`, e.g. "gif" or "img".
     """
 
     where: str
@@ -74,7 +68,6 @@ class Row:
     root: str
     bounds: tuple[float, float] | None
     turns: tuple[Turn, ...]
-    read_type: str | None = None
 
     def fault(self, cause: Fault) -> Fault:
         """`cause`, met in the conversation or in a medium of this row, as a fault of the row."""
@@ -83,18 +76,27 @@ class Row:
 
 
 class Entry(NamedTuple):
-    """One entry of a data set before it is checked: `value` is what its format makes of it.
+    """One row as a format reads it, before it is checked.
 
-    A format that cannot read an entry at all puts a Fault in its place.
+    Attributes:
+        where: file and row, for messages.
+        value: what the format's `to_row` takes; a Fault where the entry cannot be read at all.
     """
 
     where: str
-    value: Any
+    value: object
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a row comes from, and what holds for all rows of its data set."""
+    """Where a row comes from.
+
+    Attributes:
+        where: file and row, for messages.
+        row: number of the row in its data set.
+        spec: its data set.
+        allow_outside: media paths may leave the media root.
+    """
 
     where: str
     row: int
@@ -108,51 +110,60 @@ class Origin:
 
 def make_row(
     origin: Origin,
-    conversations: Any,
+    conversations: object,
     *,
     images: Sequence[str] = (),
     videos: Sequence[str] = (),
     bounds: tuple[float, float] | None = None,
-    read_type: str | None = None,
 ) -> Row:
-    """A checked row.
+    """Checks and builds a row.
 
     Args:
-        origin: of the row.
-        conversations: turns as LLaVA or chat objects.
-        images: their references; at most one of `images` and `videos` is given.
-        videos: likewise.
-        bounds: seconds of the videos to read.
-        read_type: of this row; the data set's by default.
+        origin: where the row comes from.
+        conversations: list of turns, as LLaVA (`from`, `value`) or chat (`role`, `content`) objects.
+        images: paths of its images; at most one of `images` and `videos` is given.
+        videos: paths of its videos.
+        bounds: seconds (start, end) of the videos to read.
 
     Raises:
-        DataError: malformed turns, placeholders that do not fit the media, or a path that leaves the root.
+        DataError: malformed turns, not one placeholder per medium, or a path that leaves the root.
     """
     turns = tuple(parse_turns(conversations, where=origin.where))
     names = images or videos
     check_placeholders(turns, len(names), where=origin.where)
-    media = tuple(inside(origin, name) for name in names)
+    media = tuple(media_reference(origin, name) for name in names)
     modality: Modality = "text"
     if media:
         moving = bool(videos) or any(name.lower().endswith(".gif") for name in media)
         modality = "video" if moving else "multi_image" if len(media) > 1 else "image"
     return Row(
         where=origin.where, dataset=origin.spec.name, row=origin.row, modality=modality, media=media,
-        root=origin.spec.root, bounds=bounds, turns=turns, read_type=read_type or origin.spec.read_type,
+        root=origin.spec.root, bounds=bounds, turns=turns,
     )  # fmt: skip
 
 
-def caption_turns(origin: Origin, question: str, caption: Any) -> list[dict[str, str]]:
+def caption_turns(origin: Origin, question: str, caption: object) -> list[dict[str, str]]:
     """The conversation about one medium with a caption. Raises DataError when that is empty or no text."""
     if not isinstance(caption, str) or not caption.strip():
         raise origin.error("conversation", "its caption is empty or no text")
     return [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": caption.strip()}]
 
 
-def inside(origin: Origin, name: Any) -> str:
-    """`name` as a reference relative to the root. Raises DataError when it lies elsewhere and may not.
+def check_read_type(value: Mapping[str, object], origin: Origin) -> None:
+    """Raises DataError when a row's `video_read_type` is no text. It has no effect: files tell their kind."""
+    read_type = value.get("video_read_type")
+    if read_type is not None and (not isinstance(read_type, str) or writable(read_type) != read_type):
+        raise origin.error("malformed", "video_read_type must be text")
 
-    Of "shard.tar::key.mp4" only the file's path can leave the root. Links are followed when a file is opened.
+
+def media_reference(origin: Origin, name: object) -> str:
+    """The media path `name`, relative to the root.
+
+    Links are followed later, when the file is opened.
+
+    Raises:
+        DataError: it is no text, or leads out of the root, which `origin` does not allow. Of
+            "shard.tar::key.mp4" only the path of the tar can.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise origin.error("malformed", f"media path {name!r} must be a text that is not empty")
@@ -173,8 +184,8 @@ def inside(origin: Origin, name: Any) -> str:
     return file + mark + member
 
 
-def parse_seconds(value: Any) -> float:
-    """Seconds of a number, a number as text, or a clock time "[HH:]MM:SS[.mmm]".
+def parse_seconds(value: object) -> float:
+    """Reads seconds from a number, a number as text, or a clock time "[HH:]MM:SS[.mmm]".
 
     Raises:
         ValueError: `value` is none of them, negative, not finite or too large.
@@ -197,8 +208,8 @@ def parse_seconds(value: Any) -> float:
     return seconds
 
 
-def parse_bounds(origin: Origin, start: Any, end: Any) -> tuple[float, float] | None:
-    """Start and end of the part of a video to read; a missing one is the video's own, None if both are.
+def parse_bounds(origin: Origin, start: object, end: object) -> tuple[float, float] | None:
+    """Reads (start, end) in seconds; a missing one is that of the video, None when both are missing.
 
     Raises:
         DataError: a time is no time, or they are not in order.

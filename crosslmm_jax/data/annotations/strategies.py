@@ -14,7 +14,7 @@ _STRATEGY = re.compile(r"(all)|(first[234]?|end|random):(\d+)(%?)")
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """`kind` (all, first, first2, first3, first4, end, random), and N, of a hundred rows if `percent`."""
+    """`kind`: all, first, first2, first3, first4, end or random. N is `number`, in percent if `percent`."""
 
     kind: str
     number: int = 0
@@ -23,7 +23,7 @@ class Strategy:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Rows from `start` to before `stop` (None: the last one), and of these only `chosen` unless None."""
+    """Rows from `start` up to `stop`, exclusive (None: no end); only those in `chosen` unless it is None."""
 
     start: int
     stop: int | None
@@ -39,7 +39,7 @@ class Selection:
 
 
 def parse_strategy(text: str, *, where: str) -> Strategy:
-    """Reads a `sampling_strategy`. Raises UserError naming `where` when there is no such strategy."""
+    """Parses a `sampling_strategy`. Raises UserError, naming `where`, for an unknown one."""
     match = _STRATEGY.fullmatch(text.strip()) if isinstance(text, str) else None
     if match is None:
         raise UserError(f"{where}: sampling_strategy is {text!r}; write {STRATEGIES}")
@@ -52,12 +52,12 @@ def parse_strategy(text: str, *, where: str) -> Strategy:
 
 
 def select(strategy: Strategy, count: Callable[[], int], *, seed: str) -> Selection:
-    """The rows that `strategy` selects.
+    """The rows that a strategy selects.
 
     Args:
-        strategy: which.
-        count: gives the number of rows of the data set; called once, where the strategy depends on it.
-        seed: of the random strategy; the same seed selects the same rows on every host and machine.
+        strategy: the strategy.
+        count: counts the rows of the data set; called once, and only where the strategy depends on it.
+        seed: seed of the random strategy. The same seed selects the same rows on every machine.
     """
     if strategy.kind == "all":
         return Selection(0, None)
@@ -75,9 +75,9 @@ def select(strategy: Strategy, count: Callable[[], int], *, seed: str) -> Select
 
 
 def _draw(population: int, number: int, seed: str) -> frozenset[int]:
-    """`number` of range(population): the head of a Fisher-Yates shuffle.
+    """Draws `number` of range(population) without replacement: the first steps of a Fisher-Yates shuffle.
 
-    Only `random()` of a text seed is promised to stay the same in every Python, so shuffle() is not used.
+    Python promises the same numbers in later versions only for `random()`, so `shuffle` is not used.
     """
     generator = random.Random(seed)
     moved: dict[int, int] = {}

@@ -1,8 +1,9 @@
-"""Making an index: one parallel pass over the rows of a mixture.
+"""Builds an index: one parallel pass over the rows of a mixture.
 
-What is done lies in a hidden folder beside INDEX until everything is, so INDEX is complete or absent. A pass
-that was killed goes on where it stopped, and a pass over a changed mixture probes only what is new, in one
-way: rows that an earlier index, finished or not, holds with the same text and unchanged files are taken over.
+The pass writes to a hidden folder beside INDEX and publishes it at the end, so INDEX is complete or absent.
+Rows that an earlier index has with the same text and unchanged files are copied from it, whether that index
+was finished or not. So a pass that was killed resumes, and a pass over a changed mixture probes only what is
+new.
 """
 
 import collections
@@ -18,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,33 +36,29 @@ from crosslmm_jax.data.index.probe import (
     row_hash,
     start_worker,
 )
-from crosslmm_jax.data.index.table import BAD, META, ROW_GROUP, SCHEMA, VERSION
+from crosslmm_jax.data.index.table import BAD, META, ROW_GROUP, SCHEMA, VERSION, Record
 from crosslmm_jax.data.text import Tokenizer, load_tokenizer, wording_tokens
-from crosslmm_jax.errors import Fault, UserError
+from crosslmm_jax.errors import Fault, UserError, list_counts
 from crosslmm_jax.utils import Progress, atomic_folder, is_vacant, worker_pool
 
-_CHUNK = 64  # rows that a worker gets at once
-_TABLE_ROWS = 16 * ROW_GROUP  # rows of one table
-_PLANNED = ("row_hash", "duration", "num_frames")  # what makes the plan of a run another
-_TABLE_SECONDS = 30.0  # a table is closed after so long, so that a kill costs little
+_CHUNK = 64  # rows per task of a worker
+_TABLE_ROWS = 16 * ROW_GROUP  # rows per table
+_DIGESTED = ("row_hash", "duration", "num_frames")  # columns that batches depend on
+_TABLE_SECONDS = 30.0  # a table is closed after this time, so that a kill loses little
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexReport:
     """What a pass found."""
 
-    rows: int  # good ones
-    reused: int  # of them, those that needed no new probe
+    rows: int  # good rows
+    reused: int  # good rows that needed no new probe
     bad: dict[str, int]  # reason -> rows
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The report as lines of text."""
         lines = [f"{self.rows} rows ({self.reused} unchanged), {sum(self.bad.values())} bad"]
-        return lines + [f"  {reason}" for reason in self.reasons()]
-
-    def reasons(self) -> list[str]:
-        """How many rows each reason has: "3 missing"."""
-        return [f"{count} {reason}" for reason, count in sorted(self.bad.items())]
+        return lines + [f"  {count}" for count in list_counts(self.bad)]
 
 
 def build_index(
@@ -80,21 +76,21 @@ def build_index(
 
     Args:
         mixture: a YAML file, or one file of annotations.
-        out: INDEX folder; one that is there is brought up to date.
+        out: INDEX folder; an existing index is updated.
         tokenizer: folder of the tokenizer that counts tokens.
         media_root: folder of the media where the mixture names none.
-        workers: processes; 0 does everything in this one.
-        seed: of the mixture's random strategies.
+        workers: worker processes; 0: this process does everything.
+        seed: seed of the random strategies of the mixture.
         allow_outside: media paths may leave their root.
-        quiet: no progress on stderr.
+        quiet: show no progress on stderr.
 
     Raises:
         UserError: a file of the mixture cannot be read, `out` is no index or cannot be written, no row is
-            good, or a worker process died. What is at `out` stays then.
+            good, or a worker process died. `out` is then unchanged.
     """
     specs = read_mixture(mixture, media_root=media_root)
     loaded = load_tokenizer(tokenizer)
-    target = Path(os.path.realpath(out))  # a link stays one
+    target = Path(os.path.realpath(out))  # a symbolic link stays one
     if not (target / META).exists() and not is_vacant(target):
         raise UserError(f"--out {out}: exists and is no index; name another folder")
     with atomic_folder(target, resume=True) as work:
@@ -110,17 +106,17 @@ def build_index(
                     progress.update(writer.seen, f"{sum(writer.bad.values())} bad")
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process died, perhaps for want of memory; run the same command again, with fewer"
-                " --workers: it goes on where it stopped"
+                "a worker process died, perhaps out of memory; run the same command again with fewer"
+                " --workers: it resumes where it stopped"
             ) from error
         finally:
             progress.close()
             writer.flush()
         report = writer.finish()
         if not report.rows:
-            why = f" ({', '.join(report.reasons())})" if report.bad else ""
-            stays = ", so the index there stays" if (target / META).exists() else ""
-            raise UserError(f"{out}: no usable row{why}{stays}; {work / BAD} tells more")
+            why = f" ({', '.join(list_counts(report.bad))})" if report.bad else ""
+            stays = ", so the old index stays" if (target / META).exists() else ""
+            raise UserError(f"{out}: no usable row{why}{stays}; see {work / BAD}")
     return report
 
 
@@ -129,7 +125,7 @@ Submit = Callable[[list[Row], Known], "Future[Found]"]
 
 @contextlib.contextmanager
 def _probing(prober: Prober, tokenizer: str, workers: int) -> Iterator[Submit]:
-    """A function that probes rows, here or in worker processes."""
+    """Gives a function that probes rows, in this process or in workers."""
     if not workers:
 
         def here(rows: list[Row], known: Known) -> "Future[Found]":
@@ -149,7 +145,7 @@ def _probing(prober: Prober, tokenizer: str, workers: int) -> Iterator[Submit]:
 def _in_order(
     items: Iterator[Row | Fault], earlier: "_EarlierRows", submit: Submit, *, ahead: int
 ) -> Iterator[Found]:
-    """What is found for `items`, chunk by chunk and in their order; `ahead` chunks are under way."""
+    """Probes rows in chunks and yields the results in order, with up to `ahead` chunks in flight."""
     waiting: collections.deque[tuple[Future[Found], list[Fault]]] = collections.deque()
     rows: list[Row] = []
     bad: list[Fault] = []
@@ -175,17 +171,17 @@ def _in_order(
 
 
 class _EarlierRows:
-    """Rows of earlier tables by their hash: those of passes that were stopped, and those of the index.
+    """Records of earlier tables by row hash: tables of stopped passes, and tables of the index.
 
-    Where a medium changed in between, both have a record of a row, and one of them has the right stamp.
+    A row whose medium changed in between may have a record in both; the stamps tell which one holds.
     """
 
     def __init__(
         self, paths: tuple[Sequence[Path], Sequence[Path]], tokenizer: str, *, allow_outside: bool
     ) -> None:
-        self._files: list[Path] = []  # not kept open: there may be more than a process may open
+        self._files: list[Path] = []  # not kept open: there may be more than a process can open
         self._same_tokenizer: list[bool] = []
-        self._of_index = 0  # number of the index's first table
+        self._of_index = 0  # position in `_files` of the first table of the index
         hashes, places = [], []
         for place, path in enumerate([*paths[0], *paths[1]]):
             try:
@@ -198,7 +194,7 @@ class _EarlierRows:
                 continue  # of an earlier version
             made_by = schema.metadata or {}
             if made_by.get(b"outside") == b"allowed" and not allow_outside:
-                continue  # nobody looked where its links lead
+                continue  # its media may be links out of the root
             number = len(self._files)
             self._of_index += place < len(paths[0])
             self._files.append(path)
@@ -209,11 +205,11 @@ class _EarlierRows:
         self._places = np.concatenate(places) if places else np.zeros((0, 2), np.int64)
         order = np.argsort(self._hashes, kind="stable")
         self._hashes, self._places = self._hashes[order], self._places[order]
-        # Rows mostly come in the earlier order.
+        # Rows mostly come in the same order as before.
         self._read_group = functools.lru_cache(maxsize=4)(self._read_group)
 
     def find(self, rows: Sequence[Row]) -> Known:
-        """By place in `rows`, what is known of those that are known: at most two records, the later first."""
+        """Earlier records of `rows`, by place: at most two for a row, the later first."""
         wanted = np.array([row_hash(row) for row in rows], np.int64)
         begin, end = (np.searchsorted(self._hashes, wanted, side) for side in ("left", "right"))
         return {
@@ -221,8 +217,8 @@ class _EarlierRows:
             for place in np.flatnonzero(begin < end)
         }
 
-    def _records(self, places: np.ndarray) -> list[dict[str, Any]]:
-        """Of places of the same hash, the first of stopped passes and the first of the index."""
+    def _records(self, places: np.ndarray) -> list[Record]:
+        """The first record of stopped passes and the first of the index, of places with the same hash."""
         stopped = int(np.searchsorted(places[:, 0], self._of_index))
         firsts = [*places[:stopped][:1], *places[stopped:][:1]]
         return [self._read(int(file), int(row)) for file, row in firsts]
@@ -231,14 +227,14 @@ class _EarlierRows:
         with pq.ParquetFile(self._files[file]) as opened:
             return opened.read_row_group(group, columns=[*PROBED, *COUNTED])
 
-    def _read(self, file: int, row: int) -> dict[str, Any]:
+    def _read(self, file: int, row: int) -> Record:
         group, place = divmod(row, ROW_GROUP)
         record = self._read_group(file, group).slice(place, 1).to_pylist()[0]
         return record if self._same_tokenizer[file] else record | {name: None for name in COUNTED}
 
 
 class _Writer:
-    """Tables and bad rows of the pass, in its working folder."""
+    """Writes the tables and bad rows of a pass to its working folder."""
 
     def __init__(
         self, work: Path, specs: Sequence[DatasetSpec], tokenizer: Tokenizer, *, allow_outside: bool
@@ -251,17 +247,17 @@ class _Writer:
         self._schema = SCHEMA.with_metadata(
             {"tokenizer": self.tokenizer, "outside": "allowed" if allow_outside else "refused"}
         )
-        self._records: list[dict[str, Any]] = []
-        self._kept: list[dict[str, Any]] = []
+        self._records: list[Record] = []
+        self._kept: list[Record] = []
         self._kept_files = 0
-        self._files: list[dict[str, Any]] = []
+        self._files: list[dict[str, object]] = []
         self._digest = hashlib.blake2b(digest_size=12)
         self._since = time.monotonic()
         self._bad_file = open(work / BAD, "w", encoding="utf-8")  # noqa: SIM115
 
     def _keep_leftovers(self) -> list[Path]:
-        """Tables of passes that were stopped, under names that this pass does not use, the last one first."""
-        for copied in self.work.glob("kept-*.parquet"):  # from tables that are still there
+        """Moves tables of stopped passes to names that this pass does not use; returns them, latest first."""
+        for copied in self.work.glob("kept-*.parquet"):  # copies of records in tables that still exist
             copied.unlink()
         folder = self.work / "earlier"
         folder.mkdir(exist_ok=True)
@@ -271,7 +267,7 @@ class _Writer:
         return sorted(folder.iterdir(), reverse=True)
 
     def add(self, found: Found) -> None:
-        """Takes the rows that follow."""
+        """Adds the next rows."""
         self.seen += len(found.good) + len(found.bad)
         self.reused += found.reused
         self._records += found.good
@@ -284,7 +280,7 @@ class _Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the tables that are being filled."""
+        """Writes the records that are waiting as tables."""
         self._bad_file.flush()
         self._since = time.monotonic()
         if self._kept:
@@ -296,20 +292,20 @@ class _Writer:
         name = f"rows-{len(self._files):05d}.parquet"
         self._write_table(name, self._records)
         for record in self._records:
-            self._digest.update(json.dumps([record[name] for name in _PLANNED]).encode())
+            self._digest.update(json.dumps([record[name] for name in _DIGESTED]).encode())
         self._files.append({"file": name, "rows": len(self._records)})
         self._records = []
 
-    def _write_table(self, name: str, records: list[dict[str, Any]]) -> None:
+    def _write_table(self, name: str, records: list[Record]) -> None:
         table = pa.Table.from_pylist(records, schema=self._schema)
         temporary = self.work / f"{name}.incomplete"
         pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="zstd")
         os.replace(temporary, self.work / name)
 
     def finish(self) -> IndexReport:
-        """Writes what describes the whole, if there is a good row; else what earlier passes found stays."""
+        """Writes meta.json if there is a good row; otherwise keeps the tables of earlier passes."""
         self._bad_file.close()
-        report = IndexReport(sum(entry["rows"] for entry in self._files), self.reused, dict(self.bad))
+        report = IndexReport(self.seen - self.bad.total(), self.reused, dict(self.bad))
         if report.rows:
             self._describe()
             shutil.rmtree(self.work / "earlier")

@@ -1,4 +1,4 @@
-"""What indexing finds out about a row: its media by a probe, its tokens by counting."""
+"""What indexing finds about a row: its media by a probe, its tokens by counting."""
 
 import collections
 import contextlib
@@ -7,10 +7,10 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from crosslmm_jax.data.annotations import Row
-from crosslmm_jax.data.index.table import record_of
+from crosslmm_jax.data.index.table import Record, record_of
 from crosslmm_jax.data.media import (
     Media,
     VideoInfo,
@@ -28,29 +28,30 @@ PROBED = (
     "stamp",
 )  # fmt: skip
 COUNTED = ("text_tokens", "answer_tokens", "answer_media", "plain_tokens")
-Known = Mapping[int, Sequence[Mapping[str, Any]]]  # earlier records of rows, by their place
-_KEPT_PROBES = 50_000  # a video often has many rows, one after the other
+Known = Mapping[int, Sequence[Record]]  # place in a list of rows -> earlier records of that row
+_KEPT_PROBES = 50_000  # a video often has many rows, one after another
 
 
 def row_hash(row: Row) -> int:
-    """int64 of all that a row says, its place and the folder of its media aside."""
+    """int64 hash of what a row says, without its number, its file and its media root."""
     turns = [[turn.role, turn.text] for turn in row.turns]
-    content = [row.dataset, row.modality, row.media, row.bounds, turns, row.read_type]
+    # None: in the place of a field of index version 3, so that rows which lacked it keep their hash.
+    content = [row.dataset, row.modality, row.media, row.bounds, turns, None]
     digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """Tells tokenizers apart by their vocabulary and by how they cut a text."""
+    """A hash of a tokenizer: its vocabulary, and how it splits a sample text."""
     vocabulary = sorted(tokenizer.hf_tokenizer.get_vocab().items())
     sample = tokenizer.encode_plain("The quick brown fox, 1234.5 s: Ünïcode 漢字\n\n  <image>")
     return hashlib.blake2b(json.dumps([vocabulary, sample]).encode(), digest_size=12).hexdigest()
 
 
-def stamp(root: str, reference: str) -> int | None:
-    """Of a file's size and time of change, or of those of all pictures in a folder.
+def media_stamp(root: str, reference: str) -> int | None:
+    """A hash of size and modification time of a file, or of all images in a folder.
 
-    Of "a.tar::b.mp4" that of the tar. None when it is not there.
+    For "a.tar::b.mp4" that of the tar. None when there is no such file.
     """
     path = os.path.join(root, split_reference(reference)[0])
     try:
@@ -66,39 +67,39 @@ class Found(NamedTuple):
 
     Attributes:
         good: records of the good rows.
-        bad: the others.
-        kept: earlier records of bad ones whose media are not there, for when they are again.
-        reused: how many good rows needed no new probe.
+        bad: faults of the others.
+        kept: earlier records of bad rows whose media are missing, for a pass that finds them again.
+        reused: number of good rows that needed no new probe.
     """
 
-    good: list[dict[str, Any]]
+    good: list[Record]
     bad: list[Fault]
-    kept: list[dict[str, Any]]
+    kept: list[Record]
     reused: int
 
 
 class Prober:
-    """Rows to records of the index."""
+    """Makes records of the index from rows."""
 
     def __init__(self, tokenizer: Tokenizer, *, allow_outside: bool = False) -> None:
         """Counts tokens with `tokenizer`; `allow_outside`: media may lie outside their root."""
         self.tokenizer = tokenizer
         self.allow_outside = allow_outside
-        self._probes: collections.OrderedDict[Any, dict[str, Any] | Fault] = collections.OrderedDict()
+        self._probes = collections.OrderedDict[tuple[str, str, bool], Record | Fault]()
 
     def __call__(self, rows: Sequence[Row], known: Known) -> "Found":
         """Probes rows.
 
         Args:
-            rows: to be indexed.
-            known: by place in `rows`, what earlier passes say of the same row, the last one first. Its token
-                counts are None when another tokenizer made them.
+            rows: rows to index.
+            known: earlier records of the same rows, by place in `rows`, the latest first. Token counts are
+                None where another tokenizer made them.
         """
         good, bad, kept, reused = [], [], [], 0
         for place, row in enumerate(rows):
-            record: dict[str, Any] = record_of(row) | {"row_hash": row_hash(row)}
+            record = record_of(row) | {"row_hash": row_hash(row)}
             records = known.get(place, ())
-            stamps = [stamp(row.root, name) for name in row.media] if records else []
+            stamps = [media_stamp(row.root, name) for name in row.media] if records else []
             earlier = next((one for one in records if one["stamp"] == stamps), None)
             if earlier is not None:
                 record |= {name: earlier[name] for name in PROBED}
@@ -121,18 +122,18 @@ class Prober:
             reused += earlier is not None
         return Found(good, bad, kept, reused)
 
-    def _count(self, row: Row) -> dict[str, Any]:
+    def _count(self, row: Row) -> Record:
         try:
             plain = plain_sequence(row.turns, self.tokenizer, where=row.where).num_text_tokens
         except UserError:
             plain = 0
         return count_tokens(row.turns, self.tokenizer) | {"plain_tokens": plain}
 
-    def _probe_media(self, row: Row, record: dict[str, Any]) -> Fault | None:
-        """Adds the media's facts to `record`, or says what is wrong with them."""
+    def _probe_media(self, row: Row, record: Record) -> Fault | None:
+        """Adds what a probe finds about the media to `record`, or returns what is wrong with them."""
         record |= {name: [] for name in PROBED}
         for reference in row.media:
-            key = (row.root, reference, row.modality == "video", row.read_type)
+            key = (row.root, reference, row.modality == "video")
             if key not in self._probes:
                 self._probes[key] = _probe(row, reference, allow_outside=self.allow_outside)
                 if len(self._probes) > _KEPT_PROBES:
@@ -146,7 +147,7 @@ class Prober:
 
 
 def probe_for(row: Row, medium: Media) -> VideoInfo:
-    """What a medium of `row` is like. Raises DataError; "wrong_type" for a video called an image."""
+    """Probes a medium of a row. Raises DataError, "wrong_type" for a video that the row calls an image."""
     info = probe(medium)
     if row.modality != "video" and info.duration > 0:  # of a single frame too
         raise DataError(medium, "wrong_type", "is a video; name it under video in its row")
@@ -154,21 +155,21 @@ def probe_for(row: Row, medium: Media) -> VideoInfo:
 
 
 def late_start(row: Row, durations: Sequence[float]) -> Fault | None:
-    """What is wrong when the part of a row begins where one of its videos, of `durations`, has ended."""
+    """The fault of a row whose clip starts after the end of one of its videos (`durations`, seconds)."""
     if row.bounds is None:
         return None
     start = row.bounds[0]
     for reference, duration in zip(row.media, durations, strict=True):
-        if 0 < duration <= start:  # an image lasts 0 and has no parts
+        if 0 < duration <= start:  # the duration of an image is 0
             detail = f"start {start:g} is not within the video, which lasts {duration:g} seconds"
             return row.fault(Fault(row.where, "clip_times", detail, reference))
     return None
 
 
-def _probe(row: Row, reference: str, *, allow_outside: bool) -> dict[str, Any] | Fault:
-    before = stamp(row.root, reference)
+def _probe(row: Row, reference: str, *, allow_outside: bool) -> Record | Fault:
+    before = media_stamp(row.root, reference)
     try:
-        with guarded(row.root, reference):
+        with only_data_errors(row.root, reference):
             medium = open_media(row.root, reference, allow_outside=allow_outside)
             info = probe_for(row, medium)
     except DataError as error:
@@ -178,10 +179,10 @@ def _probe(row: Row, reference: str, *, allow_outside: bool) -> dict[str, Any] |
 
 
 @contextlib.contextmanager
-def guarded(root: str, reference: str) -> Iterator[None]:
-    """Turns whatever reading the medium `reference` below `root` raises into a DataError.
+def only_data_errors(root: str, reference: str) -> Iterator[None]:
+    """Turns every error of reading the medium `reference` below `root` into a DataError.
 
-    Its message can be written to any file: names of pictures in a folder may be no text.
+    Names of images in a folder may be no valid text, so its fault is made writable.
     """
     try:
         yield
@@ -189,7 +190,7 @@ def guarded(root: str, reference: str) -> Iterator[None]:
         fault = error.fault
         raise DataError(writable(fault.where), fault.reason, writable(fault.detail), reference) from error
     except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        # Damaged files make PyAV raise all kinds: UnicodeDecodeError on names in their metadata, for one.
+        # PyAV raises many kinds for damaged files, e.g. UnicodeDecodeError for names in their metadata.
         reason = f"{type(error).__name__}: {error}"
         path, detail = os.path.join(root, reference), f"cannot be decoded ({reason}); replace the file"
         raise DataError(writable(path), "corrupt", writable(detail), reference) from error
@@ -199,7 +200,7 @@ _PROBER: Prober | None = None  # of this worker process
 
 
 def start_worker(tokenizer_folder: str, allow_outside: bool) -> None:
-    """Loads what a worker process needs once."""
+    """Prepares a worker process."""
     global _PROBER
     _PROBER = Prober(load_tokenizer(tokenizer_folder), allow_outside=allow_outside)
 

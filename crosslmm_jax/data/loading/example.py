@@ -8,7 +8,7 @@ from typing import Any
 from crosslmm_jax.config import DataConfig
 from crosslmm_jax.data.annotations import Row
 from crosslmm_jax.data.batching import Bucket
-from crosslmm_jax.data.index import RowStore, guarded
+from crosslmm_jax.data.index import RowStore, only_data_errors
 from crosslmm_jax.data.loading.collate import Example
 from crosslmm_jax.data.media import Clip, open_media, read_frames
 from crosslmm_jax.data.text import ClipMeta, Tokenizer, TokenSequence, check_placeholders, tokenise
@@ -129,7 +129,7 @@ class ExampleLoader:
 
     def _read(self, row: Row, reference: str) -> Clip:
         config = self.config
-        with guarded(row.root, reference):
+        with only_data_errors(row.root, reference):
             medium = open_media(row.root, reference, allow_outside=config.allow_outside)
             return read_frames(
                 medium, config.sampling, size=self.image_size, bounds=row.bounds,

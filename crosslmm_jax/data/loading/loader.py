@@ -18,7 +18,7 @@ from typing import Any
 
 from crosslmm_jax.batch import Batch
 from crosslmm_jax.data.loading.dataset import Dataset
-from crosslmm_jax.errors import ConfigError, Fault, UserError
+from crosslmm_jax.errors import ConfigError, Fault, UserError, list_counts
 from crosslmm_jax.utils import end_with_parent
 
 _LOG = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class BatchIterator(Iterator[Batch]):
         count, limit = sum(self.faults.values()), self.dataset.config.max_bad_fraction
         if self._seen < _MIN_SEEN or count <= limit * self._seen:
             return
-        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(self.faults.items()))
+        reasons = ", ".join(list_counts(self.faults))
         named = "; ".join(list(self.bad_rows.values())[:_LISTED])
         raise UserError(
             f"{count} of {self._seen} rows could not be read ({reasons}), more than"

@@ -1,4 +1,4 @@
-"""Decodes the media of an index, all or a sample, and tells what fails."""
+"""Decodes the media of an index, all or a sample, and lists what fails."""
 
 import dataclasses
 import functools
@@ -8,14 +8,14 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.data.index import Index, RowStore, guarded, open_index
+from crosslmm_jax.data.index import Index, RowStore, only_data_errors, open_index
 from crosslmm_jax.data.media import DEADLINE_S, open_media, read_frames
 from crosslmm_jax.errors import DataError, Fault, UserError
 from crosslmm_jax.utils import Progress, worker_pool
 
-_SIZE = 32  # pixels: decoding is what may fail, not resizing
-_CHUNK = 64  # rows that a worker gets at once, at most: a medium that several of them name is read once
-_STORES: dict[tuple[str, str], RowStore] = {}  # of this process, by folder and digest
+_SIZE = 32  # pixels: decoding can fail, resizing cannot
+_CHUNK = 64  # most rows per task of a worker; a medium that several of them share is read once
+_STORES: dict[tuple[str, str], RowStore] = {}  # (folder, digest) -> rows, in this process
 
 
 def check_index(
@@ -27,17 +27,18 @@ def check_index(
 
     Args:
         folder: INDEX.
-        sampling: frames that are read.
-        sample: so many rows, drawn at random; None: all.
-        workers: processes; 0 decodes in this one.
-        seed: of the sample.
-        allow_outside: media may lie outside their root, as the index was told.
-        deadline_s: as `read_frames` takes it.
-        quiet: no progress on stderr.
-        on_bad_row: called with each row that fails, as soon as it is known.
+        sampling: which frames are read.
+        sample: number of rows, drawn at random; None: all rows.
+        workers: worker processes; 0: this process decodes.
+        seed: seed of the sample.
+        allow_outside: media may lie outside their root.
+        deadline_s: seconds, as for `read_frames`.
+        quiet: show no progress on stderr.
+        on_bad_row: called with the fault of each row that fails, as soon as it is known.
 
     Returns:
-        How many rows were read, and those that failed.
+        Number of rows that were read, and the faults of those that failed; `Fault.row` is their number in the
+        index.
 
     Raises:
         UserError: the index cannot be read, or a worker process died.
@@ -66,7 +67,7 @@ def check_index(
             progress.update(done, f"{len(bad)} bad")
     except BrokenProcessPool as error:
         raise UserError(
-            f"{folder}: a worker process died, perhaps for want of memory, after {done} of {len(numbers)}"
+            f"{folder}: a worker process died, perhaps out of memory, after {done} of {len(numbers)}"
             " rows; check again with fewer --workers"
         ) from error
     finally:
@@ -85,7 +86,7 @@ def _check_rows(
     @functools.cache
     def fault_of(root: str, reference: str, bounds: tuple[float, float] | None) -> Fault | None:
         try:
-            with guarded(root, reference):
+            with only_data_errors(root, reference):
                 medium = open_media(root, reference, allow_outside=allow_outside)
                 read_frames(medium, sampling, size=_SIZE, bounds=bounds, deadline_s=deadline_s)
         except DataError as error:

@@ -1,4 +1,4 @@
-"""One ArrayRecord file of rows with their media, for `to_tfds`: whole, or not there under its name."""
+"""Writes one ArrayRecord file of rows with their media, for `to_tfds`. The file is complete or absent."""
 
 import collections
 import contextlib
@@ -9,12 +9,12 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from crosslmm_jax.data.annotations import Row
-from crosslmm_jax.data.index import guarded, late_start, probe_for, row_hash, stamp
+from crosslmm_jax.data.index import late_start, media_stamp, only_data_errors, probe_for, row_hash
 from crosslmm_jax.data.media import (
     FRAMES_PREFIX,
     Media,
@@ -33,24 +33,27 @@ from crosslmm_jax.data.text import writable
 from crosslmm_jax.errors import DataError, Fault
 from crosslmm_jax.utils import cannot_write
 
-_MOST_BYTES = 2**31 - 2**20  # of the media of a row: a record is a protobuf message of less than 2 GiB
+if TYPE_CHECKING:
+    from tensorflow_datasets.core.features import FeaturesDict
+
+_MOST_BYTES = 2**31 - 2**20  # media of one row: a record is a protobuf message, which must be below 2 GiB
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """The rows of a file, in order, and among them those that cannot be used."""
+    """The rows of one file in order, with a Fault in the place of a row that cannot be used."""
 
     number: int
     rows: tuple[Row | Fault, ...]
     allow_outside: bool
 
     def digest(self) -> str:
-        """Of the rows and of the sizes and times of their files."""
-        content: list[Any] = [self.allow_outside]
+        """A hash of the rows and of the stamps of their files."""
+        content: list[object] = [self.allow_outside]
         for row in self.rows:
             if isinstance(row, Row):
                 content.append(
-                    [row_hash(row), row.row, row.root, [stamp(row.root, name) for name in row.media]]
+                    [row_hash(row), row.row, row.root, [media_stamp(row.root, name) for name in row.media]]
                 )
             else:
                 content.append(row.line())
@@ -59,13 +62,13 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class ShardResult:
-    """What came of a shard.
+    """What was written of a shard.
 
     Attributes:
-        digest: of the shard that was asked for.
-        file: name of what was written.
-        datasets: records of each data set, in order.
-        size_bytes: of the records.
+        digest: digest of the shard.
+        file: name of the file.
+        datasets: data set -> number of records.
+        size_bytes: size of the records.
         bad: rows that could not be used.
     """
 
@@ -82,7 +85,7 @@ class ShardResult:
 
 
 def row_size(row: Row, *, allow_outside: bool) -> int:
-    """About how many bytes a row takes, by the sizes of its media; no medium is read."""
+    """Estimates the bytes of a row from the sizes of its media, without reading them."""
     media = sum(_size(row.root, reference, allow_outside) for reference in row.media)
     return media + sum(len(turn.text) for turn in row.turns)
 
@@ -99,8 +102,8 @@ def _size(root: str, reference: str, allow_outside: bool) -> int:
 
 
 @functools.cache
-def tfds_features() -> Any:
-    """The features of a record. Times are texts, as tf.train.Example keeps numbers with 24 bits only."""
+def tfds_features() -> "FeaturesDict":
+    """The features of a record. Times are texts, since tf.train.Example stores float32."""
     from tensorflow_datasets import features
 
     return features.FeaturesDict({
@@ -111,14 +114,13 @@ def tfds_features() -> Any:
         "media_files": features.Sequence(features.Scalar(np.int64)),
         "start": features.Text(),
         "end": features.Text(),
-        "video_read_type": features.Text(),
         "dataset": features.Text(),
         "row": features.Scalar(np.int64),
     })  # fmt: skip
 
 
 def write_shard(shard: Shard, folder: str) -> ShardResult:
-    """Writes a shard into `folder`, unless an earlier try has written the same there.
+    """Writes a shard to `folder`, unless an earlier run wrote the same there.
 
     Raises:
         UserError: the file cannot be written.
@@ -136,7 +138,7 @@ def write_shard(shard: Shard, folder: str) -> ShardResult:
         result = ShardResult(digest, name, datasets, size, tuple(bad))
         Path(f"{note}.incomplete").write_text(json.dumps(dataclasses.asdict(result)), encoding="utf-8")
         os.replace(f"{note}.incomplete", note)
-    except (OSError, RuntimeError) as error:  # the writer's are RuntimeErrors
+    except (OSError, RuntimeError) as error:  # the writer raises RuntimeError
         for part in (temporary, f"{note}.incomplete"):
             Path(part).unlink(missing_ok=True)
         raise cannot_write(path, error, resume=True) from error
@@ -153,13 +155,13 @@ def _read_note(note: Path) -> ShardResult | None:
 
 
 def _write_rows(shard: Shard, path: str) -> tuple[dict[str, int], int, list[Fault]]:
-    """Records of each data set, the bytes of all, and the rows that could not be used."""
+    """Writes the rows. Returns records per data set, bytes of all records, and the bad rows."""
     from array_record.python.array_record_module import ArrayRecordWriter  # type: ignore[attr-defined]
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
     features = tfds_features()
     serialiser = ExampleSerializer(features.get_serialized_info())
-    # Media are compressed already. Groups of one record make reading at random cheap.
+    # Media are compressed already. Groups of one record make random reads cheap.
     writer = ArrayRecordWriter(path, "group_size:1,uncompressed")
     datasets: collections.Counter[str] = collections.Counter()
     size, bad = 0, []
@@ -181,15 +183,15 @@ def _write_rows(shard: Shard, path: str) -> tuple[dict[str, int], int, list[Faul
     return dict(datasets), size, bad
 
 
-def _example(row: Row, *, allow_outside: bool) -> dict[str, Any] | Fault:
-    """Values of the features, or why a medium of the row cannot be used."""
+def _example(row: Row, *, allow_outside: bool) -> dict[str, object] | Fault:
+    """The values of the features of a row, or why a medium of it cannot be used."""
     names, values, counts, durations = [], [], [], []
-    left = _MOST_BYTES
+    bytes_left = _MOST_BYTES
     for reference in row.media:
         try:
-            with guarded(row.root, reference):
+            with only_data_errors(row.root, reference):
                 medium = open_media(row.root, reference, allow_outside=allow_outside)
-                files = _read(medium, left)
+                files = _read(medium, bytes_left)
                 whole, inside = files[0], ""
                 if kind_of(medium) == "folder":
                     whole, inside = medium._replace(pictures=files), FRAMES_PREFIX
@@ -199,7 +201,7 @@ def _example(row: Row, *, allow_outside: bool) -> dict[str, Any] | Fault:
         names += [inside + writable(os.path.basename(file.name or file.path)) for file in files]
         values += [file.data for file in files]
         counts.append(len(files))
-        left -= sum(size_of(file) for file in files)
+        bytes_left -= sum(size_of(file) for file in files)
     fault = late_start(row, durations)
     if fault is not None:
         return fault
@@ -212,21 +214,20 @@ def _example(row: Row, *, allow_outside: bool) -> dict[str, Any] | Fault:
         "media_files": counts,
         "start": "" if start is None else repr(float(start)),
         "end": "" if end == math.inf else repr(float(end)),
-        "video_read_type": row.read_type or "",
         "dataset": row.dataset,
         "row": row.row,
     }
 
 
 def _read(medium: Media, most_bytes: int) -> tuple[Media, ...]:
-    """The content of a medium, picture by picture if it is a folder of them.
+    """Reads a medium into memory; a folder of images one by one.
 
     Raises:
-        DataError: "too_large" above `most_bytes`, or it cannot be read.
+        DataError: it is larger than `most_bytes` ("too_large"), or cannot be read.
     """
     files = _files(medium)
     if sum(size_of(file) for file in files) > most_bytes:
-        raise DataError(medium, "too_large", "is too large for a record of 2 GB; cut or encode it")
+        raise DataError(medium, "too_large", "is too large for a record of 2 GB; split or re-encode it")
     return tuple(_in_memory(file) for file in files)
 
 
@@ -234,9 +235,9 @@ def _files(medium: Media) -> list[PathOrMedia]:
     return [medium] if kind_of(medium) == "file" else list_pictures(medium)
 
 
-def _in_memory(source: PathOrMedia) -> Media:
-    medium = source if isinstance(source, Media) else Media(os.fspath(source))
+def _in_memory(file: PathOrMedia) -> Media:
+    medium = file if isinstance(file, Media) else Media(os.fspath(file))
     if medium.data is not None:
         return medium
-    with open_file(medium) as file:
-        return medium._replace(data=file.read())
+    with open_file(medium) as opened:
+        return medium._replace(data=opened.read())

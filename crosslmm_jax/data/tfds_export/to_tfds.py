@@ -1,13 +1,13 @@
-"""A mixture written as a data set of TensorFlow Datasets: rows and their media in ArrayRecord files.
+"""Writes a mixture as a data set of TensorFlow Datasets: rows and their media in ArrayRecord files.
 
-    OUT/<name>-train.array_record-00000-of-00010 ...   a record for each row, with the bytes of its media
-    OUT/features.json, OUT/dataset_info.json           what `tfds.builder_from_directory(OUT)` reads
-    OUT/mixture.yaml                                   the data sets with their weights, read from here
+    OUT/<name>-train.array_record-00000-of-00010 ...   one record per row, with the bytes of its media
+    OUT/features.json, OUT/dataset_info.json           for `tfds.builder_from_directory(OUT)`
+    OUT/mixture.yaml                                   the data sets with their weights, as a mixture
     OUT/bad.jsonl                                      rows that cannot be used, as in an index
 
-A folder of pictures stays one video: its pictures stand in a row, and the record tells how many there are.
-Until all is done, it lies in a hidden folder beside OUT; files that are finished there are kept by the next
-try. Files are written one row at a time, several of them at once.
+A folder of images stays one video: the record has all images and their number. Workers write several files
+at a time, each row by row, to a hidden folder beside OUT that is published at the end. The next run keeps
+the files that a stopped run finished there.
 """
 
 import collections
@@ -31,12 +31,12 @@ from crosslmm_jax.data.tfds_export.shard_writer import (
     tfds_features,
     write_shard,
 )
-from crosslmm_jax.errors import Fault, UserError
+from crosslmm_jax.errors import Fault, UserError, list_counts
 from crosslmm_jax.utils import Progress, atomic_folder, is_vacant, worker_pool
 
 SPLIT = "train"
-_MANIFEST = "to_tfds.json"  # what OUT was made of
-_MOST_ROWS = 2**16  # of a shard whose number of rows nobody asked for; they are held as text
+_MANIFEST = "to_tfds.json"  # what OUT was made from
+_MOST_ROWS = 2**16  # rows of a shard where `shards` is not given: their text is held in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +49,9 @@ class TfdsReport:
     bad: dict[str, int]  # reason -> rows
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The report as lines of text."""
         head = f"{self.rows} rows in {self.shards} shards, {self.size_bytes / 1e6:.1f} MB"
-        return [
-            f"{head}, {sum(self.bad.values())} bad",
-            *(f"  {count} {reason}" for reason, count in sorted(self.bad.items())),
-        ]
+        return [f"{head}, {sum(self.bad.values())} bad"] + [f"  {count}" for count in list_counts(self.bad)]
 
 
 def to_tfds(
@@ -69,27 +66,27 @@ def to_tfds(
     allow_outside: bool = False,
     quiet: bool = False,
 ) -> TfdsReport:
-    """Writes the rows of a mixture, after their sampling strategies, in order.
+    """Writes the rows that a mixture selects, in order.
 
     Args:
         mixture: a YAML file, or one file of annotations.
-        out: folder to write. One that holds the same already is left as it is.
+        out: folder to write; unchanged if it was written from the same rows and files.
         media_root: folder of the media where the mixture names none.
-        shards: how many files to write, or fewer where rows are few or large; None: by `shard_mb`.
-        shard_mb: megabytes of a file, about.
-        workers: processes; 0 does everything in this one.
-        seed: of the mixture's random strategies.
+        shards: number of files, fewer where rows are few or large; None: by `shard_mb`.
+        shard_mb: approximate megabytes per file.
+        workers: worker processes; 0: this process does everything.
+        seed: seed of the random strategies of the mixture.
         allow_outside: media paths may leave their root.
-        quiet: no progress on stderr.
+        quiet: show no progress on stderr.
 
     Raises:
-        UserError: a file of the mixture cannot be read, `out` holds something else or cannot be written, the
+        UserError: a file of the mixture cannot be read, `out` has other content or cannot be written, the
             disk is full, no row is good, or a worker process died.
     """
     if not 0 < shard_mb < float("inf") or (shards is not None and shards < 1):
         raise UserError("--shards and --shard-mb must be above 0")
     specs = read_mixture(mixture, media_root=media_root)
-    target = Path(os.path.realpath(out))  # a link stays one
+    target = Path(os.path.realpath(out))  # a symbolic link stays one
 
     def items() -> Iterator[Row | Fault]:
         return (item for spec in specs for item in read_rows(spec, seed=seed, allow_outside=allow_outside))
@@ -108,7 +105,7 @@ def to_tfds(
 def _pack(
     target: Path, planned: Iterator[Shard], specs: list[DatasetSpec], *, workers: int, quiet: bool
 ) -> TfdsReport:
-    """Writes the shards, and all that belongs to them, to their place."""
+    """Writes the data set and publishes it at `target`."""
     with atomic_folder(target, resume=True) as work:
         progress = Progress("to-tfds", unit="rows", quiet=quiet)
         results: list[ShardResult] = []
@@ -130,7 +127,7 @@ def _pack(
 def _plan(
     items: Iterator[Row | Fault], most_bytes: int, most_rows: int | None, *, allow_outside: bool
 ) -> Iterator[Shard]:
-    """Rows in shards of about `most_bytes`, by the sizes of their files."""
+    """Splits rows into shards of about `most_bytes`, by the sizes of their media."""
     number, size = 0, 0
     rows: list[Row | Fault] = []
     for item in items:
@@ -145,7 +142,7 @@ def _plan(
 
 
 def _present(target: Path, out: str | os.PathLike[str], planned: Iterator[Shard]) -> TfdsReport:
-    """The report of what is at `target`. Raises UserError unless it was made of the same rows and files."""
+    """The report of an existing `target`. Raises UserError if made from other rows or files."""
     try:
         manifest = json.loads((target / _MANIFEST).read_text(encoding="utf-8"))
         if manifest["shards"] == [shard.digest() for shard in planned]:
@@ -156,8 +153,8 @@ def _present(target: Path, out: str | os.PathLike[str], planned: Iterator[Shard]
 
 
 def _write(planned: Iterator[Shard], work: Path, workers: int) -> Iterator[ShardResult]:
-    """What came of each shard, in order; at most `workers` + 1 shards are in memory, as text."""
-    for stale in work.glob("*-of-*"):  # of a try that was killed while it gave files their last names
+    """Writes the shards and yields their results in order; at most `workers` + 1 are in memory, as text."""
+    for stale in work.glob("*-of-*"):  # of a run that was killed while it renamed its files
         stale.unlink()
     if not workers:
         yield from (write_shard(shard, str(work)) for shard in planned)
@@ -173,7 +170,7 @@ def _write(planned: Iterator[Shard], work: Path, workers: int) -> Iterator[Shard
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process died, perhaps for want of memory; run the same command again, with fewer"
+            "a worker process died, perhaps out of memory; run the same command again with fewer"
             " --workers: finished files are kept"
         ) from error
     finally:
@@ -186,7 +183,7 @@ def _finish(
     """Writes the files that describe the shards, and gives the shards their final names."""
     good = [result for result in results if result.rows]
     if not good:
-        raise UserError(f"{target}: no usable row; {work / BAD} says why")
+        raise UserError(f"{target}: no usable row; see {work / BAD}")
     name = re.sub(r"\W+", "_", target.name.lower(), flags=re.ASCII).strip("_") or "mixture"
     name = name if name[0].isalpha() else f"set_{name}"
     _describe(work, name, good, specs)
@@ -204,7 +201,7 @@ def _finish(
 
 
 def _describe(work: Path, name: str, results: list[ShardResult], specs: list[DatasetSpec]) -> None:
-    """features.json and dataset_info.json."""
+    """Writes features.json and dataset_info.json."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import dataset_info, file_adapters, naming, splits
 
@@ -231,12 +228,12 @@ def _describe(work: Path, name: str, results: list[ShardResult], specs: list[Dat
 
 
 def _write_mixture(path: Path, results: list[ShardResult], specs: list[DatasetSpec]) -> None:
-    """A mixture in which each data set is the part of the records that came from it."""
+    """Writes the mixture: each data set is the slice of the records that came from it."""
     counts: collections.Counter[str] = collections.Counter()
     for result in results:
         counts.update(result.datasets)
     datasets, begin = [], 0
-    for spec in specs:  # whose rows were written in this order
+    for spec in specs:  # rows were written in this order
         if not (count := counts[spec.name]):
             continue
         split = f"{SPLIT}[{begin}:{begin + count}]"

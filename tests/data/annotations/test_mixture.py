@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from crosslmm_jax.data.annotations.json_files import expand_files
 from crosslmm_jax.data.annotations.mixture import read_mixture, read_rows
-from crosslmm_jax.data.annotations.rows import DatasetSpec, Origin, Row, inside, parse_seconds
+from crosslmm_jax.data.annotations.rows import DatasetSpec, Origin, Row, media_reference, parse_seconds
 from crosslmm_jax.data.annotations.strategies import parse_strategy, select
 from crosslmm_jax.errors import DataError, Fault, UserError
 
@@ -148,7 +148,7 @@ def test_yaml_with_every_key(tmp_path: Path) -> None:
     rows = [row for row in read if isinstance(row, Row)]
     assert len(rows) == len(read)
     assert [row.row for row in rows] == [0, 1, 0, 1, 7, 8, 9]
-    assert rows[-1].media == ("9.mp4",) and rows[-1].read_type == "gif" and rows[-1].modality == "video"
+    assert rows[-1].media == ("9.mp4",) and rows[-1].modality == "video"
     assert rows[-1].where == f"{tmp_path}/b.jsonl: row 9 (id 9)"
 
 
@@ -179,8 +179,8 @@ def test_mistakes_in_a_mixture_name_the_data_set(tmp_path: Path, entry: str, wor
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("datasets:\n  - {json_path: a.json, json_path: b.json}\n", "line 2 .*'json_path' stands twice"),
-        ("datasets: []\ndatasets: []\n", "line 1 .*'datasets' stands twice"),
+        ("datasets:\n  - {json_path: a.json, json_path: b.json}\n", "line 2 .*'json_path' appears twice"),
+        ("datasets: []\ndatasets: []\n", "line 1 .*'datasets' appears twice"),
         ("datasets: [\n - {a: b", "line 2 is no valid YAML .expected"),
         ("datasets: \x01", "unknown characters"),
     ],
@@ -321,13 +321,13 @@ def test_files_of_a_pattern_are_of_one_format(tmp_path: Path) -> None:
 
 def test_absolute_paths_inside_the_root_become_relative(tmp_path: Path) -> None:
     origin = Origin("row", 0, DatasetSpec("a", "a.json", "llava", str(tmp_path)))
-    assert inside(origin, f"{tmp_path}/x/../a.mp4") == "a.mp4"
-    assert inside(origin, "s.tar::k.mp4@1+2") == "s.tar::k.mp4@1+2"
+    assert media_reference(origin, f"{tmp_path}/x/../a.mp4") == "a.mp4"
+    assert media_reference(origin, "s.tar::k.mp4@1+2") == "s.tar::k.mp4@1+2"
     for name in (f"{tmp_path}/../a.mp4", str(tmp_path), f"{tmp_path}x/a.mp4", "../s.tar::k"):
         with pytest.raises(DataError, match="stay inside it"):
-            inside(origin, name)
+            media_reference(origin, name)
     free = Origin("row", 0, origin.spec, allow_outside=True)
-    assert inside(free, "/else/a.mp4") == "/else/a.mp4"
+    assert media_reference(free, "/else/a.mp4") == "/else/a.mp4"
 
 
 @pytest.mark.parametrize(("name", "count"), [("stage1_mixture.yaml", 2), ("stage2_mixture.yaml", 25)])
@@ -354,5 +354,5 @@ def test_the_mixtures_of_the_configs_can_be_read(tmp_path: Path, name: str, coun
 def test_mixtures_of_the_configs_name_what_is_missing() -> None:
     with pytest.raises(UserError, match=r"stage1_mixture.yaml: datasets\[0\]: .*\.parquet: no such file"):
         read_mixture(str(CONFIGS / "stage1_mixture.yaml"))
-    with pytest.raises(UserError, match="names no data set that is there"):
+    with pytest.raises(UserError, match="names no data set that exists"):
         read_mixture(str(CONFIGS / "stage2_mixture.yaml"))

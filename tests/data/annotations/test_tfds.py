@@ -165,7 +165,7 @@ def test_paths_lead_to_the_root(tmp_path: Path, video: Path) -> None:
     (spec,) = read_mixture(str(tmp_path / "m.yaml"))
     good, *bad = read_rows(spec, seed=0)
     assert isinstance(good, Row) and good.root == str(tmp_path / "media")
-    assert (good.media, good.bounds, good.read_type) == (("a.mp4",), (1.0, 2.0), "av")
+    assert (good.media, good.bounds) == (("a.mp4",), (1.0, 2.0))
     assert [entry.reason for entry in bad if isinstance(entry, Fault)] == [
         "clip_times", "outside_root", "conversation",
     ]  # fmt: skip

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -236,9 +237,9 @@ def test_an_index_stays_when_no_medium_is_there(
     build_index(str(videos.train), index, **options)
     digest = open_index(index).digest
     (videos.folder / "videos").rename(videos.folder / "away")  # as a disk that is not mounted
-    with pytest.raises(UserError, match="no usable row .32 missing., so the index there stays; ") as caught:
+    with pytest.raises(UserError, match="no usable row .32 missing., so the old index stays; ") as caught:
         build_index(str(videos.train), index, **options)
-    report = Path(str(caught.value).split("; ")[1].removesuffix(" tells more"))
+    report = Path(str(caught.value).split("; see ")[1])
     assert len(report.read_text().splitlines()) == 32
     assert open_index(index).digest == digest
     (videos.folder / "away").rename(videos.folder / "videos")
@@ -287,7 +288,7 @@ def test_an_index_that_is_made_anew_is_not_read_on(
     videos.train.write_text(json.dumps(json.loads(videos.train.read_text())[1:]))
     build_index(str(videos.train), tmp_path / "index", **options)
     assert store[0] == first  # of a table that is open
-    with pytest.raises(UserError, match="index: was made anew while it was read; start again"):
+    with pytest.raises(UserError, match="index: was rebuilt while it was read; start again"):
         store[20]
 
 
@@ -323,13 +324,31 @@ def test_an_index_of_an_earlier_version_is_made_again(
     table = pq.read_table(index / "rows-00000.parquet").drop_columns(["answer_tokens", "answer_media"])
     pq.write_table(table, index / "rows-00000.parquet")
     meta = json.loads((index / "meta.json").read_text())
-    (index / "meta.json").write_text(json.dumps(meta | {"version": meta["version"] - 1}))
+    (index / "meta.json").write_text(json.dumps(meta | {"version": 2}))
     with pytest.raises(UserError, match="is of another version; run `crosslmm data index` again"):
         open_index(index)
     probed = counted_probes(monkeypatch)
     report = build_index(str(videos.train), index, **options)
     assert (report.rows, report.reused, len(probed)) == (32, 0, 8)
     assert (open_index(index).columns().answer_media == 1).all()
+
+
+def test_an_index_of_version_3_is_read_and_reused(
+    videos: SyntheticSet, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"tokenizer": str(tokenizer_folder), "quiet": True}
+    index = tmp_path / "index"
+    build_index(str(videos.train), index, **options)
+    rows = list(RowStore(open_index(index)))
+    table = pq.read_table(index / "rows-00000.parquet")
+    table = table.append_column("read_type", pa.array(["gif"] * len(table)))
+    pq.write_table(table, index / "rows-00000.parquet")
+    meta = json.loads((index / "meta.json").read_text())
+    (index / "meta.json").write_text(json.dumps(meta | {"version": 3}))
+    assert list(RowStore(open_index(index))) == rows and len(open_index(index).columns().modality) == 32
+    probed = counted_probes(monkeypatch)
+    assert (build_index(str(videos.train), index, **options).reused, probed) == (32, [])
+    assert json.loads((index / "meta.json").read_text()) == meta
 
 
 def test_what_is_no_index(tmp_path: Path, videos: SyntheticSet, tokenizer_folder: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_disk_that_is_away_costs_a_killed_pass_nothing(passes: Passes) -> None
     passes.killed(9)
     passes.away("a", "b")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"no usable row .64 missing.; .*bad.jsonl tells more"):
+        with pytest.raises(UserError, match=r"no usable row .64 missing.; see .*bad.jsonl"):
             passes.run()
         assert not passes.index.exists()
     passes.back("a", "b")

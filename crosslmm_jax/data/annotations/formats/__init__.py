@@ -1,7 +1,34 @@
-"""The formats of annotations: each gives the entries of a data set in order, and makes a row of an entry."""
+"""Formats of annotations: one file per format, one table of them all (`FORMATS`, below).
+
+How to add a data format:
+
+1. Write `formats/my_format.py` with two functions. `entries` reads the files, `to_row` checks one entry:
+
+       def entries(spec: DatasetSpec) -> Iterator[Entry]:
+           yield from read_json_rows(spec.path)
+
+       def to_row(value: object, origin: Origin) -> Row:
+           if not isinstance(value, Mapping):
+               raise origin.error("malformed", "must be an object with clip and text")
+           turns = caption_turns(origin, "Describe the video.", value.get("text"))
+           return make_row(origin, turns, videos=[value.get("clip")])
+
+2. Add a line to FORMATS: `"my_format": Format(my_format.entries, my_format.to_row, fields={"clip", "text"})`.
+   With `fields` or `suffix` a mixture need not name the format.
+3. Write a few rows of it in `tests/data/lookalikes.py`, and what they must become in
+   `tests/data/annotations/test_formats.py`.
+
+| to | use |
+|---|---|
+| read JSON, JSONL, folders of them, patterns | `annotations/json_files.py` |
+| build a checked `Row`: turns, placeholders, paths, times | `make_row`, `caption_turns`, `parse_bounds` of `annotations/rows.py` |
+| read settings of a mixture's `options` | `annotations/options.py` |
+| refuse one row | `raise origin.error(reason, detail)`, with a reason of `crosslmm_jax.errors.REASONS` |
+| refuse a file | `raise UserError(...)` in `entries`, naming the file and the fix |
+"""  # noqa: E501
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 from crosslmm_jax.data.annotations.formats import (
@@ -22,26 +49,42 @@ class Format:
     """One format.
 
     Attributes:
-        entries: the entries of a data set in order, read as they are asked for. Raises UserError for a file
-            that cannot be read.
-        to_row: the row of an entry. Raises DataError.
+        entries: reads the entries of a data set, in order and lazily. Raises UserError for a file that cannot
+            be read.
+        to_row: makes the row of an entry's value. Raises DataError.
         options: keys of `DatasetSpec.options` that it knows.
-        many_files: a data set of it is a folder, or a pattern of files in one.
+        fields: fields that each of its rows has and those of other formats lack, to detect it in JSON.
+        suffix: suffix of its files, to detect it, e.g. ".tar".
+        many_files: a data set is a folder or a pattern of files, and not one file.
     """
 
     entries: Callable[[DatasetSpec], Iterator[Entry]]
     to_row: Callable[[Any, Origin], Row]
-    options: frozenset[str] = frozenset()
+    options: Set[str] = frozenset()
+    fields: Set[str] = frozenset()
+    suffix: str = ""
     many_files: bool = False
 
 
 FORMATS = {
-    "llava": Format(llava.entries, llava.to_row),
-    "videochat2": Format(llava.entries, videochat2.to_row),
-    "moviechat": Format(moviechat.entries, moviechat.to_row, moviechat.OPTIONS, many_files=True),
-    "vript": Format(vript.entries, vript.to_row, vript.OPTIONS, many_files=True),
-    "internvid": Format(internvid.entries, internvid.to_row, internvid.OPTIONS, many_files=True),
-    "webdataset": Format(webdataset.entries, webdataset.to_row, webdataset.OPTIONS, many_files=True),
-    "capsfusion": Format(capsfusion.entries, capsfusion.to_row, capsfusion.OPTIONS, many_files=True),
+    "llava": Format(llava.entries, llava.to_row, fields={"conversations"}),
+    "videochat2": Format(llava.entries, videochat2.to_row, fields={"QA"}),
+    "moviechat": Format(
+        moviechat.entries, moviechat.to_row, moviechat.OPTIONS, fields={"info", "global"}, many_files=True
+    ),
+    "vript": Format(vript.entries, vript.to_row, vript.OPTIONS, fields={"meta", "data"}, many_files=True),
+    "internvid": Format(
+        internvid.entries,
+        internvid.to_row,
+        internvid.OPTIONS,
+        fields={"YoutubeID", "Caption"},
+        many_files=True,
+    ),
+    "webdataset": Format(
+        webdataset.entries, webdataset.to_row, webdataset.OPTIONS, suffix=".tar", many_files=True
+    ),
+    "capsfusion": Format(
+        capsfusion.entries, capsfusion.to_row, capsfusion.OPTIONS, suffix=".parquet", many_files=True
+    ),
     "tfds": Format(tfds.entries, tfds.to_row, tfds.OPTIONS),
 }

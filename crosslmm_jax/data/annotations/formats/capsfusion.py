@@ -1,7 +1,7 @@
-"""CapsFusion as img2dataset leaves it: Parquet with key, status and caption, and the images beside it.
+"""CapsFusion as img2dataset downloads it: Parquet with key, status and caption, and the images beside it.
 
 img2dataset writes `<shard>.parquet` and either a folder `<shard>/<key>.jpg` or a tar `<shard>.tar`. The
-Parquet files that CapsFusion publishes hold addresses only; they are refused with a hint.
+Parquet files that CapsFusion publishes hold URLs only. They are refused with a hint.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,27 +9,37 @@ from pathlib import Path
 from typing import Any
 
 from crosslmm_jax.data.annotations.json_files import files_of
-from crosslmm_jax.data.annotations.options import choice_option, fill, path_option, text_option
-from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, Origin, Row, caption_turns, make_row
+from crosslmm_jax.data.annotations.options import choice_option, fill_path, path_option, text_option
+from crosslmm_jax.data.annotations.rows import (
+    CAPTION_QUESTIONS,
+    DatasetSpec,
+    Entry,
+    Origin,
+    Row,
+    caption_turns,
+    make_row,
+)
 from crosslmm_jax.errors import UserError
 
 OPTIONS = frozenset({"caption", "images", "path", "question"})
 _PATHS = {"files": "{shard}/{key}.jpg", "tar": "{shard}.tar::{key}.jpg"}
-_QUESTION = "Describe the image briefly."
 
 
 def entries(spec: DatasetSpec) -> Iterator[Entry]:
-    """Rows of all files in order, read in batches.
+    """The rows of all files in order, read in batches.
 
-    Options: `caption` names the column (capsfusion if there is one, else caption); `images` is files (the
-    default) or tar; `path` of an image, made of {shard} and {key}; `question` asks for the caption.
+    Options:
+        caption: name of the column; capsfusion if there is one, else caption.
+        images: files (the default) or tar.
+        path: template of an image's path, with {shard} and {key}.
+        question: asks for the caption.
 
     Raises:
         UserError: an option is wrong, or a file cannot be read or has no such columns.
     """
     images = choice_option(spec, "images", ("files", "tar"))
     path = path_option(spec, _PATHS[images], ("shard", "key"))
-    question = text_option(spec, "question", _QUESTION)
+    question = text_option(spec, "question", CAPTION_QUESTIONS["images"])
     for file in files_of(spec.path, ".parquet"):
         for number, row in enumerate(_rows(file, spec)):
             where = f"{file}: row {number}"
@@ -38,7 +48,7 @@ def entries(spec: DatasetSpec) -> Iterator[Entry]:
             yield Entry(where, {**row, "shard": Path(file).stem, "path": path, "question": question})
 
 
-def _rows(file: str, spec: DatasetSpec) -> Iterator[dict[str, Any]]:
+def _rows(file: str, spec: DatasetSpec) -> Iterator[dict[str, object]]:
     """`key`, `status` and `caption` of each row of a file."""
     import pyarrow
     from pyarrow import parquet
@@ -61,9 +71,8 @@ def _rows(file: str, spec: DatasetSpec) -> Iterator[dict[str, Any]]:
 
 
 def to_row(value: Mapping[str, Any], origin: Origin) -> Row:
-    """A row of one image. Raises DataError when it was not downloaded or has no caption."""
-    key = value["key"]
-    path = fill(value["path"], {"shard": value["shard"], "key": key}, origin)
+    """The row of one image. Raises DataError when it was not downloaded or has no caption."""
+    path = fill_path(value["path"], value, origin)
     if value["status"] != "success":
         detail = f"img2dataset did not download it (status {value['status']!r})"
         raise origin.error("not_downloaded", detail, path)

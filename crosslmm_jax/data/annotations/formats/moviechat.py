@@ -1,10 +1,10 @@
-"""MovieChat-1K: one JSON file a video, with questions about all of it, about a moment of it, and a caption.
+"""MovieChat-1K: one JSON file per video, with questions about all of it, about moments, and a caption.
 
     {"info": {"video_path", "fps", ...}, "global": [{"question", "answer"}],
      "breakpoint": [{"question", "time", "answer"}], "caption": "..."}
 
-A video gives a row of its global questions, a row of its caption, and a row for each breakpoint. The question
-of a breakpoint is about "now": what is read is the video up to its `time`, a frame's number.
+A video gives one row for its global questions, one for its caption, and one per breakpoint. The question of a
+breakpoint is about "now", so the row reads the video up to its `time`, which is the number of a frame.
 """
 
 import sys
@@ -22,8 +22,11 @@ _QUESTION = "Describe the video in detail."
 
 
 def entries(spec: DatasetSpec) -> Iterator[Entry]:
-    """What each file holds, file by file. Options: `parts`, some of global, breakpoint and caption (all by
-    default), and `question`, which asks for the caption.
+    """The parts of each file, file by file.
+
+    Options:
+        parts: some of global, breakpoint and caption; all by default.
+        question: asks for the caption.
 
     Raises:
         UserError: an option is wrong.
@@ -47,8 +50,8 @@ def entries(spec: DatasetSpec) -> Iterator[Entry]:
                 yield Entry(where, Fault(where, "conversation", detail))
 
 
-def _contents(part: str, content: Any) -> list[tuple[str, Any]]:
-    """What one part of a file gives a row each of, with what tells it from its neighbours."""
+def _contents(part: str, content: object) -> list[tuple[str, object]]:
+    """The contents of one part that become one row each, each with a suffix for its name."""
     if not content:
         return []
     if part == "breakpoint" and isinstance(content, list):
@@ -57,7 +60,7 @@ def _contents(part: str, content: Any) -> list[tuple[str, Any]]:
 
 
 def to_row(value: Any, origin: Origin) -> Row:
-    """A row of one part of a file. Raises DataError when it cannot be used."""
+    """The row of one part of a file."""
     part, info, content, question = value
     bounds = None
     if part == "caption":
@@ -69,7 +72,7 @@ def to_row(value: Any, origin: Origin) -> Row:
     return make_row(origin, turns, videos=[info.get("video_path")], bounds=bounds)
 
 
-def _questions(pairs: Any, origin: Origin) -> list[dict[str, str]]:
+def _questions(pairs: object, origin: Origin) -> list[dict[str, str]]:
     if not isinstance(pairs, list) or not all(isinstance(pair, Mapping) for pair in pairs):
         raise origin.error("conversation", "must be a list of objects with question and answer")
     turns = []
@@ -83,11 +86,15 @@ def _questions(pairs: Any, origin: Origin) -> list[dict[str, str]]:
     return turns
 
 
-def _moment(frame: Any, fps: Any, origin: Origin) -> float:
-    """Seconds up to and with a frame."""
-    most = sys.float_info.max  # JSON has integers beyond it
-    numbers = [number for number in (frame, fps) if isinstance(number, int | float)]
-    if len(numbers) < 2 or not 0 <= frame <= most or not 0 < fps <= most:
-        detail = f"time {frame!r} and fps {fps!r} must be a frame's number and frames a second"
-        raise origin.error("clip_times", detail)
-    return (frame + 1) / fps
+def _moment(frame: object, fps: object, origin: Origin) -> float:
+    """Seconds from the start of the video to the end of frame number `frame`."""
+    most = sys.float_info.max  # JSON has larger integers
+    if (
+        isinstance(frame, int | float)
+        and isinstance(fps, int | float)
+        and 0 <= frame <= most
+        and 0 < fps <= most
+    ):
+        return (frame + 1) / fps
+    detail = f"time {frame!r} and fps {fps!r} must be the number of a frame and frames per second"
+    raise origin.error("clip_times", detail)

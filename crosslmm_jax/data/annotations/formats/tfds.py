@@ -1,4 +1,4 @@
-"""TensorFlow Datasets kept as ArrayRecord files, read without tensorflow: `path` is the data set's folder.
+"""TensorFlow Datasets stored as ArrayRecord, read without tensorflow: `path` is the folder of the data set.
 
 The folder holds dataset_info.json and features.json. Records are tf.train.Examples; their media are encoded
 images and videos, or paths of files. `crosslmm data to-tfds` writes such folders.
@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from crosslmm_jax.data.annotations.formats.llava import read_type_of
 from crosslmm_jax.data.annotations.json_files import read_json
 from crosslmm_jax.data.annotations.options import map_option, text_option
 from crosslmm_jax.data.annotations.rows import (
+    CAPTION_QUESTIONS,
     DatasetSpec,
     Entry,
     Origin,
@@ -33,32 +33,31 @@ from crosslmm_jax.data.media import (
 from crosslmm_jax.errors import DataError, UserError
 
 OPTIONS = frozenset({"fields", "question", "split"})
-# Each field, and the features that hold it unless the option `fields` names another.
+# Field -> names of the feature that holds it, unless the option `fields` names another.
 _FIELDS = {
     "conversations": ("conversations",),
     "question": ("question",),
     "answer": ("answer", "caption", "text"),
     "images": ("images", "image"),
     "videos": ("videos", "video"),
-    # Of the files in `images` or `videos`, for their suffixes; "frames/a.png" is a frame of a video.
+    # Names of the files in `images` or `videos`, for their suffixes; "frames/a.png" is a frame of a video.
     "media_names": ("media_names",),
-    "media_files": ("media_files",),  # how many pictures each medium is, 1 for a file
+    "media_files": ("media_files",),  # number of images of each medium; 1 for a file
     "start": ("start",),
     "end": ("end",),
-    "video_read_type": ("video_read_type",),
+    "video_read_type": ("video_read_type",),  # checked, without effect
 }
-_QUESTIONS = {"images": "Describe the image briefly.", "videos": "Describe the video briefly."}
 _LONGEST_PATH = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which features of a data set hold what.
+    """Which feature of a data set holds what.
 
     Attributes:
-        fields: feature of each field that there is.
-        kinds: of each feature: image, video, text, tensor, ... as features.json names them.
-        question: asks for the caption where no feature does; "" for one that fits the medium.
+        fields: field -> feature, of the fields that the data set has.
+        kinds: feature -> kind: image, video, text, tensor, ... as features.json names it.
+        question: asks for the caption where no feature does; "": by the kind of the medium.
     """
 
     fields: Mapping[str, str]
@@ -67,10 +66,12 @@ class Layout:
 
 
 def entries(spec: DatasetSpec) -> Iterator[Entry]:
-    """Places of the records in order; each is read when its row is made.
+    """The records in order; each is read when its row is made.
 
-    Options: `fields` names the features (see the table in this module), those in others as "a/b"; `split`
-    ("train"; also "train[:10%]" or "train+test"); `question`, which asks for a caption.
+    Options:
+        fields: map of fields (the table in this module) to features; nested ones are "a/b".
+        split: "train" by default; also "train[:10%]" or "train+test".
+        question: asks for a caption.
 
     Raises:
         UserError: the folder holds no such data set, or an option is wrong.
@@ -139,8 +140,7 @@ def _layout(spec: DatasetSpec) -> Layout:
         known = ", ".join(sorted(kinds))
         fix = f"name conversations or answer under options: fields, of the features {known}"
         raise UserError(f"{spec.path}: has no feature with a known name of a text; {fix}")
-    question = text_option(spec, "question", "?") if "question" in spec.options else ""
-    return Layout(fields, kinds, question)
+    return Layout(fields, kinds, text_option(spec, "question", ""))
 
 
 def _kinds(node: Mapping[str, Any], name: str) -> Iterator[tuple[str, str]]:
@@ -160,7 +160,7 @@ def _has(kinds: Mapping[str, str], name: str) -> bool:
 
 
 def to_row(value: tuple[Layout, str, int], origin: Origin) -> Row:
-    """A row of one record. Raises DataError when it cannot be used."""
+    """The row of one record."""
     layout, name, number = value
     folder = origin.spec.path
     try:
@@ -177,23 +177,23 @@ def to_row(value: tuple[Layout, str, int], origin: Origin) -> Row:
         media = [f"{name}::{member}" for member in record.members(kind, number)]
         origin = dataclasses.replace(origin, spec=dataclasses.replace(origin.spec, root=folder))
     bounds = parse_bounds(origin, record.time("start"), record.time("end")) if kind == "videos" else None
-    read_type = read_type_of({"video_read_type": record.text("video_read_type") or None}, origin)
+    record.text("video_read_type")
     turns = record.turns(kind, len(media))
-    return make_row(origin, turns, bounds=bounds, read_type=read_type, **({kind: media} if kind else {}))
+    return make_row(origin, turns, bounds=bounds, **({kind: media} if kind else {}))
 
 
 class _Record:
-    """The values of one record by field."""
+    """The values of one record, by field."""
 
     def __init__(self, layout: Layout, example: Mapping[str, Sequence[Any]], origin: Origin) -> None:
         self.layout, self.example, self.origin = layout, example, origin
 
     def values(self, field: str) -> Sequence[Any]:
-        """Of the field's feature; none if there is no such feature."""
+        """Values of the field's feature; empty without such a feature."""
         return self.example.get(self.layout.fields.get(field, ""), ())
 
     def texts(self, feature: str) -> list[str]:
-        """Values of a feature as text. Raises DataError when they are none."""
+        """Values of a feature as text. Raises DataError when they are not text."""
         values = self.example.get(feature, ())
         try:
             return [value.decode() for value in values]
@@ -201,18 +201,18 @@ class _Record:
             raise self.origin.error("malformed", f"{feature} is no text") from None
 
     def text(self, field: str) -> str:
-        """The text under `field`, "" if there is none."""
+        """The text of a field; "" without one."""
         return "".join(self.texts(self.layout.fields.get(field, ""))[:1])
 
-    def time(self, field: str) -> Any:
-        """A number, a text, or None for none."""
+    def time(self, field: str) -> object:
+        """The time of a field: a number, a text, or None without one."""
         values = self.values(field)
         if not len(values) or values[0] == b"":
             return None
         return values[0] if isinstance(values[0], int | float) else self.text(field)
 
     def paths(self, field: str) -> list[str]:
-        """The paths under `field`; none if it holds the media themselves. Raises DataError for numbers."""
+        """The paths that a field holds; empty if it holds media. Raises DataError for numbers."""
         values = [value for value in self.values(field) if value]
         if not all(isinstance(value, bytes) for value in values):
             feature = self.layout.fields[field]
@@ -220,7 +220,7 @@ class _Record:
         return [value.decode() for value in values] if all(map(_is_path, values)) else []
 
     def members(self, field: str, number: int) -> list[str]:
-        """References into record `number` of the media under `field`, without the name of the file."""
+        """References to the media in a field of record `number`, without the name of the file."""
         feature = self.layout.fields[field]
         values = self.values(field)
         present = [place for place, value in enumerate(values) if value]
@@ -236,7 +236,7 @@ class _Record:
         return media
 
     def _groups(self, field: str, present: list[int], count: int) -> list[tuple[int, int]]:
-        """First and last value of each medium: several are the pictures of a video."""
+        """(first, last) of the values of each medium; several values are the frames of one video."""
         sizes = [int(size) for size in self.values("media_files")]
         if sizes:
             if sum(sizes) != count or min(sizes) < 1:
@@ -248,11 +248,11 @@ class _Record:
             return [(present[0], present[-1])]
         return [(place, place) for place in present]
 
-    def turns(self, kind: str, num_media: int) -> Any:
-        """The conversation, in LLaVA's or chat form, or made of question and answer."""
+    def turns(self, kind: str, num_media: int) -> object:
+        """The conversation, in LLaVA or chat form, or built from question and answer."""
         name = self.layout.fields.get("conversations")
         if name is None:
-            question = self.text("question") or self.layout.question or _QUESTIONS.get(kind, "")
+            question = self.text("question") or self.layout.question or CAPTION_QUESTIONS.get(kind, "")
             if not question:
                 raise self.origin.error("conversation", "has neither a medium nor a question")
             turns = caption_turns(self.origin, question, self.text("answer"))
@@ -269,7 +269,7 @@ class _Record:
 
 
 def _is_path(value: bytes) -> bool:
-    """Whether a value is a path and not a medium, which holds bytes that no text has."""
+    """Whether a value is a path. Media hold bytes that no text has."""
     try:
         return len(value) <= _LONGEST_PATH and value.decode().isprintable()
     except UnicodeDecodeError:

@@ -1,18 +1,17 @@
 """VideoChat2-IT: a JSON list of {"video" or "image", "QA": [{"i", "q", "a"}], "start", "end"}.
 
-`i` of the first item is the instruction of the whole conversation. It opens the first question, where
-inference can put one as well, instead of taking the system text's place. A caption has an empty `q`.
+`i` of the first item is the instruction for the whole conversation. It becomes the start of the first
+question, where inference can put one too, and not the system prompt. A caption has an empty `q`.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
-from crosslmm_jax.data.annotations.formats.llava import media_names, read_type_of
-from crosslmm_jax.data.annotations.rows import Origin, Row, make_row, parse_bounds
+from crosslmm_jax.data.annotations.formats.llava import media_names
+from crosslmm_jax.data.annotations.rows import Origin, Row, check_read_type, make_row, parse_bounds
 
 
-def to_row(value: Any, origin: Origin) -> Row:
-    """One row: all its questions about all its media. Raises DataError when it cannot be used."""
+def to_row(value: object, origin: Origin) -> Row:
+    """The row of all questions about all media of one object."""
     if not isinstance(value, Mapping):
         raise origin.error("malformed", "must be an object with video or image and QA")
     pairs = value.get("QA")
@@ -38,4 +37,5 @@ def to_row(value: Any, origin: Origin) -> Row:
         turns.append({"from": "gpt", "value": answer})
     bounds = parse_bounds(origin, value.get("start"), value.get("end")) if field == "video" else None
     media = {"videos": names} if field == "video" else {"images": names}
-    return make_row(origin, turns, bounds=bounds, read_type=read_type_of(value, origin), **media)
+    check_read_type(value, origin)
+    return make_row(origin, turns, bounds=bounds, **media)

@@ -1,16 +1,16 @@
-"""Vript: one JSON file a video, with a caption for each of its scenes, which are clips of their own.
+"""Vript: one JSON file per video, with a caption per scene; each scene is a clip in a file of its own.
 
     {"meta": {"video_id", ...}, "data": {"<id>-Scene-001": {"video_id", "clip_id", "caption":
         {"shot_type", "camera_movement", "content", "scene_title"}, "voiceover": [...]}}}
 
-Several videos may also stand in a .jsonl file, one a line.
+A .jsonl file may hold several videos, one per line.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from crosslmm_jax.data.annotations.json_files import read_json_folder
-from crosslmm_jax.data.annotations.options import choices_option, fill, path_option, text_option
+from crosslmm_jax.data.annotations.options import choices_option, fill_path, path_option, text_option
 from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, Origin, Row, caption_turns, make_row
 from crosslmm_jax.errors import Fault
 
@@ -22,8 +22,10 @@ _QUESTION = "Describe the scene in detail."
 def entries(spec: DatasetSpec) -> Iterator[Entry]:
     """The scenes, file by file.
 
-    Options: `path` of a clip ("{video_id}/{clip_id}.mp4"); `parts` of the caption to train, by default
-    content, where the others carry their names; and `question`, which asks for the caption.
+    Options:
+        path: template of a clip's path; "{video_id}/{clip_id}.mp4" by default.
+        parts: parts of the caption to train on; content by default. Each other part starts with its name.
+        question: asks for the caption.
 
     Raises:
         UserError: an option is wrong.
@@ -44,7 +46,7 @@ def entries(spec: DatasetSpec) -> Iterator[Entry]:
 
 
 def to_row(value: Any, origin: Origin) -> Row:
-    """A row of one scene. Raises DataError when it cannot be used."""
+    """The row of one scene."""
     name, scene, path, parts, question = value
     caption = scene.get("caption") if isinstance(scene, Mapping) else None
     if not isinstance(caption, Mapping):
@@ -58,4 +60,4 @@ def to_row(value: Any, origin: Origin) -> Row:
         lines.append(label + text.strip())
     ids = {"video_id": scene.get("video_id"), "clip_id": scene.get("clip_id", name)}
     turns = caption_turns(origin, question, "\n".join(lines))
-    return make_row(origin, turns, videos=[fill(path, ids, origin)])
+    return make_row(origin, turns, videos=[fill_path(path, ids, origin)])

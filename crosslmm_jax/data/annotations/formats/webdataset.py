@@ -1,32 +1,31 @@
-"""Webdataset tars: the files of one sample share the name before the first dot, and stand side by side.
+"""WebDataset tars: the files of one sample are neighbours and share the name before the first dot.
 
 A sample is an image, several images or a video, with a .json that holds `conversations` as LLaVA writes them,
-or with a caption in a .txt or in a field of the .json, as img2dataset and video2dataset leave it.
+or with a caption in a .txt or in a field of the .json, as img2dataset and video2dataset write it.
 """
 
 import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-from crosslmm_jax.data.annotations.formats.llava import read_type_of
 from crosslmm_jax.data.annotations.json_files import files_of
 from crosslmm_jax.data.annotations.options import text_option
 from crosslmm_jax.data.annotations.rows import (
+    CAPTION_QUESTIONS,
     DatasetSpec,
     Entry,
     Origin,
     Row,
     caption_turns,
+    check_read_type,
     make_row,
     parse_bounds,
 )
 from crosslmm_jax.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, kind_of, read_member, tar_member, walk_tar
-from crosslmm_jax.errors import Fault, UserError
+from crosslmm_jax.errors import DataError, Fault
 
 OPTIONS = frozenset({"caption", "question"})
-_QUESTIONS = {"images": "Describe the image briefly.", "videos": "Describe the video briefly."}
 
 
 @dataclasses.dataclass
@@ -35,11 +34,11 @@ class Sample:
 
     Attributes:
         tar: path of the tar.
-        key: the name they share.
-        media: references by kind: images and videos.
+        key: the name that they share.
+        caption: field of the .json that holds the caption; "": the .txt, or else the field `caption`.
+        question: asks for the caption; "": by the kind of the medium.
+        media: references by kind, images and videos.
         texts: content of the .json and .txt, by suffix.
-        caption: field of the .json that holds the caption; "" for the .txt, or the field `caption`.
-        question: asks for the caption; "" for one that fits the medium.
     """
 
     tar: str
@@ -51,21 +50,22 @@ class Sample:
 
 
 def entries(spec: DatasetSpec) -> Iterator[Entry]:
-    """Samples, tar by tar. Where a damaged tar breaks off stands a fault in place of a sample.
+    """The samples, tar by tar; a Fault at the place where a tar is damaged.
 
-    Options: `caption`, the field of the .json that holds it, and `question`, which asks for it.
+    Options:
+        caption: field of the .json that holds the caption.
+        question: asks for the caption.
 
     Raises:
         UserError: an option is wrong.
     """
-    caption = text_option(spec, "caption", "caption") if "caption" in spec.options else ""
-    question = text_option(spec, "question", "?") if "question" in spec.options else ""
+    caption, question = (text_option(spec, name, "") for name in ("caption", "question"))
     for tar in files_of(spec.path, ".tar"):
         try:
             kind_of(tar)
             for sample in _samples(tar, caption, question):
                 yield Entry(f"{tar}: {sample.key}", sample)
-        except UserError as error:
+        except DataError as error:
             detail = str(error).removeprefix(f"{tar}: ")
             yield Entry(tar, Fault(tar, "malformed", detail, os.path.basename(tar)))
 
@@ -91,9 +91,8 @@ def _samples(path: str, caption: str, question: str) -> Iterator[Sample]:
         yield sample
 
 
-def to_row(value: Any, origin: Origin) -> Row:
-    """A row of one sample, its media relative to the folder of the tar. Raises DataError."""
-    sample: Sample = value
+def to_row(sample: Sample, origin: Origin) -> Row:
+    """The row of one sample, its media relative to the folder of the tar."""
     root = os.path.dirname(sample.tar) or "."
     origin = dataclasses.replace(origin, spec=dataclasses.replace(origin.spec, root=root))
     about = _json_of(sample, origin)
@@ -104,20 +103,14 @@ def to_row(value: Any, origin: Origin) -> Row:
     if conversations is None:
         if not kinds:
             raise origin.error("missing", "holds no image, no video and no conversations")
-        question = sample.question or _QUESTIONS[kinds[0]]
+        question = sample.question or CAPTION_QUESTIONS[kinds[0]]
         conversations = caption_turns(origin, question, _caption_of(sample, about))
     bounds = parse_bounds(origin, about.get("start"), about.get("end")) if sample.media["videos"] else None
-    return make_row(
-        origin,
-        conversations,
-        images=sample.media["images"],
-        videos=sample.media["videos"],
-        bounds=bounds,
-        read_type=read_type_of(about, origin),
-    )
+    check_read_type(about, origin)
+    return make_row(origin, conversations, bounds=bounds, **sample.media)
 
 
-def _json_of(sample: Sample, origin: Origin) -> Mapping[str, Any]:
+def _json_of(sample: Sample, origin: Origin) -> Mapping[str, object]:
     try:
         about = json.loads(sample.texts.get("json", b"{}"))
     except (ValueError, RecursionError):
@@ -127,7 +120,7 @@ def _json_of(sample: Sample, origin: Origin) -> Mapping[str, Any]:
     return about
 
 
-def _caption_of(sample: Sample, about: Mapping[str, Any]) -> Any:
+def _caption_of(sample: Sample, about: Mapping[str, object]) -> object:
     if sample.caption or "txt" not in sample.texts:
         return about.get(sample.caption or "caption")
     return sample.texts["txt"].decode("utf-8", "replace")
