@@ -89,7 +89,7 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a row comes from.
+    """Where a row comes from, and the checks that turn what it says into a `Row`.
 
     Attributes:
         where: file and row, for messages.
@@ -107,81 +107,95 @@ class Origin:
         """The error to raise when this row cannot be used."""
         return DataError(self.where, reason, detail, path)
 
+    def make_row(
+        self,
+        conversations: object,
+        *,
+        images: Sequence[str] = (),
+        videos: Sequence[str] = (),
+        bounds: tuple[float, float] | None = None,
+    ) -> Row:
+        """Checks and builds a row.
 
-def make_row(
-    origin: Origin,
-    conversations: object,
-    *,
-    images: Sequence[str] = (),
-    videos: Sequence[str] = (),
-    bounds: tuple[float, float] | None = None,
-) -> Row:
-    """Checks and builds a row.
+        Args:
+            conversations: list of turns, as LLaVA (`from`, `value`) or chat (`role`, `content`) objects.
+            images: paths of its images; at most one of `images` and `videos` is given.
+            videos: paths of its videos.
+            bounds: seconds (start, end) of the videos to read.
 
-    Args:
-        origin: where the row comes from.
-        conversations: list of turns, as LLaVA (`from`, `value`) or chat (`role`, `content`) objects.
-        images: paths of its images; at most one of `images` and `videos` is given.
-        videos: paths of its videos.
-        bounds: seconds (start, end) of the videos to read.
+        Raises:
+            DataError: malformed turns, not one placeholder per medium, or a path that leaves the root.
+        """
+        turns = tuple(parse_turns(conversations, where=self.where))
+        names = images or videos
+        check_placeholders(turns, len(names), where=self.where)
+        media = tuple(self.media_path(name) for name in names)
+        modality: Modality = "text"
+        if media:
+            moving = bool(videos) or any(name.lower().endswith(".gif") for name in media)
+            modality = "video" if moving else "multi_image" if len(media) > 1 else "image"
+        return Row(
+            where=self.where, dataset=self.spec.name, row=self.row, modality=modality, media=media,
+            root=self.spec.root, bounds=bounds, turns=turns,
+        )  # fmt: skip
 
-    Raises:
-        DataError: malformed turns, not one placeholder per medium, or a path that leaves the root.
-    """
-    turns = tuple(parse_turns(conversations, where=origin.where))
-    names = images or videos
-    check_placeholders(turns, len(names), where=origin.where)
-    media = tuple(media_reference(origin, name) for name in names)
-    modality: Modality = "text"
-    if media:
-        moving = bool(videos) or any(name.lower().endswith(".gif") for name in media)
-        modality = "video" if moving else "multi_image" if len(media) > 1 else "image"
-    return Row(
-        where=origin.where, dataset=origin.spec.name, row=origin.row, modality=modality, media=media,
-        root=origin.spec.root, bounds=bounds, turns=turns,
-    )  # fmt: skip
+    def caption_turns(self, question: str, caption: object) -> list[dict[str, str]]:
+        """The turns that ask for a caption and give it. Raises DataError when it is empty or no text."""
+        if not isinstance(caption, str) or not caption.strip():
+            raise self.error("conversation", "its caption is empty or no text")
+        return [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": caption.strip()}]
 
+    def check_read_type(self, value: Mapping[str, object]) -> None:
+        """Raises DataError when `video_read_type` is no text. It has no effect: files tell their kind."""
+        read_type = value.get("video_read_type")
+        if read_type is not None and (not isinstance(read_type, str) or writable(read_type) != read_type):
+            raise self.error("malformed", "video_read_type must be text")
 
-def caption_turns(origin: Origin, question: str, caption: object) -> list[dict[str, str]]:
-    """The conversation about one medium with a caption. Raises DataError when that is empty or no text."""
-    if not isinstance(caption, str) or not caption.strip():
-        raise origin.error("conversation", "its caption is empty or no text")
-    return [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": caption.strip()}]
+    def media_path(self, name: object) -> str:
+        """The media path `name`, relative to the root.
 
+        Links are followed later, when the file is opened.
 
-def check_read_type(value: Mapping[str, object], origin: Origin) -> None:
-    """Raises DataError when a row's `video_read_type` is no text. It has no effect: files tell their kind."""
-    read_type = value.get("video_read_type")
-    if read_type is not None and (not isinstance(read_type, str) or writable(read_type) != read_type):
-        raise origin.error("malformed", "video_read_type must be text")
+        Raises:
+            DataError: it is no text, or leads out of the root, without `allow_outside`. Of
+                "shard.tar::key.mp4" only the path of the tar can.
+        """
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise self.error("malformed", f"media path {name!r} must be a text that is not empty")
+        if writable(name) != name:
+            raise self.error("malformed", f"media path {name!r} is no valid text; rename the file", name)
+        file, mark, member = name.partition("::")
+        root = os.path.abspath(self.spec.root)
+        if os.path.isabs(file) and not self.allow_outside:
+            # LLaVA's os.path.join lets absolute paths win, so some annotations write them out.
+            relative = os.path.relpath(os.path.normpath(file), root)
+            file = relative if relative != "." else ""
+        path = PurePosixPath(file.replace("\\", "/"))
+        if not path.parts or (
+            not self.allow_outside and (".." in path.parts or _ELSEWHERE.match(path.parts[0]))
+        ):
+            detail = f"media path {name!r} must be relative to media_root and stay inside it"
+            raise self.error("outside_root", detail, name)
+        return file + mark + member
 
+    def bounds(self, start: object, end: object) -> tuple[float, float] | None:
+        """Reads (start, end) in seconds; a missing one is that of the video, None when both are missing.
 
-def media_reference(origin: Origin, name: object) -> str:
-    """The media path `name`, relative to the root.
-
-    Links are followed later, when the file is opened.
-
-    Raises:
-        DataError: it is no text, or leads out of the root, which `origin` does not allow. Of
-            "shard.tar::key.mp4" only the path of the tar can.
-    """
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise origin.error("malformed", f"media path {name!r} must be a text that is not empty")
-    if writable(name) != name:
-        raise origin.error("malformed", f"media path {name!r} is no valid text; rename the file", name)
-    file, mark, member = name.partition("::")
-    root = os.path.abspath(origin.spec.root)
-    if os.path.isabs(file) and not origin.allow_outside:
-        # LLaVA's os.path.join lets absolute paths win, so some annotations write them out.
-        relative = os.path.relpath(os.path.normpath(file), root)
-        file = relative if relative != "." else ""
-    path = PurePosixPath(file.replace("\\", "/"))
-    if not path.parts or (
-        not origin.allow_outside and (".." in path.parts or _ELSEWHERE.match(path.parts[0]))
-    ):
-        detail = f"media path {name!r} must be relative to media_root and stay inside it"
-        raise origin.error("outside_root", detail, name)
-    return file + mark + member
+        Raises:
+            DataError: a time is no time, or they are not in order.
+        """
+        if start is None and end is None:
+            return None
+        try:
+            first = 0.0 if start is None else parse_seconds(start)
+            last = math.inf if end is None else parse_seconds(end)
+            if not first < last:
+                raise ValueError(start, end)
+        except ValueError:
+            fix = "seconds or HH:MM:SS"
+            detail = f"start {start!r} and end {end!r} are no times with 0 <= start < end; {fix}"
+            raise self.error("clip_times", detail) from None
+        return first, last
 
 
 def parse_seconds(value: object) -> float:
@@ -206,22 +220,3 @@ def parse_seconds(value: object) -> float:
     if not math.isfinite(seconds) or seconds < 0:
         raise ValueError(value)
     return seconds
-
-
-def parse_bounds(origin: Origin, start: object, end: object) -> tuple[float, float] | None:
-    """Reads (start, end) in seconds; a missing one is that of the video, None when both are missing.
-
-    Raises:
-        DataError: a time is no time, or they are not in order.
-    """
-    if start is None and end is None:
-        return None
-    try:
-        first = 0.0 if start is None else parse_seconds(start)
-        last = math.inf if end is None else parse_seconds(end)
-        if not first < last:
-            raise ValueError(start, end)
-    except ValueError:
-        detail = f"start {start!r} and end {end!r} are no times with 0 <= start < end; seconds or HH:MM:SS"
-        raise origin.error("clip_times", detail) from None
-    return first, last

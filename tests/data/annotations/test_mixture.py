@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from crosslmm_jax.data.annotations.json_files import expand_files
 from crosslmm_jax.data.annotations.mixture import read_mixture, read_rows
-from crosslmm_jax.data.annotations.rows import DatasetSpec, Origin, Row, media_reference, parse_seconds
+from crosslmm_jax.data.annotations.rows import DatasetSpec, Origin, Row, parse_seconds
 from crosslmm_jax.data.annotations.strategies import parse_strategy, select
 from crosslmm_jax.errors import DataError, Fault, UserError
 
@@ -321,13 +321,13 @@ def test_files_of_a_pattern_are_of_one_format(tmp_path: Path) -> None:
 
 def test_absolute_paths_inside_the_root_become_relative(tmp_path: Path) -> None:
     origin = Origin("row", 0, DatasetSpec("a", "a.json", "llava", str(tmp_path)))
-    assert media_reference(origin, f"{tmp_path}/x/../a.mp4") == "a.mp4"
-    assert media_reference(origin, "s.tar::k.mp4@1+2") == "s.tar::k.mp4@1+2"
+    assert origin.media_path(f"{tmp_path}/x/../a.mp4") == "a.mp4"
+    assert origin.media_path("s.tar::k.mp4@1+2") == "s.tar::k.mp4@1+2"
     for name in (f"{tmp_path}/../a.mp4", str(tmp_path), f"{tmp_path}x/a.mp4", "../s.tar::k"):
         with pytest.raises(DataError, match="stay inside it"):
-            media_reference(origin, name)
+            origin.media_path(name)
     free = Origin("row", 0, origin.spec, allow_outside=True)
-    assert media_reference(free, "/else/a.mp4") == "/else/a.mp4"
+    assert free.media_path("/else/a.mp4") == "/else/a.mp4"
 
 
 @pytest.mark.parametrize(("name", "count"), [("stage1_mixture.yaml", 2), ("stage2_mixture.yaml", 25)])

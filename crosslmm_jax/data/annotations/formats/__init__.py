@@ -10,8 +10,8 @@ How to add a data format:
        def to_row(value: object, origin: Origin) -> Row:
            if not isinstance(value, Mapping):
                raise origin.error("malformed", "must be an object with clip and text")
-           turns = caption_turns(origin, "Describe the video.", value.get("text"))
-           return make_row(origin, turns, videos=[value.get("clip")])
+           turns = origin.caption_turns("Describe the video.", value.get("text"))
+           return origin.make_row(turns, videos=[value.get("clip")])
 
 2. Add a line to FORMATS: `"my_format": Format(my_format.entries, my_format.to_row, fields={"clip", "text"})`.
    With `fields` or `suffix` a mixture need not name the format.
@@ -21,7 +21,7 @@ How to add a data format:
 | to | use |
 |---|---|
 | read JSON, JSONL, folders of them, patterns | `annotations/json_files.py` |
-| build a checked `Row`: turns, placeholders, paths, times | `make_row`, `caption_turns`, `parse_bounds` of `annotations/rows.py` |
+| build a checked `Row`: turns, placeholders, paths, times | `origin.make_row`, `origin.caption_turns`, `origin.bounds` |
 | read settings of a mixture's `options` | `annotations/options.py` |
 | refuse one row | `raise origin.error(reason, detail)`, with a reason of `crosslmm_jax.errors.REASONS` |
 | refuse a file | `raise UserError(...)` in `entries`, naming the file and the fix |

@@ -10,15 +10,7 @@ from typing import Any
 
 from crosslmm_jax.data.annotations.json_files import files_of
 from crosslmm_jax.data.annotations.options import choice_option, fill_path, path_option, text_option
-from crosslmm_jax.data.annotations.rows import (
-    CAPTION_QUESTIONS,
-    DatasetSpec,
-    Entry,
-    Origin,
-    Row,
-    caption_turns,
-    make_row,
-)
+from crosslmm_jax.data.annotations.rows import CAPTION_QUESTIONS, DatasetSpec, Entry, Origin, Row
 from crosslmm_jax.errors import UserError
 
 OPTIONS = frozenset({"caption", "images", "path", "question"})
@@ -76,4 +68,4 @@ def to_row(value: Mapping[str, Any], origin: Origin) -> Row:
     if value["status"] != "success":
         detail = f"img2dataset did not download it (status {value['status']!r})"
         raise origin.error("not_downloaded", detail, path)
-    return make_row(origin, caption_turns(origin, value["question"], value["caption"]), images=[path])
+    return origin.make_row(origin.caption_turns(value["question"], value["caption"]), images=[path])

@@ -13,16 +13,7 @@ from crosslmm_jax.data.annotations.options import (
     path_option,
     text_option,
 )
-from crosslmm_jax.data.annotations.rows import (
-    CAPTION_QUESTIONS,
-    DatasetSpec,
-    Entry,
-    Origin,
-    Row,
-    caption_turns,
-    make_row,
-    parse_bounds,
-)
+from crosslmm_jax.data.annotations.rows import CAPTION_QUESTIONS, DatasetSpec, Entry, Origin, Row
 
 OPTIONS = frozenset({"fields", "clips", "path", "question"})
 _FIELDS = {
@@ -60,10 +51,10 @@ def to_row(value: object, origin: Origin) -> Row:
     if not isinstance(value, tuple):
         raise origin.error("malformed", "must be an object with video, start, end and caption; see `fields`")
     picked, path, question, cut = value
-    bounds = parse_bounds(origin, picked["start"], picked["end"])
+    bounds = origin.bounds(picked["start"], picked["end"])
     names = {name: _as_written(picked[name]) for name in ("video", "start", "end")}
-    turns = caption_turns(origin, question, picked["caption"])
-    return make_row(origin, turns, videos=[fill_path(path, names, origin)], bounds=None if cut else bounds)
+    turns = origin.caption_turns(question, picked["caption"])
+    return origin.make_row(turns, videos=[fill_path(path, names, origin)], bounds=None if cut else bounds)
 
 
 def _as_written(value: object) -> object:

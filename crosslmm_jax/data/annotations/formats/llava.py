@@ -3,15 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from crosslmm_jax.data.annotations.json_files import read_json_rows
-from crosslmm_jax.data.annotations.rows import (
-    DatasetSpec,
-    Entry,
-    Origin,
-    Row,
-    check_read_type,
-    make_row,
-    parse_bounds,
-)
+from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, Origin, Row
 
 
 def entries(spec: DatasetSpec) -> Iterator[Entry]:
@@ -34,9 +26,9 @@ def to_row(value: object, origin: Origin) -> Row:
     for field in fields:
         if not media and (names := media_names(value, field, origin)):
             media[f"{field}s"] = names
-    bounds = parse_bounds(origin, value.get("start"), value.get("end"))
-    check_read_type(value, origin)
-    return make_row(origin, value["conversations"], bounds=bounds, **media)
+    bounds = origin.bounds(value.get("start"), value.get("end"))
+    origin.check_read_type(value)
+    return origin.make_row(value["conversations"], bounds=bounds, **media)
 
 
 def media_names(value: Mapping[str, object], field: str, origin: Origin) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from crosslmm_jax.data.annotations.json_files import read_json_folder
 from crosslmm_jax.data.annotations.options import choices_option, text_option
-from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, Origin, Row, caption_turns, make_row
+from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, Origin, Row
 from crosslmm_jax.errors import Fault
 
 OPTIONS = frozenset({"parts", "question"})
@@ -64,12 +64,12 @@ def to_row(value: Any, origin: Origin) -> Row:
     part, info, content, question = value
     bounds = None
     if part == "caption":
-        turns = caption_turns(origin, question, content)
+        turns = origin.caption_turns(question, content)
     else:
         turns = _questions(content, origin)
         if part == "breakpoint":
             bounds = (0.0, _moment(content[0].get("time"), info.get("fps"), origin))
-    return make_row(origin, turns, videos=[info.get("video_path")], bounds=bounds)
+    return origin.make_row(turns, videos=[info.get("video_path")], bounds=bounds)
 
 
 def _questions(pairs: object, origin: Origin) -> list[dict[str, str]]:

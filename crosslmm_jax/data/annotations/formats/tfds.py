@@ -12,16 +12,7 @@ from typing import Any
 
 from crosslmm_jax.data.annotations.json_files import read_json
 from crosslmm_jax.data.annotations.options import map_option, text_option
-from crosslmm_jax.data.annotations.rows import (
-    CAPTION_QUESTIONS,
-    DatasetSpec,
-    Entry,
-    Origin,
-    Row,
-    caption_turns,
-    make_row,
-    parse_bounds,
-)
+from crosslmm_jax.data.annotations.rows import CAPTION_QUESTIONS, DatasetSpec, Entry, Origin, Row
 from crosslmm_jax.data.media import (
     FRAMES_PREFIX,
     parse_example,
@@ -176,10 +167,10 @@ def to_row(value: tuple[Layout, str, int], origin: Origin) -> Row:
     if not media and kind:
         media = [f"{name}::{member}" for member in record.members(kind, number)]
         origin = dataclasses.replace(origin, spec=dataclasses.replace(origin.spec, root=folder))
-    bounds = parse_bounds(origin, record.time("start"), record.time("end")) if kind == "videos" else None
+    bounds = origin.bounds(record.time("start"), record.time("end")) if kind == "videos" else None
     record.text("video_read_type")
     turns = record.turns(kind, len(media))
-    return make_row(origin, turns, bounds=bounds, **({kind: media} if kind else {}))
+    return origin.make_row(turns, bounds=bounds, **({kind: media} if kind else {}))
 
 
 class _Record:
@@ -255,7 +246,7 @@ class _Record:
             question = self.text("question") or self.layout.question or CAPTION_QUESTIONS.get(kind, "")
             if not question:
                 raise self.origin.error("conversation", "has neither a medium nor a question")
-            turns = caption_turns(self.origin, question, self.text("answer"))
+            turns = self.origin.caption_turns(question, self.text("answer"))
             turns[0]["value"] = "\n".join(["<image>" * num_media, question]).strip()
             return turns
         for role, content in (("role", "content"), ("from", "value")):

@@ -7,7 +7,7 @@ question, where inference can put one too, and not the system prompt. A caption 
 from collections.abc import Mapping
 
 from crosslmm_jax.data.annotations.formats.llava import media_names
-from crosslmm_jax.data.annotations.rows import Origin, Row, check_read_type, make_row, parse_bounds
+from crosslmm_jax.data.annotations.rows import Origin, Row
 
 
 def to_row(value: object, origin: Origin) -> Row:
@@ -35,7 +35,7 @@ def to_row(value: object, origin: Origin) -> Row:
             raise origin.error("conversation", f"QA[{number}] has no answer or nothing to ask")
         turns.append({"from": "human", "value": "\n".join(part for part in parts if part)})
         turns.append({"from": "gpt", "value": answer})
-    bounds = parse_bounds(origin, value.get("start"), value.get("end")) if field == "video" else None
+    bounds = origin.bounds(value.get("start"), value.get("end")) if field == "video" else None
     media = {"videos": names} if field == "video" else {"images": names}
-    check_read_type(value, origin)
-    return make_row(origin, turns, bounds=bounds, **media)
+    origin.check_read_type(value)
+    return origin.make_row(turns, bounds=bounds, **media)

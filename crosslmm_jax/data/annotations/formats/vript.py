@@ -11,7 +11,7 @@ from typing import Any
 
 from crosslmm_jax.data.annotations.json_files import read_json_folder
 from crosslmm_jax.data.annotations.options import choices_option, fill_path, path_option, text_option
-from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, Origin, Row, caption_turns, make_row
+from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, Origin, Row
 from crosslmm_jax.errors import Fault
 
 OPTIONS = frozenset({"path", "parts", "question"})
@@ -59,5 +59,5 @@ def to_row(value: Any, origin: Origin) -> Row:
         label = "" if part == "content" else part.replace("_", " ").capitalize() + ": "
         lines.append(label + text.strip())
     ids = {"video_id": scene.get("video_id"), "clip_id": scene.get("clip_id", name)}
-    turns = caption_turns(origin, question, "\n".join(lines))
-    return make_row(origin, turns, videos=[fill_path(path, ids, origin)])
+    turns = origin.caption_turns(question, "\n".join(lines))
+    return origin.make_row(turns, videos=[fill_path(path, ids, origin)])

@@ -11,17 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from crosslmm_jax.data.annotations.json_files import files_of
 from crosslmm_jax.data.annotations.options import text_option
-from crosslmm_jax.data.annotations.rows import (
-    CAPTION_QUESTIONS,
-    DatasetSpec,
-    Entry,
-    Origin,
-    Row,
-    caption_turns,
-    check_read_type,
-    make_row,
-    parse_bounds,
-)
+from crosslmm_jax.data.annotations.rows import CAPTION_QUESTIONS, DatasetSpec, Entry, Origin, Row
 from crosslmm_jax.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, kind_of, read_member, tar_member, walk_tar
 from crosslmm_jax.errors import DataError, Fault
 
@@ -104,10 +94,10 @@ def to_row(sample: Sample, origin: Origin) -> Row:
         if not kinds:
             raise origin.error("missing", "holds no image, no video and no conversations")
         question = sample.question or CAPTION_QUESTIONS[kinds[0]]
-        conversations = caption_turns(origin, question, _caption_of(sample, about))
-    bounds = parse_bounds(origin, about.get("start"), about.get("end")) if sample.media["videos"] else None
-    check_read_type(about, origin)
-    return make_row(origin, conversations, bounds=bounds, **sample.media)
+        conversations = origin.caption_turns(question, _caption_of(sample, about))
+    bounds = origin.bounds(about.get("start"), about.get("end")) if sample.media["videos"] else None
+    origin.check_read_type(about)
+    return origin.make_row(conversations, bounds=bounds, **sample.media)
 
 
 def _json_of(sample: Sample, origin: Origin) -> Mapping[str, object]:
