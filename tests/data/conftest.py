@@ -17,7 +17,7 @@ def tokenizer(tokenizer_folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session", params=["default", "qwen"])
 def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    """The default tokenizer, and the real one of Qwen2.5 where it is at hand."""
+    """The default tokenizer, and the real one of Qwen2.5 where it is available."""
     if request.param == "default":
         return request.getfixturevalue("tokenizer")
     if not QWEN.is_dir():
@@ -27,7 +27,7 @@ def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def lookalikes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of look-alike files in every format, to be read only, and `mixture.yaml` over them."""
+    """A folder of look-alike files in every format, with `mixture.yaml`. Read only."""
     folder = tmp_path_factory.mktemp("lookalikes")
     write_lookalikes(folder)
     return folder

@@ -1,4 +1,4 @@
-"""Makes damaged pictures and videos out of small good ones, each with the faults it may be reported as."""
+"""Makes damaged images and videos from small good ones, each with the reasons that may be reported for it."""
 
 import dataclasses
 import os
@@ -13,12 +13,12 @@ from video_files import write_sound, write_video
 
 CUT = frozenset({"truncated", "corrupt"})
 BROKEN = CUT | {"no_video", "zero_fps", "too_large", "wrong_type", "empty", "other"}
-HUGE = 30_000  # pixels a side
+HUGE = 30_000  # pixels per side
 
 
 @dataclasses.dataclass(frozen=True)
 class Damaged:
-    """A reference relative to the folder, reasons that fit it, and whether it may read well all the same."""
+    """A path relative to the folder, the reasons that fit it, and whether reading it may also succeed."""
 
     reference: str
     reasons: frozenset[str]
@@ -26,7 +26,7 @@ class Damaged:
 
 
 def write_damaged(folder: Path, *, seed: int, cuts: int = 3, flips: int = 3) -> list[Damaged]:
-    """Writes files below `folder`; `cuts` and `flips` are the numbers of each made of every good file."""
+    """Writes files below `folder`: `cuts` truncated and `flips` changed copies of every good file."""
     rng = random.Random(seed)
     made = []
     for path in write_good(folder / "good"):
@@ -35,7 +35,7 @@ def write_damaged(folder: Path, *, seed: int, cuts: int = 3, flips: int = 3) -> 
 
 
 def write_good(folder: Path) -> list[Path]:
-    """Small good files, one of each kind that is damaged."""
+    """Writes one small good file of each kind."""
     folder.mkdir(parents=True)
     fast = {"deadline": "realtime", "cpu-used": "8", "g": "9"}
     videos = [
@@ -55,7 +55,7 @@ def write_good(folder: Path) -> list[Path]:
 
 
 def _cut_and_flip(folder: Path, path: Path, rng: random.Random, *, cuts: int, flips: int) -> list[Damaged]:
-    """Cut at random places; with up to 20 bytes changed anywhere."""
+    """Copies truncated at random places, and copies with up to 20 random bytes changed."""
     content = path.read_bytes()
     made = []
     for number in range(cuts):
@@ -74,7 +74,7 @@ def _cut_and_flip(folder: Path, path: Path, rng: random.Random, *, cuts: int, fl
 
 
 def _hopeless(folder: Path) -> list[Damaged]:
-    """No bytes, zeros, text, sound alone."""
+    """Files without bytes, of zeros, of text, and with sound only."""
     for suffix in (".mp4", ".png"):
         (folder / f"empty{suffix}").write_bytes(b"")
         (folder / f"zeros{suffix}").write_bytes(bytes(5000))
@@ -89,7 +89,7 @@ def _hopeless(folder: Path) -> list[Damaged]:
 
 
 def _not_a_file(folder: Path) -> list[Damaged]:
-    """A pipe that nobody writes to, an empty folder, paths that lead out of the folder, nothing at all."""
+    """A pipe without a writer, an empty folder, paths out of the folder, a missing file."""
     os.mkfifo(folder / "pipe.mp4")
     os.mkfifo(folder / "pipe.png")
     (folder / "folder.mp4").mkdir()
@@ -107,7 +107,7 @@ def _not_a_file(folder: Path) -> list[Damaged]:
 
 
 def _wrong_suffix(folder: Path) -> list[Damaged]:
-    """A picture called a video and the reverse; one kind of video called another is read."""
+    """An image named like a video and the reverse; a video named like another kind is read."""
     good = folder / "good"
     (folder / "picture.mp4").write_bytes((good / "noise.jpg").read_bytes())
     (folder / "video.png").write_bytes((good / "h264.mp4").read_bytes())
@@ -120,11 +120,11 @@ def _wrong_suffix(folder: Path) -> list[Damaged]:
 
 
 def _absurd(folder: Path) -> list[Damaged]:
-    """Headers that tell of no frame rate, or of 30,000 x 30,000 pixels."""
+    """Headers with no frame rate, or with 30,000 x 30,000 pixels."""
     good = folder / "good"
     (folder / "fps0.mp4").write_bytes(without_rate((good / "h264.mp4").read_bytes()))
     content = bytearray((good / "mpeg4.avi").read_bytes())
-    header = content.index(b"avih") + 8  # microseconds a frame; then the size at 32
+    header = content.index(b"avih") + 8  # microseconds per frame; then the size at 32
     struct.pack_into("<II", content, header + 32, HUGE, HUGE)
     format_block = content.index(b"strf") + 8
     struct.pack_into("<II", content, format_block + 4, HUGE, HUGE)
@@ -132,16 +132,16 @@ def _absurd(folder: Path) -> list[Damaged]:
     (folder / "huge.png").write_bytes(huge_picture((good / "noise.png").read_bytes()))
     return [
         Damaged("fps0.mp4", frozenset({"zero_fps"})),
-        # The size is told once more in the stream, which may be believed instead.
+        # The stream repeats the size, and a reader may use that one.
         Damaged("huge.avi", frozenset({"too_large"}), may_be_read=True),
         Damaged("huge.png", frozenset({"too_large"})),
     ]
 
 
 def without_rate(mp4: bytes) -> bytes:
-    """The same video whose frames all last no time."""
+    """The same video with frames of duration 0."""
     content = bytearray(mp4)
-    table = content.index(b"stts") + 8  # number of entries, then (frames, ticks of each)
+    table = content.index(b"stts") + 8  # number of entries, then (frames, ticks per frame)
     for entry in range(struct.unpack_from(">I", content, table)[0]):
         struct.pack_into(">I", content, table + 8 + 8 * entry, 0)
     shifts = content.find(b"ctts")
@@ -151,7 +151,7 @@ def without_rate(mp4: bytes) -> bytes:
 
 
 def huge_picture(png: bytes) -> bytes:
-    """The same picture with a header of HUGE x HUGE pixels."""
+    """The same image with a header of HUGE x HUGE pixels."""
     content = bytearray(png)
     struct.pack_into(">II", content, 16, HUGE, HUGE)
     struct.pack_into(">I", content, 29, zlib.crc32(content[12:29]))

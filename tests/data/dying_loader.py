@@ -1,4 +1,4 @@
-"""A loader that kills its worker; in a module of its own, since worker processes import it by name."""
+"""A loader that kills its worker process. Worker processes import this module by name."""
 
 import os
 from typing import NoReturn
@@ -7,7 +7,7 @@ from crosslmm_jax.data.loading.example import ExampleLoader
 
 
 class DyingLoader(ExampleLoader):
-    """Takes its process with it."""
+    """Kills the process that loads a row."""
 
     def __call__(self, *args: object) -> NoReturn:
         """Never returns."""

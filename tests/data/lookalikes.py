@@ -37,7 +37,7 @@ datasets:
 
 
 def write_lookalikes(folder: Path) -> Path:
-    """Writes annotations and media into `folder`, created when missing; the path of the mixture."""
+    """Writes annotations and media to `folder`, created if missing. Returns the path of the mixture."""
     media = folder / "media"
     for name in ("one.mp4", "two.mp4", "dQw-invented.mp4", "AWA-1.mp4"):
         write_video(media / name)
@@ -57,7 +57,7 @@ def write_lookalikes(folder: Path) -> Path:
 
 
 def write_video(path: Path, *, seconds: int = 2, fps: int = 10) -> None:
-    """A video of 64x48 in which a bar moves."""
+    """Writes a video of 64x48 pixels with a moving bar."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def write_video(path: Path, *, seconds: int = 2, fps: int = 10) -> None:
 
 
 def write_image(path: Path, number: int = 0) -> None:
-    """A JPEG of 64x48."""
+    """A JPEG of 64x48 pixels."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +236,7 @@ def _write_webdataset(folder: Path) -> None:
 
 
 def write_tar(path: Path, files: dict[str, bytes]) -> None:
-    """A tar of files in the order given."""
+    """Writes a tar of files in this order."""
     with tarfile.open(path, "w") as tar:
         for name, content in files.items():
             member = tarfile.TarInfo(name)
@@ -271,7 +271,7 @@ def _write_tfds(folder: Path) -> None:
 
 
 def write_tfds(folder: Path, features: dict[str, Any], examples: list[dict[str, Any]]) -> None:
-    """A data set written by TensorFlow Datasets itself, two records a file."""
+    """Writes a data set with TensorFlow Datasets itself, two records per file."""
     import tensorflow_datasets as tfds
 
     folder.mkdir(parents=True)
@@ -286,7 +286,7 @@ def write_tfds(folder: Path, features: dict[str, Any], examples: list[dict[str, 
 
 
 def write_records(path: Path, content: list[bytes]) -> None:
-    """An ArrayRecord file, one record a group, as they are read at random."""
+    """Writes an ArrayRecord file, one record per group, for random reads."""
     from array_record.python import array_record_module
 
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")

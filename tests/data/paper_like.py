@@ -1,4 +1,4 @@
-"""Writes an INDEX with invented rows whose lengths are spread like those of the paper's two stages.
+"""Writes an INDEX of invented rows whose lengths are distributed like those of the paper's two stages.
 
     python tests/data/paper_like.py FOLDER [--stage 1|2] [--rows N]
 
@@ -54,7 +54,7 @@ STAGE2 = (
 
 
 def write_index(folder: Path, parts: tuple[Part, ...], *, rows: int, seed: int = 0) -> None:
-    """An index of about `rows` rows."""
+    """Writes an index of about `rows` rows."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     tables = [_table(part, round(part.share * rows), rng) for part in parts]
@@ -105,7 +105,7 @@ def _table(part: Part, count: int, rng: np.random.Generator) -> pa.Table:
 
 
 def _lists(lengths: np.ndarray, values: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """Lists of these lengths of the values in order."""
+    """Splits the values, in order, into lists of these lengths."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, kind))
 

@@ -1,4 +1,4 @@
-"""Small videos of many kinds for tests, and their frames by the plainest code."""
+"""Small videos of many kinds for tests, and a plain decoder to compare with."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -50,7 +50,7 @@ def write_video(
 
 
 def decode_all(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Every frame by the plainest code, resized, and its time in seconds."""
+    """Every frame, decoded plainly and resized, and its time in seconds."""
     frames, times = [], []
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):
@@ -62,7 +62,7 @@ def decode_all(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_sound(path: Path) -> None:
-    """A file with sound alone."""
+    """Writes a file with sound only."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")

@@ -1,4 +1,4 @@
-"""What an index holds: counts, durations, frames, tokens, and how full the buckets of a config would be."""
+"""Describes an index: counts, durations, frames, tokens, and how full the buckets of a config are."""
 
 import numpy as np
 
@@ -12,11 +12,11 @@ _BINS = 10
 
 
 def describe(config: DataConfig, *, tokens_per_frame: int) -> list[str]:
-    """Lines of text about the index of a config.
+    """Describes the index of a config, as lines of text.
 
     Args:
-        config: index, sampling, lengths, style, batch size and shapes; its tokenizer is not read.
-        tokens_per_frame: C.
+        config: index, sampling, lengths, style, batch size and buckets; the tokenizer is not read.
+        tokens_per_frame: compact tokens per frame (C).
 
     Raises:
         UserError: the index cannot be read, or none of its rows fits.
@@ -44,7 +44,7 @@ def _counts(index: Index, columns: Columns) -> list[str]:
 
 
 def _buckets(bucketed: BucketedRows, tokens_per_frame: int) -> list[str]:
-    """Each bucket and how full it is, then the padding of them all."""
+    """Each bucket and how full it is, then the padding over all buckets."""
     counts = bucketed.counts
     count = len({(bucket.frames, bucket.text) for bucket in bucketed.buckets})
     lines = [
@@ -74,7 +74,7 @@ def _buckets(bucketed: BucketedRows, tokens_per_frame: int) -> list[str]:
 
 
 def _histogram(title: str, values: np.ndarray) -> list[str]:
-    """A bar for each of a few ranges, which grow where the values spread widely."""
+    """A text histogram; the bins are logarithmic where the values span a factor of 20."""
     if not len(values):
         return []
     low, high = float(values.min()), float(values.max())

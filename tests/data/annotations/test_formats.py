@@ -90,7 +90,10 @@ def test_the_mixture_gives_the_expected_rows_and_faults(read: dict[str, list[Row
 
     found = {name: [brief(row) for row in rows] for name, rows in read.items()}
     assert found == EXPECTED
-    assert FORMATS.keys() - EXPECTED.keys() == {"webdataset", "tfds"}  # called after their folders
+    assert FORMATS.keys() - EXPECTED.keys() == {
+        "webdataset",
+        "tfds",
+    }  # their data sets are named after folders
 
 
 def test_rows_are_numbered_and_named(read: dict[str, list[Row | Fault]], lookalikes: Path) -> None:
@@ -235,7 +238,7 @@ def test_wrong_options_and_files_are_named(
 
 
 def test_halves_of_characters_are_faults(tmp_path: Path) -> None:
-    """JSON and tars may hold what neither Parquet nor a record can."""
+    """JSON and tars can hold text that Parquet and records cannot."""
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A."}]
     rows = [
         {"image": "a.jpg", "conversations": [turns[0], {"from": "gpt", "value": "\ud83d"}]},

@@ -1,4 +1,4 @@
-"""Mixtures: the YAML files, strategies that select rows, and bad rows kept apart."""
+"""Mixtures: YAML files, sampling strategies, and bad rows reported apart from good ones."""
 
 import json
 import math
@@ -60,7 +60,7 @@ def test_rows_are_counted_once() -> None:
 
 
 def test_the_random_draw_depends_on_the_seed_alone_and_is_fair() -> None:
-    # Fixed, so that another Python or machine that drew other rows would fail here.
+    # Constants: another Python or machine that draws other rows fails here.
     assert selected(10, "random:4", "0/a") == [0, 2, 4, 9]
     counts = [0] * 10
     for seed in range(2000):
@@ -162,6 +162,7 @@ def test_yaml_with_every_key(tmp_path: Path) -> None:
         ("{json_path: a.json, weight: 0}", "weight is 0"),
         ("{json_path: a.json, weight: 0.0001}", "weight is 0.0001; write a number from 0.001 to 1000"),
         ("{json_path: a.json, media_type: sound}", "media_type is 'sound'"),
+        ("{json_path: a.json, video_read_type: avi}", "video_read_type is 'avi'; write one of decord"),
         ("{json_path: a.json, options: {x: 1}}", "unknown option 'x'"),
         ("{json_path: a.txt}", "does not tell its format"),
         ("{sampling_strategy: all}", "json_path must name"),
@@ -293,7 +294,7 @@ def test_rows_that_tell_no_format_are_named(tmp_path: Path, rows: list[Any], wor
     ],
 )
 def test_a_file_without_a_mixture_is_named_once(tmp_path: Path, name: str, words: str) -> None:
-    """And nobody is told to correct fields of a mixture that is not there."""
+    """The message names no field of a mixture where there is no mixture."""
     for there in ("a.txt", "a.json"):
         (tmp_path / there).write_text('[{"foo": 1}]')
     with pytest.raises(UserError) as error:
@@ -332,7 +333,7 @@ def test_absolute_paths_inside_the_root_become_relative(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "count"), [("stage1_mixture.yaml", 2), ("stage2_mixture.yaml", 25)])
 def test_the_mixtures_of_the_configs_can_be_read(tmp_path: Path, name: str, count: int) -> None:
-    """With a file or folder in every place that they name."""
+    """Every path that they name is an empty file or folder here."""
     source = CONFIGS / name
     (tmp_path / "configs").mkdir()
     mixture = shutil.copy(source, tmp_path / "configs")

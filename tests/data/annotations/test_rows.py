@@ -1,4 +1,4 @@
-"""Rows of LLaVA files: both forms, both placeholders, and every mistake named."""
+"""Rows of LLaVA files: both forms of turns, both placeholders, and a message for every mistake."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def read(file: str, root: Path) -> list[Row | Fault]:
 
 
 def fault(file: str, root: Path) -> Fault:
-    """The only entry that is bad, the last one."""
+    """The fault of the last row, which is the only bad one."""
     *good, entry = read(file, root)
     assert all(isinstance(row, Row) for row in good) and isinstance(entry, Fault)
     return entry

@@ -1,4 +1,4 @@
-"""Data sets of TensorFlow Datasets as ArrayRecord: features of any name, damage, the cost of one record."""
+"""Data sets of TensorFlow Datasets as ArrayRecord: feature names, damaged files, the cost of one record."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def test_several_images_are_one_row(tmp_path: Path, pictures: list[Path]) -> Non
 
 
 def test_pictures_under_videos_are_its_frames(tmp_path: Path, pictures: list[Path]) -> None:
-    """As tfds.features.Video keeps them, which only tensorflow can write: its description is put in place."""
+    """The layout of tfds.features.Video, which only tensorflow can write: the test writes its description."""
     kinds = {"frames": features.Sequence(features.Image(encoding_format="jpeg")), "caption": TEXT}
     write_tfds(tmp_path / "set", kinds, [{"frames": [str(path) for path in pictures], "caption": "Bars."}])
     described = tmp_path / "set" / "features.json"
@@ -216,7 +216,7 @@ def test_wrong_data_sets_and_options_are_named(lookalikes: Path, tmp_path: Path)
 
 
 def test_files_of_records_stay_in_the_folder(lookalikes: Path, tmp_path: Path) -> None:
-    """What dataset_info.json says, and links, may not lead to records elsewhere."""
+    """Neither dataset_info.json nor a link may lead to records outside the folder."""
     source = lookalikes / "pictures"
     for name in ("named", "linked"):
         (tmp_path / name).mkdir()
@@ -239,7 +239,7 @@ def test_files_of_records_stay_in_the_folder(lookalikes: Path, tmp_path: Path) -
 
 
 def test_records_beside_another_format_are_read(lookalikes: Path, tmp_path: Path) -> None:
-    """As tfds.convert_format leaves them."""
+    """The files that tfds.convert_format writes."""
     shutil.copytree(lookalikes / "pictures", tmp_path / "set")
     path = tmp_path / "set" / "dataset_info.json"
     formats = {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}

@@ -1,4 +1,4 @@
-"""The index: what it holds, what a second pass leaves alone, and that a killed pass goes on."""
+"""The index: its content, what a second pass reuses, and how a killed pass resumes."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def test_only_what_changed_is_probed_again(
     os.utime(videos.folder / "videos/train_00003.mp4", ns=(1, 1))  # a file that changed
     rows = json.loads(videos.train.read_text())
     rows[0]["conversations"][1]["value"] = "another answer"  # a row that changed
-    videos.train.write_text(json.dumps(rows[:-4] + rows[:1]))  # rows that went and came
+    videos.train.write_text(json.dumps(rows[:-4] + rows[:1]))  # rows removed and added
     before = open_index(tmp_path / "index").digest
     report = build_index(str(videos.train), tmp_path / "index", **options)
     assert set(probed) == {"videos/train_00000.mp4", "videos/train_00003.mp4"}
@@ -236,7 +236,7 @@ def test_an_index_stays_when_no_medium_is_there(
     index = tmp_path / "index"
     build_index(str(videos.train), index, **options)
     digest = open_index(index).digest
-    (videos.folder / "videos").rename(videos.folder / "away")  # as a disk that is not mounted
+    (videos.folder / "videos").rename(videos.folder / "away")  # like a disk that is not mounted
     with pytest.raises(UserError, match="no usable row .32 missing., so the old index stays; ") as caught:
         build_index(str(videos.train), index, **options)
     report = Path(str(caught.value).split("; see ")[1])
@@ -278,7 +278,7 @@ def test_parts_that_begin_behind_the_end(
 def test_an_index_that_is_made_anew_is_not_read_on(
     videos: SyntheticSet, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its tables hold other rows under the same numbers."""
+    """The tables of a rebuilt index have other rows under the same numbers."""
     monkeypatch.setattr(indexing, "_TABLE_ROWS", 16)
     monkeypatch.setattr(indexing, "_CHUNK", 16)
     options = {"tokenizer": str(tokenizer_folder), "quiet": True}
@@ -287,7 +287,7 @@ def test_an_index_that_is_made_anew_is_not_read_on(
     first = store[0]
     videos.train.write_text(json.dumps(json.loads(videos.train.read_text())[1:]))
     build_index(str(videos.train), tmp_path / "index", **options)
-    assert store[0] == first  # of a table that is open
+    assert store[0] == first  # its table is open
     with pytest.raises(UserError, match="index: was rebuilt while it was read; start again"):
         store[20]
 

@@ -1,4 +1,4 @@
-"""What passes over a mixture leave for the next: after kills, changes, and disks that are away or full."""
+"""What one pass over a mixture keeps for the next: after kills, changes, and missing or full disks."""
 
 import json
 import os
@@ -21,7 +21,7 @@ ROWS = 32
 
 
 class Passes:
-    """Passes over a mixture of pictures on two disks, ROWS rows each, and what they probe."""
+    """Passes over a mixture of images on two disks, ROWS rows each; counts what they probe."""
 
     def __init__(self, folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.tokenizer, self.monkeypatch = folder, tokenizer, monkeypatch
@@ -48,13 +48,13 @@ class Passes:
         (folder / "m.yaml").write_text(json.dumps({"datasets": datasets}))
 
     def run(self, tokenizer: Path | None = None) -> IndexReport:
-        """A pass; `probed` is what it probed."""
+        """Runs a pass; `probed` lists what it probed."""
         self.probed.clear()
         words = str(tokenizer or self.tokenizer)
         return build_index(str(self.folder / "m.yaml"), self.index, tokenizer=words, quiet=True)
 
     def killed(self, calls: int) -> None:
-        """A pass that ends at a chunk."""
+        """Runs a pass that is killed at a chunk."""
         real, made = probing.Prober.__call__, []
 
         def failing(prober: probing.Prober, rows: Any, known: Any) -> Any:
@@ -89,7 +89,7 @@ def passes(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_killed_pass_over_changed_files_goes_on(passes: Passes) -> None:
-    """The index has a record of each row too, of the file as it was."""
+    """The index also has a record of each row, made from the old file."""
     passes.run()
     for path in passes.folder.glob("[ab]/*.png"):
         os.utime(path, ns=(5, 5))
@@ -101,7 +101,7 @@ def test_a_killed_pass_over_changed_files_goes_on(passes: Passes) -> None:
         os.utime(path, ns=(7, 7))
     passes.killed(6)
     for path in passes.folder.glob("a/*.png"):
-        os.utime(path, ns=(5, 5))  # as the index knows them, and not the killed pass
+        os.utime(path, ns=(5, 5))  # the stamps that the index has, not those of the killed pass
     assert passes.run().reused == 64 and passes.probed == []
 
 
@@ -120,7 +120,7 @@ def test_leftovers_never_take_each_others_names(passes: Passes) -> None:
     passes.killed(9)
     passes.killed(2)
     earlier = passes.folder / ".index.building" / "earlier"
-    (earlier / "000001.parquet").unlink()  # as of a pass that was killed while it cleared up
+    (earlier / "000001.parquet").unlink()  # as if a pass was killed during clean-up
     passes.killed(2)
     passes.killed(2)
     assert passes.run().reused == 24 and len(passes.probed) == 40

@@ -1,4 +1,4 @@
-"""What the index finds out about media: pictures of folders, odd names, files that change."""
+"""What the index finds about media: folders of images, odd names, files that change."""
 
 import json
 import os
@@ -25,7 +25,7 @@ TALK = {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from":
 def test_a_broken_picture_in_a_folder_of_frames_is_found_as_a_lone_one_is(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    """By its header; what is behind it is found by decoding."""
+    """The header gives the length; damage after it is found by decoding."""
     damages = {"text": b"no picture", "empty": b"", "short": None, "cut": None}
     rows = []
     for name, content in damages.items():
@@ -52,7 +52,7 @@ def test_a_broken_picture_in_a_folder_of_frames_is_found_as_a_lone_one_is(
 def test_pictures_of_a_folder_may_have_names_that_are_no_text(
     tokenizer_folder: Path, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    """They are read, and reported where they are damaged."""
+    """Such files are read, and reported where they are damaged."""
     odd = Path(os.fsdecode(bytes(tmp_path / "clip") + b"/1\xe9.jpg"))
     write_image(odd)
     write_image(tmp_path / "a.jpg")
@@ -88,7 +88,7 @@ def test_a_picture_that_changed_in_its_folder_is_noticed(tokenizer_folder: Path,
 
 
 def test_a_video_of_one_frame_is_no_image(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """It would be read by the rules for videos, which may repeat its frame."""
+    """A video would be read by the rules for videos, which may repeat its frame."""
     write_video(tmp_path / "one.mp4", seconds=1, fps=1)
     write_image(tmp_path / "clip" / "0.jpg")
     rows = [{kind: name} | TALK for name in ("one.mp4", "clip") for kind in ("image", "video")]
@@ -113,7 +113,7 @@ def test_a_file_with_colons_in_its_name_that_changed_is_probed_again(
 
 
 def test_the_digest_tells_what_would_change_batches(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """A run that goes on with an index of another digest is refused."""
+    """Resuming a run with an index of another digest is refused."""
     write_video(tmp_path / "a.mp4", seconds=1)
     (tmp_path / "rows.json").write_text(json.dumps([{"video": "a.mp4"} | TALK] * 2))
     mixture = tmp_path / "m.yaml"

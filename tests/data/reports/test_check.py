@@ -1,4 +1,4 @@
-"""`data check`: what it says when a worker process dies, and how long a file may stand still."""
+"""`data check`: the message when a worker process dies, and the deadline for one file."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -25,7 +25,7 @@ class DyingPool:
         pass
 
 
-def test_what_failed_before_a_worker_died_is_told(
+def test_faults_found_before_a_worker_died_are_printed(
     tmp_path, make_index, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     videos = write_dataset(tmp_path / "set", num_train=8, num_heldout=4, seed=1)

@@ -1,4 +1,4 @@
-"""Mixtures packed into records: what went in comes back, stops cost little, nothing is overwritten."""
+"""Mixtures written as records: rows read back equal, stops cost little, nothing is overwritten."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def brief(row: Row) -> tuple[Any, ...]:
 
 @pytest.fixture(scope="module")
 def packed(lookalikes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The look-alikes of all formats as records of several files."""
+    """The look-alikes of all formats, written to several files of records."""
     out = tmp_path_factory.mktemp("packed") / "set"
     assert to_tfds(str(lookalikes / "mixture.yaml"), out, shard_mb=0.03, quiet=True).shards > 1
     return out
@@ -60,7 +60,7 @@ def test_rows_and_frames_come_back(lookalikes: Path, packed: Path) -> None:
             assert probe(copy) == probe(original)
             frames = [read_frames(medium, FOUR, size=24, bounds=one.bounds) for medium in (copy, original)]
             assert_same(*frames)
-    # One data set of all, too.
+    # Also as one data set.
     assert [row.turns for row in rows_in(packed)] == [row.turns for row in wanted]
 
 
@@ -103,7 +103,7 @@ def test_tfds_opens_it_where_it_lies_and_elsewhere(packed: Path, tmp_path: Path)
 
 @pytest.fixture
 def stills(tmp_path: Path) -> Path:
-    """Annotations of twelve pictures."""
+    """Annotations of twelve images."""
     for number in range(12):
         write_image(tmp_path / "m" / f"{number}.jpg", number)
     rows = [{"id": number, "image": f"{number}.jpg", "conversations": TURNS} for number in range(12)]
@@ -260,7 +260,7 @@ def test_a_kill_costs_the_shards_under_way(
 def test_what_changed_after_a_stop_is_written_anew(
     stills: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when the stop came while files were getting their last names."""
+    """Also when it was stopped while it renamed files."""
     out, work = tmp_path / "out", tmp_path / ".out.building"
     monkeypatch.setattr("crosslmm_jax.data.tfds_export.to_tfds.put", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -351,7 +351,7 @@ def test_a_data_set_that_is_not_ours_is_packed_too(tmp_path: Path) -> None:
 def test_worker_processes_read_records_and_tars(
     lookalikes: Path, packed: Path, tmp_path: Path, tokenizer_folder: Path
 ) -> None:
-    """The batches of the packed mixture are those of the mixture, in this process and in grain's workers."""
+    """The written mixture gives the batches of the original, in this process and in grain's workers."""
     batches = []
     for number, mixture in enumerate((lookalikes, packed, packed)):
         index = tmp_path / str(number)
@@ -372,7 +372,7 @@ def test_worker_processes_read_records_and_tars(
 
 
 def test_a_folder_of_one_picture_stays_a_video(tmp_path: Path, tokenizer_folder: Path) -> None:
-    """And a still picture that a row calls a video stays one; packed again too."""
+    """A still image that a row calls a video stays a video, also when written a second time."""
     for name in ("one/0.png", "two/0.png", "two/1.png", "still.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_image(tmp_path / name)
