@@ -155,7 +155,7 @@ def probe_for(row: Row, medium: Media) -> VideoInfo:
 
 
 def late_start(row: Row, durations: Sequence[float]) -> Fault | None:
-    """The fault of a row whose clip starts after the end of one of its videos (`durations`, seconds)."""
+    """The fault of a row whose clip starts when one of its videos (`durations`, seconds) has ended."""
     if row.bounds is None:
         return None
     start = row.bounds[0]
