@@ -97,7 +97,7 @@ class Prober:
         """
         good, bad, kept, reused = [], [], [], 0
         for place, row in enumerate(rows):
-            record = record_of(row) | {"row_hash": row_hash(row)}
+            record: Record = record_of(row) | {"row_hash": row_hash(row)}
             records = known.get(place, ())
             stamps = [media_stamp(row.root, name) for name in row.media] if records else []
             earlier = next((one for one in records if one["stamp"] == stamps), None)

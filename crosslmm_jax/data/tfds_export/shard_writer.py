@@ -9,7 +9,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -32,9 +32,6 @@ from crosslmm_jax.data.media import (
 from crosslmm_jax.data.text import writable
 from crosslmm_jax.errors import DataError, Fault
 from crosslmm_jax.utils import cannot_write
-
-if TYPE_CHECKING:
-    from tensorflow_datasets.core.features import FeaturesDict
 
 _MOST_BYTES = 2**31 - 2**20  # media of one row: a record is a protobuf message, which must be below 2 GiB
 
@@ -102,7 +99,7 @@ def _size(root: str, reference: str, allow_outside: bool) -> int:
 
 
 @functools.cache
-def tfds_features() -> "FeaturesDict":
+def tfds_features() -> Any:
     """The features of a record. Times are texts, since tf.train.Example stores float32."""
     from tensorflow_datasets import features
 

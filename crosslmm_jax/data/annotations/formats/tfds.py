@@ -134,7 +134,7 @@ def _layout(spec: DatasetSpec) -> Layout:
     return Layout(fields, kinds, text_option(spec, "question", ""))
 
 
-def _kinds(node: Mapping[str, Any], name: str) -> Iterator[tuple[str, str]]:
+def _kinds(node: Any, name: str) -> Iterator[tuple[str, str]]:
     """Name and kind of each feature below `node`, the name as in a record: "a/b" for b in a."""
     if "featuresDict" in node:
         for key, inner in node["featuresDict"].get("features", {}).items():
