@@ -1,4 +1,17 @@
-"""TODO."""
+"""Images and videos, wherever they are stored, to uint8 frames with their times.
+
+video           `read_frames` and `probe`: the way in
+frame_sampling  which frames of a video are read, by their times
+locate          references of annotations to files, folders and parts of files; deadlines
+tar             members of tar files
+array_record    records of ArrayRecord files
+image           still images; `Clip`
+frames_folder   a folder of pictures as a video
+demux           opening a video with PyAV; its packets
+packet_index    times and keyframes of all packets of a video
+mp4_tables      the same from the tables of an mp4
+decode          decoding the GOPs that hold wanted frames
+"""
 
 from crosslmm_jax.data.media.array_record import (
     FRAMES_PREFIX,

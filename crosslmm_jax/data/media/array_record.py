@@ -1,9 +1,11 @@
-"""Media in the records of ArrayRecord files, read at random.
+"""Media in the records of ArrayRecord files, read by random access.
 
-A reference is "a.array_record::17", where record 17 is a medium, or "a.array_record::17/video/0.mp4", where
-it is a tf.train.Example, as TensorFlow Datasets writes it, and its feature `video` holds the medium as
-value 0. In "17/frames/0-9.png" the values 0 to 9 are the pictures of one video, of which there is one in
-"17/frames/0-0.png".
+    reference                            the medium is
+    a.array_record::17                   record 17
+    a.array_record::17/video/0.mp4       value 0 of the feature `video` of record 17
+    a.array_record::17/frames/0-9.png    a video whose pictures are the values 0 to 9 of `frames`
+
+Records with features are tf.train.Examples, as TensorFlow Datasets writes them.
 """
 
 import functools
@@ -12,18 +14,21 @@ import re
 import stat
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crosslmm_jax.errors import DataError
+
+if TYPE_CHECKING:
+    from array_record.python.array_record_module import ArrayRecordReader  # type: ignore[attr-defined]
 
 _MEMBER = re.compile(r"(\d{1,18})(?:/(.+?)/(\d{1,9})(?:-(\d{1,9}))?(\.\w+)?)?", re.DOTALL)
 FRAMES_PREFIX = "frames/"  # before the names of pictures that are the frames of one video
 _KEPT_READERS = 128  # open files of a process
-# One record at a time: nothing is read ahead, and no threads are started, which a fork would lose.
+# One record at a time: no read-ahead, and no threads, which a fork would lose.
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:64K"
 _BUFFER_BYTES = 32768
 _LOADING = threading.Lock()
-_LAST = threading.local()  # `record` of a thread: reader, number and values while it has media left to read
+_LAST = threading.local()  # `record`: reader, number and values of the record that a thread reads from
 
 
 def is_record_file(path: str) -> bool:
@@ -32,20 +37,20 @@ def is_record_file(path: str) -> bool:
 
 
 def value_member(record: int, feature: str, first: int, last: int, suffix: str, *, pictures: bool) -> str:
-    """What stands after "::" for values `first` to `last` of a feature: a medium, or pictures of a video."""
+    """The part after "::" for values `first` to `last` of a feature: a medium, or the pictures of a video."""
     values = f"{first}-{last}" if pictures else str(first)
     return f"{record}/{feature}/{values}{suffix}"
 
 
 def read_values(path: str, member: str) -> tuple[list[bytes], str, bool]:
-    """The content that a reference names, its suffix or "", and whether it is the pictures of a video.
+    """The content at a reference, its suffix or "", and whether it is the pictures of a video.
 
     Args:
         path: an ArrayRecord file.
-        member: what stands after "::" in the reference.
+        member: the part after "::" of the reference.
 
     Raises:
-        DataError: see `read_record`; "missing" also when the record holds no such value.
+        DataError: as `read_record`; also "missing" when the record holds no such value.
     """
     match = _MEMBER.fullmatch(member)
     if match is None:
@@ -87,11 +92,11 @@ def read_record(path: str, number: int) -> bytes:
 
 
 def mean_record_size(path: str) -> int:
-    """Bytes of the file for each of its records. Raises DataError as `read_record` does."""
+    """Mean bytes per record of the file. Raises DataError as `read_record` does."""
     return os.path.getsize(path) // max(1, _open(path).num_records())
 
 
-def _open(path: str) -> Any:
+def _open(path: str) -> "ArrayRecordReader":
     try:
         found = os.stat(path)
     except FileNotFoundError as error:
@@ -108,24 +113,24 @@ def _open(path: str) -> Any:
 
 
 @functools.lru_cache(maxsize=_KEPT_READERS)
-def _reader(path: str, size: int, mtime: int) -> Any:
-    """A reader of a file, kept open; `size` and `mtime` make a file that has changed another one.
+def _reader(path: str, size: int, mtime: int) -> "ArrayRecordReader":
+    """A reader of a file, kept open. `size` and `mtime` are part of the cache key, for files that change.
 
-    It may be used by several threads, and closes when the last of them lets go of it.
+    Several threads may use it. It closes with its last reference.
     """
     from array_record.python.array_record_module import ArrayRecordReader  # type: ignore[attr-defined]
 
     return ArrayRecordReader(path, _OPTIONS, file_reader_buffer_size=_BUFFER_BYTES)
 
 
-# Workers are started afresh and not forked; where someone forks, the copy opens its own files.
+# Our workers are spawned. Where someone forks, the child opens its own files.
 os.register_at_fork(after_in_child=_reader.cache_clear)
 
 
 def _example_type() -> Any:
-    """tf.train.Example. TensorFlow Datasets loads its modules when they are first used.
+    """The class tf.train.Example. TensorFlow Datasets imports its modules at first use.
 
-    Two threads of a worker that do so at once can each hold the lock that the other waits for, for ever.
+    Two threads that import them at once can deadlock, hence the lock.
     """
     with _LOADING:
         from tensorflow_datasets.proto import tf_example_pb2
@@ -134,10 +139,10 @@ def _example_type() -> Any:
 
 
 def parse_example(record: bytes, where: str) -> Mapping[str, Sequence[Any]]:
-    """Values of each feature of a tf.train.Example: bytes, ints or floats. Names of nested ones are "a/b".
+    """Values of each feature of a tf.train.Example: bytes, ints or floats. Nested features are named "a/b".
 
     Raises:
-        DataError: "corrupt"; it is none.
+        DataError: "corrupt", if `record` is no tf.train.Example.
     """
     from google.protobuf.message import DecodeError
 

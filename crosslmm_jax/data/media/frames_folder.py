@@ -1,4 +1,4 @@
-"""A folder of pictures read as a video of one frame a second."""
+"""A folder of pictures, read as a video of one frame per second."""
 
 import os
 import re
@@ -12,10 +12,10 @@ from crosslmm_jax.errors import DataError
 
 
 def list_pictures(folder: PathOrMedia) -> list[PathOrMedia]:
-    """The pictures in a folder, by name, with numbers in names by value: 2 comes before 10.
+    """The pictures in a folder, sorted by name. Numbers in names sort by value: 2 before 10.
 
     Raises:
-        DataError: "empty" when there are none.
+        DataError: "empty", when there are none.
     """
     if isinstance(folder, Media):
         if folder.pictures:
@@ -30,7 +30,7 @@ def list_pictures(folder: PathOrMedia) -> list[PathOrMedia]:
 
 
 def _by_value(name: str) -> tuple[list[tuple[str, int]], str]:
-    """Sorting key of a name: its words and numbers in turn."""
+    """Sort key of a name: its words and numbers, alternating."""
     parts = re.findall(r"([^0-9]*)([0-9]*)", name)
     return [(word, int(number or -1)) for word, number in parts], name
 

@@ -1,9 +1,9 @@
-"""Decoded frames of one image or video, and still images."""
+"""Still images, and `Clip`: the decoded frames of one image or video."""
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -11,13 +11,16 @@ from crosslmm_jax.data.media import locate as media
 from crosslmm_jax.data.media.locate import PathOrMedia
 from crosslmm_jax.errors import DataError, UserError
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 Resampling = Literal["bicubic", "bilinear"]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEO_SUFFIXES = (
     ".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".gif", ".ts", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp",
     ".ogv", ".mjpeg", ".mjpg",
 )  # fmt: skip
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # PIL knows more; some start other programs
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # some other formats of PIL start other programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Clip:
     Attributes:
         frames: uint8[F, R, R, 3], RGB.
         times: float32[F], seconds since the first frame of the video.
-        duration: of the video (or of the part within the bounds), seconds; 0 for an image.
+        duration: seconds of the video, or of the part within the bounds; 0 for an image.
     """
 
     frames: np.ndarray
@@ -36,12 +39,12 @@ class Clip:
 
 
 def is_image(path: PathOrMedia) -> bool:
-    """Whether the name is that of a still image."""
+    """Whether the suffix is that of a still image."""
     return media.suffix_of(path) in IMAGE_SUFFIXES
 
 
 def holds_image(path: PathOrMedia) -> bool:
-    """Whether a file is a still image: by its name or, where that tells nothing, by its first bytes."""
+    """Whether a file is a still image: by its suffix or, if that is unknown, by its first bytes."""
     if media.suffix_of(path) in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
         return is_image(path)
     with contextlib.suppress(OSError), media.open_file(path) as file:
@@ -49,11 +52,11 @@ def holds_image(path: PathOrMedia) -> bool:
     return False
 
 
-def resize(image: Any, size: int, resampling: Resampling = "bicubic") -> np.ndarray:
-    """uint8[size, size, 3] of a PIL image: RGB, squeezed to a square, as `SiglipImageProcessor` does."""
+def resize(image: "Image.Image", size: int, resampling: Resampling = "bicubic") -> np.ndarray:
+    """uint8[size, size, 3] of an image: RGB, squeezed to a square as `SiglipImageProcessor` does."""
     from PIL import Image
 
-    if image.mode != "RGB":  # or else a copy
+    if image.mode != "RGB":  # `convert` always copies
         image = image.convert("RGB")
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling[resampling.upper()])
@@ -70,8 +73,8 @@ def read_image(path: PathOrMedia, size: int, resampling: Resampling = "bicubic")
 
 
 @contextlib.contextmanager
-def open_image(path: PathOrMedia) -> Iterator[Any]:
-    """Opens a still image with PIL; turns every error of reading within into a DataError."""
+def open_image(path: PathOrMedia) -> "Iterator[Image.Image]":
+    """Opens a still image with PIL. Every reading error inside becomes a DataError."""
     from PIL import Image, UnidentifiedImageError
 
     if media.kind_of(path) == "folder":
@@ -82,15 +85,15 @@ def open_image(path: PathOrMedia) -> Iterator[Any]:
             yield image
     except UserError:
         raise
-    # PIL's readers raise nearly anything when they meet damage: SyntaxError, struct.error, IndexError, ...
+    # PIL raises almost any exception on damaged files: SyntaxError, struct.error, IndexError, ...
     except Exception as error:
         words = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, Image.DecompressionBombError | MemoryError):
             reason = "too_large"
         elif isinstance(error, UnidentifiedImageError):
             reason = media.unreadable_reason(path, "picture")
-            # PIL's own words name a Python object.
-            words = "it is no picture" if reason == "wrong_type" else "damaged at its begin"
+            # PIL's message contains the address of a Python object.
+            words = "it is not a picture" if reason == "wrong_type" else "damaged at its beginning"
         elif isinstance(error, PermissionError):
             reason = "other"
         else:
@@ -99,7 +102,7 @@ def open_image(path: PathOrMedia) -> Iterator[Any]:
 
 
 def stack_clips(clips: Sequence[Clip], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Frames uint8[F, size, size, 3] and times float32[F] of all media of a row, one after the other."""
+    """Frames uint8[F, size, size, 3] and times float32[F] of all media of a row, concatenated."""
     frames = [np.zeros((0, size, size, 3), np.uint8), *(clip.frames for clip in clips)]
     times = [np.zeros(0, np.float32), *(clip.times for clip in clips)]
     return np.concatenate(frames), np.concatenate(times)

@@ -1,7 +1,7 @@
-"""Media that annotations name: where they may lie, what may be opened, how long it may take.
+"""Finds the media that annotations name, keeps them within their root, and limits how long reading may stall.
 
 A medium is a file, a folder of pictures, a part of a file (a member of a tar) or bytes (of a record). Nothing
-here decodes. A file is looked at before it is opened, since opening a pipe or a device can block.
+here decodes. Files are checked before they are opened, because opening a pipe or a device can block.
 """
 
 import io
@@ -16,8 +16,8 @@ from crosslmm_jax.data.media.array_record import is_record_file, read_values
 from crosslmm_jax.data.media.tar import is_tar, member_name, member_span, tar_member
 from crosslmm_jax.errors import DataError
 
-MAX_PIXELS = 2**27  # of one frame; 16k video has 2**27
-DEADLINE_S = DataConfig.deadline_s  # unless the caller says otherwise
+MAX_PIXELS = 2**27  # per frame; 16k video has 2**27
+DEADLINE_S = DataConfig.deadline_s  # the default of every reader
 
 _PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")
 _VIDEO_STARTS = (b"\x1a\x45\xdf\xa3", b"FLV\x01", b"OggS", b"\x00\x00\x01\xba", b"GIF8", b"\x30\x26\xb2\x75")
@@ -29,12 +29,12 @@ class Media(NamedTuple):
 
     Attributes:
         path: the file or folder on disk.
-        name: of what is in it, for messages and the suffix; "" when the medium is the whole file.
-        offset: of a part of the file, bytes.
-        length: of that part; None for the whole file.
-        data: the content itself, when it does not stand in the file as it is.
-        pictures: of a video that is kept as pictures, one a second; the fields above are then of no account
-            but for messages.
+        name: name of the medium in the file, for messages and the suffix; "" for the whole file.
+        offset: byte at which the medium begins.
+        length: bytes of the medium; None for the whole file.
+        data: the content, when the file does not hold it verbatim.
+        pictures: the frames of a video that is stored as pictures, one per second. The other fields then
+            serve messages only.
     """
 
     path: str
@@ -52,14 +52,14 @@ PathOrMedia = str | os.PathLike[str] | Media
 
 
 def open_media(root: str, reference: str, *, allow_outside: bool = False) -> Media:
-    """The medium that an annotation names: "a/b.mp4", a folder, "a.tar::b.mp4" or "a.array_record::17".
+    """The medium of a reference: "a/b.mp4", a folder, "a.tar::b.mp4" or "a.array_record::17".
 
-    Of a tar the header in front of the member is read, of a file of records the whole record.
+    In a tar the header of the member is read; in an ArrayRecord file, the whole record.
 
     Args:
-        root: folder that the media lie in; may itself be a symbolic link.
+        root: folder of the media; may be a symbolic link.
         reference: as in the annotation.
-        allow_outside: take absolute paths, "..", and links that lead out of `root`.
+        allow_outside: accept absolute paths, "..", and links that lead out of `root`.
 
     Raises:
         DataError: it lies outside `root`, there is no such member, or its file is damaged.
@@ -80,13 +80,13 @@ def open_media(root: str, reference: str, *, allow_outside: bool = False) -> Med
 
 
 def split_reference(reference: str) -> tuple[str, str | None]:
-    """The file of a reference, and the member in it or None: a name with "::" may be that of a file."""
+    """The file of a reference, and the member in it or None. A file's name may contain "::" too."""
     file, mark, member = reference.partition("::")
     return (file, member) if mark and (is_tar(file) or is_record_file(file)) else (reference, None)
 
 
 def _medium_of(path: str, member: str, values: list[bytes], suffix: str, in_folder: bool) -> Media:
-    """The medium that `values` of a record are: a file, or the pictures of a video, be it one picture."""
+    """The medium made of `values` of a record: a file, or a video stored as one or more pictures."""
     if not suffix:
         member += suffix_by_content(values[0])
     if not in_folder:
@@ -104,25 +104,25 @@ def _check_links(root: str, folder: str) -> None:
 
 
 def direct_reference(reference: str, medium: Media) -> str:
-    """`reference` with the place of a member written out, so that nobody has to look for it again."""
+    """`reference` with the span of its member written out, so that no reader has to search for it again."""
     if medium.length is None:
         return reference
     return f"{reference.partition('::')[0]}::{tar_member(medium.name, medium.offset, medium.length)}"
 
 
 def open_file(source: PathOrMedia) -> BinaryIO:
-    """What `source` holds, as a file that can be read and sought."""
+    """The content of a medium as a file for reading and seeking."""
     if not isinstance(source, Media):
         return open(source, "rb")
     if source.data is not None:
         return io.BytesIO(source.data)
     if source.length is None:
         return open(source.path, "rb")
-    return io.BufferedReader(_Part(source.path, source.offset, source.length))
+    return io.BufferedReader(_FileSlice(source.path, source.offset, source.length))
 
 
-class _Part(io.RawIOBase):
-    """A part of a file, as a file that begins and ends with it."""
+class _FileSlice(io.RawIOBase):
+    """A part of a file as a file."""
 
     def __init__(self, path: str, offset: int, length: int) -> None:
         self._file = -1
@@ -154,20 +154,20 @@ class _Part(io.RawIOBase):
 
 
 def suffix_of(source: PathOrMedia) -> str:
-    """The suffix of its name in lower case: ".mp4"."""
+    """The suffix of a medium's name in lower case: ".mp4"."""
     name = (source.name or source.path) if isinstance(source, Media) else source
     return Path(name).suffix.lower()
 
 
 def whole_file(source: PathOrMedia) -> str | None:
-    """The path of a medium that is a file or folder of its own; None for a part of one."""
+    """The path of a medium that is a whole file or folder; None for a part of a file."""
     if not isinstance(source, Media):
         return os.fspath(source)
     return source.path if source.data is None and source.length is None else None
 
 
 def size_of(source: PathOrMedia) -> int:
-    """Bytes of a medium that is no folder."""
+    """Bytes of a medium that is not a folder."""
     if isinstance(source, Media):
         if source.data is not None:
             return len(source.data)
@@ -178,32 +178,32 @@ def size_of(source: PathOrMedia) -> int:
 
 
 class Deadline:
-    """By when the next packet or picture of a file must have been read; each sets it anew."""
+    """Limits the time until the next packet or picture of a file. Each one read restarts the clock."""
 
     def __init__(self, path: PathOrMedia, seconds: float | None) -> None:
-        """`seconds` from now, and from each `check`; None for no limit."""
+        """Allows `seconds` from now and from each `check`; None for no limit."""
         self.path = path
         self.seconds = seconds
         self._last = time.monotonic()
 
     def check(self) -> None:
-        """Notes that reading goes on. Raises DataError ("timeout") when it stood still for too long."""
+        """Restarts the clock. Raises DataError ("timeout") when reading stalled for too long."""
         now = time.monotonic()
         if self.seconds is not None and now - self._last > self.seconds:
             raise self.error()
         self._last = now
 
     def error(self) -> DataError:
-        """The error of a file that nothing comes from."""
+        """The error for a file from which nothing was read in time."""
         fix = "fetch or convert it again, or raise deadline_s"
         return DataError(self.path, "timeout", f"gave nothing new for {self.seconds:g} seconds; {fix}")
 
 
 def resolve_path(root: str, reference: str, *, allow_outside: bool = False) -> str:
-    """The path of a file or folder that an annotation names relative to its media root.
+    """The path of a file or folder that an annotation names relative to the media root.
 
     Args:
-        root: folder that the media lie in; may itself be a symbolic link.
+        root: folder of the media; may be a symbolic link.
         reference: as in the annotation, without a member of an archive.
         allow_outside: take absolute paths, "..", and links that lead out of `root`.
 
@@ -211,7 +211,7 @@ def resolve_path(root: str, reference: str, *, allow_outside: bool = False) -> s
         DataError: "outside_root" when the path leaves `root`, "missing" when the reference is no path.
     """
     if not reference or "\0" in reference:
-        raise DataError(root, "missing", f"{reference!r} is not the name of a file; mend the annotation")
+        raise DataError(root, "missing", f"{reference!r} is not the name of a file; correct the annotation")
     path = os.path.join(root, reference)
     if allow_outside:
         return path
@@ -226,7 +226,9 @@ def resolve_path(root: str, reference: str, *, allow_outside: bool = False) -> s
 
 
 def kind_of(path: PathOrMedia) -> Literal["file", "folder"]:
-    """What lies at `path`, without opening it, links followed. Part of a file is a file, pictures a folder.
+    """What lies at `path`, without opening it. Links are followed.
+
+    A part of a file counts as a file, pictures of a record as a folder.
 
     Raises:
         DataError: "missing", "empty", or "not_a_file" for pipes, sockets and devices.
@@ -237,7 +239,7 @@ def kind_of(path: PathOrMedia) -> Literal["file", "folder"]:
         raise DataError(path, "missing", "no such file; give the path of a picture or video") from error
     except OSError as error:
         raise DataError(
-            path, "other", f"cannot be reached ({error.strerror}); mend its name or permissions"
+            path, "other", f"cannot be reached ({error.strerror}); correct its name or permissions"
         ) from error
     if stat.S_ISDIR(found.st_mode) or (isinstance(path, Media) and path.pictures):
         return "folder"
@@ -249,7 +251,7 @@ def kind_of(path: PathOrMedia) -> Literal["file", "folder"]:
 
 
 def suffix_by_content(content: bytes) -> str:
-    """A suffix for a medium without a name: that of its picture format, or ".mp4" for all other videos."""
+    """A suffix for a medium without a name: that of its picture format, or ".mp4" for anything else."""
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return ".webp"
     starts = zip(_PICTURE_STARTS, (".jpg", ".png", ".bmp", ".gif"), strict=True)
@@ -259,20 +261,20 @@ def suffix_by_content(content: bytes) -> str:
 def unreadable_reason(
     path: PathOrMedia, kind: Literal["picture", "video"]
 ) -> Literal["truncated", "corrupt", "wrong_type"]:
-    """Why no reader knows a file, by its first bytes: "truncated", "corrupt" or "wrong_type"."""
+    """Why no reader can read a file, by its first bytes."""
     with open_file(path) as file:
         head = file.read(16)
     if kind == "picture":
         webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
         return "corrupt" if webp or head.startswith(_PICTURE_STARTS) else "wrong_type"
     if head[4:8] in _MP4_BOXES:
-        return "truncated"  # its table of frames often stands at the end
+        return "truncated"  # its table of frames is often at the end
     avi = head[:4] == b"RIFF" and head[8:11] == b"AVI"
     return "corrupt" if avi or head.startswith(_VIDEO_STARTS) else "wrong_type"
 
 
 def check_pixels(path: PathOrMedia, width: int, height: int) -> None:
-    """Raises DataError ("too_large") for pictures that would fill the memory."""
+    """Raises DataError ("too_large") for pictures that would fill memory."""
     if width * height > MAX_PIXELS:
         raise DataError(
             path, "too_large", f"frames of {width} x {height} are too large to read; make them smaller"

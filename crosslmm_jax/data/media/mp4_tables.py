@@ -1,8 +1,13 @@
-"""Times and key frames of all frames of an mp4 or mov file from its tables, without reading the frames.
+"""Times and keyframes of all frames of an mp4 or mov file from its tables, without reading the frames.
 
-ISO/IEC 14496-12, section 8: "stts" holds how long each sample lasts in decoding order, "ctts" how much later
-it is shown, "stss" which samples are key frames, "stsz" their sizes. ffmpeg reads the same tables but tells
-the time of showing only of packets that were read.
+Tables of ISO/IEC 14496-12, section 8:
+
+    stts  duration of each sample, in decoding order
+    ctts  delay from decoding to presentation
+    stss  numbers of the keyframes
+    stsz  sizes in bytes
+
+ffmpeg reads the same tables, but gives presentation times only for packets that were read.
 """
 
 import struct
@@ -11,10 +16,10 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-_MOST_BYTES = 2**27  # of the tables of all tracks; an hour of video and sound takes some 3 MiB
-_MOST_BOXES = 10_000  # at the top of a file; one in fragments has many
-_MOST_SAMPLES = 2**23  # 93 hours at 25 frames a second
-_CHANGING = {b"stps", b"stz2"}  # tables that are rare, and mean something else
+_MOST_BYTES = 2**27  # of the tables of all tracks; an hour of video and sound takes about 3 MiB
+_MOST_BOXES = 10_000  # at the top level of a file; a fragmented file has many
+_MOST_SAMPLES = 2**23  # 93 hours at 25 frames per second
+_CHANGING = {b"stps", b"stz2"}  # rare tables with another meaning
 
 
 class SampleTables(NamedTuple):
@@ -22,26 +27,26 @@ class SampleTables(NamedTuple):
 
     Attributes:
         decode_times: int64[n], ticks since the first sample, before any edit list.
-        delays: int64[n], ticks from decoding to showing.
-        keys: bool[n].
+        delays: int64[n], ticks from decoding to presentation.
+        keyframes: bool[n].
         sizes: int64[n], bytes.
     """
 
     decode_times: np.ndarray
     delays: np.ndarray
-    keys: np.ndarray
+    keyframes: np.ndarray
     sizes: np.ndarray
 
 
 def read_sample_tables(file: BinaryIO, size: int, track_id: int) -> SampleTables | None:
-    """The tables of a track, or None when they do not tell all or are damaged.
+    """The tables of a track, or None when they are incomplete or damaged.
 
-    That is so for files in fragments, for edit lists of several parts, and for tracks that change codec.
+    They are incomplete in fragmented files, with edit lists of several parts, and if the codec changes.
 
     Args:
-        file: to read and seek in.
-        size: of it in bytes.
-        track_id: as ffmpeg's `stream.id`.
+        file: the file, open for reading and seeking.
+        size: bytes of the file.
+        track_id: ffmpeg's `stream.id`.
     """
     try:
         movie = _read_movie(file, size)
@@ -51,12 +56,12 @@ def read_sample_tables(file: BinaryIO, size: int, track_id: int) -> SampleTables
             if kind == b"trak" and _track_id(track) == track_id:
                 return _tables(track)
     except (ValueError, KeyError, IndexError, struct.error):
-        pass  # damaged: the packets will tell what can be read
+        pass  # damaged: the caller reads the packets instead
     return None
 
 
 def _read_movie(file: BinaryIO, size: int) -> memoryview | None:
-    """Content of the box "moov", or None."""
+    """Content of the "moov" box, or None."""
     place = 0
     for _ in range(_MOST_BOXES):
         file.seek(place)
@@ -79,7 +84,7 @@ def _read_movie(file: BinaryIO, size: int) -> memoryview | None:
 
 
 def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
-    """Kind and content of each box in `data`. Raises ValueError where they do not fit."""
+    """Kind and content of each box in `data`. Raises ValueError where a box exceeds it."""
     place = 0
     while place + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, place)
@@ -90,7 +95,7 @@ def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _find(data: memoryview, *path: bytes) -> memoryview | None:
-    """Content of the first box at `path`, each kind within the one before; None when there is none."""
+    """Content of the first box at `path` (kinds from outer to inner), or None."""
     for wanted in path:
         found = next((content for kind, content in _boxes(data) if kind == wanted), None)
         if found is None:
@@ -122,16 +127,18 @@ def _tables(track: memoryview) -> SampleTables | None:
     else:
         sizes = np.frombuffer(boxes[b"stsz"], ">u4", count, 12).astype(np.int64)
     lasts = _runs(boxes[b"stts"], ">u4", count)
-    keys = np.ones(count, bool)
+    keyframes = np.ones(count, bool)
     if b"stss" in boxes:
-        keys[:] = False
-        keys[np.frombuffer(boxes[b"stss"], ">u4", _entries(boxes[b"stss"]), 8).astype(np.int64) - 1] = True
+        keyframes[:] = False
+        keyframes[np.frombuffer(boxes[b"stss"], ">u4", _entries(boxes[b"stss"]), 8).astype(np.int64) - 1] = (
+            True
+        )
     delays = _runs(boxes[b"ctts"], ">i4", count) if b"ctts" in boxes else np.zeros(count, np.int64)
-    return SampleTables(np.cumsum(lasts) - lasts, delays, keys, sizes)
+    return SampleTables(np.cumsum(lasts) - lasts, delays, keyframes, sizes)
 
 
 def _is_one_edit(edits: memoryview | None) -> bool:
-    """Whether an edit list shows one part of the track, perhaps after a pause; None is no list."""
+    """Whether an edit list (None: there is none) shows one part of the track, perhaps after a pause."""
     if edits is None:
         return True
     form, step = (">Qq4x", 20) if edits[0] == 1 else (">Ii4x", 12)
@@ -144,7 +151,7 @@ def _entries(box: memoryview) -> int:
 
 
 def _runs(box: memoryview, value: str, count: int) -> np.ndarray:
-    """int64[count] of a table of (how many samples, value). Raises ValueError when it has another length."""
+    """int64[count] from a run-length table of (samples, value). Raises ValueError at another length."""
     pairs = np.frombuffer(box, np.dtype([("count", ">u4"), ("value", value)]), _entries(box), 8)
     if pairs["count"].sum(dtype=np.int64) != count:
         raise ValueError(count)

@@ -1,7 +1,7 @@
 """Members of tar files, read in place: a reference is "shard.tar::name" or "shard.tar::name@offset+length".
 
-With the span written out no reader has to walk through the tar; the header before it is checked, so that a
-tar that was made anew is noticed.
+A reference with a span is read without walking through the tar. The member's header is checked, so that a
+rewritten tar is noticed.
 """
 
 import functools
@@ -14,37 +14,31 @@ from crosslmm_jax.errors import DataError
 
 _SPAN = re.compile(r"(.+)@(\d+)\+(\d+)", re.DOTALL)
 _BLOCK = 512
-_KNOWN_TARS = 16  # tables of members that a process keeps
+_KNOWN_TARS = 16  # tars whose member tables a process keeps
 
 
 def is_tar(path: str) -> bool:
-    """Whether the name is that of a tar, so that "::" after it leads to a member."""
+    """Whether the name is that of a tar, so that a member follows "::"."""
     return path.endswith(".tar")
 
 
 def tar_member(name: str, offset: int, length: int) -> str:
-    """What stands after "::" in a reference to the member `name`, which lies at `offset`."""
+    """The part after "::" of a reference to member `name`, whose content lies at `offset`."""
     return f"{name}@{offset}+{length}"
 
 
 def member_name(member: str) -> str:
-    """The name in the tar, without the span."""
+    """The name of a member, without its span."""
     match = _SPAN.fullmatch(member)
     return match[1] if match else member
 
 
-def span_of(member: str) -> tuple[int, int] | None:
-    """Offset and length that are written out after a name, if they are."""
-    match = _SPAN.fullmatch(member)
-    return (int(match[2]), int(match[3])) if match else None
-
-
 def member_span(tar_path: str, member: str) -> tuple[int, int]:
-    """Where a member's content lies in its tar: offset and length in bytes.
+    """Offset and length in bytes of a member's content in its tar.
 
     Args:
         tar_path: an uncompressed tar.
-        member: what stands after "::" in a reference.
+        member: the part after "::" of a reference.
 
     Raises:
         DataError: the tar cannot be read ("other", "corrupt"), holds no such file ("missing"), ends within
@@ -74,7 +68,7 @@ def _mtime(path: str) -> int:
 
 @functools.lru_cache(maxsize=_KNOWN_TARS)
 def _spans(path: str, mtime: int) -> dict[str, tuple[int, int]]:
-    """Offset and length of each file; `mtime` makes a table of a changed tar another one."""
+    """Offset and length of each file. `mtime` is part of the cache key, for tars that change."""
     return {member.name: (member.offset_data, member.size) for _, member in walk_tar(path)}
 
 
@@ -94,14 +88,14 @@ def _is_header_of(block: bytes, name: str, length: int) -> bool:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         return False
-    # A name that is long or not ASCII stands in a block of its own, and here only cut or with "?" in it.
+    # The full form of a long or non-ASCII name lies in a block before. Here it is truncated or has "?".
     short = name.encode("ascii", "replace").decode()[:100]
     cut = name.encode("utf-8", "surrogateescape")[:100].decode("utf-8", "surrogateescape")
     return header.isreg() and header.size == length and header.name in (name, short, cut)
 
 
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """What a small file of an open tar holds. Raises DataError when the tar ends within it."""
+    """Content of a small file of an open tar. Raises DataError when the tar ends within it."""
     try:
         content = tar.extractfile(member)
         return content.read() if content is not None else b""
@@ -112,21 +106,21 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def walk_tar(path: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """The tar and each of its files in order, while it is open.
+    """Yields the open tar and each of its files, in order.
 
     Raises:
-        DataError: the tar cannot be read, or is damaged; at the place of the damage.
+        DataError: the tar cannot be read or, when iteration reaches the place, is damaged.
     """
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.isreg() and not member.issparse():
                     yield tar, member
-                tar.members = []  # type: ignore[attr-defined]  # or the tar remembers all that it has met
+                tar.members = []  # type: ignore[attr-defined]  # or tarfile keeps every member in memory
             end = tar.offset
     except (OSError, tarfile.TarError) as error:
         fix = "download it again, or unpack it if it is compressed"
         raise DataError(path, "corrupt", f"cannot be read as a tar ({error}); {fix}") from error
-    # The iteration ends without an error at a header that is damaged, which zeros or the end of file are not.
+    # tarfile stops without an error at a damaged header. Zeros and the end of the file are no damage.
     if any(_read_block(path, end)):
         raise DataError(path, "corrupt", f"is damaged at byte {end}; download the tar again")

@@ -1,47 +1,53 @@
-"""The wanted frames of a video as square uint8 pixels, and their times; what a video is like.
+"""Reads the sampled frames of a video as square uint8 pixels with their times, and probes videos.
 
-First the times of all frames are listed without decoding: from the tables of an mp4, or from all packets.
-Then only the groups of pictures that hold wanted frames are read and decoded, each up to its last wanted one,
-and only the wanted ones are converted and resized. Folders of pictures and still images are read by the same
-functions.
+1. All frame times are listed without decoding: from the tables of an mp4, or from all packets (packet_index).
+2. The sampling rule chooses frames by these times (frame_sampling).
+3. Only the GOPs that hold chosen frames are read, each up to its last chosen frame (decode).
+4. Only the chosen frames are converted to RGB and resized.
+
+Folders of pictures and still images are read by the same functions.
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.media.decode import SeekError, can_seek, decode_gops
-from crosslmm_jax.data.media.demux import SEEKABLE, PacketIndex, format_of, open_video
+from crosslmm_jax.data.media.demux import DAMAGED, SEEKABLE, format_of, open_video
 from crosslmm_jax.data.media.frame_sampling import choose_frames
 from crosslmm_jax.data.media.frames_folder import list_pictures, read_pictures
 from crosslmm_jax.data.media.image import Clip, Resampling, holds_image, open_image, read_image, resize
 from crosslmm_jax.data.media.locate import DEADLINE_S, Deadline, PathOrMedia, check_pixels, kind_of, size_of
-from crosslmm_jax.data.media.packet_index import open_indexed
+from crosslmm_jax.data.media.packet_index import PacketIndex, open_indexed
 from crosslmm_jax.errors import DataError
 
-_LOST_TAIL = 3  # frames at the end that may fail to decode before the file counts as damaged
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.video.stream import VideoStream
+
+_LOST_TAIL = 3  # this many frames at the end may fail to decode; with more the file counts as damaged
 _EXIF_ROTATION = {3: 180, 4: 180, 5: 270, 6: 270, 7: 90, 8: 90}  # degrees anticlockwise
 _ORIENTATION = 0x0112  # number of the field in the EXIF data
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """What `probe` finds.
+    """What `probe` finds. Duration, fps and keyframe spacing of a still image are 0.
 
     Attributes:
-        duration: seconds; 0 for a still image.
-        fps: mean frames a second; 0 for a still image.
+        duration: seconds.
+        fps: mean frames per second.
         num_frames: 1 for a still image.
-        width: pixels as stored, before any turn.
+        width: pixels as stored, before rotation.
         height: likewise.
-        size_bytes: of the file, or of all pictures of a folder.
-        codec: ffmpeg's name of the codec, or PIL's of the image format in lower case.
-        keyframe_spacing: mean seconds from one key frame to the next; 0 for a still image.
-        rotation: degrees anticlockwise by which to turn the stored picture: 0, 90, 180 or 270.
+        size_bytes: size of the file, or of all pictures of a folder.
+        codec: ffmpeg's name of the codec, or PIL's name of the image format in lower case.
+        keyframe_spacing: mean seconds from one keyframe to the next.
+        rotation: degrees anticlockwise by which the stored picture is to be rotated: 0, 90, 180 or 270.
     """
 
     duration: float
@@ -56,16 +62,16 @@ class VideoInfo:
 
 
 def probe(path: PathOrMedia, *, deadline_s: float | None = DEADLINE_S) -> VideoInfo:
-    """Length, frame rate and size of a video, from its tables or packets; at most its first frame is decoded.
+    """Length, frame rate and size of a video, from its tables or packets. At most one frame is decoded.
 
-    Of pictures, those of a folder too, the headers are read: damage behind them shows when they are decoded.
+    Of pictures only the headers are read, also in a folder. Damage after the header shows at decoding.
 
     Args:
-        path: a video, a folder of its frames, or a still image; a path or what `open_media` gives.
-        deadline_s: seconds without a packet or picture after which it fails; None for no limit.
+        path: a video, a folder of its frames, or a still image: a path, or a result of `open_media`.
+        deadline_s: fail after this many seconds without a packet or picture; None for no limit.
 
     Raises:
-        DataError: no such file, no video in it, or damaged.
+        DataError: the file is missing or damaged, or holds no video.
     """
     deadline = Deadline(path, deadline_s)
     if kind_of(path) == "folder":
@@ -95,28 +101,28 @@ def probe(path: PathOrMedia, *, deadline_s: float | None = DEADLINE_S) -> VideoI
             height=context.height,
             size_bytes=size_of(path),
             codec=context.codec.canonical_name,
-            keyframe_spacing=duration / (int(index.groups.max()) + 1),
+            keyframe_spacing=duration / (int(index.gops.max()) + 1),
             rotation=_first_rotation(stream, index, deadline),
         )
 
 
 def _probe_image(path: PathOrMedia) -> VideoInfo:
-    """Size and format of a still image, from its header alone."""
+    """Size and format of a still image, from its header."""
     with open_image(path) as image:
         rotation = _EXIF_ROTATION.get(image.getexif().get(_ORIENTATION, 1), 0)
         return VideoInfo(
             duration=0.0, fps=0.0, num_frames=1, width=image.width, height=image.height,
-            size_bytes=size_of(path), codec=image.format.lower(), keyframe_spacing=0.0,
+            size_bytes=size_of(path), codec=(image.format or "").lower(), keyframe_spacing=0.0,
             rotation=rotation,
         )  # fmt: skip
 
 
-def _first_rotation(stream: Any, index: PacketIndex, deadline: Deadline) -> int:
-    """Rotation of the first frame; PyAV tells it of frames only. 0 where that frame is damaged."""
+def _first_rotation(stream: "VideoStream", index: PacketIndex, deadline: Deadline) -> int:
+    """Rotation of the first frame, which PyAV knows of decoded frames only; 0 if that frame is damaged."""
     import av.error
 
     if format_of(stream) not in SEEKABLE:
-        return 0  # other formats carry none
+        return 0  # other formats store no rotation
     first = np.flatnonzero(index.shown)[:1]
     with contextlib.suppress(av.error.InvalidDataError, SeekError):
         for frame in decode_gops(stream, index, wanted=first, shortcuts=True, deadline=deadline):
@@ -134,77 +140,84 @@ def read_frames(
     resampling: Resampling = "bicubic",
     deadline_s: float | None = DEADLINE_S,
 ) -> Clip:
-    """Reads the frames that `sampling` chooses, each resized to `size` x `size` as PIL does.
+    """Reads the frames that `sampling` chooses, each resized to `size` x `size` by PIL.
 
     Args:
-        path: a video, a folder of its frames (one a second), or a still image, which is one frame at time 0;
-            a path or what `open_media` gives.
-        sampling: which frames.
-        size: R, pixels along each side; the aspect ratio is not kept, as in SigLIP.
-        bounds: seconds (start, end) of the part to read; None for all.
-        num_threads: of the decoder; 0 lets it choose.
-        resampling: of the resizing.
-        deadline_s: seconds without a packet or picture after which it fails; None for no limit.
+        path: a video, a folder of its frames (one per second), or a still image (one frame at time 0): a
+            path, or a result of `open_media`.
+        sampling: the rule that chooses frames.
+        size: R, pixels of each side. The aspect ratio is not kept, as in SigLIP.
+        bounds: (start, end) in seconds of the part to read; None for the whole video.
+        num_threads: threads of the decoder; 0 lets ffmpeg choose.
+        resampling: filter of the resizing.
+        deadline_s: fail after this many seconds without a packet or picture; None for no limit.
 
     Raises:
-        DataError: no such file, no video in it, no frames within the bounds, damaged, or at a stand.
+        DataError: the file is missing, damaged or stalls, or it holds no video or no frame within the bounds.
     """
     deadline = Deadline(path, deadline_s)
     if kind_of(path) == "folder":
         pictures = list_pictures(path)
-        part = _select(
-            np.arange(len(pictures)), sampling, end=len(pictures), tick=1.0, bounds=bounds, path=path
-        )
+        seconds = np.arange(len(pictures))
+        chosen = _choose(seconds, sampling, end=len(pictures), tick=1.0, bounds=bounds, path=path)
         images = read_pictures(
-            [pictures[number] for number in part.wanted], size=size, resampling=resampling, deadline=deadline
-        )
-        return part.clip(images)
+            [pictures[number] for number in chosen.frames], size=size, resampling=resampling,
+            deadline=deadline,
+        )  # fmt: skip
+        return chosen.clip(images)
     if holds_image(path):
         return read_image(path, size, resampling)
-    to_square = _Squarer(size, resampling, path)
-    for shortcuts in (True, False):  # what shortcuts do not find is read without
+    to_square = _ToSquare(size, resampling, path)
+    for shortcuts in (True, False):  # without shortcuts if they do not find every frame
         with open_indexed(path, deadline, num_threads, use_tables=shortcuts) as (stream, index):
             shown = np.flatnonzero(index.shown)
-            part = _select(
+            chosen = _choose(
                 index.times[shown], sampling, end=index.end, tick=index.tick, bounds=bounds, path=path
             )
-            wanted = shown[part.wanted]
-            for whole_groups in (False,) if shortcuts else (False, True):
+            wanted = shown[chosen.frames]
+            for whole_gops in (False,) if shortcuts else (False, True):
                 with contextlib.ExitStack() as stack:
-                    source = stream
+                    at_start = stream
                     if index.packets is None and not (shortcuts and can_seek(index)):
-                        source = stack.enter_context(open_video(path, deadline, num_threads))
+                        at_start = stack.enter_context(open_video(path, deadline, num_threads))
                     frames = decode_gops(
-                        source, index, wanted=wanted, whole_groups=whole_groups, shortcuts=shortcuts,
+                        at_start, index, wanted=wanted, whole_gops=whole_gops, shortcuts=shortcuts,
                         deadline=deadline,
                     )  # fmt: skip
-                    images = _pick(frames, index, wanted=wanted, to_square=to_square, exact=shortcuts)
+                    images = _take_wanted(frames, index, wanted=wanted, to_square=to_square, exact=shortcuts)
                 if images is not None:
-                    return part.clip(images)
-    raise DataError(path, "truncated", "is cut off or damaged; fetch or encode it again")
+                    return chosen.clip(images)
+    raise DataError(path, "truncated", DAMAGED)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Selection:
-    """The frames to read: `wanted` positions without repeats, ascending in time; the clip may repeat them."""
+class _ChosenFrames:
+    """The frames to read.
 
-    wanted: np.ndarray
+    Attributes:
+        frames: int64[n], positions in the video without repeats, ascending in time.
+        repeats: int64[F], for each frame of the clip its position in `frames`.
+        seconds: float32[F], times of the clip's frames since the first frame of the video.
+        duration: seconds of the video, or of the part within the bounds.
+    """
+
+    frames: np.ndarray
     repeats: np.ndarray
     seconds: np.ndarray
     duration: float
 
     def clip(self, images: np.ndarray) -> Clip:
-        """The clip of the `wanted` images, uint8[n, R, R, 3]."""
-        if len(self.repeats) > len(images):  # without repeats this would be a copy of the same, and large
+        """The clip made of the images uint8[n, R, R, 3] of `frames`."""
+        if len(self.repeats) > len(images):  # without repeats indexing would only copy, and images are large
             images = images[self.repeats]
         return Clip(images, self.seconds, self.duration)
 
 
-def _select(
+def _choose(
     times: np.ndarray, sampling: SamplingConfig, *, end: float, tick: float,
     bounds: tuple[float, float] | None, path: PathOrMedia,
-) -> _Selection:  # fmt: skip
-    """Applies bounds and sampling to the times (ticks, in any order) of a video's frames."""
+) -> _ChosenFrames:  # fmt: skip
+    """Applies bounds and sampling to the times (ticks, in any order) of the frames of a video."""
     order = np.argsort(times, kind="stable")
     times = times[order]
     first = int(times[0])
@@ -213,36 +226,37 @@ def _select(
         inside = (seconds >= bounds[0]) & (seconds < bounds[1])
         if inside.any():
             order, times = order[inside], times[inside]
-        elif bounds[0] < (end - first) * tick:  # between two frames: the one on display
+        elif bounds[0] < (end - first) * tick:  # between two frames: the frame on display
             number = np.searchsorted(seconds, bounds[0], side="right") - 1
             order, times = order[number : number + 1], np.array([first + bounds[0] / tick])
         else:
-            detail = f"no frames between {bounds[0]} and {bounds[1]} seconds; mend start and end"
+            detail = f"no frames between {bounds[0]} and {bounds[1]} seconds; correct start and end"
             raise DataError(path, "clip_times", detail)
         end = min(end, first + bounds[1] / tick)
     chosen = choose_frames(times, sampling, end=end, ticks_per_second=1 / tick)
     numbers, repeats = np.unique(chosen, return_inverse=True)
-    return _Selection(
-        wanted=order[numbers],
+    return _ChosenFrames(
+        frames=order[numbers],
         repeats=repeats,
         seconds=((times[chosen] - first) * tick).astype(np.float32),
         duration=float(end - times[0]) * tick,
     )
 
 
-def _pick(
-    frames: Iterator[Any], index: PacketIndex, *, wanted: np.ndarray, to_square: "_Squarer", exact: bool
-) -> np.ndarray | None:
+def _take_wanted(
+    frames: "Iterator[VideoFrame]", index: PacketIndex, *, wanted: np.ndarray, to_square: "_ToSquare",
+    exact: bool,
+) -> np.ndarray | None:  # fmt: skip
     """uint8[n, R, R, 3] of the `wanted` packets (positions, ascending in time), or None if one is lost.
 
-    A lost frame is replaced by the next one and, at the end of the video, by the one before, unless `exact`.
+    Unless `exact`, the next frame replaces a lost one, and at the end of the video the previous one.
     """
     images = np.empty((len(wanted), to_square.size, to_square.size, 3), np.uint8)
     targets = index.times[wanted].tolist()
     done, last = 0, None
     with contextlib.suppress(SeekError):
         for number, frame in enumerate(frames):
-            time = number if index.by_order else frame.pts
+            time = number if index.untimed else frame.pts
             last = frame
             first = done
             while time is not None and done < len(targets) and targets[done] <= time:
@@ -260,8 +274,8 @@ def _pick(
     return images
 
 
-class _Squarer:
-    """Makes squares uint8[size, size, 3] of video frames; keeps ffmpeg's converter from frame to frame."""
+class _ToSquare:
+    """Converts video frames to uint8[size, size, 3]; keeps ffmpeg's converter between frames."""
 
     def __init__(self, size: int, resampling: Resampling, path: PathOrMedia) -> None:
         from av.video.reformatter import VideoReformatter
@@ -271,8 +285,8 @@ class _Squarer:
         self._resampling: Resampling = resampling
         self._reformatter = VideoReformatter()
 
-    def __call__(self, frame: Any) -> np.ndarray:
-        """The frame turned as its metadata says, and resized."""
+    def __call__(self, frame: "VideoFrame") -> np.ndarray:
+        """The frame rotated as its metadata says, and resized."""
         from PIL import Image
 
         check_pixels(self.path, frame.width, frame.height)
@@ -283,6 +297,6 @@ class _Squarer:
         return resize(Image.fromarray(pixels), self.size, self._resampling)
 
 
-def _quarter_turns(frame: Any) -> int:
-    """Quarter turns anticlockwise that the metadata ask for."""
+def _quarter_turns(frame: "VideoFrame") -> int:
+    """Quarter turns anticlockwise by which the metadata rotates the frame."""
     return round(frame.rotation / 90) % 4

@@ -14,7 +14,7 @@ from damaged import write_damaged
 from video_files import SIZE, decode_all, write_video
 
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.data.media import demux as packets
+from crosslmm_jax.data.media import packet_index
 from crosslmm_jax.data.media.locate import resolve_path
 from crosslmm_jax.data.media.video import probe, read_frames
 from crosslmm_jax.errors import DataError
@@ -36,8 +36,8 @@ def read_all(root: str, references: list[str]) -> None:
         print(json.dumps([reference, reason, time.monotonic() - start, message]), flush=True)
 
 
-def groups_without(path: Path, begin: int, end: int, *, length: int) -> list[bool]:
-    """Of each group of `length` frames, whether no packet of it touches the bytes from `begin` to `end`."""
+def whole_gops(path: Path, begin: int, end: int, *, length: int) -> list[bool]:
+    """For each GOP of `length` frames, whether no packet of it touches the bytes from `begin` to `end`."""
     whole = []
     with av.open(str(path)) as container:
         for number, packet in enumerate(packet for packet in container.demux(video=0) if packet.size):
@@ -52,8 +52,8 @@ def groups_without(path: Path, begin: int, end: int, *, length: int) -> list[boo
 def test_a_damaged_place_in_a_large_file(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading ends in time, and if frames are given, those of groups that are whole are right."""
-    monkeypatch.setattr(packets, "KEEP_BYTES", 0)
+    """Reading ends in time, and if frames are given, those of intact GOPs are right."""
+    monkeypatch.setattr(packet_index, "KEEP_BYTES", 0)
     good = write_video(tmp_path / f"good{suffix}", 400, options={"g": "10", "sc_threshold": "0"})
     frames, times = decode_all(good)
     content = good.read_bytes()
@@ -65,7 +65,7 @@ def test_a_damaged_place_in_a_large_file(
         path = tmp_path / f"{number}{suffix}"
         filling = rng.choice([bytes(end - begin), rng.randbytes(end - begin)])
         path.write_bytes(content[:begin] + filling + content[end:])
-        whole = groups_without(good, begin, end, length=10)
+        whole = whole_gops(good, begin, end, length=10)
         start = time.monotonic()
         try:
             clip = read_frames(path, SamplingConfig(frames=rng.choice([5, 30])), size=SIZE)

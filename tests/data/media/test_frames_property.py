@@ -9,7 +9,6 @@ import pytest
 from video_files import SIZE, decode_all, write_video
 
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.data.media import demux as packets
 from crosslmm_jax.data.media import packet_index
 from crosslmm_jax.data.media.video import probe, read_frames
 
@@ -73,7 +72,7 @@ def test_random_frames_equal_a_plain_decode(
         frames, times = decode_all(path)
         assert probe(path).num_frames == len(frames)
         for _ in range(10):
-            monkeypatch.setattr(packets, "KEEP_BYTES", rng.choice([0, 2**26]))
+            monkeypatch.setattr(packet_index, "KEEP_BYTES", rng.choice([0, 2**26]))
             bounds = None
             if rng.random() < 0.4:
                 middle = times[rng.randrange(len(times))]

@@ -14,9 +14,8 @@ from PIL import Image
 from video_files import assert_same, write_video
 
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.data.media import demux as packets
+from crosslmm_jax.data.media import demux, packet_index
 from crosslmm_jax.data.media import locate as media
-from crosslmm_jax.data.media import packet_index
 from crosslmm_jax.data.media.image import read_image
 from crosslmm_jax.data.media.locate import Media, resolve_path
 from crosslmm_jax.data.media.video import probe, read_frames
@@ -133,13 +132,12 @@ def test_only_standing_still_is_limited(tmp_path: Path, suffix: str, monkeypatch
 def test_packets_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a damaged file in which ffmpeg goes round in circles, and so never stands still."""
     path = write_video(tmp_path / "a.mkv", 20)
-    real = packets._demux
-    monkeypatch.setattr(packets, "_demux", lambda stream: itertools.cycle(list(real(stream))))
+    real = demux._demux
+    monkeypatch.setattr(demux, "_demux", lambda stream: itertools.cycle(list(real(stream))))
     assert reason_of(path) == "corrupt"
     monkeypatch.undo()
     for suffix in (".mkv", ".mp4"):
         path = write_video(tmp_path / f"b{suffix}", 20)
-        monkeypatch.setattr(packets, "MOST_REPEATS", 0.1)
         monkeypatch.setattr(packet_index, "MOST_REPEATS", 0.1)
         assert reason_of(path) == "corrupt"
         monkeypatch.undo()
@@ -223,7 +221,10 @@ def test_a_picture_whose_name_tells_nothing(tmp_path: Path) -> None:
 
 def test_what_no_reader_knows_is_told_in_words_for_people(tmp_path: Path) -> None:
     """The same each time: PIL's own name the address of an object."""
-    for content, words in ((b"text", "it is no picture"), (b"\x89PNG\r\n\x1a\nx", "damaged at its begin")):
+    for content, words in (
+        (b"text", "it is not a picture"),
+        (b"\x89PNG\r\n\x1a\nx", "damaged at its beginning"),
+    ):
         (tmp_path / "a.png").write_bytes(content)
         for medium in (str(tmp_path / "a.png"), Media(str(tmp_path / "a.png"), "b.png", data=content)):
             with pytest.raises(DataError) as caught:
@@ -245,7 +246,7 @@ def test_reading_goes_on_where_a_stream_begins_within_the_file() -> None:
     class Stream:
         container = Container()
 
-    assert list(packets._demux(Stream())) == [1, 2, 3]
+    assert list(demux._demux(Stream())) == [1, 2, 3]
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:

@@ -11,18 +11,18 @@ import pytest
 from video_files import SIZE, decode_all, write_video
 
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.data.media import demux as packets
+from crosslmm_jax.data.media import demux, packet_index
 from crosslmm_jax.data.media.video import probe, read_frames
 
-FRAMES, GAP_MS, GROUP = 18_000, 200, 50
+FRAMES, GAP_MS, GOP = 18_000, 200, 50
 
 
 @pytest.fixture(scope="module")
 def hour(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
-    """A file of one hour with open groups and B-frames, and all its frames."""
+    """A file of one hour with open GOPs and B-frames, and all its frames."""
     path = write_video(
         tmp_path_factory.mktemp("hour") / "hour.mp4", FRAMES, width=32, height=32,
-        options={"preset": "ultrafast", "g": str(GROUP), "bf": "2", "x264-params": "open-gop=1:scenecut=0"},
+        options={"preset": "ultrafast", "g": str(GOP), "bf": "2", "x264-params": "open-gop=1:scenecut=0"},
         ticks=range(0, GAP_MS * FRAMES, GAP_MS),
     )  # fmt: skip
     frames, times = decode_all(path)
@@ -34,14 +34,14 @@ def hour(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
 def packets_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The times of all packets that are read from files."""
     read: list[int] = []
-    original = packets._demux
+    original = demux._demux
 
     def noted(stream: Any) -> Iterator[Any]:
         for packet in original(stream):
             read.append(packet.pts)
             yield packet
 
-    monkeypatch.setattr(packets, "_demux", noted)
+    monkeypatch.setattr(demux, "_demux", noted)
     return read
 
 
@@ -52,10 +52,10 @@ def test_frames_of_an_hour(hour: tuple[Path, np.ndarray], packets_read: list[int
         clip = read_frames(path, SamplingConfig(frames=count), size=SIZE)
         chosen = np.arange(count) * (FRAMES - 1) // max(1, count - 1)
         np.testing.assert_array_equal(clip.frames, frames[chosen])
-        assert len(packets_read) < (count + 1) * (2 * GROUP + 40)
+        assert len(packets_read) < (count + 1) * (2 * GOP + 40)
     packets_read.clear()
     assert probe(path).num_frames == FRAMES
-    assert len(packets_read) < 2 * GROUP
+    assert len(packets_read) < 2 * GOP
 
 
 def test_random_parts_of_an_hour(hour: tuple[Path, np.ndarray]) -> None:
@@ -77,7 +77,7 @@ def test_an_hour_in_matroska(
 ) -> None:
     """Its packets are read once for their times and, as those of a large file, not kept but sought then."""
     path, frames = hour
-    monkeypatch.setattr(packets, "KEEP_BYTES", 0)
+    monkeypatch.setattr(packet_index, "KEEP_BYTES", 0)
     copy = path.with_suffix(".mkv")
     with av.open(str(path)) as source, av.open(str(copy), "w") as target:
         original = source.streams.video[0]
@@ -89,4 +89,4 @@ def test_an_hour_in_matroska(
     packets_read.clear()
     clip = read_frames(copy, SamplingConfig(frames=6), size=SIZE)
     np.testing.assert_array_equal(clip.frames, frames[np.arange(6) * (FRAMES - 1) // 5])
-    assert len(packets_read) < FRAMES + 6 * (2 * GROUP + 40)
+    assert len(packets_read) < FRAMES + 6 * (2 * GOP + 40)

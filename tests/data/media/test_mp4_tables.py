@@ -12,7 +12,6 @@ import pytest
 from video_files import SIZE, decode_all, write_video
 
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.data.media import demux as packets
 from crosslmm_jax.data.media import packet_index
 from crosslmm_jax.data.media.locate import Deadline, Media
 from crosslmm_jax.data.media.mp4_tables import SampleTables, read_sample_tables
@@ -90,7 +89,7 @@ def test_what_tables_do_not_tell_is_read(
     tmp_path: Path, name: str, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not keep:
-        monkeypatch.setattr(packets, "KEEP_BYTES", 0)
+        monkeypatch.setattr(packet_index, "KEEP_BYTES", 0)
     path = write(tmp_path, name, FROM_PACKETS[name])
     assert_same_frames(path, *decode_all(path))
     forbid_packets(monkeypatch)

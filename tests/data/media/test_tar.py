@@ -62,7 +62,7 @@ def test_large_videos_are_read_twice_from_a_member(
     tmp_path: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = read_frames(tmp_path / "a.mp4", FOUR, size=24)
-    monkeypatch.setattr("crosslmm_jax.data.media.demux.KEEP_BYTES", 0)
+    monkeypatch.setattr("crosslmm_jax.data.media.packet_index.KEEP_BYTES", 0)
     assert_same(read_frames(open_media(str(tmp_path), "all.tar::x/a.mp4"), FOUR, size=24), wanted)
 
 

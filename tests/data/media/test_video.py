@@ -11,16 +11,15 @@ from PIL import Image
 from video_files import SIZE, decode_all, write_sound, write_video
 
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.data.media import demux as packets
 from crosslmm_jax.data.media import locate as media
-from crosslmm_jax.data.media import video
+from crosslmm_jax.data.media import packet_index, video
 from crosslmm_jax.data.media.video import probe, read_frames
 from crosslmm_jax.errors import DataError, UserError
 
 KINDS: dict[str, dict[str, Any]] = {
     "one_group.mp4": {},
-    "short_groups.mp4": {"options": {"g": "6"}},
-    "open_groups.mp4": {"options": {"g": "6", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}},
+    "short_gops.mp4": {"options": {"g": "6"}},
+    "open_gops.mp4": {"options": {"g": "6", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}},
     "no_b_frames.mp4": {"options": {"bf": "0", "g": "5"}},
     "matroska.mkv": {"options": {"g": "7"}},
     "mpeg4.avi": {"codec": "mpeg4", "options": {"g": "5"}},
@@ -36,7 +35,7 @@ def test_frames_equal_a_plain_decode(
     tmp_path: Path, name: str, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not keep:  # as if the file were too large to keep its packets
-        monkeypatch.setattr(packets, "KEEP_BYTES", 0)
+        monkeypatch.setattr(packet_index, "KEEP_BYTES", 0)
     path = write_video(tmp_path / name, 40, **KINDS[name])
     frames, times = decode_all(path)
     assert len(frames) == 40
@@ -150,7 +149,7 @@ def write_bad_files(folder: Path) -> dict[str, str]:
         "text.mp4": "cannot be decoded",
         "empty.mp4": "cannot be decoded",
         "cut.mp4": "cannot be decoded",
-        "cut_front.mp4": "is cut off or damaged",
+        "cut_front.mp4": "is truncated or damaged",
         "noise.png": "cannot be read as an image",
         "sound.mp4": "holds no video stream",
         "folder.mp4": "is a folder",
@@ -173,7 +172,7 @@ def test_absurd_sizes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         read_frames(path, SamplingConfig(frames=1), size=SIZE)
 
 
-def test_only_groups_with_wanted_frames_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_gops_with_wanted_frames_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", 40, options={"g": "5", "sc_threshold": "0"})
     decoded = []
     original = video.decode_gops
@@ -194,7 +193,7 @@ def test_sound_between_the_frames(
     tmp_path: Path, suffix: str, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not keep:
-        monkeypatch.setattr(packets, "KEEP_BYTES", 0)
+        monkeypatch.setattr(packet_index, "KEEP_BYTES", 0)
     silent = write_video(tmp_path / "silent.mp4", 60, options={"g": "6"})
     path = tmp_path / f"sound{suffix}"
     with av.open(str(silent)) as source, av.open(str(path), "w") as target:
@@ -242,7 +241,7 @@ def test_real_clips() -> None:
 @pytest.mark.parametrize("shape", [(64, 48), (50, 98), (322, 242)])
 def test_the_kept_converter_gives_the_same_pixels(tmp_path: Path, codec: str, shape: tuple[int, int]) -> None:
     path = write_video(tmp_path / "a.mkv", 5, codec=codec, width=shape[0], height=shape[1])
-    to_square = video._Squarer(SIZE, "bicubic", path)
+    to_square = video._ToSquare(SIZE, "bicubic", path)
     expected, _ = decode_all(path)
     with av.open(str(path)) as container:
         squares = [to_square(frame) for frame in container.decode(video=0)]
