@@ -7,12 +7,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from prompts import whole_prompt
 
 from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.loading.collate import lay_out
 from crosslmm_jax.data.media.video import read_frames
-from crosslmm_jax.data.text.chat import prompt_segments, question_suffix
+from crosslmm_jax.data.text.chat import question_suffix
 from crosslmm_jax.data.text.time_instruction import ClipMeta, time_text
 from crosslmm_jax.demo.synthetic import write_dataset
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
@@ -57,7 +58,7 @@ def greedy(model, video, question: str, history, steps: int, time_text: str | No
 
     All in one length: what stands behind the last token is padding, which nothing before it reads.
     """
-    sequence = prompt_segments(question, model.tokenizer, history=history, time_text=time_text)
+    sequence = whole_prompt(question, model.tokenizer, history=history, time_text=time_text)
     layout = lay_out(sequence, [len(video.frames)], tokens_per_frame=1, placeholder=model.tokenizer.video_pad)
     prompt, total = len(layout.tokens), len(layout.tokens) + steps
     visible = np.full(total, len(video.frames), np.int32)
@@ -219,7 +220,7 @@ def test_a_video_is_introduced_as_in_training(model, clip, kind):
     question = "What shape is the red object?"
     expected = greedy(model, video, question, (), 2, time_text=text)
     assert video.ask(question, max_new_tokens=2) == model.tokenizer.decode(expected)
-    prompt = prompt_segments(question, model.tokenizer, time_text=text)
+    prompt = whole_prompt(question, model.tokenizer, time_text=text)
     suffix = len(question_suffix(question, model.tokenizer).ids)
     assert int(video._prefix.lengths[0]) == prompt.num_text_tokens - suffix + 4
 

@@ -1,4 +1,10 @@
-"""TODO."""
+"""Rows of an index to the schedule of global batches, without opening a media file.
+
+token_counts   frames and text tokens of each row
+buckets        the static shapes of batches, and the bucket of each row
+bucket_search  the search for shapes with little padding
+schedule       the rows of every step
+"""
 
 from crosslmm_jax.data.batching.buckets import (
     FRAME_COST,

@@ -1,19 +1,19 @@
-"""The few shapes that rows of known lengths are padded to with the least waste.
+"""Search for the few static shapes (frames, text) to which rows are padded with the least waste.
 
-A row may take any shape that holds it and takes the cheapest. Many shapes are placed one by one, each where
-it saves the most; then the least useful goes, again and again, and the others move to where they are best.
-All sums are of integers, so that every host comes to the same shapes whatever its processor.
+A row takes the cheapest shape that holds it. The search is greedy: it adds shapes one by one where each saves
+most, then repeatedly removes the least useful shape and moves the others to their best places. All sums are
+integers, so that every host finds the same shapes on any processor.
 """
 
 import numpy as np
 
-TEXT_STEP = 16  # tokens; text sizes are multiples of it
-FRAME_STEP = 4  # frames; likewise, above 4
-_LEVELS = (30, 40)  # sizes that are tried, of frames and of text
-_SPARE = 16  # shapes that are placed beyond those that may stay
-_WORTH = 0.002  # of the work without padding: a shape that saves less goes
-_ROUNDS = 10  # of moving all shapes; they settle after a few
-_NEVER = 10**9  # what a row would pay for a shape that does not hold it
+TEXT_STEP = 16  # tokens; text sizes are multiples of this
+FRAME_STEP = 4  # frames; frame sizes above 4 are multiples of this
+_LEVELS = (30, 40)  # sizes of frames and of text to try
+_SPARE = 16  # shapes added beyond `max_shapes` before removal starts
+_WORTH = 0.002  # share of the work without padding; a shape that saves less is removed
+_ROUNDS = 10  # of moving all shapes; a few suffice
+_NEVER = 10**9  # cost of a shape that does not hold the row
 
 
 def choose_shapes(
@@ -21,16 +21,16 @@ def choose_shapes(
 ) -> list[tuple[int, int]]:
     """At most `max_shapes` pairs (frames, text) that hold every row with little padding, cheapest first.
 
-    What is saved is the sum of two shares: padded frames over all frames, and padded positions of the decoder
-    (frames times C, and text) over all positions.
+    The search minimises the sum of two shares: padded frames over all frames, and padded decoder positions
+    (frames * C + text) over all positions.
 
     Args:
         frames: int64[rows].
-        text: int64[rows], tokens that are not visual.
-        max_shapes: most that there may be.
+        text: int64[rows], text tokens.
+        max_shapes: limit.
         tokens_per_frame: C.
     """
-    # With this price of a frame, in tokens of text, a shape saves alike in both shares.
+    # At this price of a frame, in text tokens, both shares weigh the same.
     positions = int(frames.sum()) * tokens_per_frame + int(text.sum())
     price = np.array([tokens_per_frame + positions // max(int(frames.sum()), 1), 1])
     keys = (_round(frames, FRAME_STEP) << 32) | _round(text, TEXT_STEP)
@@ -48,48 +48,50 @@ def choose_shapes(
 
 
 def _round(values: np.ndarray, step: int) -> np.ndarray:
-    """Up to multiples of `step`; few frames stay as they are, for each of them is dear."""
+    """Rounds up to multiples of `step`. Up to FRAME_STEP frames stay exact, because each frame is costly."""
     up = np.maximum(-(-values // step), 1) * step
     return np.where((values <= step) & (step == FRAME_STEP), values, up).astype(np.int64)
 
 
 def _levels(values: np.ndarray, counts: np.ndarray, most: int) -> np.ndarray:
-    """Ascending sizes, the largest value the last: all, or where there are many, those that matter most."""
+    """Ascending sizes that include the largest value: all of them, or of many the most useful ones."""
     unique, place = np.unique(values, return_inverse=True)
     if len(unique) <= most:
         return unique
-    # Long rows matter more each, short ones are more.
+    # A long row matters more than a short one, but there are more short rows.
     weight = np.cumsum(np.bincount(place.reshape(-1), weights=counts) * np.sqrt(unique))
     places = np.searchsorted(weight, weight[-1] * np.arange(1, most + 1) / most)
     return np.unique([*unique[np.minimum(places, len(unique) - 1)], unique[-1]])
 
 
 def _shrink(sizes: np.ndarray, shapes: np.ndarray, price: np.ndarray) -> list[tuple[int, int]]:
-    """Each shape as small as the rows that take it allow."""
-    left, result = np.ones(len(sizes), bool), []
+    """Shrinks each shape to the rows that take it."""
+    unassigned, result = np.ones(len(sizes), bool), []
     for shape in shapes[np.argsort(shapes @ price, kind="stable")]:
-        taken = left & (sizes <= shape).all(axis=1)
+        taken = unassigned & (sizes <= shape).all(axis=1)
         if taken.any():
             result.append(tuple(sizes[taken].max(axis=0).tolist()))
-        left &= ~taken
+        unassigned &= ~taken
     return sorted(set(result), key=lambda shape: (int(np.dot(shape, price)), shape))
 
 
 class _Search:
-    """Chooses among candidates by what rows pay for them."""
+    """Chooses among candidate shapes by their cost over all rows."""
 
-    def __init__(self, counts: np.ndarray, offers: np.ndarray) -> None:
-        """Takes the rows of each kind, int64[kinds], and what a row of a kind pays for each candidate.
+    def __init__(self, counts: np.ndarray, costs: np.ndarray) -> None:
+        """Holds rows of equal size as kinds.
 
-        `offers` is int64[kinds, candidates], _NEVER where the candidate does not hold the row; the last
-        candidate holds all.
+        Args:
+            counts: int64[kinds], rows of each kind.
+            costs: int64[kinds, candidates], cost of a row of each kind in each candidate; _NEVER where it
+                does not fit. The last candidate holds all rows.
         """
         self.counts = counts
-        self.offers = offers
+        self.costs = costs
 
     def run(self, max_shapes: int, *, least: int) -> list[int]:
-        """Candidates, at most `max_shapes`, of which each saves more than `least`."""
-        chosen = [self.offers.shape[1] - 1]
+        """At most `max_shapes` candidates, each of which saves more than `least`."""
+        chosen = [self.costs.shape[1] - 1]
         while len(chosen) < max_shapes + _SPARE:
             place, total = self._best(chosen)
             if total >= self._total(chosen):
@@ -104,21 +106,21 @@ class _Search:
             chosen = self._settle(fewer[weakest])
         return chosen
 
-    def _paid(self, chosen: list[int]) -> np.ndarray:
-        """int64[kinds], what a row of each kind pays."""
-        return self.offers[:, chosen].min(axis=1, initial=_NEVER)
+    def _cost_of_kinds(self, chosen: list[int]) -> np.ndarray:
+        """int64[kinds], cost of a row of each kind."""
+        return self.costs[:, chosen].min(axis=1, initial=_NEVER)
 
     def _total(self, chosen: list[int]) -> int:
-        return int(self.counts @ self._paid(chosen))
+        return int(self.counts @ self._cost_of_kinds(chosen))
 
     def _best(self, others: list[int]) -> tuple[int, int]:
-        """The candidate that is worth the most beside `others`, and what all rows pay then."""
-        totals = self.counts @ np.minimum(self._paid(others)[:, None], self.offers)
+        """The candidate that saves most in addition to `others`, and the cost of all rows with it."""
+        totals = self.counts @ np.minimum(self._cost_of_kinds(others)[:, None], self.costs)
         place = int(totals.argmin())
         return place, int(totals[place])
 
     def _settle(self, chosen: list[int]) -> list[int]:
-        """Moves each shape to its best place given the others, until none moves."""
+        """Replaces each shape by the best one given the others, until none changes."""
         total = self._total(chosen)
         for _ in range(_ROUNDS):
             before = total

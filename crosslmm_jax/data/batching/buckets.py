@@ -1,8 +1,7 @@
-"""Which static shapes (F frames, T positions) the rows of an index are padded to.
+"""Buckets: the static shapes (F frames, T positions) to which the rows of an index are padded.
 
-XLA compiles a program for every shape, so there may be a handful, which rows of all modalities share. A
-batch holds rows of one bucket: one shape and one modality whichever rows it holds, and every host knows both
-without asking.
+XLA compiles a program per shape, so rows of all modalities share a handful of shapes. A batch holds rows of
+one bucket, which has one shape and one modality, so every host knows both without communication.
 """
 
 import dataclasses
@@ -17,21 +16,21 @@ from crosslmm_jax.data.batching.token_counts import TokenCounts, row_token_count
 from crosslmm_jax.data.index import Columns, Index
 from crosslmm_jax.errors import ConfigError
 
-NO_BUCKET = -1  # bucket of a row that fits no shape
+NO_BUCKET = -1  # for a row that fits no bucket
 
-# What a frame costs in tokens, its own compact ones aside: the encoder's work on it over the decoder's on a
-# token, about 0.6 TFLOP to 3 GFLOP with the 2B model.
+# Cost of encoding a frame in tokens, without its compact tokens: the encoder's work per frame over the
+# decoder's work per token, about 0.6 TFLOP to 3 GFLOP with the 2B model.
 FRAME_COST = 200
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Bucket:
-    """A static shape, and the modality of the rows that are padded to it.
+    """A static shape and the modality of its rows.
 
     Attributes:
         modality: one of MODALITIES.
         frames: F.
-        text: tokens of a row that are not visual.
+        text: text tokens of a row.
     """
 
     modality: str
@@ -40,16 +39,16 @@ class Bucket:
 
     @property
     def cost(self) -> int:
-        """Work that a row of this shape makes, in tokens."""
+        """Work of a row of this shape, in text tokens."""
         return row_cost(self.frames, self.text)
 
     def holds(self, other: "Bucket") -> bool:
-        """Whether rows of `other` fit this shape."""
+        """Whether this shape holds rows of `other`."""
         return other.frames <= self.frames and other.text <= self.text
 
 
 def row_cost(frames: int, text: int) -> int:
-    """Work that a row makes, in tokens of text."""
+    """Work of a row, in text tokens."""
     return frames * FRAME_COST + text
 
 
@@ -57,10 +56,10 @@ def make_buckets(
     modality: np.ndarray, frames: np.ndarray, text: np.ndarray, shapes: Sequence[tuple[int, int]], *,
     min_rows: int,
 ) -> list[Bucket]:  # fmt: skip
-    """For each modality those of the `shapes` (frames, text) that its rows need, in the order of the shapes.
+    """For each modality the `shapes` (frames, text) that its rows need, in the order of the shapes.
 
-    A bucket with fewer than `min_rows` rows is given up for a larger one that holds them too; where there is
-    none it takes over the rows of a smaller one, so that batches hold different rows.
+    A bucket with fewer than `min_rows` rows is dropped if a larger one holds its rows. If none does, it takes
+    over the rows of a smaller bucket, so that the rows of a batch differ.
     """
     names = [MODALITIES[code] for code in np.unique(modality).tolist()]
     buckets = [Bucket(name, *shape) for name in names for shape in shapes]
@@ -69,20 +68,20 @@ def make_buckets(
     kinds = keys >> 56, (keys >> 32) & (2**24 - 1), keys & (2**32 - 1)
     while True:
         of_kind = assign(*kinds, buckets)
-        counts = np.bincount(of_kind + 1, weights=rows, minlength=len(buckets) + 1)[1:].tolist()
-        kept = {bucket: count for bucket, count in zip(buckets, counts, strict=True) if count}
+        rows_in = np.bincount(of_kind + 1, weights=rows, minlength=len(buckets) + 1)[1:].tolist()
+        kept = {bucket: count for bucket, count in zip(buckets, rows_in, strict=True) if count}
         buckets = list(kept)
         for bucket in sorted(kept, key=lambda one: (kept[one], one)):
-            goes = _given_up(bucket, kept) if kept[bucket] < min_rows else None
-            if goes is not None:
-                buckets.remove(goes)
+            dropped = _bucket_to_drop(bucket, kept) if kept[bucket] < min_rows else None
+            if dropped is not None:
+                buckets.remove(dropped)
                 break
         else:
             return buckets
 
 
-def _given_up(bucket: Bucket, kept: dict[Bucket, float]) -> Bucket | None:
-    """Which bucket goes so that the few rows of `bucket` get company: itself, a smaller one, or none."""
+def _bucket_to_drop(bucket: Bucket, kept: dict[Bucket, float]) -> Bucket | None:
+    """The bucket to drop so that the few rows of `bucket` share one: itself, a smaller one, or none."""
     others = [other for other in kept if other != bucket and other.modality == bucket.modality]
     if any(other.holds(bucket) for other in others):
         return bucket
@@ -93,7 +92,7 @@ def _given_up(bucket: Bucket, kept: dict[Bucket, float]) -> Bucket | None:
 def assign(
     modality: np.ndarray, frames: np.ndarray, text: np.ndarray, buckets: Sequence[Bucket]
 ) -> np.ndarray:
-    """int16[rows]: for each row the first of `buckets` that holds it, or NO_BUCKET."""
+    """int16[rows], for each row the number of the first bucket that holds it, or NO_BUCKET."""
     result = np.full(len(frames), NO_BUCKET, np.int16)
     for number, bucket in enumerate(buckets):
         fits = (modality == MODALITIES.index(bucket.modality)) & (result == NO_BUCKET)
@@ -103,12 +102,12 @@ def assign(
 
 @dataclasses.dataclass(frozen=True)
 class Padding:
-    """How much of the batches of one epoch is padding.
+    """Share of padding in the batches of one epoch.
 
     Attributes:
-        frames: share of the frames.
-        positions: share of the decoder's positions (T), those of frames and of text.
-        work: share of the work, where a frame weighs as many positions as its encoding costs.
+        frames: padded frames over all frames.
+        positions: padded over all positions of the decoder (T), visual and text.
+        work: padded over all work, with FRAME_COST positions per frame for its encoding.
     """
 
     frames: float
@@ -120,7 +119,7 @@ def padding(
     frames: np.ndarray, text: np.ndarray, bucket_of_row: np.ndarray, buckets: Sequence[Bucket], *,
     tokens_per_frame: int,
 ) -> Padding:  # fmt: skip
-    """The padding when every row that fits a bucket is read once."""
+    """Padding when every row with a bucket is read once."""
     inside = bucket_of_row != NO_BUCKET
     number = bucket_of_row[inside]
     slots = np.array([b.frames for b in buckets], np.int64)[number]
@@ -141,13 +140,13 @@ def _share(part: int, whole: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class BucketedRows:
-    """Which rows a run reads, and padded to what.
+    """The bucket of each row of a run.
 
     Attributes:
         counts: frames and text tokens of all rows.
-        buckets: shapes of batches.
-        bucket_of_row: int16[rows], the bucket of each row, or NO_BUCKET.
-        padding: when each row that has a bucket is read once.
+        buckets: the buckets, each with at least one row.
+        bucket_of_row: int16[rows], number of each row's bucket, or NO_BUCKET.
+        padding: when every row with a bucket is read once.
     """
 
     counts: TokenCounts
@@ -162,32 +161,32 @@ class BucketedRows:
 
     @property
     def truncated(self) -> int:
-        """Rows that are read and may lose turns at their end."""
+        """Rows that are read and may lose their last turns."""
         return int((self.counts.truncated & (self.bucket_of_row != NO_BUCKET)).sum())
 
 
 def bucket_rows(
     config: DataConfig, index: Index, columns: Columns, *, tokens_per_frame: int, more_system: int = 0
 ) -> BucketedRows:
-    """The shapes of a run.
+    """Assigns the rows of an index to buckets: those of the config, or the best few by search.
 
     Args:
-        config: of the run.
-        index: its index.
-        columns: of the index.
+        config: data configuration of the run.
+        index: the index.
+        columns: columns of the index.
         tokens_per_frame: C.
         more_system: tokens by which the system prompt exceeds the default one.
 
     Raises:
         ConfigError: no row fits.
     """
-    lengths = row_token_counts(
+    counts = row_token_counts(
         columns, config.sampling, most_text=config.most_text_tokens, style=config.style,
         time_instruction=config.time_instruction, wording=index.wording, more_system=more_system,
     )  # fmt: skip
-    usable = lengths.usable
+    usable = counts.usable
     if config.frame_buckets:
-        usable = usable & (lengths.frames <= config.frame_buckets[-1])
+        usable = usable & (counts.frames <= config.frame_buckets[-1])
     weights = config.modality_weights.as_dict()
     if weights:
         usable = usable & np.isin(columns.modality, [MODALITIES.index(name) for name in weights])
@@ -196,7 +195,7 @@ def bucket_rows(
             f"DataConfig: none of the {len(usable)} rows of {config.index} fits; look at style,"
             " text_buckets or max_text_tokens, frame_buckets and modality_weights"
         )
-    kept = columns.modality[usable], lengths.frames[usable], lengths.text[usable]
+    kept = columns.modality[usable], counts.frames[usable], counts.text[usable]
     chosen = choose_shapes(*kept[1:], max_shapes=config.max_shapes, tokens_per_frame=tokens_per_frame)
     if config.text_buckets or config.frame_buckets:
         frame_sizes = {0, *(config.frame_buckets or (frames for frames, _ in chosen))}
@@ -206,5 +205,5 @@ def bucket_rows(
     buckets = make_buckets(*kept, chosen, min_rows=config.batch_size)
     bucket_of_row = np.full(len(usable), NO_BUCKET, np.int16)
     bucket_of_row[usable] = assign(*kept, buckets)
-    waste = padding(lengths.frames, lengths.text, bucket_of_row, buckets, tokens_per_frame=tokens_per_frame)
-    return BucketedRows(lengths, buckets, bucket_of_row, waste)
+    waste = padding(counts.frames, counts.text, bucket_of_row, buckets, tokens_per_frame=tokens_per_frame)
+    return BucketedRows(counts, buckets, bucket_of_row, waste)

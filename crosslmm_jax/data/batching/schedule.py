@@ -1,11 +1,12 @@
-"""Which rows every step reads: a pure function of (index, seed, step), the same on every host.
+"""The rows of every step: a pure function of (index, seed, step), the same on every host.
 
-The rows of a bucket form an endless stream: all of them in a random order, then all in another one. Batch k
-of a bucket takes positions k * B to (k + 1) * B of its stream, so a leftover that is smaller than a batch is
-carried into the next epoch and no row is lost or favoured. An epoch holds the batches that begin in it, of
-all buckets, in random order. Where modalities have weights, each has its own epochs, and a fixed pattern
-deals the steps out. Nothing is stored but the rows of each bucket: any step is found directly, so a run
-resumes anywhere from one integer.
+- The rows of a bucket form an endless stream: all rows in a random order, then all in another order, ...
+- Batch k of a bucket takes positions k * B to (k + 1) * B of its stream. A remainder smaller than a batch
+  continues in the next epoch, so no row is lost or favoured.
+- An epoch holds the batches of all buckets that begin in it, in random order.
+- With modality weights each modality has its own epochs, and a fixed pattern distributes the steps.
+
+Only the rows of each bucket are stored. Any step is computed directly, so a run resumes from one integer.
 """
 
 import dataclasses
@@ -19,49 +20,49 @@ import numpy as np
 
 from crosslmm_jax.data.batching.buckets import Bucket
 
-_CYCLE = 1000  # weights of modalities are kept to a thousandth
-_ROUNDS = 4  # of grain's index shuffle: its own default
-_SHORT = 4096  # orders up to this length are written out: the index shuffle is slow on them
+_CYCLE = 1000  # modality weights are rounded to a thousandth
+_ROUNDS = 4  # of grain's index shuffle: grain's default
+_SHORT = 4096  # orders up to this length are permutations in memory: the index shuffle is slow on them
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightedRows:
-    """The rows of a bucket that share one weight.
+    """The rows of a bucket that have one weight.
 
     Attributes:
         rows: int[n], row numbers, ascending.
-        weight: how often an epoch holds each of them; may be a fraction.
+        weight: how often an epoch holds each row; may be a fraction.
     """
 
     rows: np.ndarray
     weight: Fraction = Fraction(1)
 
     def before(self, epoch: int) -> int:
-        """Rows that the epochs before `epoch` hold."""
+        """Number of rows in the epochs before `epoch`."""
         return epoch * len(self.rows) * self.weight.numerator // self.weight.denominator
 
 
 @dataclasses.dataclass(frozen=True)
 class ScheduledBatch:
-    """The rows of one global batch, in order, and the shape they are padded to."""
+    """The rows of one global batch, in order, and their bucket."""
 
     bucket_number: int
     bucket: Bucket
     rows: np.ndarray  # int64[B]
 
 
-class _Stream:
+class _BucketStream:
     """The endless stream of the rows of one bucket."""
 
-    def __init__(self, number: int, members: Sequence[WeightedRows], *, batch_size: int, key: str) -> None:
+    def __init__(self, number: int, parts: Sequence[WeightedRows], *, batch_size: int, key: str) -> None:
         self.number = number
-        self.members = members
+        self.parts = parts
         self.batch_size = batch_size
-        self.key = key  # "" leaves the rows in order
+        self.key = key  # "" keeps the rows in order
 
     def before(self, epoch: int) -> int:
         """Positions before `epoch`."""
-        return sum(part.before(epoch) for part in self.members)
+        return sum(part.before(epoch) for part in self.parts)
 
     def first_batch(self, epoch: int) -> int:
         """Number of the first batch that begins in `epoch` or later."""
@@ -81,7 +82,7 @@ class _Stream:
     def _row(self, epoch: int, place: int) -> int:
         length = self.before(epoch + 1) - self.before(epoch)
         place = _shuffled(place, length, f"{self.key}/{epoch}" if self.key else "")
-        for part_number, part in enumerate(self.members):
+        for part_number, part in enumerate(self.parts):
             held = part.before(epoch + 1) - part.before(epoch)
             if place < held:
                 turn, within = divmod(part.before(epoch) + place, len(part.rows))
@@ -91,18 +92,18 @@ class _Stream:
         raise AssertionError("a position lies in its epoch")
 
 
-class _Mix:
-    """Batches of several buckets over epochs, each bucket as often as its rows ask for."""
+class _BucketMix:
+    """The batches of several buckets, shuffled within each epoch."""
 
-    def __init__(self, streams: Sequence[_Stream], *, key: str) -> None:
+    def __init__(self, streams: Sequence[_BucketStream], *, key: str) -> None:
         self.streams = streams
         self.key = key
 
     def _first(self, epoch: int) -> int:
         return sum(stream.first_batch(epoch) for stream in self.streams)
 
-    def batch(self, number: int) -> tuple[_Stream, np.ndarray]:
-        """Batch `number` counted over all buckets."""
+    def batch(self, number: int) -> tuple[_BucketStream, np.ndarray]:
+        """Batch `number`, counted over all buckets."""
         epoch = _last_at_most(self._first, number)
         place, begin = number - self._first(epoch), epoch
         length = self._first(epoch + 1) - self._first(epoch)
@@ -117,63 +118,57 @@ class _Mix:
 
 
 class Schedule:
-    """Step to rows. Cheap to send to another process: it holds the rows of each bucket and nothing else."""
+    """Maps a step to its rows. Cheap to pickle: it holds the rows of each bucket and nothing else."""
 
     def __init__(
         self,
         buckets: Sequence[Bucket],
-        members: Sequence[Sequence[WeightedRows]],
+        rows: Sequence[Sequence[WeightedRows]],
         *,
         batch_size: int,
         seed: int,
         shuffle: bool = True,
         modality_weights: dict[str, float] | None = None,
     ) -> None:
-        """Plans batches of `batch_size` rows.
+        """Schedules batches of `batch_size` rows.
 
         Args:
-            buckets: shapes that hold at least one row.
-            members: the rows of each bucket.
+            buckets: buckets with at least one row.
+            rows: rows of each bucket, by weight.
             batch_size: B, rows of a global batch.
-            seed: of every order.
-            shuffle: False reads bucket after bucket, the rows of each in order.
-            modality_weights: shares of the steps by modality, of those that have rows; None: by their rows.
+            seed: seed of every order.
+            shuffle: False reads bucket after bucket, with rows in order.
+            modality_weights: share of the steps of each modality that has rows; None: by number of rows.
         """
         self.buckets = list(buckets)
-        self.members = [list(parts) for parts in members]
+        self.rows = [list(parts) for parts in rows]
         streams = [
-            _Stream(number, parts, batch_size=batch_size, key=f"{seed}/{number}" if shuffle else "")
-            for number, parts in enumerate(members)
+            _BucketStream(number, parts, batch_size=batch_size, key=f"{seed}/{number}" if shuffle else "")
+            for number, parts in enumerate(rows)
         ]
         if modality_weights is None:
-            groups, weights = [streams], [1.0]
+            mixes, weights = [streams], [1.0]
         else:
             held = {bucket.modality for bucket in self.buckets}
             names = [name for name, weight in modality_weights.items() if weight > 0 and name in held]
-            groups = [[s for s in streams if self.buckets[s.number].modality == name] for name in names]
+            mixes = [[s for s in streams if self.buckets[s.number].modality == name] for name in names]
             weights = [modality_weights[name] for name in names]
         self._mixes = [
-            _Mix(group, key=f"{seed}/mix{number}" if shuffle else "") for number, group in enumerate(groups)
+            _BucketMix(mix, key=f"{seed}/mix{number}" if shuffle else "") for number, mix in enumerate(mixes)
         ]
         self._pattern, self._seen = _deal_steps(weights)
 
     def batch(self, step: int) -> ScheduledBatch:
-        """The batch of `step`, counted from 0."""
+        """The batch of `step`; steps count from 0."""
         cycle, place = divmod(step, len(self._pattern))
-        group = self._pattern[place]
-        number = cycle * int(self._seen[-1, group]) + int(self._seen[place, group])
-        stream, rows = self._mixes[group].batch(number)
+        mix = self._pattern[place]
+        number = cycle * int(self._seen[-1, mix]) + int(self._seen[place, mix])
+        stream, rows = self._mixes[mix].batch(number)
         return ScheduledBatch(stream.number, self.buckets[stream.number], rows)
 
-    def epoch_steps(self) -> int:
-        """Steps in which each row is read at least once."""
-        needed = [mix._first(1) for mix in self._mixes]
-        cycles = [math.ceil(count / int(self._seen[-1, group])) for group, count in enumerate(needed)]
-        return needed[0] if len(needed) == 1 else max(cycles) * len(self._pattern)
-
     def substitute(self, bucket_number: int, row: int, attempt: int) -> int:
-        """The row that stands in for `row` at an attempt: of the same bucket, the same on every host."""
-        parts = self.members[bucket_number]
+        """The row that replaces a damaged `row` at an attempt: of the same bucket, the same on every host."""
+        parts = self.rows[bucket_number]
         place = zlib.crc32(f"{row}/{attempt}".encode()) % sum(len(part.rows) for part in parts)
         for part in parts:
             if place < len(part.rows):
@@ -183,7 +178,7 @@ class Schedule:
 
 
 def _last_at_most(before: Callable[[int], int], target: int) -> int:
-    """The largest n with before(n) <= target, of a function that grows from before(0) = 0 without end."""
+    """The largest n with before(n) <= target; `before` grows from before(0) = 0 without bound."""
     high = 1
     while before(high) <= target:
         high *= 2
@@ -195,7 +190,7 @@ def _last_at_most(before: Callable[[int], int], target: int) -> int:
 
 
 def _shuffled(place: int, length: int, key: str) -> int:
-    """Where `place` of 0..length-1 goes in the random order named `key`; "" keeps the order."""
+    """The element at `place` of the random order of 0..length-1 with seed `key`; "" keeps the order."""
     if not key or length == 1:
         return place
     seed = zlib.crc32(key.encode())
@@ -212,10 +207,11 @@ def _permutation(length: int, seed: int) -> np.ndarray:
 
 
 def _deal_steps(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """A cycle of steps in which each group has its share, spread evenly.
+    """A cycle of steps in which each modality has its share, spread evenly.
 
     Returns:
-        int[L], the group of each step, and int[L + 1, groups], how often each group came before it.
+        pattern: int[L], the modality of each step of the cycle.
+        seen: int[L + 1, modalities], steps of each modality before each step.
     """
     shares = [weight / sum(weights) for weight in weights]
     counts = [max(1, round(share * _CYCLE)) for share in shares]
@@ -232,11 +228,11 @@ def _deal_steps(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def deal_evenly(costs: Sequence[int] | np.ndarray) -> np.ndarray:
-    """An order of the rows of a batch in which contiguous parts of equal size cost about the same.
+    """Orders the rows of a batch so that contiguous parts of equal size cost about the same.
 
-    The costliest rows are dealt out one after the other, there and back, to two (or three, ...) parts, and
-    each part is dealt out again in the same way. So the parts are even for any number of hosts that divides
-    the batch into such parts, above all for powers of two, and the order does not depend on that number.
+    The rows are dealt by falling cost, back and forth, to two (or three, ...) parts, and each part is dealt
+    again in the same way. Parts are even for any number of hosts that divides the batch, best for powers of
+    two, and the order does not depend on that number.
 
     Args:
         costs: work of each row.

@@ -1,8 +1,8 @@
-"""How many frames and text tokens each row of an index brings, without opening a file.
+"""Frames and text tokens of each row of an index, without opening a file.
 
-Never fewer than the loader returns, so that a row always fits the bucket that was planned for it. Counts are
-exact where the index knows enough: frames of whole videos, and text without a time instruction, also of rows
-that lose turns. With a time instruction a row is planned with all turns that might fit.
+The counts are upper bounds of what the loader returns, so that a row always fits its bucket. They are exact
+where the index knows enough: for frames of whole videos, and for text without a time instruction, truncated
+rows included. With a time instruction, all turns that might fit are counted.
 """
 
 import dataclasses
@@ -17,19 +17,21 @@ from crosslmm_jax.data.index import Columns
 from crosslmm_jax.data.media import count_frames
 from crosslmm_jax.data.text import most_time_tokens
 
-_LLAVA_ROUNDING = 1.5  # frames that rounding LLaVA's step can add: 1.49 frames a step become 1
-_SLACK = 1e-9  # of seconds, which are not computed in the same way everywhere
+_LLAVA_ROUNDING = (
+    1.5  # LLaVA rounds its step, so it may read this factor more frames: a step of 1.49 becomes 1
+)
+_SLACK = 1e-9  # of seconds, for rounding differences between computations
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenCounts:
-    """What rows bring, at most.
+    """Upper bounds of the frames and text tokens of rows.
 
     Attributes:
-        frames: int64[rows], of all media.
-        text: int64[rows], tokens that are not visual, at most as many as rows may have.
-        usable: bool[rows]; the others do not fit the style, or not even their first exchange fits.
-        truncated: bool[rows], usable ones that may lose turns at their end.
+        frames: int64[rows], frames of all media.
+        text: int64[rows], text tokens, at most the limit of a row.
+        usable: bool[rows], False where the row does not fit the style or its first exchange is too long.
+        truncated: bool[rows], usable rows that may lose their last turns.
     """
 
     frames: np.ndarray
@@ -48,14 +50,14 @@ def row_token_counts(
     wording: Mapping[str, int],
     more_system: int = 0,
 ) -> TokenCounts:
-    """The lengths of all rows.
+    """Counts of all rows.
 
     Args:
-        columns: of the index.
-        sampling: that gives the frames.
-        most_text: tokens of a row that are not visual, at most.
-        style: of the prompts.
-        time_instruction: of a chat.
+        columns: columns of the index.
+        sampling: the rule that chooses frames.
+        most_text: limit of a row's text tokens.
+        style: style of the prompts.
+        time_instruction: what a chat says about each video.
         wording: tokens of the words of each time instruction, from the index.
         more_system: tokens by which the system prompt exceeds the default one.
     """
@@ -70,7 +72,7 @@ def row_token_counts(
         times = _time_tokens(columns, per_medium, time_instruction, wording[time_instruction])
     more = np.where(columns.own_system, 0, more_system)
     whole, first = columns.text_tokens + more, _first_answers(columns)
-    rows = np.flatnonzero(whole > most_text)  # they lose turns, whatever their time instructions cost
+    rows = np.flatnonzero(whole > most_text)  # they lose turns even without time instructions
     last = _last_answers(columns, rows, most_text - more[rows])
     text, media = whole.copy(), columns.media_per_row.copy()
     text[rows], media[rows] = columns.answer_tokens[last] + more[rows], columns.answer_media[last]
@@ -85,12 +87,12 @@ def row_token_counts(
 
 
 def _first_answers(columns: Columns) -> np.ndarray:
-    """int64[rows], the place of each row's first answer."""
+    """int64[rows], position of each row's first answer in the columns."""
     return np.cumsum(columns.answers_per_row) - columns.answers_per_row
 
 
 def _last_answers(columns: Columns, rows: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """int64[n], for each of `rows` the place of its last answer that `most` tokens hold, or of its first."""
+    """int64[n], position of the last answer of each of `rows` within `most` tokens, or of its first one."""
     first, counts = _first_answers(columns)[rows], columns.answers_per_row[rows]
     begins = np.cumsum(counts) - counts
     places = np.arange(counts.sum()) + np.repeat(first - begins, counts)
@@ -100,7 +102,7 @@ def _last_answers(columns: Columns, rows: np.ndarray, most: np.ndarray) -> np.nd
 
 
 def media_frames(columns: Columns, sampling: SamplingConfig) -> np.ndarray:
-    """int64[media]: frames of each medium; an image is one frame."""
+    """int64[media], frames of each medium; an image is one frame."""
     counts = np.ones(len(columns.duration), np.int64)
     is_video, start, end = _videos(columns)
     counts[is_video] = video_frames(
@@ -117,9 +119,9 @@ def video_frames(
     start: np.ndarray,
     end: np.ndarray,
 ) -> np.ndarray:
-    """int64[videos]: how many frames `sampling` reads.
+    """int64[videos], number of frames that `sampling` reads.
 
-    Exact for whole videos. Between bounds it is the most that any spacing of the frames can give.
+    Exact for whole videos. Between bounds it is the maximum over all spacings of the frames.
     """
     whole = (start <= 0) & (end >= duration)
     inside = np.maximum(np.minimum(end, duration) - start, 1e-6)
@@ -134,7 +136,7 @@ def video_frames(
 
 
 def _videos(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """bool[media], and the bounds of those that are videos: float64[videos] each."""
+    """Which media are videos, bool[media], and the bounds of the videos, float64[videos] each."""
     of_row = np.repeat(np.arange(len(columns.modality)), columns.media_per_row)
     is_video = (columns.modality == MODALITIES.index("video"))[of_row]
     rows = of_row[is_video]
@@ -142,7 +144,7 @@ def _videos(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _sum_media(values: np.ndarray, columns: Columns, count: np.ndarray) -> np.ndarray:
-    """int64[rows], sums of `values` of media over the first `count` of each row."""
+    """int64[rows], sums of `values` over the first `count` media of each row."""
     sums = np.concatenate([[0], np.cumsum(values)])
     ends = np.cumsum(columns.media_per_row)
     begins = ends - columns.media_per_row
@@ -152,7 +154,7 @@ def _sum_media(values: np.ndarray, columns: Columns, count: np.ndarray) -> np.nd
 def _time_tokens(
     columns: Columns, frames: np.ndarray, kind: Literal["short", "full"], wording: int
 ) -> np.ndarray:
-    """int64[media]: tokens of the time instruction of each, at most; 0 for images."""
+    """int64[media], upper bound of the tokens of each time instruction; 0 for images."""
     is_video, start, end = _videos(columns)
     last = np.minimum(end, columns.duration[is_video])
     tokens = np.zeros(len(frames), np.int64)

@@ -1,4 +1,10 @@
-"""TODO."""
+"""Conversations to token ids and targets of the loss, with places for media.
+
+turns             turns of a row and their placeholders
+tokenizer         the tokenizer of a MODEL folder
+chat              turns to ids and targets (the loss mask); prompts of inference
+time_instruction  the sentence about a video's length and frame times
+"""
 
 from crosslmm_jax.data.text.chat import (
     DEFAULT_SYSTEM_PROMPT,

@@ -1,17 +1,20 @@
-"""Turns of a conversation to token ids, with places for the media and the targets of the loss.
+"""Turns of a conversation to token ids, with places for media, and the targets that become the loss mask.
 
-The template is Qwen's ChatML with one system text for training and inference. Three label rules exist:
-"clean" trains the assistant's words and the `<|im_end|>` after them; "llava" copies LLaVA-NeXT, which also
-trains the assistant header and every newline, `<|im_start|>` and `<|im_end|>` of the whole row; the "plain"
-style (LLaVA's projector pretraining) has no template and trains a caption and the newline after it.
+The template is Qwen's ChatML, with one system prompt for training and inference. Targets of the loss:
 
-A time instruction follows its video as "\\n{sentence}\\n", encoded apart from the question after it, so that
-a video is run once for many questions and training still sees the same ids.
+    label_mode "clean"  the assistant's words and the `<|im_end|>` after them
+    label_mode "llava"  also the assistant's header, and every newline, `<|im_start|>` and `<|im_end|>` of the
+                        row, as in LLaVA-NeXT
+    style "plain"       a caption and the newline after it, without a template, as in LLaVA's projector
+                        pretraining
+
+A time instruction follows its video as "\\n{sentence}\\n". It is encoded apart from the question after it, so
+that a video can be prefilled once for many questions with the ids that training saw.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -21,19 +24,19 @@ from crosslmm_jax.data.text.tokenizer import Tokenizer
 from crosslmm_jax.data.text.turns import PLACEHOLDER, Turn, count_placeholders, split_at_media
 from crosslmm_jax.errors import DataError, UserError
 
-MEDIUM = -1  # stands in a token sequence where the frames of one image or video go
+MEDIUM = -1  # in a token sequence, the place of the frames of one image or video
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenSequence:
-    """A row before its frame counts are known.
+    """The tokens of a row before its frame counts are known.
 
     Attributes:
-        ids: int32[n], token ids, and MEDIUM once for each image or video, in order.
-        targets: bool[n], True where the token is predicted from what stands before it.
-        dropped_turns: turns left out at the end because the row was too long; their media are left out too,
-            so the row has only its first `num_media`.
+        ids: int32[n], token ids, and MEDIUM once per image or video, in order.
+        targets: bool[n], True where the loss is taken on the token, predicted from those before it.
+        dropped_turns: turns dropped at the end of a row that was too long. Their media are dropped too: the
+            row keeps its first `num_media`.
     """
 
     ids: np.ndarray
@@ -42,7 +45,7 @@ class TokenSequence:
 
     @property
     def num_media(self) -> int:
-        """Images and videos of the row."""
+        """Number of images and videos."""
         return int((self.ids == MEDIUM).sum())
 
     @property
@@ -69,7 +72,7 @@ class _Builder:
 
     def finish(self) -> TokenSequence:
         if self.targets:
-            self.targets[0] = False  # nothing stands before the first token
+            self.targets[0] = False  # nothing predicts the first token
         return TokenSequence(np.array(self.ids, np.int32), np.array(self.targets, bool))
 
 
@@ -85,22 +88,22 @@ def tokenise(
     clips: Sequence[ClipMeta] = (),
     max_text_tokens: int | None = None,
 ) -> TokenSequence:
-    """Ids and targets of a row for training.
+    """Ids and targets of a row for training. `<image>` and `<video>` in user turns become MEDIUM.
 
     Args:
-        turns: of the row.
+        turns: turns of the row. A first system turn replaces `system_prompt`.
         tokenizer: gives the ids.
         where: file and row, for messages.
-        style: "plain" has room for media and caption only: no system text, no time instruction.
-        label_mode: which tokens of a chat are targets (see the module's docstring).
-        system_prompt: of rows that bring none.
+        style: "plain" keeps media and caption only, without system prompt and time instruction.
+        label_mode: which tokens of a chat are targets; see the module's docstring.
+        system_prompt: for rows without a system turn.
         time_instruction: what a chat says about each video.
-        clips: one for each medium of the row; needed with a time instruction alone.
-        max_text_tokens: a longer row keeps the longest head of whole turns that ends with an answer.
+        clips: one per medium of the row; read only with a time instruction.
+        max_text_tokens: a longer row is truncated to the most turns that fit and end with an answer.
 
     Raises:
-        DataError: a plain row is no single exchange, there are not as many clips as placeholders, or not even
-            the first exchange fits (reason "too_long").
+        DataError: a plain row is not a single exchange, there are not as many clips as placeholders, or not
+            even the first exchange fits (reason "too_long").
     """
     if style == "plain":
         sequence = plain_sequence(turns, tokenizer, where=where)
@@ -121,7 +124,15 @@ def tokenise(
 def _truncate(
     sequence: TokenSequence, ends: dict[int, int], num_turns: int, max_text_tokens: int, where: str
 ) -> TokenSequence:
-    """The longest head that fits. `ends[n]`: length of the ids of the first n turns, the last an answer."""
+    """The longest beginning that fits.
+
+    Args:
+        sequence: the row.
+        ends: number of turns, the last an answer -> length of their ids.
+        num_turns: turns of the row.
+        max_text_tokens: the limit.
+        where: file and row, for messages.
+    """
     text_tokens = np.cumsum(sequence.ids != MEDIUM)
     for kept, end in sorted(ends.items(), reverse=True):
         if text_tokens[end - 1] <= max_text_tokens:
@@ -131,12 +142,13 @@ def _truncate(
     raise DataError(where, "too_long", detail)
 
 
-def count_tokens(turns: Sequence[Turn], tokenizer: Tokenizer) -> dict[str, Any]:
-    """What an index holds of a chat with the default system prompt and no time instruction.
+def count_tokens(turns: Sequence[Turn], tokenizer: Tokenizer) -> dict[str, int | list[int]]:
+    """Token counts of a chat for an index, with the default system prompt and no time instruction.
 
     Returns:
-        text_tokens of all turns; answer_tokens and answer_media up to and with each answer, lists of what
-        truncation may leave.
+        text_tokens: of all turns.
+        answer_tokens, answer_media: for each answer the text tokens and media up to its end, which is what
+            a truncated row can have.
     """
     sequence, ends = _chat(turns, tokenizer, DEFAULT_SYSTEM_PROMPT, "clean", iter(()))
     media = np.cumsum(sequence.ids == MEDIUM)[[end - 1 for end in ends.values()]]
@@ -147,35 +159,17 @@ def count_tokens(turns: Sequence[Turn], tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def chat_sequence(
-    turns: Sequence[Turn],
-    tokenizer: Tokenizer,
-    *,
-    system_prompt: str = DEFAULT_SYSTEM_PROMPT,
-    label_mode: Literal["clean", "llava"] = "clean",
-    add_generation_prompt: bool = False,
-) -> TokenSequence:
-    """ChatML ids of a conversation. `<image>` and `<video>` in user turns become MEDIUM.
-
-    Args:
-        turns: from `parse_turns`; a first system turn replaces `system_prompt`.
-        tokenizer: gives the ids.
-        system_prompt: of rows that bring none.
-        label_mode: which tokens are targets (see the module's docstring).
-        add_generation_prompt: end with the assistant's header, ready for an answer.
-    """
-    return _chat(turns, tokenizer, system_prompt, label_mode, iter(()), add_generation_prompt)[0]
-
-
 def _chat(
     turns: Sequence[Turn],
     tokenizer: Tokenizer,
     system_prompt: str,
     label_mode: Literal["clean", "llava"],
     times: Iterator[str | None],
-    add_generation_prompt: bool = False,
 ) -> tuple[TokenSequence, dict[int, int]]:
-    """The ids of a conversation, and for each answer the turns up to it and the length of their ids."""
+    """A conversation, and for each answer: number of turns up to it -> length of their ids.
+
+    `times` gives the time instruction of each medium, or None.
+    """
     builder = _Builder()
     whole_turn = label_mode == "llava"
     if turns[0].role != "system":
@@ -185,8 +179,6 @@ def _chat(
         _add_turn(builder, turn, tokenizer, whole_turn=whole_turn, times=times)
         if turn.role == "assistant":
             ends[number] = len(builder.ids)
-    if add_generation_prompt:
-        builder.add([tokenizer.im_start, *tokenizer.encode_plain("assistant\n")])
     if whole_turn:
         always = {tokenizer.im_start, tokenizer.im_end, *tokenizer.encode_plain("\n")}
         pairs = zip(builder.ids, builder.targets, strict=True)
@@ -197,9 +189,9 @@ def _chat(
 def _add_turn(
     builder: _Builder, turn: Turn, tokenizer: Tokenizer, *, whole_turn: bool, times: Iterator[str | None]
 ) -> None:
-    """Adds one turn; of an assistant's turn the header and last newline are targets if `whole_turn`."""
-    spoken = turn.role == "assistant"
-    builder.add([tokenizer.im_start], spoken and whole_turn)
+    """Adds one turn. With `whole_turn` the header and last newline of an answer are targets too."""
+    answer = turn.role == "assistant"
+    builder.add([tokenizer.im_start], answer and whole_turn)
     if turn.role == "user":
         first, *others = split_at_media(turn.text)
         builder.add(tokenizer.encode_plain("user\n" + first))
@@ -207,32 +199,32 @@ def _add_turn(
             builder.add_medium(next(times, None), tokenizer)
             builder.add(tokenizer.encode_plain(piece))
     else:
-        # Header and words are encoded apart, since an answer is generated after the header alone.
-        builder.add(tokenizer.encode_plain(turn.role + "\n"), spoken and whole_turn)
-        builder.add(tokenizer.encode_plain(turn.text), spoken)
-    builder.add([tokenizer.im_end], spoken)
-    builder.add(tokenizer.encode_plain("\n"), spoken and whole_turn)
+        # Header and words are encoded apart, as in inference, where the answer is generated after the header.
+        builder.add(tokenizer.encode_plain(turn.role + "\n"), answer and whole_turn)
+        builder.add(tokenizer.encode_plain(turn.text), answer)
+    builder.add([tokenizer.im_end], answer)
+    builder.add(tokenizer.encode_plain("\n"), answer and whole_turn)
 
 
 def plain_sequence(turns: Sequence[Turn], tokenizer: Tokenizer, *, where: str) -> TokenSequence:
     """LLaVA's "plain" style: the media, then the caption and a newline, which are the targets.
 
     Raises:
-        DataError: naming `where`, unless there is one user turn with a placeholder and one answer.
+        DataError: unless there is one user turn with a placeholder, and one answer.
     """
-    spoken = [turn for turn in turns if turn.role != "system"]
-    media = len(PLACEHOLDER.findall(spoken[0].text)) if spoken else 0
-    if [turn.role for turn in spoken] != ["user", "assistant"] or not media:
+    exchange = [turn for turn in turns if turn.role != "system"]
+    media = len(PLACEHOLDER.findall(exchange[0].text)) if exchange else 0
+    if [turn.role for turn in exchange] != ["user", "assistant"] or not media:
         detail = 'style "plain" needs one human turn with <image> and one answer; use style "chat"'
         raise DataError(where, "conversation", detail)
     builder = _Builder()
     builder.add([MEDIUM] * media)
-    builder.add(tokenizer.encode_plain(spoken[1].text.strip() + "\n"), True)
+    builder.add(tokenizer.encode_plain(exchange[1].text.strip() + "\n"), True)
     return builder.finish()
 
 
 def check_question(question: str) -> str:
-    """`question` without white space around it. Raises UserError when nothing is left."""
+    """`question` without white space around it. Raises UserError if it is empty."""
     if not question.strip():
         raise UserError("question is empty; write what you want to know, in quotes")
     return question.strip()
@@ -241,12 +233,12 @@ def check_question(question: str) -> str:
 def video_prefix(
     tokenizer: Tokenizer, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT, time_text: str | None = None
 ) -> TokenSequence:
-    """The prompt up to and including the video: the same for every question, so it is run once.
+    """The prompt up to the video and its time instruction: the same for every question, so prefilled once.
 
     Args:
         tokenizer: gives the ids.
-        system_prompt: the one the model was trained with.
-        time_text: the time instruction it was trained with, from `time_instruction.time_text`.
+        system_prompt: as in training.
+        time_text: the time instruction, from `time_instruction.time_text`.
     """
     builder = _Builder()
     _add_turn(builder, Turn("system", system_prompt), tokenizer, whole_turn=False, times=iter(()))
@@ -256,58 +248,20 @@ def video_prefix(
 
 
 def question_suffix(question: str, tokenizer: Tokenizer) -> TokenSequence:
-    """What follows `video_prefix`: the first question, and the header of the answer."""
+    """The continuation of `video_prefix`: the first question, and the header of its answer."""
     return _question(question, tokenizer, opening=[], before="\n")
 
 
 def next_question(question: str, tokenizer: Tokenizer) -> TokenSequence:
-    """What follows the words of an answer: its end, the next question, and the header of the next answer."""
+    """The continuation of an answer: its end, the next question, and the header of the next answer."""
     opening = [tokenizer.im_end, *tokenizer.encode_plain("\n"), tokenizer.im_start]
     return _question(question, tokenizer, opening=opening, before="user\n")
 
 
 def _question(question: str, tokenizer: Tokenizer, *, opening: Sequence[int], before: str) -> TokenSequence:
-    """Text only: `<image>` or `<video>` in a question that is asked stay plain text."""
+    """A question without media: `<image>` and `<video>` in it stay plain text."""
     builder = _Builder()
     builder.add([*opening, *tokenizer.encode_plain(before + check_question(question)), tokenizer.im_end])
     builder.add(tokenizer.encode_plain("\n"))
     builder.add([tokenizer.im_start, *tokenizer.encode_plain("assistant\n")])
-    return builder.finish()
-
-
-def prompt_segments(
-    question: str,
-    tokenizer: Tokenizer,
-    *,
-    with_video: bool = True,
-    history: Sequence[tuple[str, str]] = (),
-    system_prompt: str = DEFAULT_SYSTEM_PROMPT,
-    time_text: str | None = None,
-) -> TokenSequence:
-    """The whole prompt of `question`, ending with "<|im_start|>assistant\\n".
-
-    Args:
-        question: what is asked now.
-        tokenizer: gives the ids.
-        with_video: put one video (or image) before the first question.
-        history: earlier (question, answer) pairs.
-        system_prompt: the one the model was trained with.
-        time_text: the video's time instruction.
-    """
-    builder = _Builder()
-    if with_video:
-        prefix = video_prefix(tokenizer, system_prompt=system_prompt, time_text=time_text)
-        builder.add(prefix.ids.tolist())
-    else:
-        _add_turn(builder, Turn("system", system_prompt), tokenizer, whole_turn=False, times=iter(()))
-    questions = [asked for asked, _ in history] + [question]
-    for number, asked in enumerate(questions):
-        if number:
-            builder.add(tokenizer.encode_plain(history[number - 1][1]))
-            builder.add(next_question(asked, tokenizer).ids.tolist())
-        elif with_video:
-            builder.add(question_suffix(asked, tokenizer).ids.tolist())
-        else:
-            opening = [tokenizer.im_start]
-            builder.add(_question(asked, tokenizer, opening=opening, before="user\n").ids.tolist())
     return builder.finish()

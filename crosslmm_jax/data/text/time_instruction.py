@@ -1,7 +1,7 @@
 """The sentence that tells the model how long a video is and when its frames were taken.
 
-"full" is LLaVA-Video's wording, with the time of every frame: about 8 tokens a frame under Qwen's vocabulary.
-"short" is VideoChat-Flash's, which costs the same at any number of frames.
+"full" is the sentence of LLaVA-Video, with the time of every frame: about 8 tokens per frame with Qwen's
+vocabulary. "short" is the sentence of VideoChat-Flash, whose length does not depend on the number of frames.
 """
 
 import re
@@ -15,16 +15,16 @@ from crosslmm_jax.data.text.tokenizer import Tokenizer
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _DECADES = 10.0 ** np.arange(1, 10)
-_ROUNDING = 0.01  # seconds by which a time may be written too late
+_ROUNDING = 0.01  # seconds by which a written time may exceed the time
 
 
 class ClipMeta(NamedTuple):
-    """What is known of a medium before or after its frames are decoded.
+    """Number and times of the frames of a medium.
 
     Attributes:
-        num_frames: frames that the model is shown.
-        duration: seconds of the video, or of the part within its bounds; 0 for an image.
-        times: seconds of each frame; needed for "full" alone.
+        num_frames: frames that the model sees.
+        duration: seconds of the video, or of the part within the bounds; 0 for an image.
+        times: seconds of each frame; read for "full" only.
     """
 
     num_frames: int
@@ -36,7 +36,7 @@ def time_text(clip: ClipMeta, kind: TimeInstruction) -> str | None:
     """The sentence about `clip`; None when `kind` is "none" and for images.
 
     Raises:
-        ValueError: `kind` is "full" and `times` does not hold one time for each frame.
+        ValueError: `kind` is "full" and there is not one time per frame.
     """
     if kind == "none" or not clip.duration:
         return None
@@ -56,7 +56,7 @@ def time_text(clip: ClipMeta, kind: TimeInstruction) -> str | None:
 
 
 def wording_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Tokens of each instruction without its numbers and all but one of its times."""
+    """Tokens of each instruction without its numbers, with a single time."""
     counts = {}
     for kind in ("short", "full"):
         words = _NUMBER.split(f"\n{time_text(ClipMeta(1, 1.0, (0.0,)), kind)}\n")
@@ -72,16 +72,16 @@ def most_time_tokens(
     duration: np.ndarray,
     last: np.ndarray,
 ) -> np.ndarray:
-    """int64[videos]: tokens of the instruction about each video, at most, newlines around it included.
+    """Upper bound of the tokens of each video's instruction, including the newlines around it: int64[videos].
 
-    A number counts a token a character, which Qwen's vocabulary takes and none exceeds.
+    A number counts one token per character, as in Qwen's vocabulary. No vocabulary takes more.
 
     Args:
-        kind: of instruction.
-        wording: from `wording_tokens`, of this kind.
-        num_frames: int64[videos], at most.
-        duration: float64[videos], seconds, at most.
-        last: float64[videos], seconds at which the last frame stands, at most.
+        kind: the instruction.
+        wording: entry of `wording_tokens` for this kind.
+        num_frames: int64[videos], upper bound.
+        duration: float64[videos], upper bound in seconds.
+        last: float64[videos], upper bound of the time of the last frame in seconds.
     """
     tokens = wording + _digits(num_frames) + _digits(duration) + len(".00")
     if kind == "full":
@@ -90,5 +90,5 @@ def most_time_tokens(
 
 
 def _digits(values: np.ndarray) -> np.ndarray:
-    """Digits before the point."""
+    """Digits before the decimal point."""
     return 1 + np.searchsorted(_DECADES, np.asarray(values) + _ROUNDING, side="right")

@@ -1,15 +1,14 @@
-"""Turns of a conversation as text: reading them, and where the media stand in them."""
+"""Turns of a conversation as text: parsing them, and the placeholders of media in them."""
 
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from crosslmm_jax.errors import DataError
 
 PLACEHOLDER = re.compile(r"<image>|<video>")
 _ROLES = {"human": "user", "gpt": "assistant"}
-# Left behind in some of LLaVA's video questions; its own loader deletes it too.
+# Remains in some of LLaVA's video questions. LLaVA's loader deletes it too.
 _NOISE = "QA_GT_caption_based_noisy"
 
 
@@ -21,16 +20,15 @@ class Turn:
     text: str
 
 
-def parse_turns(conversations: Any, *, where: str) -> list[Turn]:
-    """Reads the LLaVA (`from`/`value`) or chat (`role`/`content`) turns of a row to train on.
+def parse_turns(conversations: object, *, where: str) -> list[Turn]:
+    """Parses the LLaVA (`from`/`value`) or chat (`role`/`content`) turns of a row to train on.
 
-    A leading turn that is neither the user's nor the system's is dropped, as LLaVA does. A row without an
-    answer would be read and decoded for no loss. An answer without words is refused, as in every other
-    format: LLaVA trains it, which teaches the model to say nothing.
+    A leading assistant turn is dropped, as in LLaVA. A row without an answer is refused, because it would be
+    decoded without adding to the loss. An answer without words is refused in every format; LLaVA trains on
+    it, which teaches the model to say nothing.
 
     Raises:
-        DataError: naming `where`, when a turn is malformed, of an unknown role, or there is no question or
-            answer.
+        DataError: a turn is malformed or of an unknown role, or there is no question or no answer.
     """
     if not isinstance(conversations, Sequence) or isinstance(conversations, str):
         raise DataError(where, "conversation", "conversations must be a list of turns")
@@ -42,7 +40,7 @@ def parse_turns(conversations: Any, *, where: str) -> list[Turn]:
             detail = f"conversations[{number}] must hold from (human, gpt or system) and value, both text"
             raise DataError(where, "conversation", detail)
         if writable(text) != text:
-            raise DataError(where, "conversation", f"conversations[{number}] holds half a character")
+            raise DataError(where, "conversation", f"conversations[{number}] holds an unpaired surrogate")
         turns.append(Turn(role, text.replace(_NOISE, "")))
     if turns and turns[0].role == "assistant":
         turns = turns[1:]
@@ -57,11 +55,11 @@ def parse_turns(conversations: Any, *, where: str) -> list[Turn]:
 
 
 def writable(text: str) -> str:
-    """`text` with "?" for what no file can hold: halves of characters, which JSON and tars may bring."""
+    """`text` with "?" for unpaired surrogates, which JSON and tars may hold and UTF-8 files cannot."""
     return text.encode("utf-8", "replace").decode()
 
 
-def _role_and_text(entry: Any) -> tuple[Any, Any]:
+def _role_and_text(entry: object) -> tuple[object, object]:
     if not isinstance(entry, Mapping):
         return None, None
     if "from" in entry:
@@ -70,12 +68,12 @@ def _role_and_text(entry: Any) -> tuple[Any, Any]:
 
 
 def count_placeholders(turns: Sequence[Turn]) -> int:
-    """Places for media in the user's turns."""
+    """Number of placeholders in the user's turns."""
     return sum(len(PLACEHOLDER.findall(turn.text)) for turn in turns if turn.role == "user")
 
 
 def check_placeholders(turns: Sequence[Turn], num_media: int, *, where: str) -> None:
-    """Raises DataError unless the user's turns hold exactly one `<image>` or `<video>` for each medium."""
+    """Raises DataError unless the user's turns hold exactly one `<image>` or `<video>` per medium."""
     found = count_placeholders(turns)
     if found != num_media:
         detail = f"{found} <image>/<video> placeholders for {num_media} media; write one for each medium"
@@ -83,9 +81,9 @@ def check_placeholders(turns: Sequence[Turn], num_media: int, *, where: str) -> 
 
 
 def split_at_media(text: str) -> list[str]:
-    """The pieces of a user's text around its placeholders: one piece more than there are placeholders.
+    """The pieces of a user's text around its placeholders: one more piece than placeholders.
 
-    A lone placeholder that does not stand first is moved to the front, a newline after it, as LLaVA does.
+    A single placeholder that is not first moves to the front, followed by a newline, as in LLaVA.
     """
     text = text.strip() if PLACEHOLDER.search(text) else text
     pieces = PLACEHOLDER.split(text)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from epochs import epoch_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paper_like import STAGE1, STAGE2, Part, write_index
@@ -31,22 +32,22 @@ def plan_of(sizes: list[int], batch: int, **options) -> Schedule:
 @settings(max_examples=60, deadline=None)
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4), batch=st.integers(1, 9))
 def test_no_row_is_lost_and_none_is_favoured(sizes: list[int], batch: int) -> None:
-    plan, total = plan_of(sizes, batch), sum(sizes)
-    first = [plan.batch(step) for step in range(plan.epoch_steps())]
+    schedule, total = plan_of(sizes, batch), sum(sizes)
+    first = [schedule.batch(step) for step in range(epoch_steps(schedule))]
     assert set(np.concatenate([one.rows for one in first]).tolist()) == set(range(total))
-    whole_epochs = plan._mixes[0]._first(4)  # batches shuffle within an epoch, so count whole ones
-    many = [plan.batch(step) for step in range(whole_epochs)]
+    whole_epochs = schedule._mixes[0]._first(4)  # batches shuffle within an epoch, so count whole ones
+    many = [schedule.batch(step) for step in range(whole_epochs)]
     for number, size in enumerate(sizes):
         rows = np.concatenate([one.rows for one in many if one.bucket_number == number])
         counts = Counter(rows.tolist())
         assert len(counts) == size and max(counts.values()) - min(counts.values()) <= 1
     for one in many:
-        assert len(one.rows) == batch and one.bucket == plan.buckets[one.bucket_number]
+        assert len(one.rows) == batch and one.bucket == schedule.buckets[one.bucket_number]
 
 
 def test_an_epoch_is_a_permutation_in_a_new_order_each_time() -> None:
-    plan = plan_of([64], 16)
-    epochs = [np.concatenate([plan.batch(4 * e + s).rows for s in range(4)]).tolist() for e in range(3)]
+    schedule = plan_of([64], 16)
+    epochs = [np.concatenate([schedule.batch(4 * e + s).rows for s in range(4)]).tolist() for e in range(3)]
     assert all(sorted(epoch) == list(range(64)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0] != list(range(64))
     assert plan_of([64], 16, seed=8).batch(0).rows.tolist() != epochs[0][:16]
@@ -54,8 +55,8 @@ def test_an_epoch_is_a_permutation_in_a_new_order_each_time() -> None:
 
 
 def test_any_step_is_found_at_once_in_a_plan_of_millions() -> None:
-    plan = plan_of([3_000_000, 17_000_000, 1000], 512)
-    far = plan.batch(10**9)
+    schedule = plan_of([3_000_000, 17_000_000, 1000], 512)
+    far = schedule.batch(10**9)
     assert len(set(far.rows.tolist())) > 500
     np.testing.assert_array_equal(far.rows, plan_of([3_000_000, 17_000_000, 1000], 512).batch(10**9).rows)
 
@@ -66,8 +67,8 @@ def test_weights_of_data_sets_hold_exactly() -> None:
         WeightedRows(np.arange(10, 30), Fraction(5, 2)),
         WeightedRows(np.arange(30, 40), Fraction(1, 2)),
     ]
-    plan = Schedule([VIDEO], [parts], batch_size=5, seed=0)
-    counts = Counter(np.concatenate([plan.batch(step).rows for step in range(2 * 65 // 5)]).tolist())
+    schedule = Schedule([VIDEO], [parts], batch_size=5, seed=0)
+    counts = Counter(np.concatenate([schedule.batch(step).rows for step in range(2 * 65 // 5)]).tolist())
     assert {counts[row] for row in range(10)} == {2}
     assert {counts[row] for row in range(10, 30)} == {5}
     assert {counts[row] for row in range(30, 40)} == {1}
@@ -75,10 +76,12 @@ def test_weights_of_data_sets_hold_exactly() -> None:
 
 def test_modalities_take_turns_by_their_weights() -> None:
     members = [[WeightedRows(np.arange(100))], [WeightedRows(np.arange(100, 110))]]
-    plan = Schedule([IMAGE, VIDEO], members, batch_size=5, seed=0, modality_weights={"image": 1, "video": 1})
-    kinds = [plan.batch(step).bucket.modality for step in range(40)]
+    schedule = Schedule(
+        [IMAGE, VIDEO], members, batch_size=5, seed=0, modality_weights={"image": 1, "video": 1}
+    )
+    kinds = [schedule.batch(step).bucket.modality for step in range(40)]
     assert kinds == ["image", "video"] * 20
-    rows = [plan.batch(step).rows for step in range(40)]
+    rows = [schedule.batch(step).rows for step in range(40)]
     assert sorted(np.concatenate(rows[::2]).tolist()) == list(range(100))
     assert set(Counter(np.concatenate(rows[1::2]).tolist()).values()) == {10}
     third = Schedule([IMAGE, VIDEO], members, batch_size=5, seed=0, modality_weights={"image": 1, "video": 2})
@@ -87,14 +90,14 @@ def test_modalities_take_turns_by_their_weights() -> None:
     weights = {"text": 5.0, "image": 1.0, "video": 1.0}  # of text there are no rows
     fourth = Schedule([IMAGE, VIDEO], members, batch_size=5, seed=0, modality_weights=weights)
     assert [fourth.batch(step).bucket.modality for step in range(4)] == ["image", "video"] * 2
-    assert fourth.epoch_steps() == plan.epoch_steps()
+    assert epoch_steps(fourth) == epoch_steps(schedule)
 
 
 def test_a_stand_in_comes_from_the_same_bucket() -> None:
-    plan = plan_of([5, 20], 4)
-    names = [plan.substitute(1, row, attempt) for row in range(5, 25) for attempt in range(1, 9)]
+    schedule = plan_of([5, 20], 4)
+    names = [schedule.substitute(1, row, attempt) for row in range(5, 25) for attempt in range(1, 9)]
     assert set(names) <= set(range(5, 25)) and len(set(names)) > 10
-    assert names == [plan.substitute(1, row, attempt) for row in range(5, 25) for attempt in range(1, 9)]
+    assert names == [schedule.substitute(1, row, attempt) for row in range(5, 25) for attempt in range(1, 9)]
 
 
 @settings(max_examples=40, deadline=None)

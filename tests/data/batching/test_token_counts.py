@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from prompts import whole_prompt
 from video_files import write_video
 
 from crosslmm_jax.config import DataConfig, SamplingConfig, TimeInstruction
@@ -21,7 +22,7 @@ from crosslmm_jax.data.loading.example import ExampleLoader
 from crosslmm_jax.data.media.frame_sampling import choose_frames
 from crosslmm_jax.data.media.image import Clip
 from crosslmm_jax.data.media.video import probe, read_frames
-from crosslmm_jax.data.text.chat import count_tokens, prompt_segments
+from crosslmm_jax.data.text.chat import count_tokens
 from crosslmm_jax.data.text.time_instruction import ClipMeta, time_text, wording_tokens
 from crosslmm_jax.data.text.tokenizer import Tokenizer
 from crosslmm_jax.data.text.turns import Turn
@@ -190,7 +191,7 @@ def test_training_and_inference_read_the_same_words_about_a_video(
     assert isinstance(trained, Example)
     (clip,) = trained.clips
     text = time_text(ClipMeta(len(clip.frames), clip.duration, clip.times.tolist()), kind)
-    asked = prompt_segments(question, any_tokenizer, time_text=text).ids.tolist()
+    asked = whole_prompt(question, any_tokenizer, time_text=text).ids.tolist()
     answer = [*any_tokenizer.encode_plain("A bar."), any_tokenizer.im_end, *any_tokenizer.encode_plain("\n")]
     assert trained.sequence.ids.tolist() == asked + answer
 

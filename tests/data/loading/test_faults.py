@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from damaged import BROKEN, CUT, huge_picture, without_rate
+from epochs import epoch_steps
 from PIL import Image
 from video_files import write_sound
 
@@ -124,7 +125,7 @@ def test_an_epoch_over_damaged_files(
         iterator = make_iterator(dataset, on_bad_row=told.append)
         batches = [next(iterator)]
         begun = workers_alive()
-        batches += [next(iterator) for _ in range(dataset.schedule.epoch_steps() - 1)]
+        batches += [next(iterator) for _ in range(epoch_steps(dataset.schedule) - 1)]
         assert len(begun) == workers and workers_alive() == begun, "no worker was lost"
         iterator.close()
         runs.append(batches)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from dying_loader import DyingLoader
+from epochs import epoch_steps
 
 from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import DataConfig, ModalityWeights, SamplingConfig
@@ -230,7 +231,7 @@ def test_rows_that_are_too_long_are_cut_by_whole_turns_and_counted(
     shorter = dataset_of(both)
     assert shorter.num_without_bucket == 0
     iterator = make_iterator(shorter)
-    batches = take(iterator, shorter.schedule.epoch_steps())
+    batches = take(iterator, epoch_steps(shorter.schedule))
     turns = iterator.truncated["turns"]
     assert iterator.truncated["rows"] == 16 and 16 * 2 <= turns < 16 * 8 and turns % 2 == 0
     assert not iterator.faults and {batch.text_slots.shape[1] for batch in batches} == {64}
@@ -238,7 +239,7 @@ def test_rows_that_are_too_long_are_cut_by_whole_turns_and_counted(
     assert iterator.take_counts() == {"faults": {}, "truncated": {"rows": 0, "turns": 0}}
     every = dataset_of(dataclasses.replace(both, text_buckets=(), frame_buckets=()))
     assert every.num_without_bucket == 0 and [bucket.frames for bucket in every.buckets] == [4, 4]
-    seen = {int(row) for step in range(every.schedule.epoch_steps()) for row in every.scheduled(step).rows}
+    seen = {int(row) for step in range(epoch_steps(every.schedule)) for row in every.scheduled(step).rows}
     assert seen == set(range(80))
 
 
