@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 
 from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import MeshConfig, ModelConfig, Precision, SamplingConfig
-from crosslmm_jax.data.loading import lay_out
 from crosslmm_jax.data.media import read_frames
 from crosslmm_jax.data.text import (
     ClipMeta,
     Tokenizer,
     TokenSequence,
+    lay_out,
     load_tokenizer,
     next_question,
     question_suffix,

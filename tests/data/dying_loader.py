@@ -9,6 +9,6 @@ from crosslmm_jax.data.loading.example import ExampleLoader
 class DyingLoader(ExampleLoader):
     """Kills the process that loads a row."""
 
-    def __call__(self, *args: object) -> NoReturn:
+    def load_or_replace(self, *args: object) -> NoReturn:
         """Never returns."""
         os._exit(1)

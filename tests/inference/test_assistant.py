@@ -11,9 +11,9 @@ from prompts import whole_prompt
 
 from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.data.loading.collate import lay_out
 from crosslmm_jax.data.media.video import read_frames
 from crosslmm_jax.data.text.chat import question_suffix
+from crosslmm_jax.data.text.layout import lay_out
 from crosslmm_jax.data.text.time_instruction import ClipMeta, time_text
 from crosslmm_jax.demo.synthetic import write_dataset
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer

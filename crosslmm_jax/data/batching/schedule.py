@@ -166,7 +166,7 @@ class Schedule:
         stream, rows = self._mixes[mix].batch(number)
         return ScheduledBatch(stream.number, self.buckets[stream.number], rows)
 
-    def substitute(self, bucket_number: int, row: int, attempt: int) -> int:
+    def replacement(self, bucket_number: int, row: int, attempt: int) -> int:
         """The row that replaces a damaged `row` at an attempt: of the same bucket, the same on every host."""
         parts = self.rows[bucket_number]
         place = zlib.crc32(f"{row}/{attempt}".encode()) % sum(len(part.rows) for part in parts)

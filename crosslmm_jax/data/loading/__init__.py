@@ -1,12 +1,16 @@
-"""TODO."""
+"""Rows to batches: what training reads.
 
-from crosslmm_jax.data.loading.collate import lay_out
+example  one row: media decoded, turns tokenised; a row with a damaged video is replaced here
+collate  examples to one batch of a static shape
+dataset  the rows of a config, their buckets and schedule
+loader   the iterator over the batches of one host, with worker processes
+"""
+
 from crosslmm_jax.data.loading.dataset import Dataset
 from crosslmm_jax.data.loading.loader import BatchIterator, make_iterator
 
 __all__ = [
     "BatchIterator",
     "Dataset",
-    "lay_out",
     "make_iterator",
 ]

@@ -2,7 +2,7 @@
 
 A row of a batch holds, in this order:
 
-1. its text tokens and the runs of its media, as they follow each other in the row
+1. its text tokens and the runs of its media, laid out by `text/layout.py`
 2. the slots of padded frames
 3. padded text
 
@@ -10,80 +10,15 @@ With F frames, C compact tokens per frame and a text bucket, T = text bucket + F
 pairs (F, text bucket) are all the shapes that are ever compiled.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from crosslmm_jax.batch import Batch
-from crosslmm_jax.data.media import Clip, stack_clips
-from crosslmm_jax.data.text import MEDIUM, TokenSequence
+from crosslmm_jax.data.loading.example import Example
+from crosslmm_jax.data.media import stack_clips
+from crosslmm_jax.data.text import lay_out
 from crosslmm_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A row ready for a batch.
-
-    Attributes:
-        sequence: tokens of the row, with a MEDIUM for each clip.
-        clips: images and videos of the row, in order.
-        row_index: number of the row in the index.
-        where: file, row and id, for messages.
-    """
-
-    sequence: TokenSequence
-    clips: tuple[Clip, ...]
-    row_index: int
-    where: str = "row"
-
-    @property
-    def num_frames(self) -> int:
-        """Frames of all media."""
-        return sum(len(clip.frames) for clip in self.clips)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """One row of known frame counts, without padding. All arrays have the row's length.
-
-    Attributes:
-        tokens: int32, the placeholder's id where a visual token goes.
-        targets: bool, predicted from the position before.
-        visual: bool, a visual token goes here.
-        visible_frames: int32, how many frames of the row a token here sees.
-    """
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    visual: np.ndarray
-    visible_frames: np.ndarray
-
-
-def lay_out(
-    sequence: TokenSequence, frame_counts: Sequence[int], *, tokens_per_frame: int, placeholder: int
-) -> Layout:
-    """Gives each medium its run of tokens.
-
-    A visual token sees all frames of its own medium and of earlier ones. A text token sees all frames of the
-    media before it.
-
-    Args:
-        sequence: tokens with a MEDIUM for each medium.
-        frame_counts: frames of each medium, as many as `sequence.num_media`.
-        tokens_per_frame: C.
-        placeholder: id written where visual tokens go.
-    """
-    is_medium = sequence.ids == MEDIUM
-    frames = np.zeros(len(sequence.ids), np.int64)
-    frames[is_medium] = frame_counts
-    lengths = np.where(is_medium, frames * tokens_per_frame, 1)
-    return Layout(
-        tokens=np.repeat(np.where(is_medium, placeholder, sequence.ids), lengths).astype(np.int32),
-        targets=np.repeat(sequence.targets & ~is_medium, lengths),
-        visual=np.repeat(is_medium, lengths),
-        visible_frames=np.repeat(np.cumsum(frames), lengths).astype(np.int32),
-    )
 
 
 def collate(

@@ -1,4 +1,4 @@
-"""The rows of a run: their index, the buckets they fall in, the plan over them, and batches made of them."""
+"""The rows of a run: their index, buckets and schedule, and the batches made of them."""
 
 import logging
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from crosslmm_jax.data.batching import (
     row_cost,
 )
 from crosslmm_jax.data.index import Columns, RowStore, fingerprint, open_index
-from crosslmm_jax.data.loading.collate import Example, collate
-from crosslmm_jax.data.loading.example import ExampleLoader
+from crosslmm_jax.data.loading.collate import collate
+from crosslmm_jax.data.loading.example import Example, ExampleLoader
 from crosslmm_jax.data.text import DEFAULT_SYSTEM_PROMPT, Tokenizer, load_tokenizer
 from crosslmm_jax.errors import ConfigError, Fault, UserError
 
@@ -28,23 +28,26 @@ _LOG = logging.getLogger(__name__)
 
 
 class Dataset:
-    """The rows of a `DataConfig`, planned once, and what turns them into batches.
+    """The rows of a `DataConfig` with their schedule. Makes batches of them.
 
     Attributes:
-        buckets: bucketed of batches that a run may see.
-        left_out: rows that no bucket holds.
-        padding: shares of an epoch's batches that are padding.
+        rows: the rows, by number.
+        buckets: shapes of the batches of the run.
+        schedule: the rows of every step.
+        loader: loads single rows.
+        num_without_bucket: rows that are never read, because no bucket holds them.
+        padding: share of padding in an epoch's batches.
     """
 
     def __init__(self, config: DataConfig, *, tokens_per_frame: int, image_size: int) -> None:
-        """Reads index and tokenizer. Raises UserError naming what is wrong with them."""
+        """Reads index and tokenizer. Raises UserError if they are damaged or do not fit each other."""
         self.config = config
         self.tokens_per_frame = tokens_per_frame
         self.tokenizer: Tokenizer = load_tokenizer(config.tokenizer)
         index = open_index(config.index)
         if fingerprint(self.tokenizer) != index.tokenizer:
             raise ConfigError(
-                f"DataConfig.index {config.index} was made with another tokenizer than {config.tokenizer};"
+                f"DataConfig.index {config.index} was made with a tokenizer other than {config.tokenizer};"
                 f" run `crosslmm data index` again with --tokenizer {config.tokenizer}"
             )
         self.rows = RowStore(index)
@@ -59,13 +62,13 @@ class Dataset:
         self._costs = row_cost(bucketed.counts.frames, bucketed.counts.text).astype(np.int32)  # type: ignore[arg-type]
         if bucketed.num_without_bucket:
             _LOG.warning(
-                "%d of %d rows are left out: too many tokens or frames, not of style %r, or of a modality"
+                "%d of %d rows are never read: too many tokens or frames, not of style %r, or of a modality"
                 " without weight", bucketed.num_without_bucket, len(self.rows), config.style,
             )  # fmt: skip
-        held = {bucket.modality for bucket in self.buckets}
-        if absent := (config.modality_weights.as_dict() or {}).keys() - held:
+        present = {bucket.modality for bucket in self.buckets}
+        if absent := (config.modality_weights.as_dict() or {}).keys() - present:
             _LOG.warning(
-                "no row is of modality %s, to which DataConfig.modality_weights gives steps: others get them",
+                "DataConfig.modality_weights gives steps to %s, but no row is of this modality; others get them",
                 ", ".join(sorted(absent)),
             )
         self.schedule = self._make_schedule(
@@ -73,9 +76,10 @@ class Dataset:
         )
 
     def _make_schedule(self, columns: Columns, weights: Sequence[Fraction]) -> Schedule:
+        """`weights`: of each dataset of the mixture."""
         of_weight = {weight: [n for n, one in enumerate(weights) if one == weight] for weight in weights}
-        members, buckets = [], []
-        for number, bucket in enumerate(self.buckets):
+        rows = []
+        for number in range(len(self.buckets)):
             inside = self._bucket_of_row == number
             parts = [
                 WeightedRows(
@@ -83,30 +87,30 @@ class Dataset:
                 )
                 for weight, names in sorted(of_weight.items())
             ]
-            members.append([part for part in parts if len(part.rows)])
-            buckets.append(bucket)
+            rows.append([part for part in parts if len(part.rows)])
         config = self.config
         return Schedule(
-            buckets, members, batch_size=config.batch_size, seed=config.seed, shuffle=config.shuffle,
+            self.buckets, rows, batch_size=config.batch_size, seed=config.seed, shuffle=config.shuffle,
             modality_weights=config.modality_weights.as_dict(),
         )  # fmt: skip
 
     def scheduled(self, step: int) -> ScheduledBatch:
-        """The rows of the global batch of `step`, in their order in it."""
+        """The rows of the global batch of `step`, in order."""
         batch = self.schedule.batch(step)
         if not self.config.shuffle:
             return batch
         order = deal_evenly(self._costs[batch.rows])
         return ScheduledBatch(batch.bucket_number, batch.bucket, batch.rows[order])
 
-    def batch(self, numbers: Sequence[int]) -> Batch:
-        """The batch of these rows, in their order. Raises UserError where one is unreadable."""
-        places = self._bucket_of_row[np.asarray(numbers)]
-        if (places == NO_BUCKET).any():
-            row = self.rows[int(numbers[int(np.argmax(places == NO_BUCKET))])]
-            raise UserError(f"{row.where}: fits no bucket; look at text_buckets and frame_buckets")
-        held = [self.buckets[place] for place in places]
-        bucket = Bucket(held[0].modality, max(b.frames for b in held), max(b.text for b in held))
+    def batch(self, numbers: Sequence[int]) -> Batch[np.ndarray]:
+        """The batch of these rows, in this order. Raises UserError if one cannot be used."""
+        bucket_numbers = self._bucket_of_row[np.asarray(numbers)]
+        without = np.flatnonzero(bucket_numbers == NO_BUCKET)
+        if len(without):
+            row = self.rows[int(numbers[int(without[0])])]
+            raise UserError(f"{row.where}: fits no bucket; raise DataConfig.text_buckets or frame_buckets")
+        buckets = [self.buckets[number] for number in bucket_numbers]
+        bucket = Bucket(buckets[0].modality, max(b.frames for b in buckets), max(b.text for b in buckets))
         examples = []
         for number in numbers:
             found = self.loader.load(int(number), bucket)
@@ -115,8 +119,8 @@ class Dataset:
             examples.append(found)
         return self.collate(examples, bucket)
 
-    def collate(self, examples: list[Example], bucket: Bucket) -> Batch:
-        """One batch of the shape of `bucket`; see `crosslmm_jax.data.loading.collate.collate`."""
+    def collate(self, examples: list[Example], bucket: Bucket) -> Batch[np.ndarray]:
+        """One batch in the shape of `bucket`."""
         return collate(
             examples,
             tokens_per_frame=self.tokens_per_frame,

@@ -1,12 +1,11 @@
-"""The input pipeline on grain: steps of the plan to the batches of this host.
+"""The input pipeline on grain: from steps of the schedule to the batches of this host.
 
-The global batch of a step is a function of (index, seed, step) alone. A host takes a contiguous part of it,
-so the batch put together from all hosts is the same for any number of hosts and of worker processes. The
-whole position is one integer, `global_next_index`: rows read so far, B a step.
+The global batch of a step is a function of (index, seed, step) alone. Each host takes a contiguous part of
+it, so the global batch is the same for any number of hosts and worker processes. The position is one integer,
+`global_next_index`: the rows read so far, B per step.
 
-grain's own ElasticIterator keeps the same state, but it stacks examples of equal shape and deals the rows of
-a batch out one by one; here batches are collated to buckets inside the workers, and grain hands their arrays
-to this process in shared memory.
+grain's ElasticIterator has the same state, but stacks examples of equal shape and distributes the rows of a
+batch one by one. Here workers collate batches to buckets, and grain passes the arrays in shared memory.
 """
 
 import functools
@@ -14,22 +13,36 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
 
 from crosslmm_jax.batch import Batch
 from crosslmm_jax.data.loading.dataset import Dataset
 from crosslmm_jax.errors import ConfigError, Fault, UserError, list_counts
 from crosslmm_jax.utils import end_with_parent
 
+if TYPE_CHECKING:
+    from grain import DatasetIterator
+
 _LOG = logging.getLogger(__name__)
 _STATE_KEY = "global_next_index"
-_MIN_SEEN = 200  # rows before the share of bad ones can stop a run
-_LISTED = 10  # bad rows that the error names
-_RESTARTS = 3  # of workers that died, without a batch in between
+_MIN_SEEN = 200  # rows to read before the share of bad rows can stop a run
+_LISTED = 10  # bad rows in the error message
+_RESTARTS = 3  # restarts of dead workers without a batch in between
+
+
+class _HostBatch(TypedDict):
+    """What a worker returns. Errors travel as text, because grain changes exceptions between processes."""
+
+    batch: Batch[np.ndarray] | None  # None after an error
+    faults: list[Fault]
+    dropped_turns: list[int]  # of each truncated row
+    error: str
 
 
 class _BatchLoader:
-    """Batch number to batch, in whichever process grain runs it."""
+    """Loads batches by number, in the process where grain calls it."""
 
     def __init__(self, dataset: Dataset, *, start: int, shard_index: int, shard_count: int) -> None:
         self.dataset = dataset
@@ -37,36 +50,37 @@ class _BatchLoader:
         host_batch = dataset.config.batch_size // shard_count
         self.part = slice(shard_index * host_batch, (shard_index + 1) * host_batch)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy in a worker process of grain, which itself would outlive a training that was killed."""
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Runs in a worker process, which grain would leave running after the training is killed."""
         self.__dict__.update(state)
         end_with_parent()
 
-    def __call__(self, number: int) -> dict[str, Any]:
-        """Errors of the user's making travel as text, since grain rewrites exceptions between processes."""
-        bad: list[Fault] = []
+    def __call__(self, number: int) -> _HostBatch:
+        faults: list[Fault] = []
         try:
-            scheduled = self.dataset.scheduled(self.start + number)
+            scheduled, schedule = self.dataset.scheduled(self.start + number), self.dataset.schedule
             examples = []
             for row in scheduled.rows[self.part].tolist():
-                substitute = functools.partial(self.dataset.schedule.substitute, scheduled.bucket_number, row)
-                example, failed = self.dataset.loader(row, scheduled.bucket, substitute)
+                replacement = functools.partial(
+                    self.dataset.schedule.replacement, scheduled.bucket_number, row
+                )
+                example, failed = self.dataset.loader.load_or_replace(row, scheduled.bucket, replacement)
                 examples.append(example)
-                bad += failed
+                faults += failed
             dropped = [count for one in examples if (count := one.sequence.dropped_turns)]
             batch = self.dataset.collate(examples, scheduled.bucket)
-            return {"batch": batch, "bad": bad, "dropped_turns": dropped, "error": ""}
+            return _HostBatch(batch=batch, faults=faults, dropped_turns=dropped, error="")
         except UserError as error:
-            return {"batch": {}, "bad": bad, "dropped_turns": [], "error": str(error)}
+            return _HostBatch(batch=None, faults=faults, dropped_turns=[], error=str(error))
 
 
-class BatchIterator(Iterator[Batch]):
-    """Batches of this host, without end.
+class BatchIterator(Iterator[Batch[np.ndarray]]):
+    """An endless iterator over the batches of this host.
 
     Attributes:
-        bad_rows: row number -> why its media could not be read, of all batches handed out so far.
-        faults: reason -> how often another row took a bad one's place.
-        truncated: "rows" that were cut because they were too long, and the "turns" that they lost.
+        bad_rows: row number -> why the row cannot be used, over all batches so far.
+        faults: reason -> number of replaced rows.
+        truncated: "rows" that were too long, and the "turns" that they lost.
     """
 
     def __init__(
@@ -83,32 +97,32 @@ class BatchIterator(Iterator[Batch]):
         self.bad_rows: dict[int, str] = {}
         self.faults: Counter[str] = Counter()
         self.truncated = Counter(rows=0, turns=0)
-        self._told = self.faults.copy(), self.truncated.copy()
+        self._reported = self.faults.copy(), self.truncated.copy()
         self._seen = 0
         self._shard = (shard_index, shard_count)
         self._on_bad_row = on_bad_row or _log_bad_row
-        self._iterator: Any = None
+        self._iterator: DatasetIterator[_HostBatch] | None = None
         self._step = 0
         self.set_state({_STATE_KEY: global_next_index})
 
-    def __next__(self) -> Batch:
-        """The next batch. Raises UserError when rows cannot be used, or workers die again and again."""
+    def __next__(self) -> Batch[np.ndarray]:
+        """The next batch. Raises UserError if too many rows cannot be used, or workers keep dying."""
         result = self._next_result()
         self._seen += self.dataset.config.batch_size // self._shard[1]
-        for fault in result["bad"]:
+        for fault in result["faults"]:
             self.faults[fault.reason] += 1
             if fault.row not in self.bad_rows:
                 self.bad_rows[fault.row] = str(fault)
                 self._on_bad_row(fault)
         dropped = [int(turns) for turns in result["dropped_turns"]]
         self.truncated.update(rows=len(dropped), turns=sum(dropped))
-        if result["error"]:
+        if result["batch"] is None:
             raise UserError(result["error"])
         self._check_share()
         self._step += 1
         return result["batch"]
 
-    def _next_result(self) -> dict[str, Any]:
+    def _next_result(self) -> _HostBatch:
         for attempt in range(_RESTARTS + 1):
             if self._iterator is None:
                 self._iterator = self._start()
@@ -120,7 +134,7 @@ class BatchIterator(Iterator[Batch]):
                 self.close()
                 _LOG.warning("a worker process died at step %d; started again (%d)", self._step, attempt + 1)
         raise UserError(
-            f"worker processes died {_RESTARTS + 1} times in a row at step {self._step}, perhaps for want of"
+            f"worker processes died {_RESTARTS + 1} times in a row at step {self._step}, perhaps out of"
             " memory; lower DataConfig.num_workers or prefetch"
         )
 
@@ -133,10 +147,11 @@ class BatchIterator(Iterator[Batch]):
         named = "; ".join(list(self.bad_rows.values())[:_LISTED])
         raise UserError(
             f"{count} of {self._seen} rows could not be read ({reasons}), more than"
-            f" DataConfig.max_bad_fraction {limit}; mend the files or raise it. First: {named}"
+            f" DataConfig.max_bad_fraction {limit}; repair the files or raise it. First: {named}"
         )
 
-    def _start(self) -> Any:
+    def _start(self) -> "DatasetIterator[_HostBatch]":
+        """Starts reading at the current step, with worker processes if the config asks for them."""
         import grain
 
         config = self.dataset.config
@@ -153,41 +168,41 @@ class BatchIterator(Iterator[Batch]):
         return iter(stream)
 
     def take_counts(self) -> dict[str, dict[str, int]]:
-        """What `faults` and `truncated` gained since the last call, under these names."""
-        faults, truncated = self._told
-        self._told = self.faults.copy(), self.truncated.copy()
+        """Growth of `faults` and `truncated` since the last call, under these names."""
+        faults, truncated = self._reported
+        self._reported = self.faults.copy(), self.truncated.copy()
         return {
             "faults": dict(sorted((self.faults - faults).items())),
             "truncated": {name: self.truncated[name] - truncated[name] for name in ("rows", "turns")},
         }
 
     def get_state(self) -> dict[str, int]:
-        """The position after the last batch handed out; the same on every host."""
+        """The position after the last batch; the same on every host."""
         return {_STATE_KEY: self._step * self.dataset.config.batch_size}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes to a position from `get_state`, of any number of hosts and workers."""
+        """Goes to a position of `get_state`, also one of another number of hosts or workers."""
         self.close()
         self._step, within = divmod(int(state[_STATE_KEY]), self.dataset.config.batch_size)
         if within:
             raise ConfigError(
-                f"DataConfig.batch_size is {self.dataset.config.batch_size}; position {state[_STATE_KEY]} is"
-                " not the begin of a batch of this size"
+                f"DataConfig.batch_size is {self.dataset.config.batch_size}; no batch of this size begins at"
+                f" position {state[_STATE_KEY]}"
             )
 
     def close(self) -> None:
-        """Ends worker processes and threads; a later `next` starts them again."""
+        """Stops worker processes and threads. The next `next` starts them again."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
 
 
 def _log_bad_row(fault: Fault) -> None:
-    _LOG.warning("another row takes the place of row %d (%s): %s", fault.row, fault.reason, fault)
+    _LOG.warning("row %d is replaced by another (%s): %s", fault.row, fault.reason, fault)
 
 
 def _parse_absl_flags() -> None:
-    """grain reads an absl flag in worker processes, which fails unless flags count as parsed."""
+    """Marks absl's flags as parsed: grain reads one in worker processes, which fails otherwise."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
@@ -202,17 +217,17 @@ def make_iterator(
     shard_count: int = 1,
     on_bad_row: Callable[[Fault], None] | None = None,
 ) -> BatchIterator:
-    """Batches of one host from row position `global_next_index` on.
+    """The batches of one host, starting at row `global_next_index`.
 
     Args:
         dataset: rows and settings.
-        global_next_index: position to start at, a value of `BatchIterator.get_state`.
-        shard_index: which of the hosts this is.
-        shard_count: how many hosts share a global batch.
-        on_bad_row: called once for each row whose media cannot be read; by default a warning is logged.
+        global_next_index: the start position, a value of `BatchIterator.get_state`.
+        shard_index: number of this host.
+        shard_count: number of hosts that share a global batch.
+        on_bad_row: called once per row that cannot be used; by default logs a warning.
 
     Raises:
-        ConfigError: the batch does not divide among hosts, or the position is no multiple of it.
+        ConfigError: the batch does not divide among the hosts, or no batch begins at the position.
     """
     if dataset.config.batch_size % shard_count:
         raise ConfigError(

@@ -18,12 +18,15 @@ from crosslmm_jax.data.text.chat import (
     tokenise,
     video_prefix,
 )
+from crosslmm_jax.data.text.layout import Layout, lay_out
 from crosslmm_jax.data.text.time_instruction import ClipMeta, most_time_tokens, time_text, wording_tokens
 from crosslmm_jax.data.text.tokenizer import PAD_TOKEN, Tokenizer, load_tokenizer
 from crosslmm_jax.data.text.turns import Turn, check_placeholders, parse_turns, writable
 
 __all__ = [
     "ClipMeta",
+    "Layout",
+    "lay_out",
     "DEFAULT_SYSTEM_PROMPT",
     "MEDIUM",
     "PAD_TOKEN",

@@ -93,11 +93,11 @@ def test_modalities_take_turns_by_their_weights() -> None:
     assert epoch_steps(fourth) == epoch_steps(schedule)
 
 
-def test_a_stand_in_comes_from_the_same_bucket() -> None:
+def test_a_replacement_comes_from_the_same_bucket() -> None:
     schedule = plan_of([5, 20], 4)
-    names = [schedule.substitute(1, row, attempt) for row in range(5, 25) for attempt in range(1, 9)]
+    names = [schedule.replacement(1, row, attempt) for row in range(5, 25) for attempt in range(1, 9)]
     assert set(names) <= set(range(5, 25)) and len(set(names)) > 10
-    assert names == [schedule.substitute(1, row, attempt) for row in range(5, 25) for attempt in range(1, 9)]
+    assert names == [schedule.replacement(1, row, attempt) for row in range(5, 25) for attempt in range(1, 9)]
 
 
 @settings(max_examples=40, deadline=None)

@@ -118,7 +118,7 @@ class FilmLoader(ExampleLoader):
 
     media: tuple[Film, ...] = ()
 
-    def _clip(self, row: Row, reference: str) -> Clip:
+    def _read_clip(self, row: Row, reference: str) -> Clip:
         clip = read(self.media[int(reference)], row.bounds, self.config.sampling)
         assert clip is not None
         return clip

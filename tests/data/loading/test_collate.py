@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crosslmm_jax.batch import Batch
-from crosslmm_jax.data.loading.collate import Example, collate
+from crosslmm_jax.data.loading.collate import collate
+from crosslmm_jax.data.loading.example import Example
 from crosslmm_jax.data.media.image import Clip
 from crosslmm_jax.data.text.chat import MEDIUM, TokenSequence
 from crosslmm_jax.errors import UserError

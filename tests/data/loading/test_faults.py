@@ -121,15 +121,15 @@ def test_an_epoch_over_damaged_files(
     runs = []
     for workers in (2, 0):
         dataset = Dataset(dataclasses.replace(config, num_workers=workers), tokens_per_frame=1, image_size=16)
-        told: list[Fault] = []
-        iterator = make_iterator(dataset, on_bad_row=told.append)
+        faults: list[Fault] = []
+        iterator = make_iterator(dataset, on_bad_row=faults.append)
         batches = [next(iterator)]
         begun = workers_alive()
         batches += [next(iterator) for _ in range(epoch_steps(dataset.schedule) - 1)]
         assert len(begun) == workers and workers_alive() == begun, "no worker was lost"
         iterator.close()
         runs.append(batches)
-        reasons = {row.row: row.reason for row in told}
+        reasons = {row.row: row.reason for row in faults}
         assert set(reasons) <= set(allowed), "no good file is blamed"
         wrong = {
             number: (damage.kinds[number], reasons.get(number, ""))

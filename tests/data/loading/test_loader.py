@@ -106,7 +106,7 @@ def test_batches_show_the_rows_they_name(config: DataConfig) -> None:
         real = batch.tokens[index][batch.loss_mask[index] > 0]
         assert dataset.tokenizer.decode(real) == row.turns[1].text
         assert row.turns[0].text.removeprefix("<image>\n") in dataset.tokenizer.decode(batch.tokens[index])
-        clip = dataset.loader._clip(row, row.media[0])
+        clip = dataset.loader._read_clip(row, row.media[0])
         np.testing.assert_array_equal(batch.frames[index], clip.frames)
         np.testing.assert_array_equal(batch.frame_times[index], clip.times)
 
@@ -141,20 +141,20 @@ def test_bad_files_are_replaced_the_same_way_each_time(config: DataConfig, damag
     bad_videos = ["videos/train_00002.mp4", "videos/train_00009.mp4"]
     config = dataclasses.replace(damage(bad_videos), batch_size=16, num_workers=workers)
     dataset = dataset_of(config)
-    told: list[Fault] = []
-    iterator = make_iterator(dataset, on_bad_row=told.append)
+    faults: list[Fault] = []
+    iterator = make_iterator(dataset, on_bad_row=faults.append)
     first = take(iterator, 4)
     bad_rows = {number for number in range(64) if dataset.rows[number].media[0] in bad_videos}
     assert len(bad_rows) == 8
     seen = Counter(int(row) for batch in first for row in batch.row_index)
     assert not bad_rows & set(seen) and sum(seen.values()) == 64
-    assert set(iterator.bad_rows) == bad_rows == {row.row for row in told}
-    assert len(told) == 8  # each row is told once
+    assert set(iterator.bad_rows) == bad_rows == {row.row for row in faults}
+    assert len(faults) == 8  # each row is faults once
     assert sum(iterator.faults.values()) >= 8 and iterator.take_counts()["faults"] == iterator.faults
     assert not iterator.take_counts()["faults"]
-    assert "cannot be decoded" in told[0].detail and "train.json: row" in told[0].where
+    assert "cannot be decoded" in faults[0].detail and "train.json: row" in faults[0].where
     clean = dataset_of(dataclasses.replace(config, num_workers=0))
-    assert_same(first, take(make_iterator(clean, on_bad_row=told.append), 4))
+    assert_same(first, take(make_iterator(clean, on_bad_row=faults.append), 4))
 
 
 def test_too_many_bad_files_stop_with_the_list(config: DataConfig, damage) -> None:
@@ -250,7 +250,7 @@ def test_rows_that_fit_no_bucket_are_left_out(
     rows[3]["conversations"][0]["value"] += " Look closely." * 30  # its first exchange alone is too long
     (synthetic.folder / "long.json").write_text(json.dumps(rows))
     dataset = dataset_of(dataclasses.replace(config, index=str(make_index(synthetic.folder / "long.json"))))
-    assert dataset.num_without_bucket == 1 and "1 of 64 rows are left out" in caplog.text
+    assert dataset.num_without_bucket == 1 and "1 of 64 rows are never read" in caplog.text
     found = dataset.loader.load(3, dataset.buckets[0])
     assert isinstance(found, Fault) and found.reason == "too_long" and "row 3 " in found.where
 
@@ -260,7 +260,7 @@ def test_steps_of_a_modality_without_rows_go_to_the_others(
 ) -> None:
     dataset = dataset_of(dataclasses.replace(config, modality_weights=ModalityWeights(image=1.0, video=1.0)))
     assert dataset.scheduled(0).bucket.modality == dataset.scheduled(1).bucket.modality == "video"
-    assert "no row is of modality image, to which DataConfig.modality_weights gives steps" in caplog.text
+    assert "DataConfig.modality_weights gives steps to image, but no row is of this modality" in caplog.text
 
 
 def test_paths_out_of_the_root_only_when_the_config_allows(
@@ -286,13 +286,13 @@ def test_paths_out_of_the_root_only_when_the_config_allows(
 def test_a_batch_must_divide_among_hosts_and_a_position_be_its_begin(config: DataConfig) -> None:
     with pytest.raises(ConfigError, match="batch_size is 24; it must be a multiple of the 5 hosts"):
         make_iterator(dataset_of(config), shard_count=5)
-    with pytest.raises(ConfigError, match="position 25 is not the begin of a batch"):
+    with pytest.raises(ConfigError, match="no batch of this size begins at position 25"):
         make_iterator(dataset_of(config), global_next_index=25)
 
 
 def test_an_index_of_another_tokenizer_is_refused(config: DataConfig, tmp_path: Path) -> None:
     write_default_tokenizer(tmp_path / "other", vocab_size=400)
-    with pytest.raises(ConfigError, match="made with another tokenizer than .*other; run"):
+    with pytest.raises(ConfigError, match="made with a tokenizer other than .*other; run"):
         dataset_of(dataclasses.replace(config, tokenizer=str(tmp_path / "other")))
 
 

@@ -1,6 +1,7 @@
 """Damaged files end within two seconds, with a reason that fits, and take no process with them."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from crosslmm_jax.data.media.video import probe, read_frames
 from crosslmm_jax.errors import DataError
 
 SECONDS_EACH = 2.0
+HERE = Path(__file__).parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [HERE.parent, HERE.parents[2]]))}
 
 
 def read_all(root: str, references: list[str]) -> None:
@@ -88,7 +91,7 @@ def test_damaged_files_are_told_apart_and_cost_little(tmp_path: Path, seed: int)
     program = f"import test_damaged; test_damaged.read_all({str(root)!r}, {[f.reference for f in files]!r})"
     result = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60,
+        cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     lines = {reference: rest for reference, *rest in map(json.loads, result.stdout.splitlines())}

@@ -1,6 +1,7 @@
 """Memory stays flat however many videos a process reads, damaged ones among them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from damaged import write_damaged
 from perf.decode_speed import memory_growth
 
 READS, MOST_MIB = 1000, 50
+HERE = Path(__file__).parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [HERE.parent, HERE.parents[2]]))}
 
 
 def measure(root: str) -> None:
@@ -25,7 +28,7 @@ def measure(root: str) -> None:
 def test_memory_is_flat_over_a_thousand_videos(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", f"import test_memory; test_memory.measure({str(tmp_path / 'root')!r})"],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300,
+        cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads(result.stdout)
