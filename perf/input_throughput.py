@@ -22,7 +22,7 @@ import numpy as np
 from crosslmm_jax.config import DataConfig, SamplingConfig
 from crosslmm_jax.data.index.build import build_index
 from crosslmm_jax.data.loading.dataset import Dataset
-from crosslmm_jax.data.loading.loader import make_iterator
+from crosslmm_jax.data.loading.loader import BatchIterator
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
 
@@ -91,7 +91,7 @@ def measure(folder: Path, *, frames: int, workers: int, batches: int) -> dict[st
         index=str(folder / "index"), tokenizer=str(folder / "tokenizer"), batch_size=BATCH,
         sampling=SamplingConfig(frames=frames), num_workers=workers, prefetch=PREFETCH,
     )  # fmt: skip
-    iterator = make_iterator(Dataset(config, tokens_per_frame=9, image_size=IMAGE_SIZE))
+    iterator = BatchIterator(Dataset(config, tokens_per_frame=9, image_size=IMAGE_SIZE))
     for _ in range(PREFETCH + 1):
         next(iterator)
     begin = time.perf_counter()

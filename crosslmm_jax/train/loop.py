@@ -21,7 +21,7 @@ from crosslmm_jax.batch import needed
 from crosslmm_jax.config import ExperimentConfig
 from crosslmm_jax.config_io import to_dict
 from crosslmm_jax.data.index import open_index
-from crosslmm_jax.data.loading import BatchIterator, Dataset, make_iterator
+from crosslmm_jax.data.loading import BatchIterator, Dataset
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.model import logical_axes
 from crosslmm_jax.model_folder import check_replaceable, is_model_folder, load_weights, save_model_folder
@@ -88,7 +88,7 @@ def train(config: ExperimentConfig, *, quiet: bool = False) -> TrainResult:
         state, position = restored or (_first_state(config, mesh), 0)
         resumed_step = int(state.step)
         index, count = row_shard(mesh)
-        iterator = make_iterator(dataset, global_next_index=position, shard_index=index, shard_count=count)
+        iterator = BatchIterator(dataset, global_next_index=position, shard_index=index, shard_count=count)
         run = _Run(config, mesh, checkpoints, iterator, count, quiet)
         with jax.set_mesh(mesh):
             state = run.steps(state, resumed_step)

@@ -18,7 +18,7 @@ from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import DataConfig, MeshConfig
 from crosslmm_jax.config_io import from_dict
 from crosslmm_jax.data.loading.dataset import Dataset
-from crosslmm_jax.data.loading.loader import make_iterator
+from crosslmm_jax.data.loading.loader import BatchIterator
 from crosslmm_jax.parallel import initialize_processes, make_mesh, row_shard, to_global
 
 TOKENS_PER_FRAME, IMAGE_SIZE = 1, 32
@@ -44,7 +44,7 @@ def main(config: str, begin: str, end: str, out: str) -> None:
     index, count = row_shard(mesh)
     data = from_dict(DataConfig, json.loads(Path(config).read_text()), source=config)
     dataset = Dataset(data, tokens_per_frame=TOKENS_PER_FRAME, image_size=IMAGE_SIZE)
-    iterator = make_iterator(
+    iterator = BatchIterator(
         dataset, global_next_index=int(begin) * data.batch_size, shard_index=index, shard_count=count
     )
     batches, placed = [], []

@@ -10,7 +10,7 @@ from crosslmm_jax import presets
 from crosslmm_jax.config import DataConfig, SamplingConfig
 from crosslmm_jax.data.index.build import build_index
 from crosslmm_jax.data.loading.dataset import Dataset
-from crosslmm_jax.data.loading.loader import make_iterator
+from crosslmm_jax.data.loading.loader import BatchIterator
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 
 CLIPS = Path(__file__).resolve().parents[3] / "shared" / "videos"
@@ -38,7 +38,7 @@ def test_real_clips_are_indexed_batched_and_trained_on(tmp_path: Path, train_one
     )  # fmt: skip
     model = dataclasses.replace(presets.tiny(), attention="reference")  # compiles in half the time
     dataset = Dataset(data, tokens_per_frame=model.merge.tokens_per_frame, image_size=model.vision.image_size)
-    iterator = make_iterator(dataset)
+    iterator = BatchIterator(dataset)
     batch = next(iterator)
     iterator.close()
     assert set(batch.row_index.tolist()) == set(range(len(names))) and not iterator.faults

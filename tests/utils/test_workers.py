@@ -26,7 +26,7 @@ if __name__ == "__main__":
 TRAINING = """
 import multiprocessing, sys, time
 from crosslmm_jax.config import DataConfig, SamplingConfig
-from crosslmm_jax.data.loading.loader import make_iterator
+from crosslmm_jax.data.loading.loader import BatchIterator
 from crosslmm_jax.data.loading.dataset import Dataset
 
 if __name__ == "__main__":
@@ -34,7 +34,7 @@ if __name__ == "__main__":
         index=sys.argv[1], tokenizer=sys.argv[2], batch_size=4, num_workers=2,
         sampling=SamplingConfig(frames=2),
     )
-    batches = make_iterator(Dataset(config, tokens_per_frame=1, image_size=32))
+    batches = BatchIterator(Dataset(config, tokens_per_frame=1, image_size=32))
     next(batches)
     print(*(process.pid for process in multiprocessing.active_children()), flush=True)
     time.sleep(600)

@@ -7,10 +7,9 @@ loader   the iterator over the batches of one host, with worker processes
 """
 
 from crosslmm_jax.data.loading.dataset import Dataset
-from crosslmm_jax.data.loading.loader import BatchIterator, make_iterator
+from crosslmm_jax.data.loading.loader import BatchIterator
 
 __all__ = [
     "BatchIterator",
     "Dataset",
-    "make_iterator",
 ]

@@ -68,7 +68,7 @@ class Dataset:
         present = {bucket.modality for bucket in self.buckets}
         if absent := (config.modality_weights.as_dict() or {}).keys() - present:
             _LOG.warning(
-                "DataConfig.modality_weights gives steps to %s, but no row is of this modality; others get them",
+                "DataConfig.modality_weights gives steps to %s, but no row is one; others get them",
                 ", ".join(sorted(absent)),
             )
         self.schedule = self._make_schedule(

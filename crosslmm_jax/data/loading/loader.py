@@ -61,9 +61,7 @@ class _BatchLoader:
             scheduled, schedule = self.dataset.scheduled(self.start + number), self.dataset.schedule
             examples = []
             for row in scheduled.rows[self.part].tolist():
-                replacement = functools.partial(
-                    self.dataset.schedule.replacement, scheduled.bucket_number, row
-                )
+                replacement = functools.partial(schedule.replacement, scheduled.bucket_number, row)
                 example, failed = self.dataset.loader.load_or_replace(row, scheduled.bucket, replacement)
                 examples.append(example)
                 faults += failed
@@ -92,7 +90,23 @@ class BatchIterator(Iterator[Batch[np.ndarray]]):
         shard_count: int = 1,
         on_bad_row: Callable[[Fault], None] | None = None,
     ) -> None:
-        """See `make_iterator`."""
+        """Starts at row `global_next_index`; nothing is read before the first `next`.
+
+        Args:
+            dataset: rows and settings.
+            global_next_index: the start position, a value of `get_state`.
+            shard_index: number of this host.
+            shard_count: number of hosts that share a global batch.
+            on_bad_row: called once per row that cannot be used; by default logs a warning.
+
+        Raises:
+            ConfigError: the batch does not divide among the hosts, or no batch begins at the position.
+        """
+        if dataset.config.batch_size % shard_count:
+            raise ConfigError(
+                f"DataConfig.batch_size is {dataset.config.batch_size}; it must be a multiple of the"
+                f" {shard_count} hosts"
+            )
         self.dataset = dataset
         self.bad_rows: dict[int, str] = {}
         self.faults: Counter[str] = Counter()
@@ -207,34 +221,3 @@ def _parse_absl_flags() -> None:
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-
-
-def make_iterator(
-    dataset: Dataset,
-    *,
-    global_next_index: int = 0,
-    shard_index: int = 0,
-    shard_count: int = 1,
-    on_bad_row: Callable[[Fault], None] | None = None,
-) -> BatchIterator:
-    """The batches of one host, starting at row `global_next_index`.
-
-    Args:
-        dataset: rows and settings.
-        global_next_index: the start position, a value of `BatchIterator.get_state`.
-        shard_index: number of this host.
-        shard_count: number of hosts that share a global batch.
-        on_bad_row: called once per row that cannot be used; by default logs a warning.
-
-    Raises:
-        ConfigError: the batch does not divide among the hosts, or no batch begins at the position.
-    """
-    if dataset.config.batch_size % shard_count:
-        raise ConfigError(
-            f"DataConfig.batch_size is {dataset.config.batch_size}; it must be a multiple of the"
-            f" {shard_count} hosts"
-        )
-    return BatchIterator(
-        dataset, global_next_index=global_next_index, shard_index=shard_index, shard_count=shard_count,
-        on_bad_row=on_bad_row,
-    )  # fmt: skip

@@ -19,7 +19,7 @@ from video_files import write_sound
 
 from crosslmm_jax.config import DataConfig, SamplingConfig
 from crosslmm_jax.data.loading.dataset import Dataset
-from crosslmm_jax.data.loading.loader import make_iterator
+from crosslmm_jax.data.loading.loader import BatchIterator
 from crosslmm_jax.demo.synthetic import SyntheticSet
 from crosslmm_jax.errors import Fault
 
@@ -122,7 +122,7 @@ def test_an_epoch_over_damaged_files(
     for workers in (2, 0):
         dataset = Dataset(dataclasses.replace(config, num_workers=workers), tokens_per_frame=1, image_size=16)
         faults: list[Fault] = []
-        iterator = make_iterator(dataset, on_bad_row=faults.append)
+        iterator = BatchIterator(dataset, on_bad_row=faults.append)
         batches = [next(iterator)]
         begun = workers_alive()
         batches += [next(iterator) for _ in range(epoch_steps(dataset.schedule) - 1)]

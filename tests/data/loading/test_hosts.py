@@ -14,7 +14,7 @@ from host_process import IMAGE_SIZE, TOKENS_PER_FRAME, row_digests
 from crosslmm_jax.config import DataConfig, SamplingConfig
 from crosslmm_jax.config_io import to_dict
 from crosslmm_jax.data.loading.dataset import Dataset
-from crosslmm_jax.data.loading.loader import make_iterator
+from crosslmm_jax.data.loading.loader import BatchIterator
 from crosslmm_jax.demo.synthetic import SyntheticSet
 
 PROGRAM = Path(__file__).parents[1] / "host_process.py"
@@ -79,7 +79,7 @@ def test_500_batches_are_the_same_for_any_layout(config: DataConfig, tmp_path: P
     ]
     dataset = Dataset(config, tokens_per_frame=TOKENS_PER_FRAME, image_size=IMAGE_SIZE)
     assert len({(bucket.frames, bucket.text) for bucket in dataset.buckets}) > 1
-    iterator = make_iterator(dataset)
+    iterator = BatchIterator(dataset)
     expected, rows, state = [], [], {}
     for number in range(BATCHES):
         if number == STOP:
@@ -97,6 +97,6 @@ def test_500_batches_are_the_same_for_any_layout(config: DataConfig, tmp_path: P
     for part in parts:
         for batch, placed in zip(rows[STOP:], part["placed"], strict=False):
             assert placed and all(batch[int(b) :][: len(held)] == held for b, held in placed.items())
-    iterator = make_iterator(dataset, **state)
+    iterator = BatchIterator(dataset, **state)
     assert [row_digests(next(iterator)) for _ in range(50)] == expected[STOP : STOP + 50]
     iterator.close()

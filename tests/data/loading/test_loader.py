@@ -20,7 +20,7 @@ from crosslmm_jax.config import DataConfig, ModalityWeights, SamplingConfig
 from crosslmm_jax.data.batching.buckets import Bucket
 from crosslmm_jax.data.loading.dataset import Dataset
 from crosslmm_jax.data.loading.example import FrameCache
-from crosslmm_jax.data.loading.loader import BatchIterator, make_iterator
+from crosslmm_jax.data.loading.loader import BatchIterator
 from crosslmm_jax.data.media.image import Clip
 from crosslmm_jax.data.reports.check import check_index
 from crosslmm_jax.demo.synthetic import SyntheticSet
@@ -59,48 +59,48 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 
 def test_workers_do_not_change_batches_and_one_integer_resumes(config: DataConfig) -> None:
     dataset = dataset_of(config)
-    expected = take(make_iterator(dataset), 8)
-    with_workers = make_iterator(dataset_of(dataclasses.replace(config, num_workers=2)))
+    expected = take(BatchIterator(dataset), 8)
+    with_workers = BatchIterator(dataset_of(dataclasses.replace(config, num_workers=2)))
     first = [next(with_workers) for _ in range(5)]
     state = json.loads(json.dumps(with_workers.get_state()))
     with_workers.close()
     assert state == {"global_next_index": 5 * 24}
-    resumed = make_iterator(dataset)
+    resumed = BatchIterator(dataset)
     next(resumed)
     resumed.set_state(state)
     assert_same(expected, first + take(resumed, 3))
-    assert_same(expected[3:5], take(make_iterator(dataset, global_next_index=3 * 24), 2))
+    assert_same(expected[3:5], take(BatchIterator(dataset, global_next_index=3 * 24), 2))
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_share_one_global_batch(config: DataConfig, hosts: int) -> None:
     dataset = dataset_of(config)
     shards = [
-        take(make_iterator(dataset, global_next_index=24, shard_index=index, shard_count=hosts), 2)
+        take(BatchIterator(dataset, global_next_index=24, shard_index=index, shard_count=hosts), 2)
         for index in range(hosts)
     ]
     joined = [
         jax.tree.map(lambda *parts: np.concatenate(parts), *(shard[step] for shard in shards))
         for step in range(2)
     ]
-    assert_same(take(make_iterator(dataset, global_next_index=24), 2), joined)
+    assert_same(take(BatchIterator(dataset, global_next_index=24), 2), joined)
 
 
 def test_each_epoch_visits_every_row_once_in_a_new_order(config: DataConfig) -> None:
     config = dataclasses.replace(config, batch_size=16)  # 64 rows
-    rows = [batch.row_index for batch in take(make_iterator(dataset_of(config)), 8)]
+    rows = [batch.row_index for batch in take(BatchIterator(dataset_of(config)), 8)]
     epochs = np.concatenate(rows[:4]).tolist(), np.concatenate(rows[4:]).tolist()
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(64))
     assert epochs[0] != epochs[1] and epochs[0] != list(range(64))
-    other_seed = take(make_iterator(dataset_of(dataclasses.replace(config, seed=1))), 1)
+    other_seed = take(BatchIterator(dataset_of(dataclasses.replace(config, seed=1))), 1)
     assert other_seed[0].row_index.tolist() != rows[0].tolist()
-    in_order = take(make_iterator(dataset_of(dataclasses.replace(config, shuffle=False))), 1)
+    in_order = take(BatchIterator(dataset_of(dataclasses.replace(config, shuffle=False))), 1)
     assert in_order[0].row_index.tolist() == list(range(16))
 
 
 def test_batches_show_the_rows_they_name(config: DataConfig) -> None:
     dataset = dataset_of(config)
-    batch = take(make_iterator(dataset), 1)[0]
+    batch = take(BatchIterator(dataset), 1)[0]
     for index, number in enumerate(batch.row_index):
         row = dataset.rows[int(number)]
         real = batch.tokens[index][batch.loss_mask[index] > 0]
@@ -115,7 +115,7 @@ def test_plain_style_and_captions(config: DataConfig, synthetic: SyntheticSet, m
     index = str(make_index(synthetic.captions))
     plain = dataclasses.replace(config, index=index, style="plain", batch_size=8)
     dataset = dataset_of(plain)
-    batch = take(make_iterator(dataset), 1)[0]
+    batch = take(BatchIterator(dataset), 1)[0]
     assert (batch.visual_slots == np.arange(4)).all()
     text = dataset.tokenizer.decode(batch.tokens[0][batch.loss_mask[0] > 0])
     assert text == dataset.rows[int(batch.row_index[0])].turns[1].text + "\n"
@@ -142,7 +142,7 @@ def test_bad_files_are_replaced_the_same_way_each_time(config: DataConfig, damag
     config = dataclasses.replace(damage(bad_videos), batch_size=16, num_workers=workers)
     dataset = dataset_of(config)
     faults: list[Fault] = []
-    iterator = make_iterator(dataset, on_bad_row=faults.append)
+    iterator = BatchIterator(dataset, on_bad_row=faults.append)
     first = take(iterator, 4)
     bad_rows = {number for number in range(64) if dataset.rows[number].media[0] in bad_videos}
     assert len(bad_rows) == 8
@@ -154,12 +154,12 @@ def test_bad_files_are_replaced_the_same_way_each_time(config: DataConfig, damag
     assert not iterator.take_counts()["faults"]
     assert "cannot be decoded" in faults[0].detail and "train.json: row" in faults[0].where
     clean = dataset_of(dataclasses.replace(config, num_workers=0))
-    assert_same(first, take(make_iterator(clean, on_bad_row=faults.append), 4))
+    assert_same(first, take(BatchIterator(clean, on_bad_row=faults.append), 4))
 
 
 def test_too_many_bad_files_stop_with_the_list(config: DataConfig, damage) -> None:
     spoilt = damage([f"videos/train_{number:05d}.mp4" for number in (1, 5)])
-    iterator = make_iterator(
+    iterator = BatchIterator(
         dataset_of(dataclasses.replace(spoilt, max_bad_fraction=0.1)), on_bad_row=[].append
     )
     with pytest.raises(
@@ -169,7 +169,7 @@ def test_too_many_bad_files_stop_with_the_list(config: DataConfig, damage) -> No
             next(iterator)
     iterator.close()
     assert "train_00001.mp4" in str(error.value) or "train_00005.mp4" in str(error.value)
-    patient = make_iterator(dataset_of(spoilt), on_bad_row=[].append)
+    patient = BatchIterator(dataset_of(spoilt), on_bad_row=[].append)
     take(patient, 30)
 
 
@@ -177,7 +177,7 @@ def test_too_many_bad_files_stop_with_the_list(config: DataConfig, damage) -> No
 def test_nothing_readable_stops_with_one_line(config: DataConfig, damage, workers: int) -> None:
     spoilt = damage([])
     shutil.rmtree(dataset_of(spoilt).rows[0].root + "/videos")
-    iterator = make_iterator(
+    iterator = BatchIterator(
         dataset_of(dataclasses.replace(spoilt, num_workers=workers)), on_bad_row=[].append
     )
     with pytest.raises(UserError, match="no such file.*are the media where the index") as caught:
@@ -189,21 +189,21 @@ def test_nothing_readable_stops_with_one_line(config: DataConfig, damage, worker
 def test_a_killed_worker_is_replaced(config: DataConfig) -> None:
     """Its batches come from a new one, the same ones."""
     dataset = dataset_of(dataclasses.replace(config, num_workers=2, prefetch=2))
-    iterator = make_iterator(dataset)
+    iterator = BatchIterator(dataset)
     batches = [next(iterator)]
     for child in multiprocessing.active_children():
         if child.name.startswith("grain-process-prefetch"):
             os.kill(child.pid, signal.SIGKILL)
     batches += [next(iterator) for _ in range(5)]
     iterator.close()
-    assert_same(batches, take(make_iterator(dataset_of(config)), 6))
+    assert_same(batches, take(BatchIterator(dataset_of(config)), 6))
 
 
 @pytest.mark.slow
 def test_workers_that_always_die_end_the_run(config: DataConfig) -> None:
     dataset = dataset_of(dataclasses.replace(config, num_workers=1))
     dataset.loader = DyingLoader(dataset.rows, config, tokenizer=dataset.tokenizer, image_size=32)
-    iterator = make_iterator(dataset)
+    iterator = BatchIterator(dataset)
     with pytest.raises(
         UserError, match="worker processes died 4 times in a row at step 0, .*lower DataConfig.num_workers"
     ):
@@ -230,7 +230,7 @@ def test_rows_that_are_too_long_are_cut_by_whole_turns_and_counted(
     both = dataclasses.replace(config, index=str(make_index(tmp_path / "mixture.yaml")), batch_size=4)
     shorter = dataset_of(both)
     assert shorter.num_without_bucket == 0
-    iterator = make_iterator(shorter)
+    iterator = BatchIterator(shorter)
     batches = take(iterator, epoch_steps(shorter.schedule))
     turns = iterator.truncated["turns"]
     assert iterator.truncated["rows"] == 16 and 16 * 2 <= turns < 16 * 8 and turns % 2 == 0
@@ -260,7 +260,7 @@ def test_steps_of_a_modality_without_rows_go_to_the_others(
 ) -> None:
     dataset = dataset_of(dataclasses.replace(config, modality_weights=ModalityWeights(image=1.0, video=1.0)))
     assert dataset.scheduled(0).bucket.modality == dataset.scheduled(1).bucket.modality == "video"
-    assert "DataConfig.modality_weights gives steps to image, but no row is of this modality" in caplog.text
+    assert "DataConfig.modality_weights gives steps to image, but no row is one" in caplog.text
 
 
 def test_paths_out_of_the_root_only_when_the_config_allows(
@@ -272,8 +272,8 @@ def test_paths_out_of_the_root_only_when_the_config_allows(
     (synthetic.folder / "up.json").write_text(json.dumps(rows))
     index = make_index(synthetic.folder / "up.json", allow_outside=True)
     allowed = dataclasses.replace(config, index=str(index), allow_outside=True)
-    expected = take(make_iterator(dataset_of(config)), 1)
-    assert_same(expected, take(make_iterator(dataset_of(allowed)), 1))
+    expected = take(BatchIterator(dataset_of(config)), 1)
+    assert_same(expected, take(BatchIterator(dataset_of(allowed)), 1))
     found = dataset_of(dataclasses.replace(allowed, allow_outside=False)).loader.load(
         0, Bucket("video", 4, 64)
     )
@@ -285,9 +285,9 @@ def test_paths_out_of_the_root_only_when_the_config_allows(
 
 def test_a_batch_must_divide_among_hosts_and_a_position_be_its_begin(config: DataConfig) -> None:
     with pytest.raises(ConfigError, match="batch_size is 24; it must be a multiple of the 5 hosts"):
-        make_iterator(dataset_of(config), shard_count=5)
+        BatchIterator(dataset_of(config), shard_count=5)
     with pytest.raises(ConfigError, match="no batch of this size begins at position 25"):
-        make_iterator(dataset_of(config), global_next_index=25)
+        BatchIterator(dataset_of(config), global_next_index=25)
 
 
 def test_an_index_of_another_tokenizer_is_refused(config: DataConfig, tmp_path: Path) -> None:
@@ -309,6 +309,6 @@ def test_frame_cache_is_bounded() -> None:
 
 
 def test_cached_frames_are_those_of_a_fresh_decode(config: DataConfig) -> None:
-    cached = take(make_iterator(dataset_of(config)), 7)
-    fresh = take(make_iterator(dataset_of(dataclasses.replace(config, frame_cache_mb=0))), 7)
+    cached = take(BatchIterator(dataset_of(config)), 7)
+    fresh = take(BatchIterator(dataset_of(dataclasses.replace(config, frame_cache_mb=0))), 7)
     assert_same(cached, fresh)

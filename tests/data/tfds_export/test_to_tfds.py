@@ -22,7 +22,7 @@ from crosslmm_jax.data.annotations.mixture import read_mixture, read_rows
 from crosslmm_jax.data.annotations.rows import Row
 from crosslmm_jax.data.index.build import build_index
 from crosslmm_jax.data.loading.dataset import Dataset
-from crosslmm_jax.data.loading.loader import make_iterator
+from crosslmm_jax.data.loading.loader import BatchIterator
 from crosslmm_jax.data.media.locate import open_media
 from crosslmm_jax.data.media.video import probe, read_frames
 from crosslmm_jax.data.tfds_export import shard_writer
@@ -360,7 +360,7 @@ def test_worker_processes_read_records_and_tars(
             index=str(index), tokenizer=str(tokenizer_folder), batch_size=8, sampling=FOUR, max_shapes=4,
             shuffle=False, num_workers=2 if number == 2 else 0,
         )  # fmt: skip
-        iterator = make_iterator(Dataset(config, tokens_per_frame=1, image_size=32))
+        iterator = BatchIterator(Dataset(config, tokens_per_frame=1, image_size=32))
         batches.append([next(iterator) for _ in range(8)])
         iterator.close()
         assert iterator.faults == {}
