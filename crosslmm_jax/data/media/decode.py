@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crosslmm_jax.data.media.demux import packets_of
+from crosslmm_jax.data.media.demux import container_of, packets_of
 from crosslmm_jax.data.media.locate import Deadline
 from crosslmm_jax.data.media.packet_index import PacketIndex
 
@@ -138,7 +138,7 @@ class _PacketReader:
         for earlier in _EARLIER:  # a format that seeks by decoding time may lead to a later keyframe
             target = int(np.searchsorted(index.gops, max(0, gop - earlier)))
             try:
-                self._stream.container.seek(int(index.times[target]), stream=self._stream)
+                container_of(self._stream).seek(int(index.times[target]), stream=self._stream)
             except av.error.FFmpegError as error:
                 raise SeekError(str(error)) from error
             packets = packets_of(self._stream)

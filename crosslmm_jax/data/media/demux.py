@@ -6,7 +6,7 @@ address: playlists, lists of files and numbered pictures are refused.
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from crosslmm_jax.data.media.locate import (
     MAX_PIXELS,
@@ -59,7 +59,7 @@ def open_video(path: PathOrMedia, deadline: Deadline, num_threads: int = 1) -> "
                 for other in container.streams:
                     other.discard = Discard.default if other is stream else Discard.all
             context = stream.codec_context
-            stream.thread_type = "AUTO"
+            stream.thread_type = "AUTO"  # type: ignore[assignment]
             context.thread_count = num_threads
             context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change within a stream
             yield stream
@@ -118,6 +118,11 @@ def format_of(stream: "VideoStream") -> str:
     return stream.container.format.name.partition(",")[0]
 
 
+def container_of(stream: "VideoStream") -> "InputContainer":
+    """The open file of a stream."""
+    return cast("InputContainer", stream.container)
+
+
 def packets_of(stream: "VideoStream") -> "Iterator[Packet]":
     """The packets of a video stream that are not empty."""
     return (packet for packet in _demux(stream) if packet.size)
@@ -126,7 +131,7 @@ def packets_of(stream: "VideoStream") -> "Iterator[Packet]":
 def _demux(stream: "VideoStream") -> "Iterator[Packet]":
     while True:
         try:
-            yield from stream.container.demux(stream)
+            yield from container_of(stream).demux(stream)
             return
         except IndexError:
             # PyAV fails on the first packet of a stream that begins mid-file. The next call reads on.

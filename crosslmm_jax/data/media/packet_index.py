@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crosslmm_jax.data.media.demux import DAMAGED, SEEKABLE, format_of, open_video, packets_of
+from crosslmm_jax.data.media.demux import DAMAGED, SEEKABLE, container_of, format_of, open_video, packets_of
 from crosslmm_jax.data.media.locate import Deadline, PathOrMedia, open_file, size_of
 from crosslmm_jax.data.media.mp4_tables import SampleTables, read_sample_tables
 from crosslmm_jax.errors import DataError
@@ -100,12 +100,14 @@ def _index_from_tables(stream: "VideoStream", path: PathOrMedia) -> PacketIndex 
     decode_times = tables.decode_times + stream.index_entries[0].timestamp
     try:
         first = next(packets_of(stream))
-        stream.container.seek(int(decode_times[-1]), stream=stream, any_frame=True)
+        container_of(stream).seek(int(decode_times[-1]), stream=stream, any_frame=True)
         near_end = itertools.islice(packets_of(stream), _MOST_DELAYED)
         last = next(packet for packet in near_end if packet.dts == decode_times[-1])
     except (StopIteration, av.error.FFmpegError):
         return None
-    if first.dts != decode_times[0] or not first.is_keyframe or None in (first.pts, last.pts):
+    if first.pts is None or first.dts is None or last.pts is None:
+        return None
+    if first.dts != decode_times[0] or not first.is_keyframe:
         return None
     # ffmpeg shifts all times by one amount, for the edit list and for negative delays.
     times = decode_times + tables.delays + (first.pts - first.dts - int(tables.delays[0]))

@@ -8,13 +8,12 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crosslmm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as BackendTokenizer
-    from transformers import PreTrainedTokenizerFast
 
 PAD_TOKEN = "<|endoftext|>"
 _SHORT = 100  # characters; the ids of texts up to this length are cached
@@ -24,7 +23,7 @@ _MOST_CACHED = 10_000  # texts
 class Tokenizer:
     """A Hugging Face tokenizer, and the ids of the special tokens of prompts."""
 
-    def __init__(self, hf_tokenizer: "PreTrainedTokenizerFast", folder: str) -> None:
+    def __init__(self, hf_tokenizer: Any, folder: str) -> None:
         """Wraps `hf_tokenizer` of `folder`. Raises UserError if a special token is missing."""
         self.hf_tokenizer = hf_tokenizer
         self.folder = folder
