@@ -35,7 +35,7 @@ def count_frames(*, num_frames: ArrayLike, duration: ArrayLike, sampling: Sampli
     return np.where(seconds > 0, count, 1).astype(np.int64)
 
 
-def _stride(total: ArrayLike, seconds: ArrayLike, fps: float) -> np.ndarray:
+def _stride(total: np.ndarray | int, seconds: np.ndarray | float, fps: float) -> np.ndarray:
     """LLaVA's step in frames, but at least 1: theirs can be 0, which fails."""
     # 69 frames in 2.76 s are 25 per second. A rate slightly above would round a step of 12.5 up, not to even.
     rate = np.round(total / np.where(seconds > 0, seconds, 1), 6)

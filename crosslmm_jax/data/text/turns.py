@@ -35,7 +35,7 @@ def parse_turns(conversations: object, *, where: str) -> list[Turn]:
     turns = []
     for number, entry in enumerate(conversations):
         role, text = _role_and_text(entry)
-        role = _ROLES.get(role, role) if isinstance(role, str) else role
+        role = _ROLES.get(role, role) if isinstance(role, str) else ""
         if role not in ("system", "user", "assistant") or not isinstance(text, str):
             detail = f"conversations[{number}] must hold from (human, gpt or system) and value, both text"
             raise DataError(where, "conversation", detail)
