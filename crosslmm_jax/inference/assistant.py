@@ -33,7 +33,7 @@ from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.inference.compiled import Compiled
 from crosslmm_jax.inference.generate import Generation, Sampling
 from crosslmm_jax.inference.prepare import prepare_params
-from crosslmm_jax.model import Cache, init_params, logical_axes
+from crosslmm_jax.model import KVCache, init_params, logical_axes
 from crosslmm_jax.model_folder import Processor, load_model_config, load_processor, load_weights
 from crosslmm_jax.parallel import make_mesh, param_shardings
 
@@ -165,7 +165,7 @@ class Video:
                 f" {config.decoder.max_positions}: read fewer --frames"
             )
 
-    def _prefill(self, prefix: TokenSequence, visual: Any) -> Cache:
+    def _prefill(self, prefix: TokenSequence, visual: Any) -> KVCache:
         model = self.model
         layout = lay_out(
             prefix, [len(self.frames)], tokens_per_frame=model.config.merge.tokens_per_frame,
@@ -216,7 +216,7 @@ class Chat:
     """A conversation that goes on from what was said; answers arrive as they are made."""
 
     def __init__(
-        self, model: VideoModel, prefix: Cache, *, max_new_tokens: int, sampling: Sampling, seed: int
+        self, model: VideoModel, prefix: KVCache, *, max_new_tokens: int, sampling: Sampling, seed: int
     ) -> None:
         """Starts behind `prefix`, which stays as it is."""
         if max_new_tokens < 1:
@@ -249,7 +249,7 @@ class Chat:
         yield from self._stream(state)
 
     def _check_room(self, new: int) -> None:
-        held = int(self._cache.lengths[0])
+        held = int(self._cache.num_tokens[0])
         most = self._model.config.decoder.max_positions
         if held + new + self._max_new_tokens > most:
             raise UserError(

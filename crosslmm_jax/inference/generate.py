@@ -1,13 +1,13 @@
 """Token by token on the device: sampling, and a loop that is compiled once for any length of text."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from crosslmm_jax.model import Cache, CrossLMM
+from crosslmm_jax.model import CrossLMM, KVCache, VideoCache, apply
 
 
 class Sampling(NamedTuple):
@@ -18,18 +18,22 @@ class Sampling(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """Where a generation stands. `token` is drawn but not yet in the cache."""
+    """State of a generation. `token` is drawn but not yet in the cache."""
 
-    cache: Cache
+    cache: KVCache
     token: Int[Array, " b"]
-    done: Bool[Array, " b"]  # `token` is the end of the answer, or came after it
+    done: Bool[Array, " b"]  # `token` is the end of the answer, or comes after it
     key: Array
+
+
+# Of `generate`: tokens so far, the tokens themselves, how many of each row count, and the state.
+Loop = tuple[Int[Array, ""], Int[Array, "b s"], Int[Array, " b"], Generation]
 
 
 def draw(logits: Float[Array, "b v"], key: Array, sampling: Sampling, *, vocab_size: int) -> Int[Array, " b"]:
     """int32[B] next tokens, never a row of the embedding beyond the tokenizer's `vocab_size`."""
     logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
-    # On a GPU, ordering a vocabulary is a long row of small kernels: only where it decides anything.
+    # On a GPU, sorting a vocabulary takes many small kernels: done only where it changes the result.
     return jax.lax.cond(
         jnp.asarray(sampling.temperature) > 0,
         lambda: _draw_by_probability(logits, key, sampling),
@@ -50,9 +54,9 @@ def _draw_by_probability(logits: Float[Array, "b v"], key: Array, sampling: Samp
 
 
 def start(
-    logits: Float[Array, "b v"], cache: Cache, key: Array, sampling: Sampling, *, vocab_size: int, end: int
+    logits: Float[Array, "b v"], cache: KVCache, key: Array, sampling: Sampling, *, vocab_size: int, end: int
 ) -> Generation:
-    """The first token behind a prompt whose last logits are `logits`."""
+    """The first token after a prompt whose last logits are `logits`."""
     key, now = jax.random.split(key)
     token = draw(logits, now, sampling, vocab_size=vocab_size)
     return Generation(cache, token, token == end, key)
@@ -61,8 +65,8 @@ def start(
 @functools.partial(jax.jit, static_argnames=("model", "steps", "vocab_size", "end"), donate_argnames="state")
 def generate(
     model: CrossLMM,
-    params: Any,
-    t2v: Any,
+    params: PyTree,
+    t2v: VideoCache | None,
     state: Generation,
     limit: Int[Array, ""],
     sampling: Sampling,
@@ -71,34 +75,33 @@ def generate(
     vocab_size: int,
     end: int,
 ) -> tuple[Int[Array, "b s"], Int[Array, " b"], Generation]:
-    """Up to `limit` tokens a row in one loop on the device.
+    """Up to `limit` tokens per row in one loop on the device.
 
     Args:
       model: the model.
       params: its parameters.
-      t2v: keys and values of the video (`Cache.t2v`), read only and so not donated.
-      state: where the last call stopped; its cache holds no T2V part and is reused.
-      limit: int32, tokens to make now, at most `steps`.
+      t2v: video KV cache (`KVCache.t2v`), read only and so not donated.
+      state: where the last call stopped; its cache has no T2V part and is reused.
+      limit: int32, tokens to generate now, at most `steps`.
       sampling: how tokens are drawn.
       steps: static room for tokens.
       vocab_size: the tokenizer's.
       end: the token that ends an answer; it is neither returned nor put into the cache.
 
     Returns:
-      int32[B, steps] tokens, int32[B] how many of them count, and where to go on.
+      int32[B, steps] tokens, int32[B] how many of them count, and the state to go on from.
     """
 
-    def unfinished(carry: Any) -> Array:
+    def unfinished(carry: Loop) -> Array:
         i, _, _, state = carry
         return (i < limit) & ~jnp.all(state.done)
 
-    def step(carry: Any) -> Any:
+    def step(carry: Loop) -> Loop:
         i, tokens, counts, state = carry
         live = (~state.done).astype(jnp.int32)
         tokens = tokens.at[:, i].set(state.token)
         cache = state.cache._replace(t2v=t2v)
-        result: Any = model.apply({"params": params}, cache, state.token[:, None], live, method="extend")
-        logits, cache = result
+        logits, cache = apply(model, params, CrossLMM.extend, cache, state.token[:, None], live)
         state = Generation(cache._replace(t2v=None), state.token, state.done, state.key)
         following = start(logits, state.cache, state.key, sampling, vocab_size=vocab_size, end=end)
         return i + 1, tokens, counts + live, following._replace(done=state.done | following.done)

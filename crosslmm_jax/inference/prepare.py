@@ -1,35 +1,36 @@
-"""Weights as inference reads them, made once from those that training left."""
+"""Weights in the form that inference reads, made once from a MODEL folder's."""
 
 import functools
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
 
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model import quantise_params, quantised_axes, separate_layers
 from crosslmm_jax.parallel import param_shardings
 
 QUANTISED = ("encoder", "projector")
+Params = dict[str, PyTree[Array]]  # part -> its parameters
 
 
-def prepare_params(params: dict[str, Any], config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-    """`params` of `init_params` with matrices quantised as `config.visual_matmul` says, an array a layer.
+def prepare_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
+    """Parameters with separate layers, and matrices quantised as `config.visual_matmul` says.
 
-    Takes `params` apart on the way: no more than one stack of layers is there twice, and besides, in 8 bits,
-    encoder and projector as they were until the caller lets go of `params`.
+    Takes `params` apart on the way, so that at most one stack of layers exists twice. In 8 bits, encoder and
+    projector exist twice too, until the caller drops `params`.
 
     Args:
-      params: on the devices of `mesh`; arrays that stay as they are are passed on, not copied.
-      config: the model's.
-      mesh: devices to lay the result on, by the table of logical axes.
+      params: as `init_params` makes them, on the devices of `mesh`. What does not change is not copied.
+      config: the model configuration.
+      mesh: devices to put the result on, by the table of logical axes.
     """
     if config.visual_matmul != "compute":
         params = {**params, **_quantised(params, config, mesh)}
     return separate_layers(params, consume=True)
 
 
-def _quantised(params: dict[str, Any], config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+def _quantised(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
     parts = {part: params[part] for part in QUANTISED}
     quantise = functools.partial(quantise_params, precision=config.visual_matmul)
     axes = quantised_axes(config)

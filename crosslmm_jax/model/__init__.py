@@ -1,20 +1,40 @@
-"""The model: pure modules and functions, frames and tokens to logits.
+"""The model: frames and tokens in, logits out, as pure functions and four Flax modules.
 
-Glossary of shape letters, the same in names, einsums and docstrings:
+    crosslmm.py              CrossLMM: the modules together; loss, encode, prefill, extend, observe
+    encoder.py               SiglipEncoder (module): frames to features
+    pooler.py                token merge and Projector (module): features to compact tokens
+    encode_frames.py         the way from frames to compact and original tokens, in chunks
+    decoder.py               Decoder (module): a layer over a prompt, a layer after a KV cache, attention maps
+    qwen2.py                 self-attention and MLP of a decoder layer
+    layer_loops.py           the loops over the decoder's layers: scanned, and one by one
+    dual_cross_attention.py  DualCrossAttention (module): V2V and T2V
+    video_attention.py       attention to all tokens of a video, in memory that a long one fits
+    kv_cache.py              what generation keeps
+    loss.py, ops.py          loss and head; norms, rotary embedding, products
+    attention/               one attention function and its backends
+    params/                  tables of parameters, initial values, logical axes
+    quantisation/            8-bit matrices
+
+Modules are Flax Linen for one reason: parameters are a plain nested dict. Each module declares its own from
+one table (`params/tables.py`) and Linen binds them by path, so converters, checkpoints and shardings see
+arrays under names and nothing else. The scan over layers and rematerialisation are jax's, `jax.lax.scan` and
+`jax.checkpoint`, not Linen's.
+
+Shape letters, the same in names, einsums and docstrings:
 
 | letter | meaning |
 |---|---|
 | `B` | batch |
-| `F` | frames of a row |
-| `P` | patches a frame, before pooling |
-| `C` | compact tokens a frame, after pooling |
+| `F` | frames per row |
+| `P` | patches per frame, before pooling |
+| `C` | compact tokens per frame, after pooling |
 | `T` | query tokens |
 | `S` | key and value tokens |
 | `D` | decoder width |
 | `W` | vision width |
 | `N` | query heads |
 | `K` | key and value heads |
-| `G` | query heads a key head, N / K |
+| `G` | query heads per key head, N / K |
 | `H` | head size |
 | `M` | MLP width |
 | `V` | vocabulary |
@@ -23,11 +43,10 @@ The paper's K, "cross-attention every K layers", is `cross_attn_every`.
 """
 
 from crosslmm_jax.model.attention.dispatch import attention
-from crosslmm_jax.model.cross_attention import KeysValues
-from crosslmm_jax.model.crosslmm import CrossLMM
+from crosslmm_jax.model.crosslmm import CrossLMM, apply
 from crosslmm_jax.model.encode_frames import Visual, frame_chunk
 from crosslmm_jax.model.encoder import SiglipEncoder, encoder_layer, patchify
-from crosslmm_jax.model.kv_cache import Cache
+from crosslmm_jax.model.kv_cache import KeysValues, KVCache, VideoCache
 from crosslmm_jax.model.loss import logits_of
 from crosslmm_jax.model.ops import rms_norm
 from crosslmm_jax.model.params.initialise import (
@@ -44,13 +63,15 @@ from crosslmm_jax.model.qwen2 import mlp, self_attention
 
 __all__ = [
     "COPIED",
-    "Cache",
     "CrossLMM",
     "DTYPES",
+    "KVCache",
     "KeysValues",
     "Pooler",
     "SiglipEncoder",
+    "VideoCache",
     "Visual",
+    "apply",
     "attention",
     "copy_cross_attention",
     "encoder_layer",

@@ -4,21 +4,20 @@ Reference implementation: Hugging Face's `Qwen2ForCausalLM` (RMSNorm, grouped-qu
 q, k and v only, rotary positions, SwiGLU).
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from crosslmm_jax.config import AttentionBackend, DecoderConfig
 from crosslmm_jax.model.attention.dispatch import attention
+from crosslmm_jax.model.kv_cache import LayerCache
 from crosslmm_jax.model.ops import from_heads, matmul, pad_tokens, rms_norm, rotate, to_heads
 from crosslmm_jax.model.params.partitioning import AxisRules
 from crosslmm_jax.model.params.tables import Weight, WeightTable, fan_in, normal, ones, stack, zeros
 
 
 def attention_weights(config: DecoderConfig, kv_width: int) -> dict[str, Weight]:
-    """Qwen2's attention, without a bias on the output. Keys and values are read from width `kv_width`."""
+    """Qwen2's attention, without a bias on the output. Keys and values are made from width `kv_width`."""
     D, N, K, H = config.width, config.num_heads, config.num_kv_heads, config.head_dim
     kv_embed = "embed" if kv_width == D else "vision_embed"
     return {
@@ -53,27 +52,6 @@ def decoder_weights(config: DecoderConfig, *, stacked: bool = True) -> WeightTab
     return table
 
 
-class LayerCache(NamedTuple):
-    """The self-attention cache of one layer."""
-
-    keys: Float[Array, "b s k h"]  # S = room for all tokens
-    values: Float[Array, "b s k h"]
-    lengths: Int[Array, " b"]  # tokens each row holds already: where the new ones are written
-
-    def extended(self, k: Float[Array, "b t k h"], v: Float[Array, "b t k h"]) -> "LayerCache":
-        """The cache with T new keys and values written behind each row's tokens, where there must be room."""
-        k, v = k.astype(self.keys.dtype), v.astype(self.values.dtype)
-        if k.shape[0] == 1:
-            # On a GPU, what makes a key then writes it to its place. XLA's scatter would be a second kernel.
-            write, start = jax.lax.dynamic_update_slice, (0, self.lengths[0], 0, 0)
-            return self._replace(keys=write(self.keys, k, start), values=write(self.values, v, start))
-        rows = jnp.arange(k.shape[0])[:, None]
-        places = self.lengths[:, None] + jnp.arange(k.shape[1])
-        keys = self.keys.at[rows, places].set(k, unique_indices=True)
-        values = self.values.at[rows, places].set(v, unique_indices=True)
-        return self._replace(keys=keys, values=values)
-
-
 @jax.named_scope("self_attention")
 def self_attention(
     weights: dict[str, Array],
@@ -85,19 +63,19 @@ def self_attention(
     cache: LayerCache | None = None,
     rules: AxisRules | None = None,
 ) -> tuple[Float[Array, "b r d"], Float[Array, "b s k h"], Float[Array, "b s k h"]]:
-    """Causal self-attention with its residual; reads and extends `cache` when there is one.
+    """Causal self-attention with its residual, over a whole sequence or after a KV cache.
 
     Args:
       weights: one layer's, in the compute dtype.
-      x: float[B, R, D], the tokens in front, R - T rows of padding behind them (`with_fewest_rows`).
-      positions: int32[B, T], for the rotary embedding.
-      config: the decoder's.
-      backend: of the attention.
+      x: T tokens, then R - T rows of padding (`with_fewest_rows`).
+      positions: for the rotary embedding.
+      config: the decoder's configuration.
+      backend: the attention backend.
       cache: keys and values of earlier tokens, to which the new ones are added.
-      rules: logical axes.
+      rules: logical axis -> mesh axes.
 
     Returns:
-      float[B, R, D], and the keys and values that were read: S = T, or the room of the cache.
+      The hidden states, and all keys and values: S = T, or the room of the cache.
     """
     w, length = weights, positions.shape[1]
     y = rms_norm(x, w["attn_norm"], config.rms_norm_eps)
@@ -106,8 +84,8 @@ def self_attention(
     if cache is None:
         out = attention(q, k, v, causal=True, backend=backend, rules=rules)
     else:
-        k, v, _ = cache.extended(k, v)
-        stop = cache.lengths[:, None] + jnp.arange(1, length + 1)
+        k, v, *_ = cache.extended(k, v)
+        stop = cache.num_tokens[:, None] + jnp.arange(1, length + 1)
         out = attention(q, k.astype(q.dtype), v.astype(q.dtype), kv_stop=stop, backend=backend, rules=rules)
     return x + from_heads(pad_tokens(out, x.shape[1]), w["wo"]), k, v
 

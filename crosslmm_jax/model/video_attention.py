@@ -1,10 +1,12 @@
-"""What queries read of the original tokens, in memory that does not grow with a long video's keys and values.
+"""Attention to the original tokens, in memory that does not grow with the keys and values of a long video.
 
-Keys and values of one layer and direction that are small are simply made. Those of a long video are not all
-there at once: where a query reads the frames around its own (`v2v_scope` "frame" and "window") they are made
-and used for a part of the frames at a time; where it reads all frames, for one key head at a time, which
-needs no merge of partial results and so leaves the choice of the attention's backend as it is. Both are
-exact. What a prefill of the 2B model at 9 tokens a frame holds over its weights, in GB of bfloat16:
+Keys and values of one layer and direction are made at once where they are small. Those of a long video never
+exist all at once:
+
+- `v2v_scope` "frame" and "window": they are made and used for some frames at a time.
+- all frames: for one key head at a time. No partial results are merged, so any attention backend will do.
+
+Both are exact. Memory of a prefill of the 2B model at 9 tokens per frame over its weights, in GB of bfloat16:
 
     frames                             4,096      8,192     16,384    bytes
     pixels (input)                       1.8        3.6        7.2    F R R 3
@@ -15,13 +17,12 @@ exact. What a prefill of the 2B model at 9 tokens a frame holds over its weights
          hidden states                   0.2        0.5        0.9    2 F C D 2
     sum, with the larger                13.2       26.4       52.7    + 4.0 of weights: fits 80 GB
 
-Keys and values whole would be 3.1, 6.1 and 12.2; those of "window" (each frame's in three blocks) three times
-that. T2V's of seven layers, which a decode keeps, are 21, 43 and 86: with them 8,192 frames fit 80 GB, and
-16,384 do not fit 141 GB.
+All keys and values at once would take 3.1, 6.1 and 12.2 GB; those of "window" (each frame's in three blocks)
+three times that. T2V's of seven layers, which decoding keeps, take 21, 43 and 86 GB: with them 8,192 frames
+fit 80 GB, and 16,384 do not fit 141 GB.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -30,19 +31,17 @@ from jaxtyping import Array, Float, Int
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model.attention.context_parallel import context_parallel_attention
 from crosslmm_jax.model.attention.dispatch import attention
+from crosslmm_jax.model.kv_cache import KeysValues
 from crosslmm_jax.model.params.partitioning import AxisRules, num_shards
 
-if TYPE_CHECKING:  # it makes them, and imports this
-    from crosslmm_jax.model.cross_attention import KeysValues
-
-# Keys and values on one device, of one layer and direction: up to this size they are made at once.
+# Keys and values of one layer and direction on one device: up to this size they are made at once.
 WHOLE_BYTES = 2**30
-# Otherwise, or where a scope makes parts possible, for so many at a time.
+# Size of a part otherwise, and with a `v2v_scope` of some frames.
 PART_BYTES = 2**28
 
 
 # (weights of some key heads, tokens float[B, F, P, D], their first frame) -> keys and values of those heads
-MakeKeysValues = Callable[[dict[str, Array], Array, Any], "KeysValues"]
+MakeKeysValues = Callable[[dict[str, Array], Array, Array | int], KeysValues]
 
 
 def attend_tokens(
@@ -56,18 +55,18 @@ def attend_tokens(
     scoped: bool,
     rules: AxisRules | None,
 ) -> Float[Array, "b t n h"]:
-    """Attention of the queries over keys and values that are made from `tokens` on the way.
+    """Attention to keys and values that are made from the original tokens on the way.
 
     Args:
-      q: float[B, T, N, H]; with `scoped` the F*C compact tokens' in frame order.
-      weights: one layer's and direction's; of them those of keys and values are read.
-      tokens: float[B, F, P, D], the original tokens.
+      q: queries; with `scoped` those of the F*C compact tokens in frame order.
+      weights: one layer's and direction's; only those of keys and values are used.
+      tokens: the original tokens.
       make: makes keys and values.
-      visible_frames: int32[B, T], how many frames a query may read, from the first on; [B, 1] for all
-        queries of a row (not with `scoped`), None: all frames.
-      config: the whole model's.
-      scoped: narrow what is read to `v2v_scope`.
-      rules: logical axes; frames or heads that are spread over devices are small enough on each.
+      visible_frames: how many frames a query sees, from the first on; [B, 1] for all queries of a row (not
+        with `scoped`); None: all frames.
+      config: the model configuration.
+      scoped: narrow the frames that are read to `v2v_scope`.
+      rules: logical axis -> mesh axes; frames or heads that are sharded are small enough on each device.
     """
     frames, narrow = tokens.shape[1], scoped and config.cross_attention.v2v_scope != "video"
     same = {"config": config, "rules": rules}
@@ -75,8 +74,8 @@ def attend_tokens(
         kv = make(weights, tokens, 0)
         return attend(q, kv, visible_frames=visible_frames, scoped=scoped, **same)
     count = min(-(-_kv_bytes(tokens, **same) // PART_BYTES), frames)
-    cut = _by_part if narrow else _by_head
-    return cut(q, weights, tokens, make, visible_frames, -(-frames // count), **same)
+    split = _by_part if narrow else _by_head
+    return split(q, weights, tokens, make, visible_frames, -(-frames // count), **same)
 
 
 def is_long(tokens: Array, *, config: ModelConfig, rules: AxisRules | None, narrow: bool = False) -> bool:
@@ -84,10 +83,10 @@ def is_long(tokens: Array, *, config: ModelConfig, rules: AxisRules | None, narr
 
     Args:
       tokens: float[B, F, P, D].
-      config: the whole model's.
-      rules: logical axes. Frames that are spread over devices are not cut further; with heads spread, parts
-        of frames are possible, but not one head at a time.
-      narrow: a query reads the frames around its own.
+      config: the model configuration.
+      rules: logical axis -> mesh axes. Sharded frames are not split further. With sharded heads, parts of
+        frames are possible, but not one head at a time.
+      narrow: a query reads the frames around its own only.
     """
     if num_shards(rules, "act_context") > 1 or (num_shards(rules, "act_heads") > 1 and not narrow):
         return False
@@ -106,14 +105,14 @@ def _kv_bytes(tokens: Array, config: ModelConfig, rules: AxisRules | None) -> in
 
 def attend(
     q: Float[Array, "b t n h"],
-    kv: "KeysValues",
+    kv: KeysValues,
     *,
     visible_frames: Int[Array, "b t"] | Int[Array, "b 1"] | None,
     config: ModelConfig,
     scoped: bool,
     rules: AxisRules | None,
 ) -> Float[Array, "b t n h"]:
-    """Attention over keys and values that are there; arguments as of `attend_tokens`."""
+    """Attention to keys and values; arguments as of `attend_tokens`."""
     scope = config.cross_attention.v2v_scope if scoped else "video"
     if scope == "frame":
         return _attend_frame(q, kv, visible_frames, config, rules)
@@ -126,9 +125,9 @@ def attend(
 
 
 def _attend_frame(
-    q: Array, kv: "KeysValues", visible_frames: Array | None, config: ModelConfig, rules: AxisRules | None
+    q: Array, kv: KeysValues, visible_frames: Array | None, config: ModelConfig, rules: AxisRules | None
 ) -> Float[Array, "b t n h"]:
-    """Each compact token reads the patches of its own frame: linear in frames."""
+    """Each compact token reads the patches of its frame: linear in frames."""
     batch, frames, patches = kv.keys.shape[:3]
     by_frame = q.reshape(batch * frames, -1, *q.shape[2:])
     stop = None
@@ -142,7 +141,7 @@ def _attend_frame(
 
 def _attend_window(
     q: Array,
-    kv: "KeysValues",
+    kv: KeysValues,
     visible_frames: Array | None,
     offset: Array | int,
     config: ModelConfig,
@@ -150,21 +149,21 @@ def _attend_window(
 ) -> Float[Array, "b t n h"]:
     """Each compact token reads the frames up to `v2v_window` before and after its own: linear in frames.
 
-    Blocks of `window` frames read their own, the previous and the next block; ranges cut what is further.
-    Frames are counted from the first that `kv` has; `offset` is the first that `q` has.
+    A block of `window` frames reads itself, the block before and the block after; ranges exclude what is
+    further away. Frames are counted from the first in `kv`; `offset` is the first in `q`.
     """
     batch, frames, patches = kv.keys.shape[:3]
     tokens = config.merge.tokens_per_frame
-    own = q.shape[1] // tokens
+    query_frames = q.shape[1] // tokens
     window = min(config.cross_attention.v2v_window, frames)
-    count = -(-own // window)
-    pad = count * window - own
-    frame = offset + jnp.repeat(jnp.arange(own + pad), tokens).reshape(count, window * tokens)
+    count = -(-query_frames // window)
+    pad = count * window - query_frames
+    frame = offset + jnp.repeat(jnp.arange(query_frames + pad), tokens).reshape(count, window * tokens)
     # Within a block, frames are counted from the first one of the previous block.
     first = offset + ((jnp.arange(count) - 1) * window)[:, None]
     low = jnp.maximum(frame - window, 0) - first
     if visible_frames is None:
-        visible_frames = jnp.full((batch, own * tokens), frames, jnp.int32)
+        visible_frames = jnp.full((batch, query_frames * tokens), frames, jnp.int32)
     seen = jnp.pad(visible_frames, ((0, 0), (0, pad * tokens))).reshape(batch, count, -1)
     high = jnp.minimum(jnp.minimum(frame + window + 1, frames), seen) - first
     low, high = jnp.broadcast_to(low, seen.shape), jnp.maximum(high, low)
@@ -202,18 +201,18 @@ def _by_part(
 
     def one(begin: Array) -> Array:
         first = jnp.clip(begin - beside, 0, frames - read)
-        own = jax.lax.dynamic_slice_in_dim(q, begin * c, size * c, axis=1)
+        queries = jax.lax.dynamic_slice_in_dim(q, begin * c, size * c, axis=1)
         visible = visible_frames
         if visible is not None:
             visible = jax.lax.dynamic_slice_in_dim(visible, begin * c, size * c, axis=1) - first
         kv = make(weights, jax.lax.dynamic_slice_in_dim(tokens, first, read, axis=1), first)
         if cross.v2v_scope == "frame":
-            return _attend_frame(own, kv, visible, config, rules)
-        return _attend_window(own, kv, visible, begin - first, config, rules)
+            return _attend_frame(queries, kv, visible, config, rules)
+        return _attend_window(queries, kv, visible, begin - first, config, rules)
 
     begins = _begins(frames, size)
     out = jax.lax.map(jax.checkpoint(one, prevent_cse=False), begins)
-    again = (len(begins) * size - frames) * c  # tokens at the end of the last part but one, made twice
+    again = (len(begins) * size - frames) * c  # tokens at the end of the last part but one, computed twice
     before = jnp.moveaxis(out[:-1], 0, 1).reshape(q.shape[0], -1, *q.shape[2:])
     return jnp.concatenate([before, out[-1][:, again:]], axis=1)
 
@@ -222,7 +221,7 @@ def _by_head(
     q: Array, weights: dict[str, Array], tokens: Array, make: MakeKeysValues, visible_frames: Array | None,
     size: int, config: ModelConfig, rules: AxisRules | None,
 ) -> Float[Array, "b t n h"]:  # fmt: skip
-    """Every query over all frames, for one key head and the queries that read it at a time.
+    """All frames, for one key head and its queries at a time.
 
     Keys and values of a head are made for `size` frames at a time, in matrix products of ordinary size.
     """
@@ -232,17 +231,17 @@ def _by_head(
     by_head = {name: jnp.moveaxis(weights[name], axis, 0) for name, axis in of_head.items()}
     stop = None if visible_frames is None else visible_frames * patches
 
-    def one(head: Any) -> Array:
-        q, own = head
-        own = weights | {name: jnp.expand_dims(own[name], axis) for name, axis in of_head.items()}
+    def one(head: tuple[Array, dict[str, Array]]) -> Array:
+        q, head_weights = head
+        expanded = {name: jnp.expand_dims(head_weights[name], axis) for name, axis in of_head.items()}
 
-        def add(kv: tuple[Array, Array], begin: Array) -> tuple[Any, None]:
-            part = make(own, jax.lax.dynamic_slice_in_dim(tokens, begin, size, axis=1), begin)
+        def add(kv: tuple[Array, ...], begin: Array) -> tuple[tuple[Array, ...], None]:
+            part = make(weights | expanded, jax.lax.dynamic_slice_in_dim(tokens, begin, size, axis=1), begin)
             pairs = zip(kv, (part.keys, part.values), strict=True)
             return tuple(jax.lax.dynamic_update_slice_in_dim(x, new, begin, axis=1) for x, new in pairs), None
 
         none = jnp.zeros((batch, frames, patches, 1, head_dim), tokens.dtype)
-        # Recomputed too: the scan would keep the tokens of all its parts, a copy of the whole video's.
+        # Recomputed too: the scan would keep the tokens of all its parts, a copy of the whole video.
         add_again = jax.checkpoint(add, prevent_cse=False)
         (k, v), _ = jax.lax.scan(add_again, (none, none), _begins(frames, size))
         k, v = (x.reshape(batch, -1, 1, head_dim) for x in (k, v))

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.inference import Generation, Sampling, generate
-from crosslmm_jax.model import DTYPES, Cache, CrossLMM, KeysValues
+from crosslmm_jax.model import DTYPES, CrossLMM, KeysValues, KVCache
 from crosslmm_jax.profiling import flops, timing
 from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.inputs import (
@@ -58,7 +58,7 @@ def case(config: ModelConfig, request: Request, frames: int, memory_tb_per_s: fl
     def prepare(inputs: dict[str, Any]) -> Generation:
         """Back to the end of the prompt, in the buffers that the last call left."""
         state = inputs.pop("state")
-        return state._replace(cache=state.cache._replace(lengths=jnp.full((1,), cached, jnp.int32)))
+        return state._replace(cache=state.cache._replace(num_tokens=jnp.full((1,), cached, jnp.int32)))
 
     def call(compiled: Any, weights: Any, inputs: dict[str, Any], state: Generation) -> Any:
         tokens, counts, inputs["state"] = compiled(weights, inputs["t2v"], state, limit, sampling)
@@ -117,5 +117,5 @@ def _state(config: ModelConfig, frames: int, cached: int, room: int) -> tuple[An
         scale = None if stored == dtype else jnp.full((1, *heads), 1 / CODE_STD)
         t2v = tuple(KeysValues(*pair, scale, scale) for pair in zip(keys, values, strict=True))
     keys, values = (random((*own, *heads), d.num_layers, seed, dtype) for seed in (2000, 2001))
-    cache = Cache(keys, values, jnp.full((1,), cached, jnp.int32), jnp.full((1,), frames, jnp.int32), None)
+    cache = KVCache(keys, values, jnp.full((1,), cached, jnp.int32), jnp.full((1,), frames, jnp.int32), None)
     return t2v, Generation(cache, jnp.zeros((1,), jnp.int32), jnp.zeros((1,), bool), jax.random.key(0))

@@ -1,26 +1,25 @@
 """One pure training step, and the loss of a batch without one."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from crosslmm_jax.batch import AllOrNone, Batch, needed, with_known_visibility
 from crosslmm_jax.config import ModelConfig, StageConfig
-from crosslmm_jax.model import CrossLMM
+from crosslmm_jax.model import CrossLMM, apply
 from crosslmm_jax.parallel import activation_rules, matmul_options, replicated
 from crosslmm_jax.train.optimizer import make_optimizer
 from crosslmm_jax.train.stages import merge, model_of_stage
 from crosslmm_jax.train.state import TrainState, abstract_state, shardings_of
 
-Metrics = dict[str, Any]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-EvalStep = Callable[[Any, Batch], tuple[Array, Array]]
+Metrics = dict[str, PyTree[Array]]
+TrainStep = Callable[[TrainState, Batch[Array]], tuple[TrainState, Metrics]]
+EvalStep = Callable[[PyTree, Batch[Array]], tuple[Array, Array]]
 
 
 def with_step_visibility(batch: Batch[np.ndarray]) -> Batch[np.ndarray]:
@@ -39,22 +38,21 @@ def with_step_visibility(batch: Batch[np.ndarray]) -> Batch[np.ndarray]:
 def make_train_step(config: ModelConfig, stage: StageConfig) -> TrainStep:
     """The pure function `train_step(state, batch) -> (state, metrics)` of a stage.
 
-    The loss is the mean over the targets of the whole batch, whatever row, device or microbatch they are in.
-    Metrics, all scalars but the gates:
+    The loss is the mean over all targets of the global batch, however it is split into rows, devices and
+    microbatches. Metrics are scalars, except for the gates:
 
-        loss        nats a target, before the update
+        loss        nats per target, before the update
         grad_norm   global norm of the gradient, before clipping
         weight      targets in the batch
-        finite      whether loss and grad_norm are
+        finite      whether loss and grad_norm are finite
         gate        direction -> float32[layers], tanh of the gates after the update
     """
     config = model_of_stage(config, stage)
     model, optimizer = CrossLMM(config, rules=activation_rules()), make_optimizer(stage)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        def objective(trainable: Any, batch: Batch) -> tuple[Array, Array]:
-            params = merge(trainable, state.frozen)
-            return model.apply({"params": params}, batch, method="loss")  # type: ignore[return-value]
+    def train_step(state: TrainState, batch: Batch[Array]) -> tuple[TrainState, Metrics]:
+        def objective(trainable: PyTree, batch: Batch[Array]) -> tuple[Array, Array]:
+            return apply(model, merge(trainable, state.frozen), CrossLMM.loss, batch)
 
         loss_sum, weight, grads = _accumulate(objective, state.trainable, batch, stage.microbatches)
         count = jnp.maximum(weight, 1)  # a batch without a target changes nothing
@@ -76,19 +74,22 @@ def make_train_step(config: ModelConfig, stage: StageConfig) -> TrainStep:
 
 
 def _accumulate(
-    objective: Callable[[Any, Batch], tuple[Array, Array]], trainable: Any, batch: Batch, microbatches: int
-) -> tuple[Array, Array, Any]:
-    """Sum of the losses, of their weights and of the gradients of the losses over all microbatches."""
+    objective: Callable[[PyTree, Batch[Array]], tuple[Array, Array]],
+    trainable: PyTree,
+    batch: Batch[Array],
+    microbatches: int,
+) -> tuple[Array, Array, PyTree]:
+    """Losses, targets and gradients, each summed over all microbatches."""
     gradient = jax.value_and_grad(objective, has_aux=True)
     if microbatches == 1:
         (loss_sum, weight), grads = gradient(trainable, batch)
         return loss_sum, weight, grads
 
     def interleaved(x: Array) -> Array:
-        # Microbatch j takes rows j, m+j, ...: rows stay on the devices that hold them.
+        # Microbatch j takes rows j, m+j, ...: rows stay on their devices.
         return jnp.swapaxes(x.reshape(-1, microbatches, *x.shape[1:]), 0, 1)
 
-    def add(sums: Any, microbatch: Batch) -> tuple[Any, None]:
+    def add(sums: PyTree, microbatch: Batch[Array]) -> tuple[PyTree, None]:
         (loss_sum, weight), grads = gradient(trainable, microbatch)
         return jax.tree.map(jnp.add, sums, (loss_sum, weight, grads)), None
 
@@ -98,7 +99,7 @@ def _accumulate(
 
 
 def compile_train_step(config: ModelConfig, stage: StageConfig, mesh: Mesh) -> TrainStep:
-    """`make_train_step` under `jax.jit`, to be called within `jax.set_mesh(mesh)`; uses up its state."""
+    """`make_train_step` under `jax.jit`; call it within `jax.set_mesh(mesh)`. It donates its state."""
     shardings = shardings_of(abstract_state(config, stage, mesh))
     return jax.jit(
         make_train_step(config, stage),
@@ -109,10 +110,10 @@ def compile_train_step(config: ModelConfig, stage: StageConfig, mesh: Mesh) -> T
 
 
 def compile_eval_step(config: ModelConfig, mesh: Mesh) -> EvalStep:
-    """`eval_step(params, batch) -> (sum of the losses in nats, targets)`, within `jax.set_mesh(mesh)`."""
+    """`eval_step(params, batch) -> (sum of losses in nats, targets)`; call it within `jax.set_mesh(mesh)`."""
     model = CrossLMM(config, rules=activation_rules())
 
-    def eval_step(params: Any, batch: Batch) -> tuple[Array, Array]:
-        return model.apply({"params": params}, batch, method="loss")  # type: ignore[return-value]
+    def eval_step(params: PyTree, batch: Batch[Array]) -> tuple[Array, Array]:
+        return apply(model, params, CrossLMM.loss, batch)
 
     return jax.jit(eval_step, out_shardings=replicated(mesh))

@@ -129,8 +129,8 @@ def test_logits_and_gradients_equal(tiny_config, replace_config, tmp_path, alter
 
     def loss_and_logits(model, batch):  # as `CrossLMM.loss` and `__call__`, with one forward pass for both
         hidden = model.hidden(model.encode(batch.frames), batch)
-        total, weight = next_token_loss(hidden, model._head(), batch.tokens, batch.loss_mask)
-        return total / weight, model._logits(hidden)
+        total, weight = next_token_loss(hidden, model.decoder.head(), batch.tokens, batch.loss_mask)
+        return total / weight, model.decoder.logits(hidden)
 
     def run(params):
         return CrossLMM(config).apply({"params": params}, batch, method=loss_and_logits)

@@ -222,7 +222,7 @@ def test_a_video_is_introduced_as_in_training(model, clip, kind):
     assert video.ask(question, max_new_tokens=2) == model.tokenizer.decode(expected)
     prompt = whole_prompt(question, model.tokenizer, time_text=text)
     suffix = len(question_suffix(question, model.tokenizer).ids)
-    assert int(video._prefix.lengths[0]) == prompt.num_text_tokens - suffix + 4
+    assert int(video._prefix.num_tokens[0]) == prompt.num_text_tokens - suffix + 4
 
 
 def test_frames_and_their_times_must_leave_room_for_a_question(model, clip):

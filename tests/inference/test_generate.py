@@ -51,7 +51,7 @@ def test_the_most_probable_token_is_found_without_ordering_the_vocabulary():
 
 
 def greedy_by_full_forward(model, params, batch, *, steps: int) -> list[int]:
-    """One forward over the whole sequence a token: slow, and cannot be wrong about caches."""
+    """One forward over the whole sequence per token: slow, and without a cache that could be wrong."""
     made = []
     for _ in range(steps):
         logits = model.apply({"params": params}, batch)
@@ -79,8 +79,8 @@ def test_generation_equals_the_full_forward_and_stops(tiny_config, replace_confi
         logits, cache = model.apply(
             {"params": params}, visual, batch, counts, cache_size=32, method="prefill"
         )
-        own = cache._replace(t2v=None)
-        return start(logits, own, jax.random.key(0), Sampling(), end=end, **arguments), cache.t2v
+        of_text = cache._replace(t2v=None)
+        return start(logits, of_text, jax.random.key(0), Sampling(), end=end, **arguments), cache.t2v
 
     def run(state, t2v, limit: int, end: int):
         tokens, made, state = generate(

@@ -10,8 +10,8 @@ import pytest
 
 from crosslmm_jax.batch import Batch, VisibleFrames
 from crosslmm_jax.model import CrossLMM, init_params
-from crosslmm_jax.model.cross_attention import cross_attend, keys_values
-from crosslmm_jax.model.layer_scan import Placement, scan_layers
+from crosslmm_jax.model.dual_cross_attention import cross_attend, keys_values
+from crosslmm_jax.model.layer_loops import Placement, scan_layers
 
 # Tests are compiled in the quickest way, which may round two programs otherwise; this is how users' are.
 AS_USERS = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else None
@@ -50,7 +50,7 @@ def test_gates_at_zero_equal_the_model_without_cross_attention(tiny_config, repl
 
 @pytest.mark.parametrize("direction", ["v2v", "t2v"])
 def test_each_direction_reads_the_original_tokens(tiny_config, replace_config, make_batch, direction):
-    """A change inside a frame that leaves its pooled token as it was is seen by cross-attention alone."""
+    """Only cross-attention sees a change inside a frame that does not change the frame's pooled token."""
     config = replace_config(
         tiny_config, cross_attention={"directions": (direction,)}, vision={"feature_layer": -3}
     )
@@ -102,7 +102,7 @@ def test_alternatives_run_and_differ(tiny_config, replace_config, make_batch):
 
 @pytest.mark.parametrize("frames,window", [(5, 1), (6, 2), (4, 9), (7, 3)])
 def test_window_scope_equals_frame_by_frame(tiny_config, replace_config, make_batch, frames, window):
-    """V2V in a window against one call a frame that is given just the frames of its window."""
+    """V2V in a window against one call per frame, given only the frames of its window."""
     scope = {"v2v_scope": "window", "v2v_window": window}
     config = replace_config(tiny_config, merge={"grid": 2}, cross_attention=scope)
     weights = jax.tree.map(lambda w: w[0], init_params(config, jax.random.key(0))["v2v"])
@@ -120,16 +120,16 @@ def test_window_scope_equals_frame_by_frame(tiny_config, replace_config, make_ba
         part = jax.tree.map(lambda a, low=low, high=high: a[:, low:high], kv)
         count = np.clip(np.where(f < valid, np.minimum(high, valid) - low, 0), 0, None)
         seen = np.repeat(count[:, None], 4, axis=1).astype(np.int32)
-        own = slice(4 * f, 4 * f + 4)
+        of_frame = slice(4 * f, 4 * f + 4)
         one = cross_attend(
             weights,
-            x[:, own],
+            x[:, of_frame],
             part,
             visible_frames=VisibleFrames(seen),
-            times=arguments["times"][:, own],
+            times=arguments["times"][:, of_frame],
             config=config,
         )
-        np.testing.assert_allclose(ours[:, own], one, atol=1e-5)
+        np.testing.assert_allclose(ours[:, of_frame], one, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -152,15 +152,18 @@ def test_scan_equals_a_loop_over_layers(layers, every, offset):
             expected = crossed(expected, w, cross[at.index(i)])
         else:
             expected = plain(expected, w)
+
+    def layer(x, w, c):
+        return plain(x, w) if c is None else crossed(x, w, c)
+
+    placement = Placement(layers, every, offset)
+    assert [i for i in range(layers) if placement.cross_index(i) is not None] == at
     for remat in (False, True):
-        got = scan_layers(
-            plain, crossed, jnp.float32(0.3), weights, cross,
-            placement=Placement(layers, every, offset), remat=remat,
-        )  # fmt: skip
+        got = scan_layers(layer, jnp.float32(0.3), weights, cross, placement=placement, remat=remat)
         np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-def test_layers_behind_the_scan_are_recomputed_too():
+def test_layers_after_the_scan_are_recomputed_too():
     """Outside of a scan XLA would merge what is recomputed with what was computed, but for a barrier."""
 
     def last(weights, remat):
@@ -169,7 +172,7 @@ def test_layers_behind_the_scan_are_recomputed_too():
 
         placement = Placement(3, 2, 0)
         return jnp.sum(
-            scan_layers(layer, layer, jnp.ones(8), weights, weights[:2], placement=placement, remat=remat)
+            scan_layers(layer, jnp.ones(8), weights, weights[:2], placement=placement, remat=remat)
         )
 
     weights = jnp.ones((3, 8, 8))
@@ -238,7 +241,7 @@ def test_prefill_and_extend_equal_the_full_forward(tiny_config, replace_config, 
         logits, cache = extend(cache, step, np.ones(2, np.int32))
         at = at + 1
         np.testing.assert_allclose(logits, expected[rows, at - 1], atol=1e-5)
-    assert np.array_equal(cache.lengths, at)
+    assert np.array_equal(cache.num_tokens, at)
 
 
 def test_loss_equals_cross_entropy_of_all_logits(tiny_config, make_batch, params, monkeypatch):

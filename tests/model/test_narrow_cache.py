@@ -13,7 +13,7 @@ from crosslmm_jax.batch import VisibleFrames
 from crosslmm_jax.config import MeshConfig, ModelConfig
 from crosslmm_jax.inference.generate import Sampling, generate, start
 from crosslmm_jax.model import CrossLMM, init_params
-from crosslmm_jax.model.cross_attention import KeysValues, compress, cross_attend
+from crosslmm_jax.model.dual_cross_attention import KeysValues, compress, cross_attend
 from crosslmm_jax.model.quantisation.quantise import largest
 from crosslmm_jax.parallel.axis_rules import activation_rules
 from crosslmm_jax.parallel.mesh import make_mesh
@@ -86,7 +86,7 @@ def test_every_backend_reads_8_bits_as_what_they_stand_for(tiny_config, backend:
 
 
 def prompt_of(config: ModelConfig, make_batch, precision: str):
-    """Logits behind a prompt with a video, the cache, and functions that go on from it."""
+    """Model, parameters, logits after a prompt with a video, and the cache."""
     params = {"params": init_params(config, jax.random.key(3))}
     model = CrossLMM(cached(config, precision))
     batch = make_batch(config, batch=2, frames=4, text=8)
@@ -141,9 +141,9 @@ def test_greedy_answers_are_those_of_one_step_after_another(
         expected.append(np.asarray(token))
         logits, at = model.apply(params, at, token[:, None], np.ones(2, np.int32), method="extend")
     first = model.apply(params, cache, expected[0][:, None], np.ones(2, np.int32), method="extend")[0]
-    own = model.apply(params, cache, expected[0][:, None], np.ones(2, np.int32), method="extend")[1]
+    cache = model.apply(params, cache, expected[0][:, None], np.ones(2, np.int32), method="extend")[1]
     arguments = {"vocab_size": config.decoder.vocab_size, "end": -1}
-    state = start(first, own._replace(t2v=None), jax.random.key(0), Sampling(), **arguments)
+    state = start(first, cache._replace(t2v=None), jax.random.key(0), Sampling(), **arguments)
     tokens, counts, _ = generate(
         model, params["params"], t2v, state, jnp.int32(5), Sampling(), steps=8, **arguments
     )
@@ -173,10 +173,10 @@ def test_on_any_mesh_equal_one_device(tiny_config, replace_config, make_batch, m
     expected, kv = answer(CrossLMM(config))
     with jax.set_mesh(make_mesh(MeshConfig(**mesh))):
         got, spread = answer(CrossLMM(config, activation_rules()))
-    for ours, own in zip(spread, kv, strict=True):
-        np.testing.assert_allclose(ours.key_scale, own.key_scale, rtol=1e-5)
+    for ours, exact in zip(spread, kv, strict=True):
+        np.testing.assert_allclose(ours.key_scale, exact.key_scale, rtol=1e-5)
         # A number next to an edge between two codes may land on either side of it.
-        assert int(np.abs(np.asarray(ours.keys, np.int32) - np.asarray(own.keys, np.int32)).max()) <= 1
+        assert int(np.abs(np.asarray(ours.keys, np.int32) - np.asarray(exact.keys, np.int32)).max()) <= 1
     np.testing.assert_allclose(got, expected, atol=5e-3)
 
 

@@ -1,4 +1,4 @@
-"""Weights of each layer on their own, as inference reads them, against the stacks that training scans."""
+"""Separate layers, as inference reads them, against the stacks that training scans."""
 
 import gc
 import weakref
@@ -37,10 +37,12 @@ def test_prefill_and_decode_are_the_same(tiny_config, make_batch):
     results = []
     for stacked in (True, False):
         model = CrossLMM(tiny_config, stacked=stacked)
-        own = {"params": params if stacked else separate_layers(params)}
-        visual = model.apply(own, batch.frames, method="encode")
-        logits, cache = model.apply(own, visual, batch, counts, cache_size=20, method="prefill")
-        more, cache = model.apply(own, cache, np.array([[5], [7]]), np.ones(2, np.int32), method="extend")
+        variables = {"params": params if stacked else separate_layers(params)}
+        visual = model.apply(variables, batch.frames, method="encode")
+        logits, cache = model.apply(variables, visual, batch, counts, cache_size=20, method="prefill")
+        more, cache = model.apply(
+            variables, cache, np.array([[5], [7]]), np.ones(2, np.int32), method="extend"
+        )
         results.append((logits, more, cache))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
 
@@ -119,17 +121,17 @@ def test_products_of_few_rows_are_padded_on_a_gpu_alone(monkeypatch, shape, prec
 
 
 @pytest.mark.parametrize("batch,length", [(1, 1), (1, 5), (3, 1), (3, 3)])
-def test_text_behind_a_cache_is_padded_once_on_a_gpu(
+def test_text_after_a_cache_is_padded_once_on_a_gpu(
     monkeypatch, tiny_config, replace_config, make_batch, batch, length
 ):
-    """Padding in front of the layers changes neither logits nor cache, and stands in for other padding."""
+    """Padding before the layers changes neither logits nor cache, and replaces other padding."""
     config = replace_config(tiny_config, attention="reference")
     model, params = CrossLMM(config, stacked=False), separate_layers(init_params(config, jax.random.key(0)))
     prompt = make_batch(config, batch=batch, frames=3, text=7)
     counts = np.full(batch, prompt.tokens.shape[1], np.int32)
     visual = model.apply({"params": params}, prompt.frames, method="encode")
     _, cache = model.apply({"params": params}, visual, prompt, counts, cache_size=24, method="prefill")
-    cache = cache._replace(lengths=cache.lengths - np.arange(batch))  # each row at a place of its own
+    cache = cache._replace(num_tokens=cache.num_tokens - np.arange(batch))  # a different place in each row
     tokens = np.random.default_rng(0).integers(0, 100, (batch, length)).astype(np.int32)
     new = np.arange(length, length - batch, -1).clip(1).astype(np.int32)
 
@@ -139,7 +141,7 @@ def test_text_behind_a_cache_is_padded_once_on_a_gpu(
     expected = jax.jit(extend)(cache, tokens)
     assert "_pad" not in jax.jit(extend).lower(cache, tokens).as_text()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    padded = jax.jit(lambda *x: extend(*x))  # a function of its own: the other is compiled already
+    padded = jax.jit(lambda *x: extend(*x))  # a new function: the other is compiled already
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), padded(cache, tokens), expected)
     layers, crossed = config.decoder.num_layers, len(config.cross_attention_layers)
     pads = padded.lower(cache, tokens).as_text().count("call @_pad")

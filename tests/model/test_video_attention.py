@@ -15,11 +15,11 @@ from crosslmm_jax.config import MeshConfig
 from crosslmm_jax.model import CrossLMM, init_params
 from crosslmm_jax.model import video_attention as frame_parts
 from crosslmm_jax.model.attention import cudnn
-from crosslmm_jax.model.cross_attention import cross_attend, keys_values
+from crosslmm_jax.model.dual_cross_attention import cross_attend, keys_values
 from crosslmm_jax.parallel.axis_rules import activation_rules
 from crosslmm_jax.parallel.mesh import make_mesh
 
-TOKENS = 4  # compact tokens a frame
+TOKENS = 4  # compact tokens per frame
 SCOPES = ("video", "frame", "window")
 
 
@@ -61,7 +61,7 @@ def test_parts_equal_the_whole(
     def whole(weights, x, tokens):
         return cross_attend(weights, x, keys_values(weights, tokens, config=config), **seen)
 
-    def cut(weights, x, tokens):
+    def in_parts_of(weights, x, tokens):
         return cross_attend(weights, x, tokens, **seen)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -69,7 +69,7 @@ def test_parts_equal_the_whole(
         out, backward = jax.vjp(function, weights, x, tokens)
         return out, backward(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
 
-    expected, found = (with_gradients(function, weights, x, tokens) for function in (whole, cut))
+    expected, found = (with_gradients(function, weights, x, tokens) for function in (whole, in_parts_of))
     assert parts and all(begins.size > 1 for begins in parts)
     # Gradients are sums over all frames, taken in another order.
     for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -110,10 +110,10 @@ def test_the_model_and_its_cache_are_the_same_in_parts(
 
 @pytest.mark.parametrize("parts", [False, True])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_reads_that_are_known_beforehand_change_nothing(
+def test_known_visibility_changes_nothing(
     tiny_config, replace_config, monkeypatch, in_parts, scope, parts
 ) -> None:
-    """Tokens that read all frames or none, or a row's alike: forward and gradients."""
+    """AllOrNone and SamePerRow: forward and gradients."""
     config = replace_config(tiny_config, merge={"grid": 2}, cross_attention={"v2v_scope": scope})
     if not parts:
         monkeypatch.setattr(frame_parts, "WHOLE_BYTES", 2**40)
@@ -192,8 +192,8 @@ def test_heads_over_devices_leave_parts_of_frames(
     parts = []
     monkeypatch.setattr(frame_parts, "_begins", spy(frame_parts._begins, parts))
     with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=8 // tensor, tensor=tensor))):
-        cut = jax.jit(lambda *arguments: cross_attend(*arguments, rules=activation_rules(), **seen))
-        np.testing.assert_allclose(cut(weights, x, tokens), expected, atol=2e-6)
+        split = jax.jit(lambda *arguments: cross_attend(*arguments, rules=activation_rules(), **seen))
+        np.testing.assert_allclose(split(weights, x, tokens), expected, atol=2e-6)
     assert bool(parts) == (scope != "video")
 
 
@@ -232,7 +232,7 @@ def gradient_of_v2v(frames: int):
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_memory_of_a_long_video(scope: str) -> None:
-    """Temporaries grow by queries alone once parts are cut, and no array holds all keys of all heads."""
+    """Once a video is split, temporaries grow by queries alone, and no array holds all keys of all heads."""
     small, large = 2048, 4096
     config, few = compiled_v2v(scope, small)
     many = compiled_v2v(scope, large)[1]
@@ -253,7 +253,7 @@ def test_memory_of_a_long_video(scope: str) -> None:
 
 
 def test_the_backward_pass_over_a_long_video_keeps_no_copy_of_it() -> None:
-    """It holds a head's share of the tokens' gradient, its keys and values with theirs, and queries."""
+    """It holds one head's part of the tokens' gradient, its keys and values with their gradients, and queries."""
     taken = {frames: gradient_of_v2v(frames).memory_analysis().temp_size_in_bytes for frames in (1600, 3200)}
     config = presets.crosslmm_2b()
     originals = (3200 - 1600) * config.vision.num_patches * config.decoder.width * 4

@@ -98,7 +98,7 @@ def test_both_prefills_give_the_models_logits() -> None:
         np.testing.assert_allclose(logits, expected, atol=1e-5)
         assert np.all(np.isfinite(logits)) and float(jnp.std(logits)) > 0
     assert cache is not None and len(cache.t2v) == 2 and cache.t2v[0].keys.shape[:3] == (1, 3, 16)
-    assert int(cache.lengths[0]) == 23 and cache.size == 23 + prefill.ROOM
+    assert int(cache.num_tokens[0]) == 23 and cache.size == 23 + prefill.ROOM
     assert plans[1]["outputs"] - plans[0]["outputs"] == pytest.approx(num_bytes(cache), rel=0.01)
     assert plans[1]["inputs"] == plans[0]["inputs"]
 

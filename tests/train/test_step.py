@@ -27,10 +27,10 @@ def run(config, stage, mesh, batches):
 
 
 def assert_close(actual, expected, atol: float) -> None:
-    for (path, left), right in zip(
+    for (path, got), wanted in zip(
         jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
     ):
-        np.testing.assert_allclose(left, right, atol=atol, rtol=1e-5, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(got, wanted, atol=atol, rtol=1e-5, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.fixture(scope="module")
@@ -158,10 +158,10 @@ def test_eval_step(reference, random_batches, micro_config, make_stage, one_devi
     assert float(loss_sum / weight) == pytest.approx(float(reference[1][0]["loss"]), rel=1e-5)
 
 
-def test_a_step_that_counts_on_whole_videos_equals_one_that_asks(
+def test_a_step_that_knows_all_or_none_equals_one_that_does_not(
     micro_config, stage, one_device, make_batch
 ) -> None:
-    """Text before a video reads nothing, text behind it all frames; a row may end with its video."""
+    """Text before a video sees nothing, text after it all frames; a row may end with its video."""
     frames, text = (3,) * 8, (10, 8, 5, 6, 7, 9, 1, 10)
     batch = make_batch(micro_config, batch=8, frames=3, valid_frames=frames, valid_text=text)
     assert set(np.unique(batch.visible_frames.counts)) == {0, 3}
@@ -170,14 +170,14 @@ def test_a_step_that_counts_on_whole_videos_equals_one_that_asks(
     (state, reports), (expected, asked) = (run(micro_config, stage, one_device, [b]) for b in (known, batch))
     assert_close(reports, asked, atol=1e-6)
     assert_close(state.params, expected.params, atol=1e-6)
-    # On videos that are not whole it is wrong.
+    # Where it does not hold, the result is wrong.
     padded = make_batch(micro_config, batch=8, frames=3, valid_frames=(1,) * 8)
     forced = padded._replace(visible_frames=AllOrNone(padded.visible_frames.counts))
     wrong, right = (run(micro_config, stage, one_device, [b])[1][0] for b in (forced, padded))
     assert abs(wrong["loss"] - right["loss"]) > 1e-4
 
 
-def test_what_a_step_may_count_on(micro_config, make_batch, random_batches, monkeypatch) -> None:
+def test_what_a_step_knows_of_visible_frames(micro_config, make_batch, random_batches, monkeypatch) -> None:
     def known(batch):
         return type(with_step_visibility(batch).visible_frames)
 

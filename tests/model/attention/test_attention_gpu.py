@@ -28,7 +28,7 @@ from crosslmm_jax.model import video_attention as frame_parts
 from crosslmm_jax.model.attention import cudnn
 from crosslmm_jax.model.attention.blockwise import blockwise_attention
 from crosslmm_jax.model.attention.dispatch import _choose, attention, reference_attention
-from crosslmm_jax.model.cross_attention import cross_attend
+from crosslmm_jax.model.dual_cross_attention import cross_attend
 
 pytestmark = [
     pytest.mark.gpu,

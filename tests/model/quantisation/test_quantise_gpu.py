@@ -14,7 +14,7 @@ import pytest
 from crosslmm_jax import presets
 from crosslmm_jax.model import CrossLMM, init_params, quantise_params
 from crosslmm_jax.model.attention.dispatch import attention
-from crosslmm_jax.model.cross_attention import KeysValues, _scaled, compress
+from crosslmm_jax.model.dual_cross_attention import KeysValues, _scaled, compress
 from crosslmm_jax.model.quantisation.quantise import DTYPES, linear, operand, quantise
 from crosslmm_jax.parallel.compiler_options import matmul_options
 

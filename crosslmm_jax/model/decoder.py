@@ -1,0 +1,222 @@
+"""The decoder: Qwen2's layers, with dual cross-attention between the halves of every K-th (paper fig. 2)."""
+
+from typing import NamedTuple, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from crosslmm_jax.batch import Batch, SamePerRow
+from crosslmm_jax.config import ModelConfig
+from crosslmm_jax.model.dual_cross_attention import CrossWeights, DualCrossAttention, attention_map
+from crosslmm_jax.model.encode_frames import Visual
+from crosslmm_jax.model.kv_cache import KeysValues, KVCache, LayerCache
+from crosslmm_jax.model.layer_loops import Placement, each_layer, scan_layers
+from crosslmm_jax.model.loss import logits_of
+from crosslmm_jax.model.ops import gather_tokens, rms_norm, with_fewest_rows
+from crosslmm_jax.model.params.partitioning import AxisRules, constrain, constrain_output
+from crosslmm_jax.model.params.tables import cast, declare
+from crosslmm_jax.model.qwen2 import decoder_weights, mlp, self_attention
+
+Tree = TypeVar("Tree")
+
+
+class LayerOutput(NamedTuple):
+    """What a layer computes beside the hidden states: its part of a KV cache."""
+
+    keys: Float[Array, "b s k h"]  # self-attention's: S = T of a prompt, or the room of the cache
+    values: Float[Array, "b s k h"]
+    t2v: KeysValues | None = None  # of a prompt, in a layer with T2V
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm and head.
+
+    Attributes:
+      config: the model configuration.
+      rules: logical axis -> mesh axes.
+      stacked: layers in one array per parameter, or separate.
+    """
+
+    config: ModelConfig
+    rules: AxisRules | None = None
+    stacked: bool = True
+
+    def setup(self) -> None:
+        """Declares the parameters."""
+        self.weights = declare(self, decoder_weights(self.config.decoder, stacked=self.stacked))
+
+    def head(self) -> Float[Array, "d v"]:
+        """The matrix from hidden states to logits."""
+        weights = self.weights
+        head = weights["embedding"].T if self.config.decoder.tie_embeddings else weights["lm_head"]
+        return head.astype(self.config.compute_dtype)
+
+    def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """float32 logits of hidden states after the final norm."""
+        logits = logits_of(hidden, self.head())
+        return constrain_output(logits, self.rules, "act_batch", "act_len", "act_vocab")
+
+    def hidden(self, batch: Batch[Array], visual: Visual, cross: DualCrossAttention) -> Float[Array, "b t d"]:
+        """Hidden states of a prompt after the final norm.
+
+        Stacked layers run in a scan: one program for all, recomputed in the backward pass.
+        """
+        if not self.stacked:
+            return self.prefill(batch, visual, cross)[0]
+
+        def layer(x: Array, weights: dict[str, Array], cross_weights: CrossWeights | None) -> Array:
+            return self._prompt_layer(x, weights, cross_weights, batch, visual, cross)[0]
+
+        x = scan_layers(
+            layer, self._embed_prompt(batch, visual), self.weights["layers"], cross.weights(),
+            placement=Placement.of(self.config), remat=self.config.decoder.remat,
+        )  # fmt: skip
+        return self._final_norm(x)
+
+    def prefill(
+        self, batch: Batch[Array], visual: Visual, cross: DualCrossAttention
+    ) -> tuple[Float[Array, "b t d"], list[LayerOutput]]:
+        """Hidden states of a prompt after the final norm, and what each layer adds to a KV cache."""
+
+        def layer(
+            x: Array, weights: dict[str, Array], cross_weights: CrossWeights | None, index: int
+        ) -> tuple[Array, LayerOutput]:
+            return self._prompt_layer(x, weights, cross_weights, batch, visual, cross)
+
+        x, outputs = each_layer(
+            layer, self._embed_prompt(batch, visual), self.weights["layers"], cross.weights(),
+            placement=Placement.of(self.config),
+        )  # fmt: skip
+        return self._final_norm(x), outputs
+
+    def extend(
+        self, tokens: Int[Array, "b t"], cache: KVCache, cross: DualCrossAttention
+    ) -> tuple[Float[Array, "b r d"], list[LayerOutput]]:
+        """Hidden states of text after a KV cache, and the extended cache of each layer.
+
+        R >= T: padding after the text makes matrix products faster (`with_fewest_rows`).
+        """
+        placement, places = Placement.of(self.config), _places(tokens, cache)
+
+        def layer(
+            x: Array, weights: dict[str, Array], cross_weights: CrossWeights | None, index: int
+        ) -> tuple[Array, LayerOutput]:
+            layer_cache = cache.layer(index, placement.cross_index(index))
+            return self._text_layer(x, weights, cross_weights, layer_cache, places, cross)
+
+        x = with_fewest_rows(self._embed(tokens))
+        x, outputs = each_layer(layer, x, self.weights["layers"], cross.weights(), placement=placement)
+        return self._final_norm(x), outputs
+
+    def attention_maps(
+        self, tokens: Int[Array, "b t"], last: Int[Array, " b"], cache: KVCache, cross: DualCrossAttention
+    ) -> Float[Array, "x b f p"]:
+        """What the token at `last` of each row reads by T2V, in each of the X layers with cross-attention."""
+        placement, places = Placement.of(self.config), _places(tokens, cache)
+
+        def layer(
+            x: Array, weights: dict[str, Array], cross_weights: CrossWeights | None, index: int
+        ) -> tuple[Array, Array | None]:
+            layer_cache = cache.layer(index, placement.cross_index(index))
+            return self._observed_layer(x, weights, cross_weights, layer_cache, places, last, cross)
+
+        x, weights = self._embed(tokens), self.weights["layers"]
+        _, maps = each_layer(layer, x, weights, cross.weights(), placement=placement)
+        return jnp.stack([of_layer for of_layer in maps if of_layer is not None])
+
+    def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        return jnp.take(self.weights["embedding"], tokens, axis=0).astype(self.config.compute_dtype)
+
+    def _embed_prompt(self, batch: Batch[Array], visual: Visual) -> Float[Array, "b t d"]:
+        """Embeddings of all tokens, the compact tokens at their slots."""
+        x = self._embed(batch.tokens)
+        if batch.visual_slots.shape[1]:
+            x = jax.vmap(lambda row, at, new: row.at[at].set(new))(x, batch.visual_slots, visual.compact)
+        return constrain(x, self.rules, "act_batch", "act_len", "act_embed")
+
+    def _prompt_layer(
+        self,
+        x: Float[Array, "b t d"],
+        weights: dict[str, Array],
+        cross_weights: CrossWeights | None,
+        batch: Batch[Array],
+        visual: Visual,
+        cross: DualCrossAttention,
+    ) -> tuple[Float[Array, "b t d"], LayerOutput]:
+        """A layer over a prompt with its visual tokens."""
+        weights, t2v = self._cast(weights), None
+        x, keys, values = self._self_attention(weights, x, batch.positions)
+        if cross_weights is not None:
+            x, t2v = cross.over_prompt(self._cast(cross_weights), x, batch, visual)
+        return self._mlp(weights, x), LayerOutput(keys, values, t2v)
+
+    def _text_layer(
+        self,
+        x: Float[Array, "b r d"],
+        weights: dict[str, Array],
+        cross_weights: CrossWeights | None,
+        cache: LayerCache,
+        places: "_Places",
+        cross: DualCrossAttention,
+    ) -> tuple[Float[Array, "b r d"], LayerOutput]:
+        """A layer over text after a KV cache."""
+        weights = self._cast(weights)
+        x, keys, values = self._self_attention(weights, x, places.positions, cache)
+        if cross_weights is not None and cache.t2v is not None:
+            x = cross.over_text(self._cast(cross_weights), x, cache.t2v, places.visible_frames)
+        return self._mlp(weights, x), LayerOutput(keys, values)
+
+    def _observed_layer(
+        self,
+        x: Float[Array, "b t d"],
+        weights: dict[str, Array],
+        cross_weights: CrossWeights | None,
+        cache: LayerCache,
+        places: "_Places",
+        token: Int[Array, " b"],
+        cross: DualCrossAttention,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b f p"] | None]:
+        """A layer over text after a KV cache, with the T2V attention map of one token per row."""
+        weights, attended = self._cast(weights), None
+        x, _, _ = self._self_attention(weights, x, places.positions, cache)
+        if cross_weights is not None and cache.t2v is not None:
+            cross_weights, visible = self._cast(cross_weights), places.visible_frames
+            attended = attention_map(
+                cross_weights["t2v"], gather_tokens(x, token[:, None])[:, 0], cache.t2v,
+                visible_frames=visible.counts[:, 0], config=self.config,
+            )  # fmt: skip
+            x = cross.over_text(cross_weights, x, cache.t2v, visible)
+        return self._mlp(weights, x), attended
+
+    def _cast(self, weights: Tree) -> Tree:
+        return cast(weights, jnp.dtype(self.config.compute_dtype))
+
+    def _self_attention(
+        self, weights: dict[str, Array], x: Array, positions: Array, cache: LayerCache | None = None
+    ) -> tuple[Array, Array, Array]:
+        c = self.config
+        return self_attention(
+            weights, x, positions, config=c.decoder, backend=c.attention, cache=cache, rules=self.rules
+        )
+
+    def _mlp(self, weights: dict[str, Array], x: Array) -> Array:
+        x = mlp(weights, x, config=self.config.decoder)
+        return constrain(x, self.rules, "act_batch", "act_len", "act_embed")
+
+    def _final_norm(self, x: Array) -> Array:
+        return rms_norm(x, self.weights["final_norm"], self.config.decoder.rms_norm_eps)
+
+
+class _Places(NamedTuple):
+    """Where the tokens of a text stand: the same in every layer."""
+
+    positions: Int[Array, "b t"]
+    visible_frames: SamePerRow[Array]
+
+
+def _places(tokens: Int[Array, "b t"], cache: KVCache) -> _Places:
+    """The places of text after a KV cache: after all tokens and all frames that it holds."""
+    positions = cache.num_tokens[:, None] + jnp.arange(tokens.shape[1])
+    return _Places(positions, SamePerRow(jnp.broadcast_to(cache.visible_frames[:, None], tokens.shape)))

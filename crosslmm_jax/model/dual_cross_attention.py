@@ -1,0 +1,273 @@
+"""Dual cross-attention to the original visual tokens, gated (paper sec. 3.2 and 3.3, eq. 4-10).
+
+V2V lets the compact visual tokens read all original tokens, T2V the text tokens. Both directions have one
+form, shaped like Qwen2's attention, and weights of their own:
+
+    x + tanh(gate) * Wo Attn(Wq norm(x), Wk norm(kv), Wv norm(kv))
+
+The norm of the original tokens is the same in every layer but for its scale. So tokens come with unit root
+mean square and the scale is folded into Wk and Wv: no layer holds a normalised copy of all tokens.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from crosslmm_jax.batch import AllOrNone, Batch, SamePerRow, VisibleFrames, VisualOnly
+from crosslmm_jax.config import ModelConfig, Precision
+from crosslmm_jax.model.attention.blockwise import MASKED
+from crosslmm_jax.model.encode_frames import Visual
+from crosslmm_jax.model.kv_cache import KeysValues
+from crosslmm_jax.model.ops import add_at, from_heads, gather_tokens, pad_tokens, rms_norm, rotate, to_heads
+from crosslmm_jax.model.params.partitioning import AxisRules
+from crosslmm_jax.model.params.tables import Weight, WeightTable, constant, declare, ones, stack
+from crosslmm_jax.model.quantisation.quantise import DTYPES, quantise
+from crosslmm_jax.model.qwen2 import attention_weights
+from crosslmm_jax.model.video_attention import attend, attend_tokens, is_long
+
+# Direction -> weights of one layer, in the compute dtype (norms and gates float32).
+CrossWeights = dict[str, dict[str, Array]]
+
+
+class DualCrossAttention(nn.Module):
+    """V2V and T2V of all decoder layers that carry them.
+
+    Attributes:
+      config: the model configuration; `cross_attention.directions` says which directions are in the graph.
+      rules: logical axis -> mesh axes.
+      stacked: layers in one array per parameter, or separate.
+    """
+
+    config: ModelConfig
+    rules: AxisRules | None = None
+    stacked: bool = True
+
+    def setup(self) -> None:
+        """Declares the parameters."""
+        self.v2v = _Direction(self.config, self.stacked)
+        self.t2v = _Direction(self.config, self.stacked)
+
+    def declare(self) -> None:
+        """Touches every parameter, those of directions that are not in the graph included."""
+        self.v2v(), self.t2v()
+
+    def weights(self) -> dict[str, dict[str, Array]]:
+        """Weights of all layers for each direction in the graph."""
+        return {direction: getattr(self, direction)() for direction in self.config.cross_attention.directions}
+
+    def over_prompt(
+        self, weights: CrossWeights, x: Float[Array, "b t d"], batch: Batch[Array], visual: Visual
+    ) -> tuple[Float[Array, "b t d"], KeysValues | None]:
+        """Both directions in parallel over a prompt: each reads the hidden states after self-attention.
+
+        Args:
+          weights: one layer's.
+          x: hidden states of all T tokens, compact ones included.
+          batch: the prompt.
+          visual: its video.
+
+        Returns:
+          The hidden states, and T2V's keys and values for the KV cache; None without T2V or frames.
+        """
+        c, frames, visible = self.config, visual.originals.shape[1], batch.visible_frames
+        if frames == 0:
+            return x, None
+        out, kv = x, None
+        if "v2v" in weights:
+            with jax.named_scope("v2v"):
+                slots = batch.visual_slots
+                frame = jnp.repeat(jnp.arange(frames), c.merge.tokens_per_frame)
+                # One layer's and one direction's keys and values at a time: no earlier than `x` is there.
+                x, originals = jax.lax.optimization_barrier((x, visual.originals))
+                update = cross_attend(
+                    weights["v2v"], gather_tokens(x, slots), originals,
+                    visible_frames=_visible_at(visible, slots), times=jnp.broadcast_to(frame, slots.shape),
+                    config=c, scoped=True, rules=self.rules,
+                )  # fmt: skip
+                out = add_at(out, slots, update)
+        if "t2v" in weights:
+            with jax.named_scope("t2v"):
+                slots = batch.text_slots
+                out, originals = jax.lax.optimization_barrier((out, visual.originals))
+                kv = keys_values(weights["t2v"], originals, config=c)
+                if not isinstance(visible, VisualOnly):
+                    seen = _visible_at(visible, slots)
+                    # A long video's `kv` is for the cache alone: what is read here is made part by part.
+                    source = originals if is_long(originals, config=c, rules=self.rules) else kv
+                    update = cross_attend(
+                        weights["t2v"], gather_tokens(x, slots), source,
+                        visible_frames=seen, times=seen.counts, config=c, rules=self.rules,
+                    )  # fmt: skip
+                    out = add_at(out, slots, update)
+                kv = compress(kv, c.cross_attention.cache_dtype)
+        return out, kv
+
+    def over_text(
+        self, weights: CrossWeights, x: Float[Array, "b r d"], kv: KeysValues, visible_frames: SamePerRow
+    ) -> Float[Array, "b r d"]:
+        """T2V over text after a KV cache.
+
+        Args:
+          weights: one layer's.
+          x: hidden states of T text tokens, and padding after them (`with_fewest_rows`).
+          kv: of the cache.
+          visible_frames: int32[B, T].
+        """
+        with jax.named_scope("t2v"):
+            return x + cross_attend(
+                weights["t2v"], x, kv, visible_frames=visible_frames, times=visible_frames.counts,
+                config=self.config, rules=self.rules,
+            )  # fmt: skip
+
+
+class _Direction(nn.Module):
+    """Parameters of V2V or of T2V."""
+
+    config: ModelConfig
+    stacked: bool
+
+    def setup(self) -> None:
+        self.parameters = declare(self, cross_attention_weights(self.config, stacked=self.stacked))
+
+    def __call__(self) -> dict[str, Array]:
+        return dict(self.parameters)
+
+
+def kv_width(config: ModelConfig) -> int:
+    """Width of the original tokens that K/V are made from: projected (D) or straight from the encoder (W)."""
+    cross = config.cross_attention
+    return config.decoder.width if cross.kv_source == "projected" else config.vision.width
+
+
+def cross_attention_weights(config: ModelConfig, *, stacked: bool = True) -> WeightTable:
+    """One direction's parameters, for all decoder layers that carry cross-attention."""
+    width, decoder = kv_width(config), config.decoder
+    kv_embed = "embed" if width == decoder.width else "vision_embed"
+    table = {
+        "query_norm": Weight((decoder.width,), ("embed",), ones),
+        "kv_norm": Weight((width,), (kv_embed,), ones),
+        **attention_weights(decoder, width),
+        "gate": Weight((), (), constant(config.cross_attention.gate_init)),
+    }
+    return stack(len(config.cross_attention_layers), table, stacked=stacked)
+
+
+@jax.named_scope("keys_values")
+def keys_values(
+    weights: dict[str, Array], tokens: Float[Array, "b f p d"], first: Array | int = 0, *, config: ModelConfig
+) -> KeysValues:
+    """Keys and values of the original tokens (unit root mean square) for one layer and direction.
+
+    `first` is the number of the first of these frames in the video.
+    """
+    batch, frames, patches, _ = tokens.shape
+    scale = weights["kv_norm"].astype(tokens.dtype)[:, None, None]
+    k, v = (to_heads(tokens, scale * weights["w" + name], weights["b" + name]) for name in "kv")
+    if config.cross_attention.cross_attn_rope == "time":
+        times = first + jnp.repeat(jnp.arange(frames), patches)
+        times = jnp.broadcast_to(times, (batch, frames * patches))
+        flat = k.reshape(batch, frames * patches, *k.shape[3:])
+        k = rotate(flat, times, theta=config.decoder.rope_theta).reshape(k.shape)
+    return KeysValues(k, v)
+
+
+def compress(kv: KeysValues, precision: Precision) -> KeysValues:
+    """`kv` as a cache stores it: unchanged, or in 8 bits with float32 scales.
+
+    What all keys of a head have in common, such as a large bias, shifts all scores of a query alike. Softmax
+    does not see it, so it is subtracted instead of costing bits. Values keep theirs.
+    """
+    if precision == "compute":
+        return kv
+    tokens, dtype = (1, 2), DTYPES[precision]
+    keys = kv.keys.astype(jnp.float32)
+    keys, key_scale = quantise(keys - jnp.mean(keys, axis=tokens, keepdims=True), dtype, tokens)
+    values, value_scale = quantise(kv.values, dtype, tokens)
+    return KeysValues(keys, values, jnp.squeeze(key_scale, tokens), jnp.squeeze(value_scale, tokens))
+
+
+def _scaled(x: Float[Array, "b t n h"], scale: Float[Array, "b k h"] | None) -> Float[Array, "b t n h"]:
+    """Queries, or attention's output, times the scale of the keys or values that they read."""
+    if scale is None:
+        return x
+    groups = x.reshape(*x.shape[:2], scale.shape[1], -1, x.shape[3])
+    return (groups.astype(jnp.float32) * scale[:, None, :, None]).astype(x.dtype).reshape(x.shape)
+
+
+def _visible_at(visible: VisibleFrames[Array], slots: Int[Array, "b n"]) -> VisibleFrames[Array]:
+    """The visible frames of the tokens at `slots`; what is known of all holds for some."""
+    return visible._replace(counts=jnp.take_along_axis(visible.counts, slots, axis=1))
+
+
+def cross_attend(
+    weights: dict[str, Array],
+    x: Float[Array, "b r d"],
+    source: KeysValues | Float[Array, "b f p d"],
+    *,
+    visible_frames: VisibleFrames[Array],
+    times: Int[Array, "b t"],
+    config: ModelConfig,
+    scoped: bool = False,
+    rules: AxisRules | None = None,
+) -> Float[Array, "b r d"]:
+    """The gated update of the tokens `x` (without the residual), exactly 0 for a token that sees no frame.
+
+    Args:
+      weights: one layer's and direction's, in the compute dtype (norms and gate float32).
+      x: T text tokens and padding after them (`with_fewest_rows`), or the F*C compact tokens in frame order.
+      source: keys and values of all F frames; or the original tokens, from which they are made on the way,
+        for a long video not all at once (`attend_tokens`).
+      visible_frames: of the T tokens; `SamePerRow` not with `scoped`.
+      times: a token's place on the frame axis: its frame, or for text the number of frames before it. Only
+        the rotary embedding over time uses it.
+      config: the model configuration.
+      scoped: narrow the frames that are read to `v2v_scope` (V2V only).
+      rules: logical axis -> mesh axes; frames may be sharded.
+
+    Returns:
+      float[B, R, D], 0 for padding.
+    """
+    cross, counts = config.cross_attention, visible_frames.counts
+    y = rms_norm(x, weights["query_norm"], config.decoder.rms_norm_eps)
+    q = to_heads(y, weights["wq"], weights["bq"])[:, : counts.shape[1]]
+    if cross.cross_attn_rope == "time":
+        q = rotate(q, times, theta=config.decoder.rope_theta)
+    limits = counts
+    if isinstance(visible_frames, AllOrNone):
+        limits = None
+    elif isinstance(visible_frames, SamePerRow):
+        limits = counts[:, :1]
+    same = {"visible_frames": limits, "config": config, "scoped": scoped, "rules": rules}
+    if isinstance(source, KeysValues):
+        out = _scaled(attend(_scaled(q, source.key_scale), source, **same), source.value_scale)
+    else:
+        out = attend_tokens(q, weights, source, make=functools.partial(keys_values, config=config), **same)
+    if isinstance(visible_frames, AllOrNone):
+        out = jnp.where((counts > 0)[:, :, None, None], out, 0)
+    gate = jnp.tanh(weights["gate"].astype(jnp.float32)).astype(x.dtype)
+    return gate * from_heads(pad_tokens(out, x.shape[1]), weights["wo"])
+
+
+def attention_map(
+    weights: dict[str, Array],
+    x: Float[Array, "b d"],
+    kv: KeysValues,
+    *,
+    visible_frames: Int[Array, " b"],
+    config: ModelConfig,
+) -> Float[Array, "b f p"]:
+    """float32 probabilities with which one text token per row reads each patch by T2V, mean over heads."""
+    y = rms_norm(x, weights["query_norm"], config.decoder.rms_norm_eps)
+    q = to_heads(y, weights["wq"], weights["bq"])[:, None]
+    if config.cross_attention.cross_attn_rope == "time":
+        q = rotate(q, visible_frames[:, None], theta=config.decoder.rope_theta)
+    batch, frames, _, kv_heads, size = kv.keys.shape
+    q = _scaled(q.astype(jnp.float32), kv.key_scale).reshape(batch, kv_heads, -1, size)
+    scores = jnp.einsum("bkgh,bfpkh->bkgfp", q, kv.keys.astype(jnp.float32)) * size**-0.5
+    seen = (jnp.arange(frames) < visible_frames[:, None])[:, None, None, :, None]
+    scores = jnp.where(seen, scores, MASKED)
+    probabilities = jnp.where(seen, jax.nn.softmax(scores, axis=(-2, -1)), 0.0)
+    return jnp.mean(probabilities, axis=(1, 2))
