@@ -140,8 +140,7 @@ def test_greedy_answers_are_those_of_one_step_after_another(
         token = logits.argmax(axis=-1).astype(jnp.int32)
         expected.append(np.asarray(token))
         logits, at = model.apply(params, at, token[:, None], np.ones(2, np.int32), method="extend")
-    first = model.apply(params, cache, expected[0][:, None], np.ones(2, np.int32), method="extend")[0]
-    cache = model.apply(params, cache, expected[0][:, None], np.ones(2, np.int32), method="extend")[1]
+    first, cache = model.apply(params, cache, expected[0][:, None], np.ones(2, np.int32), method="extend")
     arguments = {"vocab_size": config.decoder.vocab_size, "end": -1}
     state = start(first, cache._replace(t2v=None), jax.random.key(0), Sampling(), **arguments)
     tokens, counts, _ = generate(
