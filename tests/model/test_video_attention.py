@@ -253,7 +253,7 @@ def test_memory_of_a_long_video(scope: str) -> None:
 
 
 def test_the_backward_pass_over_a_long_video_keeps_no_copy_of_it() -> None:
-    """It holds one head's part of the tokens' gradient, its keys and values with their gradients, and queries."""
+    """It holds one head's part of the tokens' gradient, keys and values with their gradients, and queries."""
     taken = {frames: gradient_of_v2v(frames).memory_analysis().temp_size_in_bytes for frames in (1600, 3200)}
     config = presets.crosslmm_2b()
     originals = (3200 - 1600) * config.vision.num_patches * config.decoder.width * 4
