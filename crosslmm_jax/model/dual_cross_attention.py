@@ -52,7 +52,8 @@ class DualCrossAttention(nn.Module):
 
     def declare(self) -> None:
         """Touches every parameter, those of directions that are not in the graph included."""
-        self.v2v(), self.t2v()
+        for direction in (self.v2v, self.t2v):
+            direction()
 
     def weights(self) -> dict[str, dict[str, Array]]:
         """Weights of all layers for each direction in the graph."""
