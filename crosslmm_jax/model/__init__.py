@@ -2,7 +2,7 @@
 
     crosslmm.py              CrossLMM: the modules together; loss, encode, prefill, extend, observe
     encoder.py               SiglipEncoder (module): frames to features
-    pooler.py                token merge and Projector (module): features to compact tokens
+    pooler.py                Pooler (module): token merge and projector, features to compact tokens
     encode_frames.py         the way from frames to compact and original tokens, in chunks
     decoder.py               Decoder (module): a layer over a prompt, a layer after a KV cache, attention maps
     qwen2.py                 self-attention and MLP of a decoder layer
