@@ -5,8 +5,8 @@ Run: python examples/one_training_step.py
 
 import jax
 import numpy as np
-from crosslmm_jax.batch import Batch
 
+from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import MeshConfig, StageConfig
 from crosslmm_jax.parallel import make_mesh, to_global
 from crosslmm_jax.presets import tiny

@@ -1,6 +1,6 @@
 """The decoder: Qwen2's layers, with dual cross-attention between the halves of every K-th (paper fig. 2)."""
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,10 +16,8 @@ from crosslmm_jax.model.layer_loops import Placement, each_layer, scan_layers
 from crosslmm_jax.model.loss import logits_of
 from crosslmm_jax.model.ops import gather_tokens, rms_norm, with_fewest_rows
 from crosslmm_jax.model.params.partitioning import AxisRules, constrain, constrain_output
-from crosslmm_jax.model.params.tables import cast, declare
+from crosslmm_jax.model.params.tables import Params, cast, declare
 from crosslmm_jax.model.qwen2 import decoder_weights, mlp, self_attention
-
-Tree = TypeVar("Tree")
 
 
 class LayerOutput(NamedTuple):
@@ -190,7 +188,7 @@ class Decoder(nn.Module):
             x = cross.over_text(cross_weights, x, cache.t2v, visible)
         return self._mlp(weights, x), attended
 
-    def _cast(self, weights: Tree) -> Tree:
+    def _cast(self, weights: Params) -> Params:
         return cast(weights, jnp.dtype(self.config.compute_dtype))
 
     def _self_attention(
