@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -15,7 +16,7 @@ MESH_AXES: tuple[str, ...] = ("data", "fsdp", "tensor", "context")
 _PROCESS_VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of axes `data`, `fsdp`, `tensor`, `context` over all devices, or over `devices`.
 
     Axes are of type Auto: the compiler shards every array, by the constraints in the model.

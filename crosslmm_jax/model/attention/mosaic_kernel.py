@@ -189,7 +189,7 @@ class _Worker:
         """Calls `step(number, carry, keys)` for every block of keys; the last one may have fewer keys."""
         whole, rest = self.shape.key_blocks
         if whole:
-            carry = mgpu.fori(_int(whole), carry)(lambda n, carry: step(n, carry, KEY_BLOCK)).results
+            carry = mgpu.fori(_int(whole), carry)(lambda n, carry: step(n, carry, KEY_BLOCK)).results  # type: ignore[assignment]
         return step(_int(whole), carry, rest) if rest else carry
 
     def count(self, index: Value, step: Value) -> tuple[Value, Value]:

@@ -140,7 +140,7 @@ def has_own_dtype(name: str, dtype: DTypeLike) -> bool:
 def cast(weights: Params, dtype: DTypeLike) -> Params:
     """`weights` with matrices and biases in the compute dtype; see `has_own_dtype` for the others."""
 
-    def cast_leaf(path: tuple[jax.tree_util.DictKey, ...], value: Array) -> Array:
+    def cast_leaf(path: Sequence[Any], value: Array) -> Array:
         return value if has_own_dtype(path[-1].key, value.dtype) else value.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast_leaf, weights)
