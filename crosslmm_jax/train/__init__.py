@@ -1,4 +1,18 @@
-"""Training: what learns, how fast, one pure step, checkpoints, and the loop that holds them together."""
+"""Training: one stage from its first to its last step, and again from a checkpoint.
+
+loop              when to step, report, save and stop: `train`
+step              one pure training step, and the loss alone
+state             everything that a step changes, and how it is sharded
+stages            which parts of the model a stage trains
+optimizer         AdamW, learning-rate schedule and groups
+checkpoint        saves and restores the state; decides whether a checkpoint is damaged
+checksum          checksums of arrays, for that decision
+initial           whether a run may start from a MODEL folder
+metrics_window    metrics between two reports; a loss that is not finite
+metrics_log       metrics.jsonl and TensorBoard
+processes         what several processes tell each other
+interrupt         SIGTERM and Ctrl-C
+"""
 
 from crosslmm_jax.train.loop import train
 from crosslmm_jax.train.state import abstract_state, random_state

@@ -1,7 +1,10 @@
-"""Checkpoints with Orbax: state, position in the data and config, written while training continues.
+"""Orbax checkpoints: training state, position in the data and config, written while training continues.
 
-A checkpoint appears under its final name only when it is complete. The newest one that all processes can read
-is restored. Newer ones that some process cannot read are moved to another folder, never deleted.
+    RUN/checkpoints/STEP/           appears under this name only when it is complete
+    RUN/checkpoints_damaged/STEP/   damaged checkpoints are moved here, never deleted
+
+`Checkpoints.restore` uses the newest undamaged checkpoint. `Checkpoints._restore_undamaged` decides: one is
+damaged if any process cannot read it, or if a checksum of an array differs (`checksum.py`).
 """
 
 import contextlib
@@ -17,19 +20,20 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.model_folder import flatten
-from crosslmm_jax.train.checksum import checksums
-from crosslmm_jax.train.processes import FailedSomewhere, together
+from crosslmm_jax.train.checksum import array_checksums, check_undamaged
+from crosslmm_jax.train.processes import FailedSomewhere, succeed_on_all
 from crosslmm_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)
-Json = Mapping[str, Any]
 
+# How tensorstore quotes the number of a system error in the text of a ValueError.
 _ERROR_NUMBER = re.compile(r"\[(?:os_error_code='|OS error )(\d+)")
 
-# Fields that may differ from the checkpoint's: they change where or how fast a run computes, not what.
+# Settings that may differ from the checkpoint's: they change where or how fast a run computes, not what.
 FREE_FIELDS = frozenset({
     "data.index", "data.deadline_s", "data.num_workers", "data.num_threads", "data.prefetch",
     "data.frame_cache_mb",
@@ -44,13 +48,13 @@ FREE_FIELDS = frozenset({
 class Checkpoints:
     """The checkpoints of one run. Every process of the run calls every method."""
 
-    def __init__(self, folder: Path, *, keep: int, config: Json) -> None:
-        """Opens `folder`, which is created if necessary.
+    def __init__(self, folder: Path, *, keep: int, config: Mapping[str, Any]) -> None:
+        """Opens `folder`, creating it if it does not exist.
 
         Args:
-          folder: holds one folder per checkpoint, named by its step.
-          keep: number of checkpoints to keep, the newest ones.
-          config: the run's config as nested JSON values; saved with every checkpoint.
+          folder: has one folder per checkpoint, named by its step.
+          keep: number of newest checkpoints to keep.
+          config: the run's settings as nested dicts of JSON values; saved with every checkpoint.
         """
         self.folder = folder.resolve()
         self._config = config
@@ -59,28 +63,29 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def latest_step(self) -> int | None:
-        """The step of the newest checkpoint, damaged or not."""
-        return self._manager.latest_step()
-
     def is_complete(self, step: int) -> bool:
-        """Whether the newest checkpoint is that of `step`. Raises a `ConfigError` if its config differs."""
-        if self.latest_step() != step:
+        """Whether the newest checkpoint is that of `step` and its config can be read.
+
+        Raises:
+          ConfigError: it was written with another config.
+        """
+        if self._manager.latest_step() != step:
             return False
         try:
-            together(lambda: self._check_config(step))
+            succeed_on_all(lambda: self._check_config(step))
         except FailedSomewhere:
-            return False  # damaged: `restore` logs it and tries an older one
+            return False  # damaged: `restore` reports it and uses an older one
         return True
 
     def _check_config(self, step: int) -> None:
         saved = self._read(step, config=ocp.args.JsonRestore())
         check_same_config(self._config, saved["config"], where=f"{self.folder}/{step}")
 
-    def _read(self, step: int, **items: Any) -> Any:
-        """This process's part of the items of a checkpoint.
+    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
+        """Reads items of a checkpoint: of arrays, the shards of this process.
 
-        The manager's `restore` waits for all processes, and hangs when one of them cannot read.
+        Not by the manager's own `restore`: it waits for all processes, and forever when one of them cannot
+        read.
         """
         here = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
@@ -88,62 +93,77 @@ class Checkpoints:
             return reader.restore(self.folder / str(step), args=ocp.args.Composite(**items))
 
     def save(self, step: int, state: TrainState, *, position: int) -> None:
-        """Starts to write a checkpoint and returns as soon as the state may be changed.
+        """Starts to write a checkpoint; returns once `state` may be donated.
+
+        Args:
+          step: its name.
+          state: the state after `step` updates.
+          position: position of the data iterator.
 
         Raises:
-          UserError: this checkpoint, or the one before, could not be written.
+          UserError: this or the previous checkpoint could not be written.
         """
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),  # type: ignore[arg-type]
             data=ocp.args.JsonSave({"position": position}),
             config=ocp.args.JsonSave(dict(self._config)),
-            checksums=ocp.args.JsonSave(checksums(state)),
+            checksums=ocp.args.JsonSave(array_checksums(state)),
         )
-        with self._writing():
+        with self._disk_errors():
             self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
-        """Waits until all saved checkpoints are on disk."""
-        with self._writing():
+        """Returns when everything that was saved is on disk; raises like `save`."""
+        with self._disk_errors():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turns errors of a full or broken disk into a `UserError`."""
+    def _disk_errors(self) -> Iterator[None]:
+        """Turns the errors of a full or broken disk into a UserError."""
         try:
             yield
         except (OSError, ValueError) as error:
-            if (reason := _system_reason(error)) is None:
+            if (reason := _system_error(error)) is None:
                 raise
             raise UserError(
-                f"{self.folder}: a checkpoint was not written ({reason}); make room and run again"
+                f"{self.folder}: a checkpoint was not written ({reason}); free space there and run the same"
+                " command again"
             ) from error
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, int] | None:
-        """The newest readable checkpoint as (state, position in the data); None if there are no checkpoints.
+        """Restores the newest undamaged checkpoint and moves damaged newer ones aside.
 
         Args:
-          abstract: shapes, dtypes and shardings to restore to, on any mesh.
+          abstract: shapes, dtypes and shardings to restore to; the mesh may differ from the saving run's.
+
+        Returns:
+          State and position in the data, or None when there is no checkpoint.
 
         Raises:
           ConfigError: the checkpoint was written with another config.
-          UserError: there are checkpoints, but none can be read.
+          UserError: all checkpoints are damaged.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                result = self._restore(step, abstract)
+                restored = self._restore_undamaged(step, abstract)
             except FailedSomewhere as error:
                 logger.warning("checkpoint %s/%d is damaged: %s", self.folder, step, error)
                 continue
             self._move_aside([damaged for damaged in steps if damaged > step])
-            return result
+            return restored
         if steps:
-            raise UserError(f"{self.folder}: no checkpoint of {steps} can be read; move the folder away")
+            raise UserError(
+                f"{self.folder}: all checkpoints {steps} are damaged; move this folder away to start again"
+                " from step 0"
+            )
         return None
 
-    def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, int]:
-        """Raises `FailedSomewhere` on all processes when one finds damage."""
+    def _restore_undamaged(self, step: int, abstract: TrainState) -> tuple[TrainState, int]:
+        """Restores one checkpoint, or raises FailedSomewhere on all processes if it is damaged.
+
+        It is damaged if a process cannot read its shards, or if a checksum differs from the saved one.
+        """
 
         def read() -> Any:
             self._check_config(step)
@@ -155,19 +175,14 @@ class Checkpoints:
                 step, state=state, data=ocp.args.JsonRestore(), checksums=ocp.args.JsonRestore()
             )
 
-        restored = together(read)
-        found = checksums(restored["state"])  # over all processes: each has read its part
-
-        def compare() -> None:
-            wrong = sorted(name for name in found if found[name] != restored["checksums"].get(name))
-            if wrong:
-                raise ValueError(f"checksums differ in {', '.join(wrong)}")
-
-        together(compare)
+        restored = succeed_on_all(read)
+        # Checksums of sharded arrays are a collective operation: only once every process has its shards.
+        found = array_checksums(restored["state"])
+        succeed_on_all(lambda: check_undamaged(found, restored["checksums"]))
         return restored["state"], int(restored["data"]["position"])
 
     def _move_aside(self, steps: list[int]) -> None:
-        """Moves damaged checkpoints away, so that new ones can have their step."""
+        """Moves damaged checkpoints away, so that new ones can take their names."""
 
         def move() -> None:
             for step in steps if jax.process_index() == 0 else []:
@@ -178,26 +193,26 @@ class Checkpoints:
                 except OSError as error:
                     raise UserError(
                         f"{self.folder}/{step}: damaged, and cannot be moved to {target} ({error.strerror});"
-                        " move it away"
+                        " move it away and run the same command again"
                     ) from error
                 logger.warning("checkpoint %d was moved to %s", step, target)
 
         if steps:
-            together(move)
+            succeed_on_all(move)
             self._manager.reload()
 
     def preempted(self, step: int) -> bool:
-        """Whether the scheduler asked some process of a run to stop. All processes get the same answer."""
+        """Whether the scheduler asked a process of a multi-process run to stop; all processes agree."""
         return jax.process_count() > 1 and self._manager.reached_preemption(step)
 
     def close(self) -> None:
-        """Waits for checkpoints that are being written."""
-        with self._writing():
+        """Waits for checkpoints that are being written; raises like `save`."""
+        with self._disk_errors():
             self._manager.close()
 
 
-def _system_reason(error: Exception) -> str | None:
-    """The operating system's reason for a failed write. tensorstore quotes its number in a ValueError."""
+def _system_error(error: Exception) -> str | None:
+    """The system's reason for a failed write, or None if the error is another one."""
     if isinstance(error, OSError):
         return str(error)
     number = _ERROR_NUMBER.search(str(error))
@@ -210,8 +225,14 @@ def _free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def check_same_config(now: Json, saved: Json, *, where: str) -> None:
-    """Raises a `ConfigError` that lists every field that differs and changes what a run computes."""
+def check_same_config(now: Mapping[str, Any], saved: Mapping[str, Any], *, where: str) -> None:
+    """Raises a ConfigError listing the fields that differ and that decide what a run computes.
+
+    Args:
+      now: settings of this run, nested dicts of JSON values.
+      saved: settings in the checkpoint.
+      where: the checkpoint's path, for the message.
+    """
     flat_now, flat_saved = flatten(now), flatten(saved)
     names = sorted((flat_now.keys() | flat_saved.keys()) - FREE_FIELDS)
     absent = "(no such field)"
@@ -222,18 +243,22 @@ def check_same_config(now: Json, saved: Json, *, where: str) -> None:
     ]
     if different:
         raise ConfigError(
-            f"{where}: the checkpoint was written with another config: {'; '.join(different)};"
-            " set them back, or choose another run.out"
+            f"{where}: this checkpoint was written with another config: {'; '.join(different)};"
+            " set these fields back, or choose another run.out"
         )
 
 
-def state_bytes(abstract: TrainState) -> int:
-    """Size in bytes of all arrays of a state."""
+def state_bytes(abstract: PyTree) -> int:
+    """Bytes of all arrays in a tree."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
 
 
-def check_room(out: Path, needed: int) -> None:
-    """Creates `out`. Raises a `UserError` unless it can be written and has `needed` bytes free."""
+def check_disk_space(out: Path, needed: int) -> None:
+    """Creates the folder `out` and checks that it can be written and that `needed` bytes are free.
+
+    Raises:
+      UserError: it cannot be written, or there is too little space.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".write_test.{os.getpid()}"
@@ -241,10 +266,10 @@ def check_room(out: Path, needed: int) -> None:
         probe.unlink()
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"run.out {out}: {reason}; give a folder that can be written") from error
+        raise UserError(f"run.out {out}: {reason}; name a folder that can be written") from error
     free = shutil.disk_usage(out).free
     if free < needed:
         raise UserError(
             f"run.out {out}: {free / 1e9:.1f} GB are free; checkpoints and weights need"
-            f" {needed / 1e9:.1f} GB: make room, or lower run.keep_checkpoints"
+            f" {needed / 1e9:.1f} GB: free space there, or lower run.keep_checkpoints"
         )

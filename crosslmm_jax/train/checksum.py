@@ -1,23 +1,25 @@
-"""A checksum of every array of a state: Orbax restores flipped bits in a data file without a word.
+"""Checksums by which a damaged checkpoint is recognised: Orbax restores flipped bits without an error.
 
-Sums of integers do not depend on their order, so a checksum is the same on any mesh and any device.
+A checksum is a sum of integers, which does not depend on the order: it is the same on any mesh and device.
 """
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, PyTree, UInt32
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 _MULTIPLIER = 0x9E3779B1  # odd, about 2**32 over the golden ratio: spreads indices over all bits
 
 
-def checksums(tree: Any) -> dict[str, int]:
+def array_checksums(tree: PyTree[Array]) -> dict[str, int]:
     """Path of each array of `tree` -> its checksum, an integer below 2**32.
 
-    Any change of a single element changes it; other damage goes unseen once in 2**32 times.
+    A change of a single element always changes it. Other damage is missed with probability 2**-32.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     arrays = [leaf for _, leaf in leaves]
@@ -31,13 +33,25 @@ def checksums(tree: Any) -> dict[str, int]:
     return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
 
 
+def check_undamaged(restored: Mapping[str, int], saved: Mapping[str, int]) -> None:
+    """Raises a ValueError naming the arrays whose checksums differ between `restored` and `saved`."""
+    damaged = sorted(path for path in restored if restored[path] != saved.get(path))
+    if damaged:
+        raise ValueError(f"checksums differ in {', '.join(damaged)}")
+
+
 @jax.jit
 def _on_device(arrays: list[jax.Array]) -> list[jax.Array]:
     return [_checksum(jnp, array) for array in arrays]
 
 
-def _checksum(xp: Any, array: Any) -> Any:
-    """The sum over all elements of their bits times an odd number that depends on their place, mod 2**32."""
+def _checksum(xp: ModuleType, array: np.ndarray | jax.Array) -> UInt32[Array | np.ndarray, ""]:
+    """The sum over all elements of their bits times an odd number that depends on their index, mod 2**32.
+
+    Args:
+      xp: numpy or jax.numpy.
+      array: of that module.
+    """
     unsigned = _UNSIGNED[array.dtype.itemsize]
     bits = array.view(unsigned) if xp is np else jax.lax.bitcast_convert_type(array, unsigned)
     index = xp.zeros((1,) * array.ndim, np.uint32)

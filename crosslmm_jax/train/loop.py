@@ -1,17 +1,18 @@
-"""The training loop: no maths, only what happens when.
+"""The training loop: when to step, report, save and stop.
 
-    runs/x/checkpoints/   Orbax, one folder a step
-    runs/x/metrics.jsonl  one line every `run.log_every` steps; runs/x/tensorboard/ the same
-    runs/x/model/         MODEL folder, written at the end
+    runs/x/checkpoints/           Orbax, one folder per checkpoint, named by its step
+    runs/x/checkpoints_damaged/   damaged checkpoints, if there were any
+    runs/x/metrics.jsonl          one line every `run.log_every` steps
+    runs/x/tensorboard/           the same
+    runs/x/model/                 MODEL folder, written at the end
 
-The command that started a run also continues it: after a kill, a crash, or on another mesh.
+The command that started a run also resumes it: after a kill, a crash, or on another mesh.
 """
 
 import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -33,16 +34,16 @@ from crosslmm_jax.parallel import (
     row_shard,
     to_global,
 )
-from crosslmm_jax.train.checkpoint import Checkpoints, check_room, state_bytes
+from crosslmm_jax.train.checkpoint import Checkpoints, check_disk_space, state_bytes
 from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs
 from crosslmm_jax.train.interrupt import Interrupted, StopRequest
-from crosslmm_jax.train.logging import MetricsLog, read_metrics
+from crosslmm_jax.train.metrics_log import MetricsLine, MetricsLog, read_metrics
+from crosslmm_jax.train.metrics_window import MetricsWindow, NonFiniteStep
 from crosslmm_jax.train.optimizer import learning_rates
-from crosslmm_jax.train.processes import check_alike, exchange
+from crosslmm_jax.train.processes import check_same_settings, gather
 from crosslmm_jax.train.stages import model_of_stage
 from crosslmm_jax.train.state import TrainState, abstract_state, random_state, state_of_params
 from crosslmm_jax.train.step import compile_train_step, with_step_visibility
-from crosslmm_jax.train.window import NonFiniteStep, Window
 from crosslmm_jax.utils import Progress
 
 _POSITION = "global_next_index"
@@ -53,45 +54,45 @@ class TrainResult:
     """A finished run."""
 
     model_folder: Path
-    resumed_step: int  # 0: it started anew
-    metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
+    resumed_step: int  # 0 if it did not resume
+    metrics: list[MetricsLine]
     bad_rows: Mapping[int, str]  # row number -> why its media could not be read, on this host
 
 
 def train(config: ExperimentConfig, *, quiet: bool = False) -> TrainResult:
-    """Trains one stage to its end, from where an earlier call with the same `run.out` stopped.
+    """Trains one stage to its last step. Resumes from the newest undamaged checkpoint in `run.out`.
 
     Args:
       config: the experiment.
-      quiet: no progress on stderr.
+      quiet: show no progress on stderr.
 
     Raises:
-      UserError: settings that do not fit or that processes differ in, an output folder that cannot be used,
-        a checkpoint of another config, data that cannot be read, or a loss that is not finite; checkpoints
-        stay as they were.
+      UserError: settings that do not fit or that differ between processes, an output folder that cannot be
+        used, a checkpoint of another config, data that cannot be read, or a loss that is not finite.
+        Checkpoints stay unchanged.
       Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
     initialize_processes()
     mesh = make_mesh(config.mesh)
     abstract = abstract_state(config.model, config.stage, mesh)
     out = Path(config.run.out)
-    _check(config, mesh, abstract, out)
-    # The rows decide what a run computes, wherever their index lies.
-    saved = to_dict(config) | {"index_digest": open_index(config.data.index).digest}
-    check_alike(exchange(saved))
-    checkpoints = Checkpoints(out / "checkpoints", keep=config.run.keep_checkpoints, config=saved)
+    _check_before_start(config, mesh, abstract, out)
+    # The digest stands for the rows: the path of their index may differ between hosts and over time.
+    settings = to_dict(config) | {"index_digest": open_index(config.data.index).digest}
+    check_same_settings(gather(settings))
+    checkpoints = Checkpoints(out / "checkpoints", keep=config.run.keep_checkpoints, config=settings)
     try:
         if checkpoints.is_complete(config.stage.steps) and is_model_folder(out / "model"):
             return TrainResult(out / "model", config.stage.steps, read_metrics(out), {})
-        dataset = _open_data(config)
+        dataset = _open_dataset(config)
         restored = checkpoints.restore(abstract)
-        state, position = restored or (_first_state(config, mesh), 0)
+        state, position = restored or (_state_before_first_step(config, mesh), 0)
         resumed_step = int(state.step)
         index, count = row_shard(mesh)
         iterator = BatchIterator(dataset, global_next_index=position, shard_index=index, shard_count=count)
         run = _Run(config, mesh, checkpoints, iterator, count, quiet)
         with jax.set_mesh(mesh):
-            state = run.steps(state, resumed_step)
+            state = run.to_last_step(state, resumed_step)
         checkpoints.wait()
         _write_model(config, out / "model", state)
         return TrainResult(out / "model", resumed_step, read_metrics(out), dict(iterator.bad_rows))
@@ -99,27 +100,28 @@ def train(config: ExperimentConfig, *, quiet: bool = False) -> TrainResult:
         checkpoints.close()
 
 
-def _check(config: ExperimentConfig, mesh: Mesh, abstract: TrainState, out: Path) -> None:
-    """Finds what would fail later, before anything is compiled or written."""
+def _check_before_start(config: ExperimentConfig, mesh: Mesh, abstract: TrainState, out: Path) -> None:
+    """Raises a UserError for what would fail later, before anything is compiled or written."""
     check_batch_size(config.data.batch_size, mesh, microbatches=config.stage.microbatches)
     check_replaceable(out / "model")
     saves = -(-config.stage.steps // config.run.save_every)
     present = len(list((out / "checkpoints").glob("[0-9]*")))
-    # One more than is kept: the oldest goes when the newest is complete.
+    # One more than is kept: the oldest is deleted only after the newest is complete.
     more = max(min(saves, config.run.keep_checkpoints + 1) - present, 0)
-    check_room(out, more * state_bytes(abstract) + state_bytes(abstract.params))
+    check_disk_space(out, more * state_bytes(abstract) + state_bytes(abstract.params))
 
 
-def _open_data(config: ExperimentConfig) -> Dataset:
+def _open_dataset(config: ExperimentConfig) -> Dataset:
+    """The run's dataset; raises a ConfigError if its tokens or rows do not fit the model."""
     model = config.model
     dataset = Dataset(
         config.data, tokens_per_frame=model.merge.tokens_per_frame, image_size=model.vision.image_size
     )
-    size = len(dataset.tokenizer.hf_tokenizer)
-    if size > model.decoder.vocab_size:
+    num_tokens = len(dataset.tokenizer.hf_tokenizer)
+    if num_tokens > model.decoder.vocab_size:
         raise ConfigError(
-            f"DecoderConfig.vocab_size is {model.decoder.vocab_size}; it must be at least {size},"
-            f" the tokens of {config.data.tokenizer}"
+            f"DecoderConfig.vocab_size is {model.decoder.vocab_size}; it must be at least {num_tokens},"
+            f" the number of tokens of {config.data.tokenizer}"
         )
     longest = max(bucket.text + bucket.frames * dataset.tokens_per_frame for bucket in dataset.buckets)
     if longest > model.decoder.max_positions:
@@ -130,8 +132,8 @@ def _open_data(config: ExperimentConfig) -> Dataset:
     return dataset
 
 
-def _first_state(config: ExperimentConfig, mesh: Mesh) -> TrainState:
-    """Random parameters, or those of the MODEL folder `run.init_from`."""
+def _state_before_first_step(config: ExperimentConfig, mesh: Mesh) -> TrainState:
+    """A state with the parameters of the MODEL folder `run.init_from`, or with random ones."""
     if config.run.init_from is None:
         return random_state(config.model, config.stage, mesh, seed=config.run.seed)
     check_same_model(config.run.init_from, config.model)
@@ -157,7 +159,7 @@ def _write_model(config: ExperimentConfig, folder: Path, state: TrainState) -> N
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What stays the same during a run."""
+    """The steps of a run, and what stays the same during them."""
 
     config: ExperimentConfig
     mesh: Mesh
@@ -166,8 +168,8 @@ class _Run:
     shard_count: int
     quiet: bool
 
-    def steps(self, state: TrainState, resumed_step: int) -> TrainState:
-        """All steps that are left."""
+    def to_last_step(self, state: TrainState, resumed_step: int) -> TrainState:
+        """Runs the remaining steps; closes the iterator, the progress and the metrics log."""
         run, stage, writes = self.config.run, self.config.stage, jax.process_index() == 0
         out = Path(run.out)
         progress = Progress(
@@ -191,7 +193,7 @@ class _Run:
     ) -> TrainState:
         run, stage = self.config.run, self.config.stage
         train_step = compile_train_step(self.config.model, stage, self.mesh)
-        window = Window()
+        window = MetricsWindow()
         for step in range(done + 1, stage.steps + 1):
             position = self.iterator.get_state()[_POSITION]
             batch = with_step_visibility(window.next_batch(self.iterator))
@@ -207,31 +209,34 @@ class _Run:
                 self._save(step, state, window)
             if stopped and not last:
                 self.checkpoints.wait()
-                raise Interrupted(f"stopped after step {step}, which is saved; the same command goes on")
+                raise Interrupted(f"stopped after step {step}, which is saved; the same command resumes")
         return state
 
-    def _report(self, step: int, window: Window, *, progress: Progress, log: MetricsLog | None) -> None:
-        report = window.report()
-        report |= self.iterator.take_counts()
-        layers = self.config.model.cross_attention_layers
-        gates = report.pop("gate")
-        line = {"step": step, **report, "learning_rate": learning_rates(self.config.stage, step - 1)}
+    def _report(
+        self, step: int, window: MetricsWindow, *, progress: Progress, log: MetricsLog | None
+    ) -> None:
+        line: MetricsLine = {"step": step, **window.report(), **self.iterator.take_counts()}
+        gates = line.pop("gate")
+        line["learning_rate"] = learning_rates(self.config.stage, step - 1)
         line["gate"] = {
-            direction: {str(layer): float(gate) for layer, gate in zip(layers, values, strict=True)}
+            direction: {
+                str(layer): float(gate)
+                for layer, gate in zip(self.config.model.cross_attention_layers, values, strict=True)
+            }
             for direction, values in gates.items()
         }
         if log is not None:
             log.write(line)
         progress.report(step, f"loss {line['loss']:.4f}  {line['step_seconds'] * 1e3:.0f} ms/step")
 
-    def _save(self, step: int, state: TrainState, window: Window) -> None:
-        window.check()  # what is not finite is never saved
+    def _save(self, step: int, state: TrainState, window: MetricsWindow) -> None:
+        window.raise_if_not_finite()  # a state that is not finite is never saved
         begin = time.perf_counter()
         self.checkpoints.save(step, state, position=self.iterator.get_state()[_POSITION])
-        window.leave_out(time.perf_counter() - begin)
+        window.exclude(time.perf_counter() - begin)
 
     def _explain(self, error: NonFiniteStep) -> UserError:
-        """Reads the batch again, which the position alone determines, and saves it for inspection."""
+        """Saves the step's batch for inspection. It is read again: its position alone determines it."""
         self.iterator.set_state({_POSITION: error.position})
         batch = next(self.iterator)
         suffix = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
@@ -239,6 +244,6 @@ class _Run:
         np.savez(path, **batch.arrays())  # type: ignore[arg-type]
         rows = [int(row) for row in needed(batch.row_index, "row_index")]
         return UserError(
-            f"loss or gradient is not finite at step {error.step}, rows {rows} of the index; the"
-            f" batch is in {path}, checkpoints are as before: look at these rows or lower stage.learning_rate"
+            f"loss or gradient is not finite at step {error.step}, rows {rows} of the index; the batch is in"
+            f" {path}, checkpoints are unchanged: look at these rows or lower stage.learning_rate"
         )

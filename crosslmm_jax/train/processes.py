@@ -1,4 +1,7 @@
-"""What the processes of a run tell each other outside of its steps; a single process asks nobody."""
+"""What the processes of a run tell each other outside of its steps.
+
+Every process calls these functions at the same point. A single process communicates with nobody.
+"""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,38 +23,43 @@ _OF_A_HOST = frozenset({
 
 
 class FailedSomewhere(Exception):
-    """What some process could not do, and why; raised on all of them."""
+    """An action failed on at least one process; raised on all of them with every process's reason."""
 
 
-def exchange(value: Any) -> list[Any]:
-    """`value`, which JSON can hold, of every process in their order. All call this at the same point."""
+def gather(value: Any) -> list[Any]:
+    """The JSON-serialisable `value` of every process, in order of their index."""
     if jax.process_count() == 1:
         return [value]
     from jax.experimental import multihost_utils
 
-    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(own.size))
-    padded = np.zeros(int(sizes.max()), np.uint8)  # what is gathered has one shape
-    padded[: own.size] = own
+    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(encoded.size))
+    padded = np.zeros(int(sizes.max()), np.uint8)  # all processes gather arrays of one shape
+    padded[: encoded.size] = encoded
     rows = np.asarray(multihost_utils.process_allgather(padded))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def together(act: Callable[[], T]) -> T:
-    """What `act` returns on this process, once it succeeded on all; it must not wait for other processes.
+def succeed_on_all(action: Callable[[], T]) -> T:
+    """Runs `action` on every process and returns its result here, if it succeeded on all.
+
+    Args:
+      action: must not wait for other processes. A UserError, or running out of memory, ends the run; after
+        any other error the run may try something else.
 
     Raises:
-      FailedSomewhere: it failed on some process in a way that another input may not.
-      UserError: it failed on another process in a way that ends the run; that one raises its own error.
+      FailedSomewhere: it failed on a process, and the run may try something else.
+      UserError: it failed on another process in a way that ends the run.
+      Exception: the error of this process, if it ends the run.
     """
-    result, error = _tried(act)
-    final = isinstance(error, (UserError, MemoryError)) or "RESOURCE_EXHAUSTED" in str(error)
-    reports = exchange({"final": final, "reason": None if error is None else _first_line(error)})
-    if error is not None and final:
+    result, error = _result_or_error(action)
+    fatal = isinstance(error, (UserError, MemoryError)) or "RESOURCE_EXHAUSTED" in str(error)
+    reports = gather({"fatal": fatal, "reason": None if error is None else _first_line(error)})
+    if error is not None and fatal:
         raise error
     failed = [(index, report) for index, report in enumerate(reports) if report["reason"] is not None]
     for index, report in failed:
-        if report["final"]:
+        if report["fatal"]:
             raise UserError(f"process {index} ended this run: {report['reason']}")
     if failed:
         single = len(reports) == 1
@@ -60,10 +68,10 @@ def together(act: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def _tried(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    # A function of its own: where an exception is caught, its traceback keeps all variables alive.
+def _result_or_error(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    # A separate function: the traceback of a caught exception keeps all local variables alive.
     try:
-        return act(), None
+        return action(), None
     except Exception as error:
         return None, error
 
@@ -73,11 +81,14 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
-def check_alike(settings: Sequence[Mapping[str, Any]]) -> None:
-    """Raises a `ConfigError` naming all in which processes differ and that decides what the run computes.
+def check_same_settings(settings: Sequence[Mapping[str, Any]]) -> None:
+    """Checks that all processes have the same settings, except for those that may differ between hosts.
 
     Args:
-      settings: of each process, nested dicts as JSON holds them.
+      settings: of each process, nested dicts of JSON values.
+
+    Raises:
+      ConfigError: settings that decide what the run computes differ; the message lists the first eight.
     """
     first, *others = (flatten(each) for each in settings)
     different = []

@@ -1,19 +1,20 @@
-"""What a stage trains: the parameters split by part, and the model's graph (paper sec. 4.1)."""
+"""What a stage trains: parameters split by part, and the model's graph (paper sec. 4.1)."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any
+
+from jaxtyping import Array, PyTree
 
 from crosslmm_jax.config import PARTS, ModelConfig, StageConfig
 
-Params = Mapping[str, Any]
+Params = dict[str, PyTree[Array]]  # part -> nested dicts of arrays
 
 
-def split(params: Params, trainable: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`params` as (trainable, frozen), by top-level part; every part is in exactly one of the two.
+def split(params: Mapping[str, PyTree], trainable: Collection[str]) -> tuple[Params, Params]:
+    """Splits `params` by part into (trainable, frozen).
 
     Raises:
-      ValueError: `params` lacks a part or has one that is unknown, or `trainable` names an unknown part.
+      ValueError: a part is missing or unknown in `params`, or unknown in `trainable`.
     """
     if set(params) != set(PARTS) or not set(trainable) <= set(PARTS):
         raise ValueError(
@@ -25,8 +26,12 @@ def split(params: Params, trainable: Collection[str]) -> tuple[dict[str, Any], d
     return learning, frozen
 
 
-def merge(trainable: Params, frozen: Params) -> dict[str, Any]:
-    """What `split` took apart."""
+def merge(trainable: Mapping[str, PyTree], frozen: Mapping[str, PyTree]) -> Params:
+    """The inverse of `split`.
+
+    Raises:
+      ValueError: a part is missing, unknown, or in both.
+    """
     parts = {**trainable, **frozen}
     if len(parts) != len(trainable) + len(frozen) or set(parts) != set(PARTS):
         raise ValueError(f"parts {sorted(trainable)} and {sorted(frozen)} do not make up {sorted(PARTS)}")
@@ -34,6 +39,6 @@ def merge(trainable: Params, frozen: Params) -> dict[str, Any]:
 
 
 def model_of_stage(model: ModelConfig, stage: StageConfig) -> ModelConfig:
-    """`model` with the directions of cross-attention that the stage has in its graph."""
+    """`model` with only those directions of cross-attention in its graph that the stage uses."""
     cross = dataclasses.replace(model.cross_attention, directions=stage.directions)
     return dataclasses.replace(model, cross_attention=cross)

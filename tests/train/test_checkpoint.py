@@ -18,8 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from crosslmm_jax.config import MeshConfig
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.parallel import make_mesh
-from crosslmm_jax.train.checkpoint import Checkpoints, check_room, check_same_config, state_bytes
-from crosslmm_jax.train.checksum import _on_device, checksums
+from crosslmm_jax.train.checkpoint import Checkpoints, check_disk_space, check_same_config, state_bytes
+from crosslmm_jax.train.checksum import _on_device, array_checksums
 from crosslmm_jax.train.state import TrainState
 
 # Orbax leaves coroutines behind a restore that failed, and they complain when they are collected.
@@ -166,7 +166,7 @@ def test_damaged_and_not_to_be_moved(folder, mesh) -> None:
 def test_all_damaged(folder, mesh) -> None:
     truncate(folder / "3")
     truncate(folder / "6")
-    with pytest.raises(UserError, match=r"no checkpoint of \[6, 3\] can be read"):
+    with pytest.raises(UserError, match=r"all checkpoints \[6, 3\] are damaged"):
         restore(folder, make_state(3, mesh, PartitionSpec()))
     assert sorted(path.name for path in folder.iterdir()) == ["3", "6"]
 
@@ -238,17 +238,17 @@ def large_files_refused() -> Iterator[None]:
 
 
 def test_too_little_room(tmp_path, monkeypatch) -> None:
-    check_room(tmp_path / "new", 10**6)
+    check_disk_space(tmp_path / "new", 10**6)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 5 * 10**6, 5 * 10**6))
     with pytest.raises(UserError, match=r"0\.0 GB are free; .* need 2\.0 GB"):
-        check_room(tmp_path / "new", 2 * 10**9)
+        check_disk_space(tmp_path / "new", 2 * 10**9)
 
 
 def test_folder_that_cannot_be_written(tmp_path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"run\.out .*file/run: .*can be written"):
-        check_room(tmp_path / "file" / "run", 1)
+        check_disk_space(tmp_path / "file" / "run", 1)
 
 
 def test_state_bytes(mesh) -> None:
@@ -261,12 +261,12 @@ def test_checksums_do_not_depend_on_where_they_are_made(shape, dtype, mesh) -> N
     value = np.random.default_rng(0).normal(size=shape).astype(jnp.dtype(dtype))
     spec = PartitionSpec(None, None, "fsdp") if len(shape) == 3 else PartitionSpec()
     array = jax.device_put(value, NamedSharding(mesh, spec))
-    (host,) = checksums([array]).values()
+    (host,) = array_checksums([array]).values()
     assert host == int(_on_device([array])[0])
     changed = value.copy()
     changed.reshape(-1).view(np.uint8)[0] ^= 1
-    assert checksums([jnp.asarray(changed)]) != checksums([jnp.asarray(value)])
+    assert array_checksums([jnp.asarray(changed)]) != array_checksums([jnp.asarray(value)])
 
 
 def test_checksum_sees_swapped_elements() -> None:
-    assert checksums([jnp.array([1.0, 2.0])]) != checksums([jnp.array([2.0, 1.0])])
+    assert array_checksums([jnp.array([1.0, 2.0])]) != array_checksums([jnp.array([2.0, 1.0])])

@@ -23,7 +23,7 @@ from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.model_folder import load_processor
 from crosslmm_jax.train import loop
 from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs
-from crosslmm_jax.train.logging import METRICS_FILE, read_metrics
+from crosslmm_jax.train.metrics_log import METRICS_FILE, read_metrics
 
 STEPS, SAVE_EVERY = 80, 10
 CONFIG_FILE = """
@@ -239,7 +239,7 @@ def test_frames_are_resized_in_training_as_the_model_says(experiment, finished, 
     config = experiment(tmp_path / "run", init_from=str(other.model_folder), stage={"steps": 1})
     data = dataclasses.replace(config.data, resampling="bilinear")
     seen, bicubic = (
-        loop._open_data(dataclasses.replace(config, data=choice)).batch([0]).frames
+        loop._open_dataset(dataclasses.replace(config, data=choice)).batch([0]).frames
         for choice in (data, config.data)
     )
     assert not np.array_equal(seen, bicubic)
@@ -353,7 +353,7 @@ def small_room(path: object):
 
 def test_full_disk_is_noticed_before_the_first_step(experiment, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", small_room)
-    with pytest.raises(UserError, match=r"run\.out .*make room"):
+    with pytest.raises(UserError, match=r"run\.out .*free space"):
         loop.train(experiment(tmp_path / "run"), quiet=True)
     assert list((tmp_path / "run").iterdir()) == []
 
@@ -377,7 +377,7 @@ def test_mistakes_are_found_early(experiment, tmp_path, part: str, changes: dict
 def test_hosts_with_other_copies_of_the_index_end_before_anything_is_saved(
     experiment, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(loop, "exchange", lambda own: [own, own | {"index_digest": "other"}])
+    monkeypatch.setattr(loop, "gather", lambda settings: [settings, settings | {"index_digest": "other"}])
     with pytest.raises(ConfigError, match=r"index_digest is '.*' on process 0 and 'other' on process 1"):
         loop.train(experiment(tmp_path / "run"), quiet=True)
     assert list((tmp_path / "run").iterdir()) == []

@@ -13,10 +13,10 @@ from crosslmm_jax.train.optimizer import (
     decay_mask,
     group_of,
     group_scales,
+    learning_rate_schedule,
     learning_rates,
     make_optimizer,
     map_with_path,
-    schedule,
     warmup_steps,
 )
 from crosslmm_jax.train.stages import split
@@ -34,7 +34,9 @@ def test_schedule(make_stage, steps: int, ratio: float) -> None:
             expected = (
                 3e-4 * 0.5 * (1 + math.cos(math.pi * min((count - warmup) / max(steps - warmup, 1), 1)))
             )
-        assert float(schedule(stage)(count)) == pytest.approx(expected, rel=1e-5, abs=3e-4 * 1e-6), count
+        assert float(learning_rate_schedule(stage)(count)) == pytest.approx(
+            expected, rel=1e-5, abs=3e-4 * 1e-6
+        ), count
 
 
 def test_groups(make_stage) -> None:
@@ -96,7 +98,7 @@ def test_adamw_equals_torch(make_stage) -> None:
         params = optax.apply_updates(params, updates)
         for path, group in zip(paths, theirs.param_groups, strict=True):
             tensors[path].grad = torch.tensor(grads[path[0]][path[1]])
-            group["lr"] = scales[path] * float(schedule(stage)(step))
+            group["lr"] = scales[path] * float(learning_rate_schedule(stage)(step))
         torch.nn.utils.clip_grad_norm_(list(tensors.values()), 1.0)
         theirs.step()
     for part, name in paths:

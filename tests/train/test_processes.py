@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from crosslmm_jax.errors import ConfigError, UserError
-from crosslmm_jax.train.processes import FailedSomewhere, check_alike, together
+from crosslmm_jax.train.processes import FailedSomewhere, check_same_settings, succeed_on_all
 
 SETTINGS = {"data": {"index": "a", "batch_size": 8}, "run": {"seed": 0}, "index_digest": "12ab"}
 
 
 def test_processes_must_have_the_same_rows_and_config() -> None:
     elsewhere = SETTINGS | {"data": {"index": "b", "batch_size": 8}}
-    check_alike([SETTINGS])
-    check_alike([SETTINGS, elsewhere, SETTINGS])
+    check_same_settings([SETTINGS])
+    check_same_settings([SETTINGS, elsewhere, SETTINGS])
     changed = elsewhere | {"index_digest": "34cd", "run": {"seed": 1}}
     with pytest.raises(ConfigError) as error:
-        check_alike([SETTINGS, elsewhere, changed])
+        check_same_settings([SETTINGS, elsewhere, changed])
     message = str(error.value)
     assert "index_digest is '12ab' on process 0 and '34cd' on process 2" in message
     assert "run.seed is 0 on process 0 and 1 on process 2" in message
@@ -40,9 +40,9 @@ def test_what_ends_a_run_and_what_does_not(raised: Exception, expected: type[Exc
     def fail() -> None:
         raise raised
 
-    assert together(lambda: 3) == 3
+    assert succeed_on_all(lambda: 3) == 3
     with pytest.raises(expected) as error:
-        together(fail)
+        succeed_on_all(fail)
     assert str(raised) in str(error.value)
 
 
@@ -57,11 +57,11 @@ TWO_PROCESSES = """
     from crosslmm_jax.errors import ConfigError, UserError
     from crosslmm_jax.parallel import initialize_processes, make_mesh
     from crosslmm_jax.train.checkpoint import Checkpoints
-    from crosslmm_jax.train.processes import exchange
+    from crosslmm_jax.train.processes import gather
     from crosslmm_jax.train.state import TrainState
     initialize_processes()
     here, folder = jax.process_index(), Path(sys.argv[1]) / "checkpoints"
-    assert exchange({"x": "ab" * here}) == [{"x": ""}, {"x": "ab"}]
+    assert gather({"x": "ab" * here}) == [{"x": ""}, {"x": "ab"}]
 
     mesh = make_mesh(MeshConfig(data=1, fsdp=2))
     cut, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("fsdp"), PartitionSpec()))

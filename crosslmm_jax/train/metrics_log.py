@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl and TensorBoard scalars."""
+"""Metrics of a run on disk: metrics.jsonl and TensorBoard scalars."""
 
 import json
 from collections.abc import Mapping
@@ -8,9 +8,10 @@ from typing import Any
 from crosslmm_jax.utils import atomic_write
 
 METRICS_FILE = "metrics.jsonl"
+MetricsLine = dict[str, Any]  # "step" and nested dicts of numbers
 
 
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+def read_metrics(folder: str | Path) -> list[MetricsLine]:
     """The lines of `metrics.jsonl` in `folder`, up to the first that is incomplete."""
     path = Path(folder) / METRICS_FILE
     if not path.exists():
@@ -25,7 +26,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def flatten_scalars(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested metrics under names joined by "/", as TensorBoard groups them."""
+    """Nested metrics with names joined by "/", as TensorBoard groups them."""
     flat: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):
@@ -38,12 +39,12 @@ def flatten_scalars(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, f
 class MetricsLog:
     """Appends lines of metrics. In a run of several processes only process 0 has one.
 
-    A run that resumes from step n first drops the lines after n, so that the file is that of a run without
-    interruption.
+    A run that resumes from step n drops the lines after n, so that the file reads like that of an
+    uninterrupted run.
     """
 
     def __init__(self, folder: Path, *, resumed_step: int, tensorboard: bool) -> None:
-        """Opens the files in `folder` for a run that continues after `resumed_step`."""
+        """Opens the files in `folder` for a run that has done `resumed_step` steps."""
         kept = [line for line in read_metrics(folder) if line["step"] <= resumed_step]
         path = folder / METRICS_FILE
         atomic_write(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
@@ -54,7 +55,7 @@ class MetricsLog:
 
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
-    def write(self, line: Mapping[str, Any]) -> None:
+    def write(self, line: MetricsLine) -> None:
         """Appends one line, which has a "step"."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
