@@ -11,18 +11,18 @@ NUM_QUESTIONS = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
-    """What was asked, and what came back."""
+class AnsweredQuestion:
+    """A question with the model's answer and the true one."""
 
     question: str
     answer: str
     true_answer: str
-    seconds: float  # for the first question: compilation included
+    seconds: float  # of the first question: compilation included
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """Questions about one video.
+class AskedVideo:
+    """Answered questions about one video.
 
     Attributes:
       video: the file.
@@ -35,32 +35,32 @@ class Asked:
     video: Path
     frames: UInt8[np.ndarray, "f r r 3"]
     times: Float[np.ndarray, " f"]
-    questions: list[Question]
+    questions: list[AnsweredQuestion]
     attention: Float[np.ndarray, "x f p"]
 
     @property
     def most_read(self) -> tuple[int, float]:
-        """The frame with the largest share of attention, mean over layers, and that share."""
+        """The frame with the largest share of attention, averaged over layers, and that share."""
         shares = self.attention.mean(axis=0).sum(axis=1)
         return int(shares.argmax()), float(shares.max())
 
 
-def ask(folder: Path, *, seed: int) -> Asked:
-    """Asks the model in `folder` about one held-out video; `seed` picks which, and the questions."""
+def ask_heldout_video(folder: Path, *, seed: int) -> AskedVideo:
+    """Asks the model of the demo in `folder` about one held-out video; `seed` picks video and questions."""
     from crosslmm_jax.inference import load
 
     rows = json.loads((folder / "data" / "heldout.json").read_text(encoding="utf-8"))
     rng = np.random.default_rng(seed)
     name = rows[rng.integers(len(rows))]["video"]
-    about = [row for row in rows if row["video"] == name]
+    rows_of_video = [row for row in rows if row["video"] == name]
     video = load(folder).watch(folder / "data" / name)
     questions = []
-    for index in rng.permutation(len(about))[:NUM_QUESTIONS]:
-        human, gpt = (turn["value"] for turn in about[index]["conversations"])
+    for index in rng.permutation(len(rows_of_video))[:NUM_QUESTIONS]:
+        human, gpt = (turn["value"] for turn in rows_of_video[index]["conversations"])
         question = human.removeprefix("<image>\n")
         answer = video.answer(question)
-        questions.append(Question(question, answer.text, gpt, answer.seconds))
-    return Asked(
+        questions.append(AnsweredQuestion(question, answer.text, gpt, answer.seconds))
+    return AskedVideo(
         video=folder / "data" / name,
         frames=video.frames,
         times=video.frame_times,

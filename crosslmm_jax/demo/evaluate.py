@@ -1,12 +1,11 @@
-"""How many questions a model answers exactly."""
+"""Which questions a model answers exactly."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, PyTree
 
 from crosslmm_jax.batch import Batch, needed
 from crosslmm_jax.config import DataConfig
@@ -16,14 +15,14 @@ from crosslmm_jax.model_folder import load_model_config, load_weights
 
 
 def answered_exactly(model_folder: str | Path, data: DataConfig) -> Bool[np.ndarray, " rows"]:
-    """For each row of `data`, whether greedy decoding writes its answers and then stops.
+    """Whether greedy decoding gives exactly the answers of each row.
 
-    Greedy decoding puts out the right tokens if and only if each of them, given the ones before it, is the
-    most probable: one pass over question and answer tells.
+    Greedy decoding gives an answer if and only if each of its tokens is the most probable one after those
+    before it. So one forward pass over question and answer is enough.
 
     Args:
-      model_folder: of the model.
-      data: rows in order; `batch_size` of them go through the model at once.
+      model_folder: the model.
+      data: the rows, in order, in batches of `data.batch_size`.
     """
     config = load_model_config(model_folder)
     params = load_weights(model_folder, config, dtype=config.compute_dtype)
@@ -33,16 +32,16 @@ def answered_exactly(model_folder: str | Path, data: DataConfig) -> Bool[np.ndar
     model, vocab_size = CrossLMM(config), dataset.tokenizer.vocab_size
 
     @jax.jit
-    def right(params: Any, batch: Batch[Array]) -> Bool[Array, " b"]:
+    def exact(params: PyTree[Array], batch: Batch[Array]) -> Bool[Array, " b"]:
         logits = model.apply({"params": params}, batch)
-        likeliest = jnp.argmax(logits[:, :-1, :vocab_size], axis=-1)  # type: ignore[index]
+        most_probable = jnp.argmax(logits[:, :-1, :vocab_size], axis=-1)  # type: ignore[index]
         is_target = needed(batch.loss_mask, "loss_mask")[:, 1:] > 0
-        return jnp.all((likeliest == batch.tokens[:, 1:]) | ~is_target, axis=1)
+        return jnp.all((most_probable == batch.tokens[:, 1:]) | ~is_target, axis=1)
 
     results = []
     for begin in range(0, len(dataset.rows), data.batch_size):
-        numbers = range(begin, min(begin + data.batch_size, len(dataset.rows)))
-        # One static shape: the last batch is filled up with its first row.
-        filled = [*numbers, *[begin] * (data.batch_size - len(numbers))]
-        results.append(np.asarray(right(params, dataset.batch(filled)))[: len(numbers)])
+        rows = range(begin, min(begin + data.batch_size, len(dataset.rows)))
+        # Copies of its first row fill the last batch, so that all batches have one static shape.
+        filled = [*rows, *[begin] * (data.batch_size - len(rows))]
+        results.append(np.asarray(exact(params, dataset.batch(filled)))[: len(rows)])
     return np.concatenate(results)

@@ -1,25 +1,28 @@
 """A small set of real mp4 files whose questions can only be answered by looking closely.
 
 A video shows four scenes. Each of four colours appears once in the video, as one of four shapes of equal
-area, in one cell of a 4 x 4 grid; grey shapes fill more cells and mean nothing. A question names a colour,
-the answer is its shape. Averaging all patches of a frame keeps the colours but blurs which shape goes with
-which colour, so compact tokens alone are a poor source. For every question each answer occurs equally
-often, so that no guess without the video beats 25%.
+area, in one cell of a 4 x 4 grid. Grey shapes in other cells are distractors.
+
+    question   What shape is the red object?
+    answer     ring
+
+Averaging all patches of a frame keeps the colours but blurs the shapes, so compact tokens alone say little.
+For every question each answer occurs equally often: no guess without the video is right more than 25% of the
+time.
 """
 
 import dataclasses
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.utils import atomic_folder, is_vacant
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (230, 25, 25),
@@ -38,15 +41,23 @@ FRAMES_PER_SECOND = 4
 _MANIFEST = "synthetic.json"
 
 
+class Row(TypedDict):
+    """A LLaVA-style annotation."""
+
+    id: str
+    video: str
+    conversations: list[dict[str, str]]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SyntheticSet:
-    """Where a written set lies. Media paths in the annotations are relative to `folder`."""
+    """Files of a written set. Media paths in the annotations are relative to `folder`."""
 
     folder: Path
-    captions: Path  # LLaVA rows, one caption a training video (stage 1)
+    captions: Path  # LLaVA rows, one caption per training video (stage 1)
     train: Path  # LLaVA rows, one question each
     dialogues: Path  # the same questions, all four about a video as the turns of one row (stage 2)
-    heldout: Path  # one question each, on videos that no training row shows
+    heldout: Path  # one question each, on videos that are not in the training rows
     heldout_videos: tuple[Path, ...]
 
 
@@ -97,7 +108,7 @@ def place_glyphs(shapes: Sequence[str], rng: np.random.Generator, *, distractors
 
 def shape_mask(shape: str) -> np.ndarray:
     """float[CELL, CELL] in 0..1: the coverage of each pixel. All shapes cover the same area."""
-    fine = 8  # sub-pixels a side, averaged to smooth the edge
+    fine = 8  # sub-pixels per side, averaged to smooth the edge
     axis = (np.arange(CELL * fine) + 0.5) / (CELL * fine) * 2 - 1
     y, x = np.meshgrid(axis, axis, indexing="ij")
     area = 1.8  # of the cell's 4 square units
@@ -156,20 +167,20 @@ def write_dataset(
 ) -> SyntheticSet:
     """Writes videos and annotations; the content depends on the numbers and the seed alone.
 
-    Everything is written beside `folder` and renamed at the end. A set that was written before with the
-    same arguments is kept as it is; another synthetic set in `folder` is replaced.
+    A set that was written before with the same arguments is kept. Another synthetic set in `folder` is
+    replaced.
 
     Args:
-        folder: of the set; its parent is created when missing.
-        num_train: training videos, a multiple of 4; each has one caption and four questions, which come
-            one by one and as one dialogue.
+        folder: the set's folder; parents are created if they do not exist.
+        num_train: training videos, a multiple of 4; each has one caption and four questions, as single rows
+            and as one dialogue.
         num_heldout: held-out videos, a multiple of 4; each has four questions.
-        seed: of shapes and places.
+        seed: of shapes and their cells.
         distractors: grey glyphs in each scene.
         num_threads: videos encoded at once.
 
     Raises:
-        UserError: a number that is not a multiple of 4, or a folder that holds something else.
+        UserError: a number is not a multiple of 4, or `folder` has other content or cannot be written.
     """
     target = Path(folder)
     manifest = {
@@ -181,36 +192,27 @@ def write_dataset(
             raise UserError(f"{name} is {manifest[name]}; it must be a positive multiple of {len(SHAPES)}")
     if _already_written(target, manifest):
         return _describe(target, num_heldout)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        (staging / "videos").mkdir()
+    with atomic_folder(target, resume=False) as building:
+        (building / "videos").mkdir()
         options = {"distractors": distractors, "num_threads": num_threads}
-        train = _write_split(staging, "train", num_videos=num_train, seed=[seed, 0], **options)
-        heldout = _write_split(staging, "heldout", num_videos=num_heldout, seed=[seed, 1], **options)
-        _write_json(staging / "captions.json", [_caption_row(*video) for video in train])
-        _write_json(staging / "train.json", [row for video in train for row in _question_rows(*video)])
-        _write_json(staging / "dialogues.json", _dialogues(train, np.random.default_rng([seed, 2])))
-        _write_json(staging / "heldout.json", [row for video in heldout for row in _question_rows(*video)])
-        _write_json(staging / _MANIFEST, manifest)
-        staging.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        train = _write_split(building, "train", num_videos=num_train, seed=[seed, 0], **options)
+        heldout = _write_split(building, "heldout", num_videos=num_heldout, seed=[seed, 1], **options)
+        _write_json(building / "captions.json", [_caption_row(*video) for video in train])
+        _write_json(building / "train.json", [row for video in train for row in _question_rows(*video)])
+        _write_json(building / "dialogues.json", _dialogues(train, np.random.default_rng([seed, 2])))
+        _write_json(building / "heldout.json", [row for video in heldout for row in _question_rows(*video)])
+        _write_json(building / _MANIFEST, manifest)
     return _describe(target, num_heldout)
 
 
 def _already_written(target: Path, manifest: dict[str, int]) -> bool:
-    """Whether `target` holds this very set. Raises UserError when it holds anything but a synthetic set."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    """Whether `target` is this set. Raises a UserError if it is anything else than a synthetic set."""
+    if is_vacant(target):
         return False
     try:
         return json.loads((target / _MANIFEST).read_text(encoding="utf-8")) == manifest
     except (OSError, ValueError):
-        raise UserError(f"{target}: exists and is no synthetic set; name another folder") from None
+        raise UserError(f"{target}: exists and is not a synthetic set; name another folder") from None
 
 
 def _describe(folder: Path, num_heldout: int) -> SyntheticSet:
@@ -231,7 +233,7 @@ def _video_name(split: str, index: int) -> str:
 def _write_split(
     folder: Path, split: str, *, num_videos: int, seed: Sequence[int], distractors: int, num_threads: int
 ) -> list[tuple[str, list[str]]]:
-    """Writes the videos of one split; returns (name, shape of each colour) for each."""
+    """Writes the videos of one split; returns (name, shape of each colour) per video."""
     table = balanced_shapes(num_videos, np.random.default_rng(seed))
     videos = [
         (_video_name(split, index), [SHAPES[shape] for shape in row]) for index, row in enumerate(table)
@@ -247,22 +249,22 @@ def _write_split(
     return videos
 
 
-def _row(video: str, question: str, *, answer: str, suffix: str) -> dict[str, Any]:
+def _row(video: str, question: str, *, answer: str, suffix: str) -> Row:
     turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
     return {"id": f"{Path(video).stem}_{suffix}", "video": video, "conversations": turns}
 
 
-def _caption_row(video: str, shapes: Sequence[str]) -> dict[str, Any]:
+def _caption_row(video: str, shapes: Sequence[str]) -> Row:
     return _row(video, "Describe the video.", answer=caption_of(shapes), suffix="caption")
 
 
-def _question_rows(video: str, shapes: Sequence[str]) -> list[dict[str, Any]]:
+def _question_rows(video: str, shapes: Sequence[str]) -> list[Row]:
     pairs = zip(COLOURS, shapes, strict=True)
     return [_row(video, question_of(colour), answer=shape, suffix=colour) for colour, shape in pairs]
 
 
-def _dialogues(videos: Sequence[tuple[str, list[str]]], rng: np.random.Generator) -> list[dict[str, Any]]:
-    """One row a video: its questions in random order; the video comes before the first."""
+def _dialogues(videos: Sequence[tuple[str, list[str]]], rng: np.random.Generator) -> list[Row]:
+    """One row per video: its questions in random order, the video before the first of them."""
     rows = []
     for video, shapes in videos:
         single = _question_rows(video, shapes)

@@ -153,7 +153,7 @@ def test_existing_folders(tmp_path: Path) -> None:
     assert len(questions_and_answers(first.train)) == 8 * len(COLOURS)  # replaced
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
-    with pytest.raises(UserError, match="mine: exists and is no synthetic set"):
+    with pytest.raises(UserError, match="mine: exists and is not a synthetic set"):
         write_dataset(tmp_path / "mine", num_train=4, num_heldout=4, seed=0)
     with pytest.raises(UserError, match="num_train is 6; it must be a positive multiple of 4"):
         write_dataset(tmp_path / "six", num_train=6, num_heldout=4, seed=0)
@@ -165,7 +165,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("crosslmm_jax.demo.synthetic.write_video", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         write_dataset(tmp_path / "set", num_train=4, num_heldout=4, seed=0)
     assert list(tmp_path.iterdir()) == []
 
