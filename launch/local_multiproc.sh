@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Several processes on this machine: launch/local_multiproc.sh N CONFIG.py [--field value ...]
+# Starts N processes on this machine: launch/local_multiproc.sh N CONFIG.py [--field value ...]
 #
-# On GPUs each process gets one; on a CPU (JAX_PLATFORMS=cpu) all share it, to try a multi-process run.
-# SIGTERM and Ctrl-C are passed on, and one process that fails ends all. The same command resumes.
+# Each process gets one GPU. With JAX_PLATFORMS=cpu all share the CPU, to try a run of several processes.
+# SIGTERM and Ctrl-C are passed on to all. When one process fails, all end. The same command resumes.
 #
-# Set where the defaults do not fit:
-#   PORT                   of process 0 (default: picked from this shell's number)
-#   CUDA_VISIBLE_DEVICES   the GPUs to use, by comma (default: 0 to N-1)
+# Environment variables:
+#   PORT                   port of process 0 (default: derived from the process ID of this shell)
+#   CUDA_VISIBLE_DEVICES   the GPUs to use, separated by commas (default: 0 to N-1)
 #   and those of launch/_env.sh
 set -euo pipefail
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
@@ -26,14 +26,14 @@ fi
 pids=()
 stopping=0
 pass_on_term() { ((${#pids[@]} == 0)) || kill -s TERM "${pids[@]}" 2>/dev/null || true; }
-# A shell starts what runs behind it deaf to SIGINT, so Ctrl-C travels as SIGTERM, which also saves.
+# A shell makes its background processes ignore SIGINT, so Ctrl-C is passed on as SIGTERM, which also saves.
 trap 'stopping=1; pass_on_term' TERM INT
 for ((index = 0; index < count && stopping == 0; index++)); do
   PROCESS_ID=$index CUDA_VISIBLE_DEVICES=${gpus[index]} "$here/_env.sh" train "$@" &
   pids+=($!)
 done
 
-# A signal interrupts `wait` with a code above 128 while the process lives: then it is waited for again.
+# A signal interrupts `wait` with a code above 128 while the process still runs: then wait for it again.
 code=0
 while ((${#pids[@]} > 0)); do
   result=0

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# All hosts of a TPU VM slice, from your own machine: launch/tpu_vm.sh CONFIG.py [--field value ...]
+# Trains on all hosts of a TPU VM slice, started from your machine:
+#   launch/tpu_vm.sh CONFIG.py [--field value ...]
 #
-# The repository must lie in FOLDER on every host, with its environment; `run.out` of the config must be a
-# folder that all hosts see. Training goes on when the connection is lost, and a second start on a host waits
-# for no one: stop the first with STOP=1, which sends SIGTERM, so that it saves. The same command resumes.
-# Never run on a TPU by us: read it before you use it.
+# Every host needs the repository with its environment in FOLDER. `run.out` of the config must be a folder
+# that all hosts can write. Training continues when the connection is lost. While it runs, a second start on a
+# host is refused: stop the first with STOP=1, which sends SIGTERM, so that it saves. The same command resumes.
+# We never ran this on a TPU: read it before you use it.
 #
-# Set:
+# Environment variables:
 #   TPU, ZONE   name and zone of the slice
-#   PROJECT     of Google Cloud (default: gcloud's own)
-#   FOLDER      the repository on the hosts (default: crosslmm, below the home folder)
+#   PROJECT     Google Cloud project (default: that of gcloud's configuration)
+#   FOLDER      the repository on the hosts (default: crosslmm in the home folder)
 #   PYTHON      the interpreter on the hosts (default: .venv/bin/python in FOLDER)
-#   STOP        1: stop what runs
+#   STOP        1: stop the run
 set -euo pipefail
 : "${TPU:?set TPU to the name of the slice}" "${ZONE:?set ZONE to its zone}"
 if [[ $# -lt 1 && ${STOP:-0} != 1 ]]; then
@@ -24,12 +25,13 @@ if [[ ${STOP:-0} == 1 ]]; then
   remote="cd $(printf %q "$folder") && kill -s TERM \"\$(cat crosslmm.pid)\""
 else
   words=$(printf ' %q' "$@")
-  # The metadata server knows each host's number and the addresses of all: NAME:ID:ADDRESS or ADDRESS, by comma.
+  # The metadata server gives each host's index and all addresses, as NAME:ID:ADDRESS or ADDRESS, separated by
+  # commas.
   remote=$(
     cat <<EOF
 cd $(printf %q "$folder")
 if [ -f crosslmm.pid ] && kill -0 "\$(cat crosslmm.pid)" 2>/dev/null; then
-  echo "already running; STOP=1 ends it" >&2
+  echo "a run is already active on this host; stop it with STOP=1" >&2
   exit 1
 fi
 attribute() {
