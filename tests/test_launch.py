@@ -1,4 +1,4 @@
-"""The launchers: readable by their interpreters, and one of them for real, with two processes."""
+"""The launchers: valid for their interpreters; the local one runs two processes."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 LOCAL = LAUNCH / "local_multiproc.sh"
-STEPS = 150  # seconds more than a stop needs to reach both processes
+STEPS = 150  # they take seconds longer than a stop needs to reach both processes
 TINY = """
     import dataclasses
     from pathlib import Path
@@ -63,7 +63,7 @@ def test_the_jobset_starts_every_host_of_its_slice() -> None:
 
 
 def fake_interpreter(folder: Path) -> Path:
-    """Says in place of python what it was called with and where it stands among the processes."""
+    """A script in place of python that prints its arguments and the process's place among the others."""
     script = folder / "python"
     script.write_text(
         '#!/usr/bin/env bash\n[[ $2 == crosslmm_jax.parallel.xla_flags ]] && exit\n'
@@ -116,7 +116,7 @@ def config(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def environment(one_device_flags: str, free_port) -> Callable[[], dict[str, str]]:
-    """`environment()`: variables for the launcher, with a port of its own."""
+    """`environment()`: variables for the launcher, with a free port."""
     settings = {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": one_device_flags}
     return lambda: os.environ | settings | {"PORT": str(free_port())}
 
@@ -130,7 +130,7 @@ def steps_in(folder: Path) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.multihost
 def test_two_processes_train_stop_and_resume(config: Path, environment) -> None:
-    """SIGTERM to the launcher stops both at one saved step; the same command goes on behind it."""
+    """SIGTERM to the launcher stops both at one saved step; the same command resumes after it."""
     command, out = [LOCAL, "2", config], config.parent / "run"
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -153,7 +153,7 @@ def test_two_processes_train_stop_and_resume(config: Path, environment) -> None:
 
 @pytest.mark.multihost
 def test_one_process_that_fails_ends_all(tmp_path: Path, environment) -> None:
-    """The second fails at once; the first would go on for a minute."""
+    """The second fails at once; the first would run for a minute."""
     script = tmp_path / "python"
     script.write_text(
         "#!/usr/bin/env bash\n[[ $2 == crosslmm_jax.parallel.xla_flags ]] && exit\n"

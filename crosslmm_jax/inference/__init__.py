@@ -1,4 +1,12 @@
-"""Inference: a MODEL folder, a video, questions."""
+"""Inference: load a MODEL folder, watch a video, ask questions.
+
+assistant   `load`, and what it returns: `VideoModel` -> `Video` -> `Chat`, `Answer`
+compiled    the compiled programs of answering, with static shapes
+generate    sampling, and the loop over tokens on the device
+prepare     weights in the form that inference reads
+commands    `crosslmm ask` and `crosslmm chat`
+figure      T2V attention drawn over frames
+"""
 
 from crosslmm_jax.inference.assistant import Answer, Chat, Video, VideoModel, load
 from crosslmm_jax.inference.commands import ask, chat

@@ -1,4 +1,4 @@
-"""Ask about a video: decode and encode it once, then answer as many questions as come.
+"""Ask about a video: decode and encode it once, then answer any number of questions.
 
 model = load("runs/demo")
 video = model.watch("clip.mp4", frames=64)
@@ -9,11 +9,11 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, PyTree
 
 from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import MeshConfig, ModelConfig, Precision, SamplingConfig
@@ -33,24 +33,23 @@ from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.inference.compiled import Compiled
 from crosslmm_jax.inference.generate import Generation, Sampling
 from crosslmm_jax.inference.prepare import prepare_params
-from crosslmm_jax.model import KVCache, init_params, logical_axes
+from crosslmm_jax.model import KVCache, Visual, init_params, logical_axes
 from crosslmm_jax.model_folder import Processor, load_model_config, load_processor, load_weights
 from crosslmm_jax.parallel import make_mesh, param_shardings
 
-# Positions that are kept for questions and answers.
-_CHAT_ROOM = 256
-# Tokens that are made between two looks from the host: what streaming shows at once.
-STREAM_CHUNK = 16
+# Positions of the decoder that a video must not use: for questions and answers.
+_RESERVED_POSITIONS = 256
+# Tokens that are generated on the device before the host reads them; streaming shows this many at once.
+_STREAM_CHUNK = 16
 
 
 def load(folder: str | Path, precision: Precision | None = None) -> "VideoModel":
-    """Config, weights and tokenizer of a MODEL folder (or of a run that holds one in `model/`).
-
-    Weights are spread over all devices that are there.
+    """Loads a model. Its weights are sharded over all available devices.
 
     Args:
-      folder: the MODEL.
-      precision: of the encoder's and projector's products and of T2V's cache; None: as its config.json says.
+      folder: a MODEL folder, or a run's folder with one in `model/`.
+      precision: of the matrix products of encoder and projector, and of the video KV cache. None: as
+        config.json says.
 
     Raises:
       UserError: a file is missing or damaged, or the weights do not fit the config.
@@ -64,24 +63,29 @@ def load(folder: str | Path, precision: Precision | None = None) -> "VideoModel"
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > config.decoder.vocab_size:
         raise ConfigError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, DecoderConfig.vocab_size only"
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but DecoderConfig.vocab_size is"
             f" {config.decoder.vocab_size}; use the tokenizer that the model was trained with"
         )
     mesh = make_mesh(MeshConfig(data=1, tensor=-1))
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     shardings = param_shardings(logical_axes(config), shapes, mesh)
-    # Matrices are cast to the compute dtype once here instead of at every use.
+    # Cast to the compute dtype once here instead of at every use.
     params = load_weights(folder, config, shardings=shardings, dtype=config.compute_dtype)
     return VideoModel(config, prepare_params(params, config, mesh), tokenizer, processor, mesh)
 
 
 class VideoModel:
-    """A model that is ready to watch videos."""
+    """A model that can watch videos. Made by `load`."""
 
     def __init__(
-        self, config: ModelConfig, params: Any, tokenizer: Tokenizer, processor: Processor, mesh: Mesh
+        self,
+        config: ModelConfig,
+        params: PyTree[Array],
+        tokenizer: Tokenizer,
+        processor: Processor,
+        mesh: Mesh,
     ) -> None:
-        """Takes parameters of `prepare_params` on the devices of `mesh`; `load` does all of it."""
+        """Takes parameters as `prepare_params` makes them, on the devices of `mesh`."""
         self.config = config
         self.params = params
         self.tokenizer = tokenizer
@@ -89,31 +93,34 @@ class VideoModel:
         self.compiled = Compiled(config, mesh)
 
     def watch(self, path: str | Path, frames: int | None = None) -> "Video":
-        """Decodes a video or picture and encodes it, so that questions cost only their own tokens.
+        """Decodes and encodes a video or picture. Each question then costs only its own tokens.
 
         Args:
-          path: a file.
-          frames: how many to read; None reads them as in training.
+          path: the file.
+          frames: number of frames to read; None: as in training.
 
         Raises:
-          UserError: the file is missing or no video, or `frames` do not fit the decoder's positions.
+          UserError: the file is missing or not a video, or the decoder has too few positions for the frames.
         """
         sampling = self.processor.sampling
         if frames is not None:
             if frames < 1:
                 raise UserError(f"--frames is {frames}; it must be 1 or more")
             sampling = SamplingConfig(policy="uniform", frames=frames)
-        most = (self.config.decoder.max_positions - _CHAT_ROOM) // self.config.merge.tokens_per_frame
-        if sampling.most_frames > most:
-            raise UserError(f"--frames is {sampling.most_frames}; this model's positions hold at most {most}")
+        positions = self.config.decoder.max_positions - _RESERVED_POSITIONS
+        limit = positions // self.config.merge.tokens_per_frame
+        if sampling.most_frames > limit:
+            raise UserError(
+                f"--frames is {sampling.most_frames}; this model has positions for {limit} at most"
+            )
         clip = read_frames(
             path, sampling, size=self.processor.image_size, num_threads=0,
             resampling=self.processor.resampling, deadline_s=None,
         )  # fmt: skip
-        return Video(self, clip.frames, clip.times, clip.duration)
+        return self.watch_frames(clip.frames, clip.times, clip.duration)
 
     def watch_frames(self, frames: np.ndarray, times: np.ndarray, duration: float) -> "Video":
-        """The same for frames decoded elsewhere.
+        """Like `watch`, for frames that were decoded elsewhere.
 
         Args:
           frames: uint8[F, R, R, 3].
@@ -121,51 +128,51 @@ class VideoModel:
           duration: of the video, seconds; 0 for a picture.
 
         Raises:
-          UserError: they do not fit the decoder's positions.
+          UserError: the decoder has too few positions for the frames.
         """
         return Video(self, frames, times, duration)
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """An answer and what it took."""
+    """An answer with its length and time."""
 
     text: str
-    num_tokens: int  # made, the end not counted
-    seconds: float  # from the question to the last token, first-time compilation included
+    num_tokens: int  # generated, without the end token
+    seconds: float  # from the question to the last token, with compilation if it is the first question
 
     @property
     def tokens_per_second(self) -> float:
-        """Made tokens over all the time the question took."""
+        """Generated tokens over `seconds`."""
         return self.num_tokens / self.seconds if self.seconds > 0 else 0.0
 
 
 class Video:
-    """An encoded video. Each question to it is independent; `chat()` remembers."""
+    """An encoded video. Questions are independent of each other, except in a `chat()`."""
 
     def __init__(self, model: VideoModel, frames: np.ndarray, times: np.ndarray, duration: float) -> None:
-        """Encodes the frames and runs the prompt up to the video through the decoder; see `watch_frames`."""
+        """Encodes the frames and prefills the prompt up to the question; see `VideoModel.watch_frames`."""
         self.model = model
         self.frames = frames
         self.frame_times = times
         processor = model.processor
         time = time_text(ClipMeta(len(frames), duration, times.tolist()), processor.time_instruction)
         prefix = video_prefix(model.tokenizer, system_prompt=processor.system_prompt, time_text=time)
-        self._check_room(prefix.num_text_tokens)
+        self._check_positions(prefix.num_text_tokens)
         visual = model.compiled.encode(model.params, frames[None])
         self._prefix = self._prefill(prefix, visual)
 
-    def _check_room(self, text: int) -> None:
-        """Raises UserError when frames and the prompt before the question leave no room for it."""
+    def _check_positions(self, num_text_tokens: int) -> None:
+        """Raises a UserError if frames and the text before the question need too many positions."""
         config = self.model.config
-        used = len(self.frames) * config.merge.tokens_per_frame + text
-        if used + _CHAT_ROOM > config.decoder.max_positions:
+        used = len(self.frames) * config.merge.tokens_per_frame + num_text_tokens
+        if used + _RESERVED_POSITIONS > config.decoder.max_positions:
             raise UserError(
-                f"{len(self.frames)} frames and the words about them take {used} tokens; this model holds"
-                f" {config.decoder.max_positions}: read fewer --frames"
+                f"{len(self.frames)} frames and the text about them take {used} tokens; this model has"
+                f" {config.decoder.max_positions} positions: read fewer --frames"
             )
 
-    def _prefill(self, prefix: TokenSequence, visual: Any) -> KVCache:
+    def _prefill(self, prefix: TokenSequence, visual: Visual) -> KVCache:
         model = self.model
         layout = lay_out(
             prefix, [len(self.frames)], tokens_per_frame=model.config.merge.tokens_per_frame,
@@ -180,45 +187,57 @@ class Video:
     def ask(
         self, question: str, *, max_new_tokens: int = 128, sampling: Sampling = Sampling(), seed: int = 0
     ) -> str:
-        """The answer to one question; raises `UserError` when it is empty or too long."""
+        """Answers one question, independently of others.
+
+        Args:
+          question: the question.
+          max_new_tokens: longest answer, tokens.
+          sampling: how tokens are drawn.
+          seed: of sampling.
+
+        Raises:
+          UserError: the question is empty, question and answer need too many positions, or an argument is out
+            of range.
+        """
         return self.answer(question, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed).text
 
     def answer(
         self, question: str, *, max_new_tokens: int = 128, sampling: Sampling = Sampling(), seed: int = 0
     ) -> Answer:
-        """Like `ask`, with the number of tokens and the time."""
+        """Like `ask`, with the answer's length and time."""
         begin = time.perf_counter()
         chat = self.chat(max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
         text = "".join(chat.ask(question))
         return Answer(text, chat.num_tokens, time.perf_counter() - begin)
 
     def chat(self, *, max_new_tokens: int = 128, sampling: Sampling = Sampling(), seed: int = 0) -> "Chat":
-        """A conversation about this video."""
+        """Starts a conversation about this video; arguments as for `ask`."""
         return Chat(self.model, self._prefix, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
 
-    def attention(self, question: str) -> np.ndarray:
-        """float32[X, F, P]: what the last token of the prompt, which answers first, reads by T2V.
+    def attention(self, question: str) -> Float[np.ndarray, "x f p"]:
+        """T2V attention of the last prompt token, which predicts the first token of the answer.
 
-        Probabilities over all patches of all frames, mean over heads, one map for each of the X layers with
-        cross-attention. They sum to 1 a layer.
+        Returns:
+          float32[X, F, P], one map per layer with cross-attention: probabilities over all patches of all
+          frames, averaged over heads. Each map sums to 1.
 
         Raises:
           UserError: the question is empty, or this model has no T2V.
         """
         if "t2v" not in self.model.config.cross_attention.directions:
-            raise UserError("--attention: this model runs without T2V, so there is no attention to draw")
+            raise UserError("--attention: this model has no T2V, so there is no attention to draw")
         ids = question_suffix(question, self.model.tokenizer).ids
         maps = self.model.compiled.observe(self.model.params, self._prefix, ids)
         return np.asarray(maps)[:, 0]
 
 
 class Chat:
-    """A conversation that goes on from what was said; answers arrive as they are made."""
+    """A conversation about a video. Answers are streamed."""
 
     def __init__(
         self, model: VideoModel, prefix: KVCache, *, max_new_tokens: int, sampling: Sampling, seed: int
     ) -> None:
-        """Starts behind `prefix`, which stays as it is."""
+        """Starts after the tokens in `prefix`, which is not modified; other arguments as for `Video.ask`."""
         if max_new_tokens < 1:
             raise UserError(f"--max-new-tokens is {max_new_tokens}; it must be 1 or more")
         if sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
@@ -226,7 +245,7 @@ class Chat:
                 f"--temperature {sampling.temperature} --top-p {sampling.top_p}:"
                 " the temperature must be 0 or more, and top-p above 0 and at most 1"
             )
-        self.num_tokens = 0  # of the last answer
+        self.num_tokens = 0  # length of the last answer
         self._model = model
         self._cache = prefix
         self._is_first = True
@@ -235,10 +254,14 @@ class Chat:
         self._key = jax.random.key(seed)
 
     def ask(self, question: str) -> Iterator[str]:
-        """Yields the answer piece by piece; the conversation goes on when it is exhausted."""
-        model, follow = self._model, question_suffix if self._is_first else next_question
-        ids = follow(question, model.tokenizer).ids
-        self._check_room(len(ids))
+        """Yields the answer in pieces. Ask the next question only after the last piece.
+
+        Raises:
+          UserError: the question is empty, or the conversation needs too many positions.
+        """
+        model, tokens_of = self._model, question_suffix if self._is_first else next_question
+        ids = tokens_of(question, model.tokenizer).ids
+        self._check_positions(len(ids))
         self._key, key = jax.random.split(self._key)
         room = len(ids) + self._max_new_tokens
         state = model.compiled.begin(
@@ -248,37 +271,39 @@ class Chat:
         self._is_first = False
         yield from self._stream(state)
 
-    def _check_room(self, new: int) -> None:
-        held = int(self._cache.num_tokens[0])
-        most = self._model.config.decoder.max_positions
-        if held + new + self._max_new_tokens > most:
+    def _check_positions(self, num_question_tokens: int) -> None:
+        cached = int(self._cache.num_tokens[0])
+        limit = self._model.config.decoder.max_positions
+        if cached + num_question_tokens + self._max_new_tokens > limit:
             raise UserError(
-                f"the conversation has {held} tokens, the question {new} and the answer up to"
-                f" {self._max_new_tokens}; this model holds {most}: ask shorter, or read fewer --frames"
+                f"the conversation has {cached} tokens, the question {num_question_tokens} and the answer up"
+                f" to {self._max_new_tokens}; this model has {limit} positions: ask a shorter question, lower"
+                " --max-new-tokens, or read fewer --frames"
             )
 
     def _stream(self, state: Generation) -> Iterator[str]:
         model, t2v = self._model, self._cache.t2v
-        made: list[int] = []
+        generated: list[int] = []
         shown = ""
-        while len(made) < self._max_new_tokens:
-            limit = min(STREAM_CHUNK, self._max_new_tokens - len(made))
+        while len(generated) < self._max_new_tokens:
+            limit = min(_STREAM_CHUNK, self._max_new_tokens - len(generated))
             tokens, count, state = model.compiled.generate(
-                model.params, t2v, state, limit, self._sampling, steps=STREAM_CHUNK,
+                model.params, t2v, state, limit, self._sampling, steps=_STREAM_CHUNK,
                 vocab_size=model.tokenizer.vocab_size, end=model.tokenizer.im_end,
             )  # fmt: skip
-            made += tokens
-            self.num_tokens = len(made)
+            generated += tokens
+            self.num_tokens = len(generated)
             self._cache = state.cache._replace(t2v=t2v)
             finished = count < limit or bool(state.done[0])
-            text = complete_text(model.tokenizer, made, finished or len(made) >= self._max_new_tokens)
+            is_last = finished or len(generated) >= self._max_new_tokens
+            text = _complete_text(model.tokenizer, generated, is_last=is_last)
             yield text[len(shown) :]
             shown = text
             if finished:
                 return
 
 
-def complete_text(tokenizer: Tokenizer, ids: Sequence[int], finished: bool) -> str:
-    """Text of `ids`; while more may come, without a last character whose bytes are not all there yet."""
+def _complete_text(tokenizer: Tokenizer, ids: Sequence[int], *, is_last: bool) -> str:
+    """The text of `ids`. Unless it `is_last`, a final character that still lacks bytes is left out."""
     text = tokenizer.decode(ids)
-    return text if finished else text.rstrip("\N{REPLACEMENT CHARACTER}")
+    return text if is_last else text.rstrip("\N{REPLACEMENT CHARACTER}")

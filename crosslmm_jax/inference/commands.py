@@ -1,9 +1,8 @@
-"""`crosslmm ask` and `crosslmm chat`: what is printed, and where it goes."""
+"""`crosslmm ask` and `crosslmm chat`: what they print and write."""
 
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from crosslmm_jax.config import Precision
 from crosslmm_jax.data.text import check_question
@@ -31,28 +30,28 @@ def ask(
 
     Args:
       model: MODEL folder.
-      video: a file.
-      question: what to ask.
-      frames: how many to read; None: as in training.
-      precision: of products and cache; None: as the model's config.json says.
-      json_path: "-" prints JSON instead of the answer; a path writes it there too.
-      attention_path: a PNG of where the answer looked.
-      max_new_tokens: longest answer.
+      video: the file.
+      question: the question.
+      frames: number of frames to read; None: as in training.
+      precision: see `load`.
+      json_path: a path writes the answer as JSON there too; "-" prints JSON instead of the answer.
+      attention_path: PNG file to draw the answer's T2V attention in.
+      max_new_tokens: longest answer, tokens.
       temperature: of sampling; 0 is greedy.
       top_p: of sampling.
       seed: of sampling.
 
     Raises:
-      UserError: anything the user has to mend.
+      UserError: an input cannot be read, an output cannot be written, or an option is out of range.
     """
     check_question(question)
     for option, path in (("--json", json_path), ("--attention", attention_path)):
-        _check_target(option, path)
+        _check_output(option, path)
     loaded = load(model, precision)
     if attention_path is not None and "t2v" not in loaded.config.cross_attention.directions:
         raise UserError(
-            f"--attention {attention_path}: {model} runs without T2V, so there is no attention to draw;"
-            " leave the option out"
+            f"--attention {attention_path}: {model} has no T2V, so there is no attention to draw; leave the"
+            " option out"
         )
     watched = loaded.watch(video, frames=frames)
     sampling = Sampling(temperature, top_p)
@@ -88,13 +87,16 @@ def chat(
     top_p: float,
     seed: int,
 ) -> None:
-    """Reads questions line by line and streams answers, until an empty line or the end of the input."""
+    """Reads questions line by line and streams answers, until an empty line or the end of the input.
+
+    Arguments as for `ask`.
+    """
     watched = load(model, precision).watch(video, frames=frames)
     conversation = watched.chat(
         max_new_tokens=max_new_tokens, sampling=Sampling(temperature, top_p), seed=seed
     )
     if sys.stdin.isatty():
-        print(f"{len(watched.frames)} frames read. Ask away; an empty line ends.")
+        print(f"{len(watched.frames)} frames read. Ask a question; an empty line ends the chat.")
     while (question := _read_question()).strip():
         for piece in conversation.ask(question):
             print(piece, end="", flush=True)
@@ -108,18 +110,18 @@ def _read_question() -> str:
         return ""
 
 
-def _check_target(option: str, path: str | None) -> None:
-    """Finds an output that cannot be written before the model is loaded."""
+def _check_output(option: str, path: str | None) -> None:
+    """Raises a UserError for an output that cannot be written, before the model is loaded."""
     if path in (None, "-"):
         return
     folder = Path(path).absolute().parent
     if not folder.is_dir():
-        raise UserError(f"{option} {path}: the folder {folder} does not exist; make it or name another")
+        raise UserError(f"{option} {path}: the folder {folder} does not exist; create it or name another")
     if Path(path).is_dir():
         raise UserError(f"{option} {path}: this is a folder; name a file")
 
 
-def _write_json(path: str, value: dict[str, Any]) -> None:
+def _write_json(path: str, value: dict[str, object]) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False)
     if path == "-":
         print(text)

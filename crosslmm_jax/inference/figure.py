@@ -1,15 +1,17 @@
-"""Where an answer looked: T2V attention drawn over the frames."""
+"""T2V attention drawn over the frames of a video."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from crosslmm_jax.errors import UserError
 
-# Frames beyond this many are too small to see anything on.
-MOST_FRAMES = 16
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MAX_DRAWN_FRAMES = 16  # with more of them each is too small to see anything
 
 
 def draw_attention(
@@ -20,14 +22,14 @@ def draw_attention(
     *,
     title: str,
 ) -> None:
-    """Writes a PNG of the frames that were read most, each with its attention laid over it.
+    """Writes a PNG of the frames with the most attention, each shaded by its attention.
 
     Args:
-      path: where to.
+      path: the PNG file.
       frames: uint8[F, R, R, 3].
       times: float32[F], seconds.
       maps: float32[X, F, P] of `Video.attention`; layers are averaged.
-      title: written above.
+      title: shown above the frames.
 
     Raises:
       UserError: the file cannot be written.
@@ -35,7 +37,7 @@ def draw_attention(
     from matplotlib.figure import Figure
 
     attention = maps.mean(axis=0)
-    most_read = np.sort(np.argsort(attention.sum(axis=1))[::-1][:MOST_FRAMES])
+    most_read = np.sort(np.argsort(attention.sum(axis=1))[::-1][:MAX_DRAWN_FRAMES])
     columns = min(4, len(most_read))
     rows = -(-len(most_read) // columns)
     figure = Figure(figsize=(2.6 * columns, 2.8 * rows + 0.5), layout="constrained")
@@ -53,11 +55,11 @@ def draw_attention(
 
 
 def draw_frame(
-    axis: Any, frame: UInt8[np.ndarray, "r r 3"], attention: Float[np.ndarray, " p"], *, highest: float
+    axis: "Axes", frame: UInt8[np.ndarray, "r r 3"], attention: Float[np.ndarray, " p"], *, highest: float
 ) -> None:
-    """One frame on a matplotlib axis, its P patches shaded by their share of `highest`."""
+    """Draws one frame on a matplotlib axis, its P patches shaded by their attention relative to `highest`."""
     size, side = frame.shape[0], round(len(attention) ** 0.5)
-    # Patches cover a whole number of pixels; what is left over at the right and bottom is not read.
+    # A patch is a whole number of pixels; the model does not read the rest at the right and bottom edges.
     extent = (0, size // side * side, size // side * side, 0)
     axis.imshow(frame, extent=(0, size, size, 0))
     axis.imshow(

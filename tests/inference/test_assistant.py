@@ -54,9 +54,9 @@ def model(model_folder):
 
 
 def greedy(model, video, question: str, history, steps: int, time_text: str | None = None) -> list[int]:
-    """Tokens by one full forward each on one device, from the prompt that training would lay out.
+    """Greedy tokens by one full forward pass each on one device, with the layout of training.
 
-    All in one length: what stands behind the last token is padding, which nothing before it reads.
+    All passes have one length: after the last token comes padding, which earlier tokens do not see.
     """
     sequence = whole_prompt(question, model.tokenizer, history=history, time_text=time_text)
     layout = lay_out(sequence, [len(video.frames)], tokens_per_frame=1, placeholder=model.tokenizer.video_pad)
@@ -122,7 +122,7 @@ def test_attention_is_a_distribution_over_patches(model, clip):
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_a_trained_model_is_asked_in_8_bits(model, model_folder, clip, precision):
-    """Weights are quantised as they are loaded, the video's cache as it is made; looks stay."""
+    """Weights are quantised when loaded, the video KV cache when made; attention stays close."""
     narrow = load(model_folder, precision)
     assert narrow.params["encoder"]["layers"]["0"]["w1"].dtype.itemsize == 1
     up, expected_up = (m.params["decoder"]["layers"]["0"]["w_up"] for m in (narrow, model))
@@ -165,7 +165,7 @@ def test_commands(model_folder, clip, tmp_path, capsys, monkeypatch):
         ({"frames": 0}, "--frames"),
         ({"frames": 100000}, "--frames"),
         ({"max_new_tokens": 0}, "--max-new-tokens"),
-        ({"max_new_tokens": 5000}, "holds"),
+        ({"max_new_tokens": 5000}, "positions"),
         ({"top_p": 0.0}, "--top-p"),
         ({"video": "missing.mp4"}, "missing.mp4"),
         ({"model": "missing"}, "missing"),
@@ -189,8 +189,8 @@ def test_a_model_without_t2v_has_no_attention_to_draw(model, clip):
     config = dataclasses.replace(model.config, cross_attention=cross)
     from crosslmm_jax.inference.assistant import VideoModel
 
-    mute = VideoModel(config, model.params, model.tokenizer, model.processor, model.compiled.mesh)
-    video = mute.watch(clip)
+    without_t2v = VideoModel(config, model.params, model.tokenizer, model.processor, model.compiled.mesh)
+    video = without_t2v.watch(clip)
     assert isinstance(video.ask("What?", max_new_tokens=2), str)
     with pytest.raises(UserError, match="T2V"):
         video.attention("What?")
@@ -201,7 +201,7 @@ def test_attention_without_t2v_is_refused_before_the_video_is_read(model_folder,
     config = json.loads((folder / "config.json").read_text())
     config["cross_attention"]["directions"] = ["v2v"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"--attention a\.png: .*model runs without T2V"):
+    with pytest.raises(UserError, match=r"--attention a\.png: .*model has no T2V"):
         ask(
             str(folder), "missing.mp4", "What?", frames=None, precision=None, json_path=None,
             attention_path="a.png", max_new_tokens=3, temperature=0.0, top_p=1.0, seed=0,
@@ -212,9 +212,10 @@ def test_attention_without_t2v_is_refused_before_the_video_is_read(model_folder,
 def test_a_video_is_introduced_as_in_training(model, clip, kind):
     from crosslmm_jax.inference.assistant import VideoModel
 
-    told = dataclasses.replace(model.processor, time_instruction=kind)
-    video = VideoModel(model.config, model.params, model.tokenizer, told, model.compiled.mesh).watch(clip)
-    decoded = read_frames(clip, told.sampling, size=32)
+    processor = dataclasses.replace(model.processor, time_instruction=kind)
+    with_times = VideoModel(model.config, model.params, model.tokenizer, processor, model.compiled.mesh)
+    video = with_times.watch(clip)
+    decoded = read_frames(clip, processor.sampling, size=32)
     text = time_text(ClipMeta(4, decoded.duration, decoded.times.tolist()), kind)
     assert text is not None and f"lasts for {decoded.duration:.2f} seconds, and 4 frames" in text
     question = "What shape is the red object?"
@@ -228,9 +229,9 @@ def test_a_video_is_introduced_as_in_training(model, clip, kind):
 def test_frames_and_their_times_must_leave_room_for_a_question(model, clip):
     from crosslmm_jax.inference.assistant import VideoModel
 
-    told = dataclasses.replace(model.processor, time_instruction="full")
-    talkative = VideoModel(model.config, model.params, model.tokenizer, told, model.compiled.mesh)
+    processor = dataclasses.replace(model.processor, time_instruction="full")
+    with_times = VideoModel(model.config, model.params, model.tokenizer, processor, model.compiled.mesh)
     frames = model.config.decoder.max_positions // 8
     assert model.watch(clip, frames=frames).frames.shape[0] == frames
-    with pytest.raises(UserError, match=f"{frames} frames and the words about them take .* fewer --frames"):
-        talkative.watch(clip, frames=frames)
+    with pytest.raises(UserError, match=f"{frames} frames and the text about them take .* fewer --frames"):
+        with_times.watch(clip, frames=frames)

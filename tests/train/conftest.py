@@ -1,4 +1,4 @@
-"""A model so small that a test can afford to compile it, and stages for it."""
+"""A model that compiles quickly, and stages for it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def micro_config() -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def make_stage() -> Callable[..., StageConfig]:
-    """`make_stage(...)`: everything learns, at a different rate in each group, unless said otherwise."""
+    """`make_stage(**fields)`: by default all parts are trained, with a learning rate for each group."""
 
     def stage(**changes) -> StageConfig:
         fields = {
@@ -60,7 +60,7 @@ def one_device() -> jax.sharding.Mesh:
 
 @pytest.fixture
 def train_one_step(make_stage) -> Callable[[ModelConfig, DataConfig, Path], None]:
-    """`train_one_step(model, data, out)`: a step that learns something and meets no fault."""
+    """`train_one_step(model, data, out)`: one step, checked to have targets and no faults."""
 
     def train(model: ModelConfig, data: DataConfig, out: Path) -> None:
         result = loop.train(

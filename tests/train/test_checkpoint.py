@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back, on any mesh, and what happens when some are damaged or of another run."""
+"""Checkpoints: what is restored, on any mesh, and what happens to damaged ones and to another config."""
 
 import contextlib
 import gc
@@ -22,7 +22,7 @@ from crosslmm_jax.train.checkpoint import Checkpoints, check_disk_space, check_s
 from crosslmm_jax.train.checksum import _on_device, array_checksums
 from crosslmm_jax.train.state import TrainState
 
-# Orbax leaves coroutines behind a restore that failed, and they complain when they are collected.
+# A failed restore leaves coroutines of Orbax that warn when they are garbage-collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 CONFIG = {"stage": {"learning_rate": 1e-4, "steps": 9}, "run": {"out": "a", "seed": 0}, "mesh": {"data": 8}}
@@ -33,8 +33,8 @@ def make_state(step: int, mesh: jax.sharding.Mesh, spec: PartitionSpec) -> Train
     rng = np.random.default_rng(step)
 
     def array(*shape: int) -> jax.Array:
-        places = NamedSharding(mesh, spec if len(shape) > 1 else PartitionSpec())
-        return jax.device_put(rng.normal(size=shape).astype(np.float32), places)
+        sharding = NamedSharding(mesh, spec if len(shape) > 1 else PartitionSpec())
+        return jax.device_put(rng.normal(size=shape).astype(np.float32), sharding)
 
     count = jax.device_put(jnp.int32(step), NamedSharding(mesh, PartitionSpec()))
     moments = ({"decoder": {"w": array(64, 256)}}, count)
@@ -47,7 +47,7 @@ def abstract(state: TrainState) -> TrainState:
 
 @pytest.fixture(scope="module", autouse=True)
 def collect_here():
-    """And not in another module, which does not expect their complaints."""
+    """Collects them in this module; others would fail on the warnings."""
     yield
     gc.collect()
 
@@ -82,7 +82,7 @@ def assert_equal(left: TrainState, right: TrainState) -> None:
         assert a.sharding == b.sharding
 
 
-def test_newest_comes_back(folder, mesh) -> None:
+def test_newest_is_restored(folder, mesh) -> None:
     expected = make_state(6, mesh, PartitionSpec("fsdp"))
     state, position = restore(folder, expected)
     assert_equal(state, expected)
@@ -156,7 +156,7 @@ def test_damaged_twice_at_one_step(folder, mesh) -> None:
     assert all((path / "data").is_dir() for path in aside.iterdir())
 
 
-def test_damaged_and_not_to_be_moved(folder, mesh) -> None:
+def test_damaged_that_cannot_be_moved(folder, mesh) -> None:
     truncate(folder / "6")
     (folder.parent / "checkpoints_damaged").touch()
     with pytest.raises(UserError, match=r"/6: damaged, and cannot be moved to .*move it away"):
@@ -228,7 +228,7 @@ def test_disk_that_fills_while_a_checkpoint_is_written(folder, mesh, ending) -> 
 
 @contextlib.contextmanager
 def large_files_refused() -> Iterator[None]:
-    """Like a disk that fills, for data of a state and nothing smaller."""
+    """Like a full disk, but only for files as large as those of a state."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
@@ -237,7 +237,7 @@ def large_files_refused() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_too_little_room(tmp_path, monkeypatch) -> None:
+def test_too_little_disk_space(tmp_path, monkeypatch) -> None:
     check_disk_space(tmp_path / "new", 10**6)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 5 * 10**6, 5 * 10**6))
@@ -257,7 +257,7 @@ def test_state_bytes(mesh) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "int32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4, 8)])
-def test_checksums_do_not_depend_on_where_they_are_made(shape, dtype, mesh) -> None:
+def test_checksums_are_the_same_on_host_and_devices(shape, dtype, mesh) -> None:
     value = np.random.default_rng(0).normal(size=shape).astype(jnp.dtype(dtype))
     spec = PartitionSpec(None, None, "fsdp") if len(shape) == 3 else PartitionSpec()
     array = jax.device_put(value, NamedSharding(mesh, spec))

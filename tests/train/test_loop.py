@@ -1,4 +1,4 @@
-"""Whole runs on real files: interrupted at any moment, they end with the same bits."""
+"""Whole runs on real files. Interrupted at any moment, they end with bit-equal weights."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def files(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def experiment(files, micro_config, make_stage):
-    """`experiment(out, steps=..., ...)`: a run; further arguments are fields of its `RunConfig`."""
+    """`experiment(out, stage={...}, **fields)`: a run; `fields` are those of its `RunConfig`."""
 
     def make(out: Path, *, stage: dict | None = None, **run) -> ExperimentConfig:
         decoder = dataclasses.replace(micro_config.decoder, vocab_size=512)
@@ -69,12 +69,12 @@ def experiment(files, micro_config, make_stage):
     return make
 
 
-# ---- interrupted runs, as processes of their own ----
+# ---- interrupted runs, each in a process ----
 
 
 @pytest.fixture(scope="module")
 def start(experiment, tmp_path_factory, one_device_flags):
-    """`start(name)`: begins or continues the run `name` by the command line, on one device."""
+    """`start(name)`: starts or resumes the run `name` by the command line, on one device."""
     folder = tmp_path_factory.mktemp("runs")
     environment = os.environ | {
         "XLA_FLAGS": one_device_flags,
@@ -104,7 +104,7 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
-    """Returns as soon as `step` was reported."""
+    """Returns as soon as `step` is in the metrics."""
     limit = time.monotonic() + 240
     while not any(line["step"] >= step for line in read_metrics(out)):
         assert process.poll() is None, process.communicate()[0]
@@ -124,7 +124,7 @@ def uninterrupted(start) -> Path:
 
 
 def untimed(out: Path) -> list[dict]:
-    """Lines of metrics without what a clock says."""
+    """Lines of metrics without measured times."""
     timed = ("step_seconds", "input_wait_seconds", "input_wait_share", "tokens_per_second")
     return [{key: value for key, value in line.items() if key not in timed} for line in read_metrics(out)]
 
@@ -330,7 +330,7 @@ def test_frames_read_otherwise_than_for_the_weights_are_warned_of(
 
 
 def test_loss_that_is_not_finite(experiment, tmp_path) -> None:
-    """Checkpoints from before it stay, the batch is dumped, and nothing is written after it."""
+    """Earlier checkpoints stay, the batch is saved, and nothing is written afterwards."""
     config = experiment(tmp_path / "run", stage={"learning_rate": 1e30, "warmup_ratio": 0.5}, save_every=1)
     with pytest.raises(UserError, match="not finite at step") as error:
         loop.train(config, quiet=True)
@@ -346,13 +346,13 @@ def test_loss_that_is_not_finite(experiment, tmp_path) -> None:
         assert str([int(row) for row in batch["row_index"]]) in str(error.value)
 
 
-def small_room(path: object):
-    """Like `shutil.disk_usage` of a disk that is almost full."""
+def almost_full(path: object):
+    """`shutil.disk_usage` of a disk that is almost full."""
     return type("Usage", (), {"free": 1000})
 
 
 def test_full_disk_is_noticed_before_the_first_step(experiment, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", small_room)
+    monkeypatch.setattr("shutil.disk_usage", almost_full)
     with pytest.raises(UserError, match=r"run\.out .*free space"):
         loop.train(experiment(tmp_path / "run"), quiet=True)
     assert list((tmp_path / "run").iterdir()) == []

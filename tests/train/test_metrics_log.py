@@ -1,4 +1,4 @@
-"""metrics.jsonl reads like one run, also after an interruption."""
+"""metrics.jsonl reads like that of one run, also after an interruption."""
 
 import json
 
@@ -18,7 +18,7 @@ def test_lines_after_the_restored_step_are_dropped(tmp_path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path)] == [10, 20, 30, 40]
 
 
-def test_a_cut_line_is_dropped(tmp_path) -> None:
+def test_an_incomplete_line_is_dropped(tmp_path) -> None:
     write(tmp_path, resumed_step=0, steps=(10, 20))
     with (tmp_path / METRICS_FILE).open("a") as file:
         file.write('{"step": 30, "lo')

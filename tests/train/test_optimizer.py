@@ -1,4 +1,4 @@
-"""The optimiser against torch, the schedule against its formula, and who decays."""
+"""The optimiser against torch, the schedule against its formula, and which parameters decay."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_decay_mask(micro_config) -> None:
 
 
 def test_adamw_equals_torch(make_stage) -> None:
-    """Eight steps with clipping, decay and a rate for each group; some gradients clipped, some not."""
+    """Eight steps with decay and a learning rate for each group; every other gradient is clipped."""
     import torch
 
     stage = make_stage(steps=8, clip_norm=1.0)

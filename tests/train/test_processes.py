@@ -1,4 +1,4 @@
-"""What processes settle among themselves: that they do the same, and which checkpoint all can read."""
+"""Agreement between processes: the same settings, and one checkpoint that all can read."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def test_processes_must_have_the_same_rows_and_config() -> None:
 @pytest.mark.parametrize(
     ("raised", "expected"),
     [
-        (ValueError("cut short"), FailedSomewhere),
+        (ValueError("truncated"), FailedSomewhere),
         (UserError("another config"), UserError),
         (MemoryError(), MemoryError),
         (RuntimeError("RESOURCE_EXHAUSTED: device"), RuntimeError),
@@ -64,18 +64,18 @@ TWO_PROCESSES = """
     assert gather({"x": "ab" * here}) == [{"x": ""}, {"x": "ab"}]
 
     mesh = make_mesh(MeshConfig(data=1, fsdp=2))
-    cut, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("fsdp"), PartitionSpec()))
-    places = TrainState(whole, {"w": cut}, {}, {})
+    sharded, replicated = (NamedSharding(mesh, spec) for spec in (PartitionSpec("fsdp"), PartitionSpec()))
+    shardings = TrainState(replicated, {"w": sharded}, {}, {})
 
     @jax.jit
     def make(step):
         state = TrainState(step, {"w": jax.random.normal(jax.random.key(step), (64, 512))}, {}, {})
-        return jax.lax.with_sharding_constraint(state, places)
+        return jax.lax.with_sharding_constraint(state, shardings)
 
     def restored(config):
         checkpoints = Checkpoints(folder, keep=3, config=config)
         abstract = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), make(1), places
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), make(1), shardings
         )
         try:
             return checkpoints.restore(abstract)
@@ -86,7 +86,7 @@ TWO_PROCESSES = """
     for step in (1, 2, 3):
         checkpoints.save(step, make(step), position=10 * step)
     checkpoints.close()
-    if here == 1:  # process 0 can read all of its own parts
+    if here == 1:  # process 0 can still read all of its shards
         files = (folder / "3" / "state" / "ocdbt.process_1" / "d").iterdir()
         os.truncate(max(files, key=lambda file: file.stat().st_size), 1000)
     multihost_utils.sync_global_devices("damaged")
@@ -106,7 +106,7 @@ TWO_PROCESSES = """
 
 @pytest.mark.multihost
 def test_two_processes_skip_what_one_cannot_read(tmp_path: Path, free_port) -> None:
-    """And end together when one refuses the checkpoint."""
+    """Both end when one of them refuses the checkpoint."""
     port = free_port()
     processes = [
         subprocess.Popen(
