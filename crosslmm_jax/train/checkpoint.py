@@ -48,7 +48,7 @@ FREE_FIELDS = frozenset({
 class Checkpoints:
     """The checkpoints of one run. Every process of the run calls every method."""
 
-    def __init__(self, folder: Path, *, keep: int, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, *, keep: int, config: Mapping[str, object]) -> None:
         """Opens `folder`, creating it if it does not exist.
 
         Args:
@@ -225,7 +225,7 @@ def _free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def check_same_config(now: Mapping[str, Any], saved: Mapping[str, Any], *, where: str) -> None:
+def check_same_config(now: Mapping[str, object], saved: Mapping[str, object], *, where: str) -> None:
     """Raises a ConfigError listing the fields that differ and that decide what a run computes.
 
     Args:

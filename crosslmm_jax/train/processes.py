@@ -26,7 +26,7 @@ class FailedSomewhere(Exception):
     """An action failed on at least one process; raised on all of them with every process's reason."""
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: object) -> list[Any]:
     """The JSON-serialisable `value` of every process, in order of their index."""
     if jax.process_count() == 1:
         return [value]
@@ -81,7 +81,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
-def check_same_settings(settings: Sequence[Mapping[str, Any]]) -> None:
+def check_same_settings(settings: Sequence[Mapping[str, object]]) -> None:
     """Checks that all processes have the same settings, except for those that may differ between hosts.
 
     Args:
