@@ -107,8 +107,8 @@ def _check_before_start(config: ExperimentConfig, mesh: Mesh, abstract: TrainSta
     saves = -(-config.stage.steps // config.run.save_every)
     present = len(list((out / "checkpoints").glob("[0-9]*")))
     # One more than is kept: the oldest is deleted only after the newest is complete.
-    more = max(min(saves, config.run.keep_checkpoints + 1) - present, 0)
-    check_disk_space(out, more * state_bytes(abstract) + state_bytes(abstract.params))
+    new_checkpoints = max(min(saves, config.run.keep_checkpoints + 1) - present, 0)
+    check_disk_space(out, new_checkpoints * state_bytes(abstract) + state_bytes(abstract.params))
 
 
 def _open_dataset(config: ExperimentConfig) -> Dataset:
@@ -181,7 +181,7 @@ class _Run:
             with StopRequest(enabled=jax.process_count() == 1) as stop:
                 return self._steps(state, resumed_step, progress=progress, log=log, stop=stop)
         except NonFiniteStep as error:
-            raise self._explain(error) from error
+            raise self._save_batch_of(error) from error
         finally:
             self.iterator.close()
             progress.close()
@@ -189,25 +189,31 @@ class _Run:
                 log.close()
 
     def _steps(
-        self, state: TrainState, done: int, *, progress: Progress, log: MetricsLog | None, stop: StopRequest
+        self,
+        state: TrainState,
+        resumed_step: int,
+        *,
+        progress: Progress,
+        log: MetricsLog | None,
+        stop: StopRequest,
     ) -> TrainState:
         run, stage = self.config.run, self.config.stage
         train_step = compile_train_step(self.config.model, stage, self.mesh)
         window = MetricsWindow()
-        for step in range(done + 1, stage.steps + 1):
+        for step in range(resumed_step + 1, stage.steps + 1):
             position = self.iterator.get_state()[_POSITION]
             batch = with_step_visibility(window.next_batch(self.iterator))
             state, metrics = train_step(state, to_global(batch, self.mesh, num_shards=self.shard_count))
             tokens = batch.tokens.size * self.shard_count
             window.add(step, metrics, position=position, tokens=tokens)
-            last = step == stage.steps
-            if last or step == 1 or step % run.log_every == 0:
+            is_last = step == stage.steps
+            if is_last or step == 1 or step % run.log_every == 0:
                 self._report(step, window, progress=progress, log=log)
             progress.update(step)
-            stopped = stop.signal_name or self.checkpoints.preempted(step)
-            if last or stopped or step % run.save_every == 0:
+            must_stop = stop.signal_name or self.checkpoints.preempted(step)
+            if is_last or must_stop or step % run.save_every == 0:
                 self._save(step, state, window)
-            if stopped and not last:
+            if must_stop and not is_last:
                 self.checkpoints.wait()
                 raise Interrupted(f"stopped after step {step}, which is saved; the same command resumes")
         return state
@@ -235,8 +241,8 @@ class _Run:
         self.checkpoints.save(step, state, position=self.iterator.get_state()[_POSITION])
         window.exclude(time.perf_counter() - begin)
 
-    def _explain(self, error: NonFiniteStep) -> UserError:
-        """Saves the step's batch for inspection. It is read again: its position alone determines it."""
+    def _save_batch_of(self, error: NonFiniteStep) -> UserError:
+        """Reads the batch again, which its position alone determines, and saves it for inspection."""
         self.iterator.set_state({_POSITION: error.position})
         batch = next(self.iterator)
         suffix = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
