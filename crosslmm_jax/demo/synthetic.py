@@ -265,7 +265,7 @@ def _question_rows(video: str, shapes: Sequence[str]) -> list[Row]:
 
 def _dialogues(videos: Sequence[tuple[str, list[str]]], rng: np.random.Generator) -> list[Row]:
     """One row per video: its questions in random order, the video before the first of them."""
-    rows = []
+    rows: list[Row] = []
     for video, shapes in videos:
         single = _question_rows(video, shapes)
         turns = [turn for index in rng.permutation(len(single)) for turn in single[index]["conversations"]]

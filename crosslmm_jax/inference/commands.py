@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from crosslmm_jax.config import Precision
@@ -121,7 +122,7 @@ def _check_output(option: str, path: str | None) -> None:
         raise UserError(f"{option} {path}: this is a folder; name a file")
 
 
-def _write_json(path: str, value: dict[str, object]) -> None:
+def _write_json(path: str, value: Mapping[str, object]) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False)
     if path == "-":
         print(text)

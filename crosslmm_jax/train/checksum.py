@@ -41,7 +41,7 @@ def check_undamaged(restored: Mapping[str, int], saved: Mapping[str, int]) -> No
 
 
 @jax.jit
-def _on_device(arrays: list[jax.Array]) -> list[jax.Array]:
+def _on_device(arrays: list[jax.Array]) -> list[Array | np.ndarray]:
     return [_checksum(jnp, array) for array in arrays]
 
 

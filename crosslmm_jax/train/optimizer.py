@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
 
 from crosslmm_jax.config import StageConfig
 from crosslmm_jax.model import is_decayed
@@ -44,7 +45,7 @@ def warmup_steps(stage: StageConfig) -> int:
     return math.ceil(stage.warmup_ratio * stage.steps)
 
 
-def learning_rate_schedule(stage: StageConfig) -> Callable[[int | Int[Array, ""]], Float[Array, ""]]:
+def learning_rate_schedule(stage: StageConfig) -> optax.Schedule:
     """A function from updates done to the learning rate of the next one: linear from 0, then cosine to 0.
 
     Equals Hugging Face's `get_cosine_schedule_with_warmup`; the first update has rate 0. Not
@@ -54,8 +55,8 @@ def learning_rate_schedule(stage: StageConfig) -> Callable[[int | Int[Array, ""]
     warmup = warmup_steps(stage)
     decay = max(stage.steps - warmup, 1)
 
-    def learning_rate(count: int | Int[Array, ""]) -> Float[Array, ""]:
-        count = jnp.asarray(count, jnp.float32)
+    def learning_rate(updates_done: ArrayLike) -> Float[Array, ""]:
+        count = jnp.asarray(updates_done, jnp.float32)
         rising = count / max(warmup, 1)
         falling = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((count - warmup) / decay, 0, 1)))
         return stage.learning_rate * jnp.where(count < warmup, rising, falling)

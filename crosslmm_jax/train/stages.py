@@ -21,8 +21,8 @@ def split(params: Mapping[str, PyTree], trainable: Collection[str]) -> tuple[Par
             f"parameters have parts {sorted(params)} and {sorted(trainable)} are to be trained;"
             f" parts are {sorted(PARTS)}"
         )
-    learning = {part: params[part] for part in PARTS if part in trainable}
-    frozen = {part: params[part] for part in PARTS if part not in trainable}
+    learning: Params = {part: params[part] for part in PARTS if part in trainable}
+    frozen: Params = {part: params[part] for part in PARTS if part not in trainable}
     return learning, frozen
 
 

@@ -19,8 +19,8 @@ class TrainState(NamedTuple):
     """State of training after `step` updates; parameters and moments are float32."""
 
     step: Int[Array, ""]
-    trainable: Params
-    frozen: Params  # no gradient, no moments
+    trainable: PyTree[Array]  # part -> its parameters
+    frozen: PyTree[Array]  # the other parts: no gradient, no moments
     opt_state: PyTree[Array]  # of the trainable parameters
 
     @property
