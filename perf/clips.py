@@ -1,4 +1,4 @@
-"""Frames of all videos of a folder, for measuring on them."""
+"""Frames of all videos of a folder."""
 
 from pathlib import Path
 
@@ -6,17 +6,16 @@ import numpy as np
 from jaxtyping import UInt8
 
 from crosslmm_jax.config import SamplingConfig
+from crosslmm_jax.data.media import read_frames
 from crosslmm_jax.errors import UserError
 
 
 def read_clips(folder: str | Path, *, frames: int, size: int) -> dict[str, UInt8[np.ndarray, "f r r 3"]]:
-    """Name of each file in `folder` -> uint8[frames, size, size, 3], spread evenly over the video.
+    """Name of each file in `folder` -> uint8[frames, size, size, 3], frames spread evenly over the video.
 
     Raises:
       UserError: no such folder, nothing in it, or a file that is no video.
     """
-    from crosslmm_jax.data.media.video import read_frames
-
     path = Path(folder)
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else []
     if not files:

@@ -1,28 +1,25 @@
-"""Speed of the video reader against decord and OpenCV, on the same files, one thread each, in one run.
+"""Speed of our video reader, decord and OpenCV on the same files, with one thread each, in one run.
 
-Run: pip install crosslmm_jax[benchmark]
-     python -m perf.decode_speed --out docs/results/decode_speed.json
+Needs decord and OpenCV: pip install -e '.[benchmark]'
 
-Every reader gives the same frames as 384 x 384 pixels. The others do so in two ways: "pil", their full-size
-frames resized by PIL, as in LLaVA's pipeline, which gives the pixels that SigLIP was trained on; and "own",
-by the resizing they bring, whose pixels differ. Readers take turns; medians of their CPU time, of all threads
-together, are compared: it is what a worker pays, and other work on the cores changes it less than the
-time on the clock.
+Every reader gives the same frames as 384 x 384 pixels. The others do so in two ways:
+
+- "pil": full-size frames resized by PIL, as in LLaVA's pipeline: the pixels that SigLIP was trained on.
+- "own": the reader's own resizing, whose pixels differ.
+
+Readers take turns. Medians of their CPU time over all threads are compared: that is what a worker pays, and
+other work on the cores changes it less than the wall-clock time.
 """
 
-import argparse
 import json
 import os
 import platform
 import random
-import shlex
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -32,12 +29,15 @@ from crosslmm_jax.data.media.locate import Deadline
 from crosslmm_jax.data.media.packet_index import open_indexed
 from crosslmm_jax.data.media.video import read_frames
 from crosslmm_jax.errors import DataError, UserError
+from crosslmm_jax.profiling import Row
+from crosslmm_jax.profiling.report import table
+from perf.command import command_line, need, parser_of
 from perf.decode_speed_files import LONG_FRAMES, SHORT_FRAMES, write_files, write_mixed
 
 SIZE = 384
 SPARSE, DENSE = 8, {"short": 64, "long": 256}
 
-Reader = Callable[[str, np.ndarray, int], np.ndarray]  # path, numbers of frames, frames in a group
+Reader = Callable[[str, np.ndarray, int], np.ndarray]  # (path, frame numbers, frames per GOP) -> pixels
 
 
 def readers() -> dict[str, Reader]:
@@ -46,16 +46,14 @@ def readers() -> dict[str, Reader]:
     Raises:
         UserError: decord or OpenCV is not installed.
     """
-    try:
-        import cv2  # type: ignore[import-not-found]
-        import decord  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed: pip install crosslmm_jax[benchmark]") from error
+    need("cv2", "decord")
+    import cv2  # type: ignore[import-not-found]
+    import decord  # type: ignore[import-not-found]
     from PIL import Image
 
     cv2.setNumThreads(1)
 
-    def by_pil(frames: Any) -> np.ndarray:
+    def by_pil(frames: Iterable[np.ndarray]) -> np.ndarray:
         images = [Image.fromarray(frame).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for frame in frames]
         return np.stack([np.asarray(image) for image in images])
 
@@ -84,7 +82,7 @@ def readers() -> dict[str, Reader]:
 
 
 def _opencv_frames(path: str, numbers: np.ndarray, gop: int) -> Iterator[np.ndarray]:
-    """Frames by OpenCV; it seeks where the next wanted one is further than a group of pictures ahead."""
+    """Frames by OpenCV, which seeks if the next wanted frame is more than one GOP ahead."""
     import cv2  # type: ignore[import-not-found]
 
     video = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
@@ -104,8 +102,8 @@ def _opencv_frames(path: str, numbers: np.ndarray, gop: int) -> Iterator[np.ndar
     video.release()
 
 
-def compare(path: Path, kind: str, gop: int, frames: int, *, rounds: int, budget_s: float) -> dict[str, Any]:
-    """Seconds of every reader for some frames, and whether pixels are equal; medians of `rounds` turns."""
+def compare(path: Path, kind: str, gop: int, frames: int, *, rounds: int, budget_s: float) -> Row:
+    """Seconds of every reader for `frames` frames, medians of `rounds` turns; whether pixels are equal."""
     total = LONG_FRAMES if kind == "long" else SHORT_FRAMES[gop]
     numbers = np.arange(frames) * (total - 1) // (frames - 1)
     named = readers()
@@ -144,7 +142,7 @@ def compare(path: Path, kind: str, gop: int, frames: int, *, rounds: int, budget
 
 
 def decode_alone(path: Path, frames: int) -> float:
-    """CPU seconds of ffmpeg for the packets that the frames are made of: no reader can need less."""
+    """CPU seconds of ffmpeg for the packets that the frames need: no reader can take less."""
     deadline = Deadline(path, None)
     with open_indexed(path, deadline) as (stream, index):
         order = np.argsort(index.times)
@@ -155,12 +153,12 @@ def decode_alone(path: Path, frames: int) -> float:
         return time.process_time() - start
 
 
-def memory_growth(paths: list[Path], *, reads: int, seed: int = 0) -> dict[str, Any]:
-    """Resident memory of this process while it reads videos in random order, whether they can be read or not.
+def memory_growth(paths: list[Path], *, reads: int, seed: int = 0) -> Row:
+    """Resident memory of this process while it reads videos, good and damaged, in random order.
 
     Returns:
-        Numbers of reads and of failures, MiB in the first fifth of the reads and in the rest, each at most,
-        and by how much the latter is more.
+        Numbers of reads and of failures; the most MiB in the first fifth of the reads and in the rest, and
+        the difference.
     """
     rng, failures, sizes = random.Random(seed), 0, []
     for _ in range(reads):
@@ -178,23 +176,18 @@ def memory_growth(paths: list[Path], *, reads: int, seed: int = 0) -> dict[str, 
     }  # fmt: skip
 
 
-def main() -> None:
-    """Measures and writes JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--folder", help="where the videos are made, and kept; else a temporary one")
+def main(argv: Sequence[str]) -> None:
+    """Measures, and writes JSON and markdown."""
+    parser = parser_of("decode_speed", __doc__)
+    parser.add_argument("--folder", help="where videos are made and kept; default: a temporary folder")
     parser.add_argument("--kinds", nargs="+", choices=("short", "long"), default=["short", "long"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--budget", type=float, default=40, help="seconds after which a cell gets no new round"
     )
-    parser.add_argument("--out")
-    args = parser.parse_args()
-    try:
-        readers()
-    except UserError as error:
-        sys.exit(str(error))
+    parser.add_argument("--out", metavar="PATH.json", help="the markdown is written beside it")
+    args = parser.parse_args(argv)
+    readers()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(args.folder or name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -206,7 +199,7 @@ def main() -> None:
                 cells.append(compare(path, kind, gop, frames, rounds=args.rounds, budget_s=args.budget))
                 print(json.dumps(cells[-1]), flush=True)
     result = {
-        "command": f"python -m perf.decode_speed {shlex.join(sys.argv[1:])}",
+        "command": command_line(),
         "versions": _versions(),
         "cpus": os.cpu_count(),
         "threads": 1,
@@ -220,7 +213,7 @@ def main() -> None:
         out.with_suffix(".md").write_text(as_markdown(result), encoding="utf-8")
 
 
-def as_markdown(result: dict[str, Any]) -> str:
+def as_markdown(result: Row) -> str:
     """The command, the versions, a table of CPU milliseconds, and the memory."""
     names = list(result["cells"][0]["cpu_seconds"]) if result["cells"] else []
     head = [
@@ -233,24 +226,24 @@ def as_markdown(result: dict[str, Any]) -> str:
         "ffmpeg alone",
         "best other / that",
     ]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    rows = []
     for cell in result["cells"]:
         cpu = cell["cpu_seconds"]
         best = min(cpu["decord pil"], cpu["opencv pil"])
-        row = [cell["file"], cell["gop"], cell["frames"], *(f"{1e3 * cpu[name]:.0f}" for name in names)]
-        row += [f"{cell['ratio_to_best_pil']:.2f}", f"{cell['ratio_to_best_own']:.2f}"]
-        row += [
-            f"{1e3 * cell['decode_alone_cpu_seconds']:.0f}",
-            f"{best / cell['decode_alone_cpu_seconds']:.2f}",
-        ]
-        lines.append("| " + " | ".join(map(str, row)) + " |")
+        alone = cell["decode_alone_cpu_seconds"]
+        rows.append([
+            cell["file"], str(cell["gop"]), str(cell["frames"]),
+            *(f"{1e3 * cpu[name]:.0f}" for name in names),
+            f"{cell['ratio_to_best_pil']:.2f}", f"{cell['ratio_to_best_own']:.2f}", f"{1e3 * alone:.0f}",
+            f"{best / alone:.2f}",
+        ])  # fmt: skip
     memory = result["memory"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return "\n".join([
         "# Speed of the video reader\n",
         f"    {result['command']}\n",
         f"{versions}; {result['cpus']} CPU cores; one thread for every reader.\n",
-        *lines,
+        *table(head, rows),
         f"\nMemory: {memory['reads']} reads of {memory['files']} files in random order, "
         f"{memory['failures']} of them of damaged files: "
         f"at most {memory['mib_in_first_fifth']} MiB in the first fifth, "
@@ -270,7 +263,3 @@ def _versions() -> dict[str, str]:
         "decord": decord.__version__, "opencv": cv2.__version__, "pillow": PIL.__version__,
         "numpy": np.__version__,
     }  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Videos for the benchmark of the reader: short ones that are encoded, and hour-long ones made of these."""
+"""Videos for `decode_speed`: short ones that are encoded, and hour-long ones made of their packets."""
 
 import random
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 RATE, WIDTH, HEIGHT = 25, 640, 360
-GROUPS = (12, 48, 250)  # frames from one key frame to the next
+GOPS = (12, 48, 250)  # frames from one keyframe to the next
 SHORT_FRAMES = {12: 1200, 48: 1200, 250: 1250}
 LONG_FRAMES = 3600 * RATE
 SCENE_FRAMES = 7 * RATE
@@ -15,9 +15,9 @@ _KINDS = (("libx264", "mp4"), ("libx264", "mkv"), ("mpeg4", "avi"), ("mpeg4", "m
 
 
 def write_files(folder: Path) -> dict[tuple[str, int], Path]:
-    """A short and a long file for each length of a group of pictures, unless they are there."""
+    """Writes a short and a long file for each GOP size, unless they exist."""
     files = {}
-    for gop in GROUPS:
+    for gop in GOPS:
         short, long = folder / f"short-{gop}.mp4", folder / f"long-{gop}.mp4"
         if not long.exists():
             write_video(short, gop=gop, frames=SHORT_FRAMES[gop])
@@ -27,7 +27,7 @@ def write_files(folder: Path) -> dict[tuple[str, int], Path]:
 
 
 def write_mixed(folder: Path, *, seed: int = 0) -> list[Path]:
-    """24 small videos of several codecs and sizes, and 12 damaged copies: cut, or with bytes changed."""
+    """Writes 24 small videos of several codecs and sizes, and 12 copies, truncated or with bytes changed."""
     rng = random.Random(seed)
     folder.mkdir(parents=True)
     paths = []
@@ -36,7 +36,7 @@ def write_mixed(folder: Path, *, seed: int = 0) -> list[Path]:
         path = folder / f"{number}.{suffix}"
         size = (16 * rng.randint(8, 40), 16 * rng.randint(6, 24))
         write_video(
-            path, gop=rng.choice(GROUPS), frames=rng.randint(1, 24), codec=codec, size=size, seed=number
+            path, gop=rng.choice(GOPS), frames=rng.randint(1, 24), codec=codec, size=size, seed=number
         )
         paths.append(path)
     for number, path in enumerate(rng.sample(paths, 12)):
@@ -60,7 +60,7 @@ def write_video(
     size: tuple[int, int] = (WIDTH, HEIGHT),
     seed: int = 0,
 ) -> None:
-    """Texture that pans, noise, four moving patches, cuts; the encoder's defaults but for key frames."""
+    """Writes a panning texture, noise, four moving patches and cuts; encoder defaults but for keyframes."""
     import av
 
     rng = np.random.default_rng(seed)
@@ -99,7 +99,7 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def repeat_video(source: Path, target: Path, *, times: int) -> None:
-    """Writes the packets of `source` `times` times one after the other, without encoding."""
+    """Writes the packets of `source` to `target` `times` times, one after the other, without encoding."""
     import av
 
     with av.open(str(source)) as reader, av.open(str(target), "w") as writer:

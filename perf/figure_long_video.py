@@ -1,17 +1,16 @@
-"""Time and memory over the number of frames, one line a V2V scope, with the growth read off it."""
+"""Time and memory of long videos over the number of frames, one line per V2V scope, with its slope."""
 
 import math
-from typing import Any
 
-from crosslmm_jax.profiling.report import Row
-from perf.figure import save
+from crosslmm_jax.profiling import Report, Row
+from crosslmm_jax.profiling.figure import save, scale_by_frames
 
 PANELS = {"ms": ("time (s)", 1e-3), "peak_mb": ("peak memory over weights (GB)", 1e-3)}
-SLOPE_POINTS = 4  # the longest videos: short ones show what does not grow
+SLOPE_POINTS = 4  # of the longest videos; in short ones what does not grow takes part
 
 
-def draw(report: dict[str, Any], path: str) -> None:
-    """Writes the figure of a report of `long_video` to `path`; the file's ending says which format."""
+def draw(report: Report, path: str) -> None:
+    """Writes the figure of a report of `long_video` to `path`; the file's suffix chooses the format."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,17 +23,13 @@ def draw(report: dict[str, Any], path: str) -> None:
             grown = slope(points)
             text = name if grown is None else f"{name}: slope {grown:.2f} from {_slope_range(points)}"
             axis.plot(frames, values, "o-", color=f"C{index}", label=text)
-        counts = sorted({row["frames"] for row in report["rows"]})
-        axis.set(xscale="log", yscale="log", xlabel="frames", title=label)
-        axis.set_xticks(counts, [f"{count:,}" for count in counts], minor=False, rotation=45)
-        axis.xaxis.minorticks_off()
-        axis.grid(alpha=0.3)
+        scale_by_frames(axis, report["rows"], title=label)
         axis.legend(fontsize="small")
     save(figure, report, "one prefill of a long video", path)
 
 
 def lines(rows: list[Row], field: str) -> dict[str, list[tuple[int, float]]]:
-    """(frames, value) by system and scope, in the order of frames."""
+    """Label of system and scope -> (frames, value) in the order of frames."""
     found: dict[str, list[tuple[int, float]]] = {}
     for row in sorted(rows, key=lambda row: row["frames"]):
         if row.get(field) is not None:
@@ -44,7 +39,7 @@ def lines(rows: list[Row], field: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def slope(points: list[tuple[int, float]]) -> float | None:
-    """Of a straight line through the logarithms of the last points: 1 is linear, 2 quadratic growth."""
+    """Slope of a line through the logarithms of the last points: 1 is linear growth, 2 quadratic."""
     if len(points) < 2:
         return None
     logs = [(math.log(frames), math.log(value)) for frames, value in points[-SLOPE_POINTS:]]

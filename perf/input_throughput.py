@@ -1,12 +1,9 @@
-"""Frames a second that the input pipeline delivers here, and how long training steps wait for them.
-
-Run: python -m perf.input_throughput --workers 2 --out docs/results/input_throughput.json
+"""Frames per second that the input pipeline delivers here, and how long training steps wait for them.
 
 Nothing is cached: every frame of every batch is decoded. Training runs `crosslmm train` on the `tiny` preset
-in a process of its own, on the same cores as the workers that decode.
+in another process, on the same cores as the workers that decode.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -14,8 +11,8 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,11 +22,13 @@ from crosslmm_jax.data.loading.dataset import Dataset
 from crosslmm_jax.data.loading.loader import BatchIterator
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.profiling import Row
+from perf.command import parser_of
 
 VIDEOS, SECONDS, RATE, HEIGHT, WIDTH, GOP = 16, 20, 25, 360, 640, 50
 IMAGE_SIZE, BATCH, PREFETCH = 384, 4, 4
-FRAMES = (8, 64)  # of a video
-WARM_STEPS = 20  # those that compile, and those whose batches were fetched meanwhile
+FRAMES = (8, 64)  # per video
+WARM_STEPS = 20  # steps that compile, and those whose batches were fetched meanwhile
 _TRAINING = """
     from crosslmm_jax.config import (
         PARTS, DataConfig, ExperimentConfig, RunConfig, SamplingConfig, StageConfig,
@@ -53,7 +52,7 @@ _TRAINING = """
 
 
 def write_set(folder: Path) -> None:
-    """VIDEOS h264 files of moving texture, and a row for each in rows.json."""
+    """Writes VIDEOS h264 files of moving texture."""
     import av
 
     rng = np.random.default_rng(0)
@@ -71,7 +70,7 @@ def write_set(folder: Path) -> None:
 
 
 def index_set(folder: Path, media: Path) -> None:
-    """A row for each mp4 of `media`, indexed; all else goes to `folder`. Raises UserError without any."""
+    """Writes an index to `folder` with a row for each mp4 file of `media`; a UserError if there is none."""
     names = sorted(path.name for path in media.glob("*.mp4"))
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
     rows = [{"video": name, "conversations": turns} for name in names]
@@ -85,8 +84,8 @@ def index_set(folder: Path, media: Path) -> None:
     )  # fmt: skip
 
 
-def measure(folder: Path, *, frames: int, workers: int, batches: int) -> dict[str, Any]:
-    """Frames a second once the first batches, which were read ahead, are gone."""
+def measure(folder: Path, *, frames: int, workers: int, batches: int) -> Row:
+    """Frames per second after the first batches, which were prefetched."""
     config = DataConfig(
         index=str(folder / "index"), tokenizer=str(folder / "tokenizer"), batch_size=BATCH,
         sampling=SamplingConfig(frames=frames), num_workers=workers, prefetch=PREFETCH,
@@ -102,8 +101,8 @@ def measure(folder: Path, *, frames: int, workers: int, batches: int) -> dict[st
     return {"frames": frames, "workers": workers, "frames_per_second": batches * BATCH * frames / seconds}
 
 
-def measure_training(folder: Path, *, frames: int, workers: int, steps: int) -> dict[str, Any]:
-    """What a step of `tiny` takes after the first WARM_STEPS, and its share of waiting for input."""
+def measure_training(folder: Path, *, frames: int, workers: int, steps: int) -> Row:
+    """Seconds per step of `tiny` after the first WARM_STEPS, and the share in which it waits for input."""
     out = folder / f"run{frames}"
     text = textwrap.dedent(_TRAINING).format(
         index=str(folder / "index"), tokenizer=str(folder / "tokenizer"), batch=BATCH, workers=workers,
@@ -121,14 +120,14 @@ def measure_training(folder: Path, *, frames: int, workers: int, steps: int) -> 
     }  # fmt: skip
 
 
-def main() -> None:
-    """Measures FRAMES frames a video and writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str]) -> None:
+    """Measures FRAMES frames per video and writes JSON."""
+    parser = parser_of("input_throughput", __doc__)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--batches", type=int, default=20, help="that are timed, and steps of training")
-    parser.add_argument("--videos", type=Path, help="folder of .mp4 files; by default some are made")
-    parser.add_argument("--out")
-    args = parser.parse_args()
+    parser.add_argument("--batches", type=int, default=20, help="timed batches, and steps of training")
+    parser.add_argument("--videos", type=Path, help="folder of .mp4 files; default: some are made")
+    parser.add_argument("--out", metavar="PATH.json")
+    args = parser.parse_args(argv)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -151,7 +150,3 @@ def main() -> None:
     print(text)
     if args.out:
         Path(args.out).write_text(text + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,23 +1,30 @@
-"""The peers: Hugging Face models in torch, from their configs, with random weights on the same GPU.
+"""Ours against peers: Hugging Face models in torch, built from configs, with random weights on the same GPU.
 
-`llava-onevision-7b` and `-0.5b` are `LlavaOnevisionForConditionalGeneration` with 196 tokens a frame;
-`siglip` is the vision tower alone. A name with `-compiled` behind it runs under `torch.compile`.
+| peer | model |
+|---|---|
+| `llava-onevision-7b`, `llava-onevision-0.5b` | LlavaOnevisionForConditionalGeneration, 196 tokens per frame |
+| `siglip` | the vision tower alone |
+| any of them with the suffix `-compiled` | the same under `torch.compile` |
 
-How the peer is run at its best: weights and activations in bfloat16, SDPA attention, `inference_mode`, no
-attention mask (a mask would rule out the flash kernel), logits of the last position only, pixels normalised
-and on the device before the clock starts, no pooling head and no tower layer that is not read.
+Peers run at their best: weights and activations in bfloat16, SDPA attention, `inference_mode`, no attention
+mask (a mask would rule out the flash kernel), logits of the last position only, pixels normalised and on the
+device before the clock starts, no pooling head and no tower layer whose output is not used.
 """
 
 import functools
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
 
+from jaxtyping import PyTree
+
+from crosslmm_jax.cli.profile import add_precision, add_v2v_scope, requests_of
 from crosslmm_jax.config import DecoderConfig, ModelConfig
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.presets import get_preset
-from crosslmm_jax.profiling import flops
-from crosslmm_jax.profiling.record import Record
-from crosslmm_jax.profiling.timing import measure, summary
+from crosslmm_jax.profiling import Record, Request, Row, flops, timing
+from crosslmm_jax.profiling.flops import Cost, Costs, Workload
+from perf.command import need
+from perf.measure import measure, measuring_parser
 
 OURS = {"llava-onevision-7b": "crosslmm_7b", "llava-onevision-0.5b": "crosslmm_0.5b"}  # the same sizes
 TINY = {"llava-onevision-tiny": "tiny", "siglip-tiny": "tiny"}  # for tests
@@ -27,18 +34,44 @@ TASKS = {"prefill": "llava", "encoder": "siglip"}
 VIDEO_TOKEN = 3
 
 
+def main(argv: Sequence[str]) -> None:
+    """Measures the presets, then the peers."""
+    parser = measuring_parser("peers", __doc__)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument(
+        "--peer", nargs="+", default=[], metavar="NAME",
+        help="llava-onevision-7b, llava-onevision-0.5b (prefill), siglip (encoder); also with -compiled",
+    )  # fmt: skip
+    add_precision(parser)
+    add_v2v_scope(parser)
+    args = parser.parse_args(argv)
+    if args.v2v_scope and args.task != "prefill":
+        raise UserError(f"--v2v-scope with {args.task}: give it with prefill")
+    requests = requests_of(args, Request, f"crosslmm_jax.profiling.{args.task}")
+    for name in args.peer:
+        check(name, args.task)
+        need("torch")
+    requests += [
+        Request(
+            task=__name__, system=name, frames=tuple(args.frames), text=args.text_tokens, repeats=args.repeats
+        )
+        for name in args.peer
+    ]
+    measure(args.task, requests, args)
+
+
 def check(peer: str, task: str) -> None:
-    """Raises a `UserError` unless `peer` is one that `crosslmm profile TASK` can measure."""
-    kind = TASKS.get(task)
-    known = [name for name in PEERS if kind is not None and name.startswith(kind)]
+    """Raises a `UserError` unless `python -m perf peers TASK` can measure `peer`."""
+    known = [name for name in PEERS if name.startswith(TASKS[task])]
     if peer.removesuffix(COMPILED) not in known:
         names = ", ".join(name for name in known if name not in TINY)
-        hint = f"choose one of {names}, or one of them with {COMPILED} behind it" if known else "leave it out"
-        raise UserError(f"--peer {peer!r} is no peer for `crosslmm profile {task}`; {hint}")
+        raise UserError(
+            f"--peer {peer!r} is no peer for {task}; choose one of {names}, also with the suffix {COMPILED}"
+        )
 
 
 def run(record: Record) -> None:
-    """Measures the peer that the request names at each frame count."""
+    """Measures the peer of the request at each number of frames."""
     import torch
 
     request = record.request
@@ -47,7 +80,7 @@ def run(record: Record) -> None:
     sizes = get_preset({**OURS, **TINY}.get(name, "crosslmm_7b"))
     record.add_facts(**_facts(device), **_matmul_rate(device))
     begin = time.perf_counter()
-    model = _make(name, sizes, device)
+    model = make_peer(name, sizes, device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     record.add_facts(
         weights_mb=weights / 1e6, weights_s=time.perf_counter() - begin, attention=_attention(model),
@@ -66,34 +99,26 @@ def run(record: Record) -> None:
                 torch.cuda.empty_cache()
 
 
-def _facts(device: str) -> dict[str, Any]:
+def _facts(device: str) -> Row:
     import torch
 
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     return {"device": name, "platform": "torch " + device}
 
 
-def _matmul_rate(device: str) -> dict[str, Any]:
+def _matmul_rate(device: str) -> Row:
     import torch
 
     size = 8192 if device == "cuda" else 256
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-
-    def ten(_: Any) -> Any:
-        product: Any = None
-        for _ in range(10):
-            product = a @ b
-        return product
-
-    timed = measure(ten, repeats=7, wait=_wait(device))
-    timed = summary([sample / 10 for sample in timed["samples_ms"]])
+    timed = timing.measure_many(functools.partial(torch.matmul, a, b), repeats=7, wait=_wait(device))
     return {"matmul_tflops": 2e-9 * size**3 / timed["ms"], "matmul": {"size": size, **timed}}
 
 
-def _wait(device: str) -> Any:
+def _wait(device: str) -> Callable[[PyTree], PyTree]:
     import torch
 
-    def wait(result: Any) -> Any:
+    def wait(result: PyTree) -> PyTree:
         if device == "cuda":
             torch.cuda.synchronize()
         return result
@@ -101,8 +126,8 @@ def _wait(device: str) -> Any:
     return wait
 
 
-def vision_fields(sizes: ModelConfig) -> dict[str, Any]:
-    """Hugging Face's fields of our tower, cut off above the layer that is read, without a head."""
+def vision_fields(sizes: ModelConfig) -> Row:
+    """Hugging Face's fields of our tower, without the layers after the feature layer and without a head."""
     v = sizes.vision
     return {
         "model_type": "siglip_vision_model", "hidden_size": v.width, "intermediate_size": v.mlp_width,
@@ -111,7 +136,7 @@ def vision_fields(sizes: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def text_fields(decoder: DecoderConfig) -> dict[str, Any]:
+def text_fields(decoder: DecoderConfig) -> Row:
     """Hugging Face's fields of our decoder."""
     return {
         "model_type": "qwen2", "hidden_size": decoder.width, "intermediate_size": decoder.mlp_width,
@@ -121,8 +146,8 @@ def text_fields(decoder: DecoderConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _make(name: str, sizes: ModelConfig, device: str) -> Any:
-    """The model with random bfloat16 weights, made on the device."""
+def make_peer(name: str, sizes: ModelConfig, device: str) -> PyTree:
+    """The torch model with random bfloat16 weights, made on the device."""
     import torch
     from transformers import AutoModel, AutoModelForImageTextToText, LlavaOnevisionConfig, SiglipVisionConfig
 
@@ -141,13 +166,13 @@ def _make(name: str, sizes: ModelConfig, device: str) -> Any:
     return model.to(device).eval()  # not to a dtype: rotary frequencies stay float32
 
 
-def _attention(model: Any) -> list[str]:
-    parts = {type(part).__name__: getattr(part, "config", None) for part in model.modules()}
-    known = {name: getattr(config, "_attn_implementation", None) for name, config in parts.items()}
+def _attention(model: PyTree) -> list[str]:
+    configs = {type(module).__name__: getattr(module, "config", None) for module in model.modules()}
+    known = {name: getattr(config, "_attn_implementation", None) for name, config in configs.items()}
     return sorted({f"{name}: {value}" for name, value in known.items() if value})
 
 
-def _pixels(sizes: ModelConfig, frames: int, device: str) -> Any:
+def _pixels(sizes: ModelConfig, frames: int, device: str) -> PyTree:
     import torch
 
     side = sizes.vision.image_size
@@ -155,11 +180,11 @@ def _pixels(sizes: ModelConfig, frames: int, device: str) -> Any:
 
 
 def tokens_per_frame(sizes: ModelConfig) -> int:
-    """Tokens that LLaVA-OneVision keeps of a frame of a video: half the patches a side, rounded up."""
+    """Tokens per video frame of LLaVA-OneVision: half the patches per side, rounded up, squared."""
     return (-(-sizes.vision.grid // 2)) ** 2
 
 
-def _prefill(model: Any, sizes: ModelConfig, record: Record, frames: int, device: str) -> None:
+def _prefill(model: PyTree, sizes: ModelConfig, record: Record, frames: int, device: str) -> None:
     import torch
 
     request = record.request
@@ -171,21 +196,21 @@ def _prefill(model: Any, sizes: ModelConfig, record: Record, frames: int, device
     video = torch.full((1, frames * per_frame + 1), VIDEO_TOKEN, device=device)
     ids = torch.cat([text[:, : work.before], video, text[:, work.before :]], dim=1)
 
-    def call(_: None, use_cache: bool) -> Any:
+    def call(_: None, use_cache: bool) -> PyTree:
         return model(input_ids=ids, pixel_values_videos=pixels, use_cache=use_cache, logits_to_keep=1)
 
     for what, use_cache in (("prefill", False), ("prefill+cache", True)):
         row = {"what": what, "frames": frames, "tokens_per_frame": per_frame, "text_tokens": work.text}
         timed = _timed(functools.partial(call, use_cache=use_cache), record, device, weights)
-        costs = flops.llava_onevision(sizes, work, tokens_per_frame=per_frame)
+        costs = llava_onevision_flops(sizes, work, tokens_per_frame=per_frame)
         record.add_row(row | timed, costs)
 
 
-def _encode(model: Any, sizes: ModelConfig, record: Record, frames: int, device: str) -> None:
+def _encode(model: PyTree, sizes: ModelConfig, record: Record, frames: int, device: str) -> None:
     weights = _memory(device)
     pixels = _pixels(sizes, frames, device)
 
-    def call(_: None) -> Any:
+    def call(_: None) -> PyTree:
         return model(pixel_values=pixels).last_hidden_state
 
     row = {"what": "encoder", "frames": frames, "tokens_per_frame": sizes.vision.num_patches}
@@ -199,8 +224,8 @@ def _memory(device: str) -> int:
     return torch.cuda.memory_allocated() if device == "cuda" else 0
 
 
-def _timed(call: Any, record: Record, device: str, weights: int) -> dict[str, Any]:
-    """Time, and on a GPU the peak over the weights, inputs counted as they are for ours."""
+def _timed(call: Callable[[None], PyTree], record: Record, device: str, weights: int) -> Row:
+    """Time, and on a GPU the peak over the weights, which includes the inputs as for ours."""
     import torch
 
     begin = time.perf_counter()
@@ -208,6 +233,21 @@ def _timed(call: Any, record: Record, device: str, weights: int) -> dict[str, An
     first_s = time.perf_counter() - begin
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    timed = measure(call, repeats=record.request.repeats, warmup=1, wait=_wait(device))
+    timed = timing.measure(call, repeats=record.request.repeats, warmup=1, wait=_wait(device))
     peak = (torch.cuda.max_memory_allocated() - weights) / 1e6 if device == "cuda" else None
     return {**timed, "peak_mb": peak, "peak_from": "allocator", "compile_s": first_s}
+
+
+def llava_onevision_flops(config: ModelConfig, work: Workload, *, tokens_per_frame: int = 196) -> Costs:
+    """Prefill of LLaVA-OneVision with our encoder and decoder sizes: no cross-attention, all tokens decoded.
+
+    It projects before it pools, and adds one token after a video.
+    """
+    v, d = config.vision, config.decoder
+    length = work.text + work.frames * tokens_per_frame + 1
+    tokens = work.frames * v.num_patches
+    return {
+        "encoder": flops.encoder(config, work.frames)["encoder"],
+        "projector": Cost(2 * tokens * d.width * (v.width + d.width)),
+        **flops.decoder(config, queries=length, pairs=flops.causal_pairs(length), logits=1),
+    }

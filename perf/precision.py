@@ -1,27 +1,30 @@
-"""What 8 bits cost: encoder features, projected tokens and logits against float32, on frames of real videos.
+"""Errors of 8 bits: encoder features, projected tokens and logits against float32, on frames of real videos.
 
-Accuracy only; it may run on a CPU. Weights are random at real size, so no channel stands out as some do in
-trained models; a second set of rows has such channels put in (`with_outliers`).
+Accuracy only, so it may run on a CPU. Weights are random at real size and have no outlier channels, which
+trained models have. A second set of rows has such channels added (`with_outliers`).
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from crosslmm_jax.batch import Batch, with_known_visibility
+from crosslmm_jax.cli.profile import requests_of
 from crosslmm_jax.config import ModelConfig, Precision
+from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import CrossLMM, quantise_params
 from crosslmm_jax.model.encode_frames import Visual, encode_in_chunks
 from crosslmm_jax.model.ops import layer_norm
 from crosslmm_jax.model.params.tables import cast
 from crosslmm_jax.model.quantisation.quantise import DTYPES, QuantisedRows, quantise, quantised_product
-from crosslmm_jax.parallel.compiler_options import program
+from crosslmm_jax.parallel import program
+from crosslmm_jax.profiling import Record, Request, Row, timing
 from crosslmm_jax.profiling.inputs import (
     OPEN_GATE,
     WEIGHT_STD,
@@ -29,31 +32,48 @@ from crosslmm_jax.profiling.inputs import (
     random_params,
     random_prompt,
 )
-from crosslmm_jax.profiling.record import Record, Request
 from perf.clips import read_clips
+from perf.measure import measure, measuring_parser
 
 OUTLIERS_EVERY, OUTLIER_SCALE = 200, 20.0  # 0.5% of the channels
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrecisionRequest(Request):
+    """Also names the folder of the videos."""
+
+    videos: str
+
+
 class Encoded(NamedTuple):
-    """What encoder and projector make of one clip."""
+    """Output of encoder and projector for one clip."""
 
     features: Array  # [F, P, W]
     visual: Visual
 
 
-# Of encoder and projector; and with each, of T2V's keys and values.
+# Precision of encoder and projector -> those of T2V's KV cache that are measured with it.
 CACHES: dict[Precision, tuple[Precision, ...]] = {
     "compute": ("compute", "fp8", "int8"), "fp8": ("compute", "fp8"), "int8": ("compute", "int8"),
 }  # fmt: skip
 
 
+def main(argv: Sequence[str]) -> None:
+    """Compares all precisions for the presets."""
+    parser = measuring_parser("precision", __doc__)
+    parser.add_argument("--videos", required=True, metavar="DIR", help="folder of real videos")
+    args = parser.parse_args(argv)
+    if args.figure is not None:
+        raise UserError("--figure with precision: leave it out, there is no time or memory to draw")
+    measure("precision", requests_of(args, PrecisionRequest, __name__, videos=args.videos), args)
+
+
 def run(record: Record) -> None:
-    """Adds the rows of every variant, for both kinds of weights, at each number of frames of the request."""
+    """Adds the rows of all precisions, for both kinds of weights, at each number of frames of the request."""
     request = record.request
+    assert isinstance(request, PrecisionRequest)
     config = preset_with_tokens(request.system, request.tokens_per_frame)
-    assert request.videos is not None  # the suite has seen to it
-    record.add_facts(note=_note(config))
+    record.add_facts(**timing.device_facts(), note=_note(config))
     for frames in request.frames:
         clips = read_clips(request.videos, frames=frames, size=config.vision.image_size)
         shared = {"frames": frames, "clips": len(clips), "tokens_per_frame": config.merge.tokens_per_frame}
@@ -69,19 +89,19 @@ def _note(config: ModelConfig) -> str:
     return (
         f"{config.vision.depth} encoder layers of width {config.vision.width},"
         f" {config.decoder.num_layers} decoder layers of width {config.decoder.width}, gates"
-        f" {OPEN_GATE}; random weights (deviation {WEIGHT_STD}), bfloat16 but for what is named, against"
-        " float32. Rows 'outliers':"
+        f" {OPEN_GATE}; random weights (standard deviation {WEIGHT_STD}), compared with float32; what a row"
+        " does not name is in bfloat16. Rows 'outliers':"
         f" {1 / OUTLIERS_EVERY:.1%} of the channels of the encoder's LayerNorm outputs, of its hidden units"
-        f" and of T2V's keys and values are {OUTLIER_SCALE:g} times as large, and what reads them as much"
-        " smaller. Errors are of single numbers; rms is that of the float32 numbers."
+        f" and of T2V's keys and values are {OUTLIER_SCALE:g} times as large, and the weights that read them"
+        " are as much smaller. Errors are of single numbers; rms is that of the float32 numbers."
     )
 
 
-def with_outliers(params: dict[str, Any]) -> dict[str, Any]:
-    """`params` with channels that stand out, as trained transformers have them.
+def with_outliers(params: dict[str, PyTree]) -> dict[str, PyTree]:
+    """`params` with outlier channels, as trained transformers have them.
 
-    What reads such a channel is as much smaller. So the function stays the same (nearly: GELU lies between a
-    hidden unit and what reads it), and errors compare with those of `params`.
+    The weights that read such a channel are as much smaller. So the function stays nearly the same (not
+    quite: GELU lies between a hidden unit and its reader), and errors compare with those of `params`.
     """
     layers, t2v = dict(params["encoder"]["layers"]), dict(params["t2v"])
 
@@ -106,11 +126,11 @@ def with_outliers(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(
-    config: ModelConfig, request: Request, params: dict[str, Any], clips: list[np.ndarray]
-) -> Iterator[dict[str, Any]]:
-    """The rows of all precisions, on float32 `params`, which are used up."""
+    config: ModelConfig, request: Request, params: dict[str, PyTree], clips: list[np.ndarray]
+) -> Iterator[Row]:
+    """The rows of all precisions. Donates `params`, which are in float32."""
     wide = dataclasses.replace(config, compute_dtype="float32")
-    with jax.default_matmul_precision("highest"):  # GPUs and TPUs would take fewer bits
+    with jax.default_matmul_precision("highest"):  # GPUs and TPUs would use fewer bits
         exact = [encode(wide, params, clip) for clip in clips]
         exact_logits = np.concatenate([logits(wide, request, params, clip.visual) for clip in exact])
         rows = product_rows(config, params, exact[0].features)
@@ -126,7 +146,7 @@ def compare(
         for what, of in (("features", lambda x: x.features), ("tokens", lambda x: x.visual.originals)):
             yield {"what": what, **row, **differences(*(_rows(map(of, part)) for part in (found, exact)))}
         for cache in caches:
-            # Not of `chosen`: a model is compiled once a cache, whatever the products were.
+            # From `config`, not `chosen`: so a model is compiled once per cache, not per product.
             cross = dataclasses.replace(config.cross_attention, cache_dtype=cache)
             cached = dataclasses.replace(config, cross_attention=cross)
             got = np.concatenate([logits(cached, request, params, clip.visual) for clip in found])
@@ -138,26 +158,26 @@ def _rows(parts: Iterable[Array]) -> Float[np.ndarray, "n d"]:
     return np.concatenate([np.asarray(x, np.float32).reshape(-1, x.shape[-1]) for x in parts])
 
 
-def encode(config: ModelConfig, params: Any, frames: np.ndarray) -> Encoded:
+def encode(config: ModelConfig, params: PyTree, frames: np.ndarray) -> Encoded:
     """Features and visual tokens of a clip uint8[F, R, R, 3]."""
     parts = {part: params[part] for part in ("encoder", "projector")}
     return program(_encode)(CrossLMM(config), parts, frames)
 
 
-def _encode(model: CrossLMM, params: Any, frames: Array) -> Encoded:
-    def both(model: Any) -> Encoded:
-        features = model.encoder(frames)  # what `encode` would make again
+def _encode(model: CrossLMM, params: PyTree, frames: Array) -> Encoded:
+    def both(model: PyTree) -> Encoded:
+        features = model.encoder(frames)  # `encode` would compute them again
         visual = encode_in_chunks(
             features[None], encode=lambda x: x, pool=model.pooler, config=model.config, rules=None
         )
         return Encoded(features, visual)
 
-    encoded: Any = model.apply({"params": params}, method=both)
+    encoded: PyTree = model.apply({"params": params}, method=both)
     return encoded
 
 
-def logits(config: ModelConfig, request: Request, params: Any, visual: Visual) -> Float[np.ndarray, "t v"]:
-    """float32[T, V] behind each text token of a random prompt: the video at once, then token by token."""
+def logits(config: ModelConfig, request: Request, params: PyTree, visual: Visual) -> Float[np.ndarray, "t v"]:
+    """float32[T, V] after each text token of a random prompt: prefill of the video, then decode steps."""
     frames = visual.originals.shape[1]
     work = request.workload(frames)
     batch = random_prompt(config, work)
@@ -172,25 +192,28 @@ def logits(config: ModelConfig, request: Request, params: Any, visual: Visual) -
     return np.asarray(program(_logits)(model, parts, visual, prompt, batch.tokens[:, end:]))
 
 
-def _logits(model: CrossLMM, params: Any, visual: Visual, prompt: Batch[Array], text: Array) -> Array:
+def _logits(model: CrossLMM, params: PyTree, visual: Visual, prompt: Batch[Array], text: Array) -> Array:
     variables = {"params": params}
     end, steps = prompt.tokens.shape[1], text.shape[1]
     counts = jnp.full((1,), end, jnp.int32)
-    cache: Any = model.apply(variables, visual, prompt, counts, cache_size=end + steps, method="prefill")[1]
+    cache: PyTree = model.apply(variables, visual, prompt, counts, cache_size=end + steps, method="prefill")[
+        1
+    ]
     t2v = cache.t2v
 
-    def step(cache: Any, token: Array) -> Any:
+    def step(cache: PyTree, token: Array) -> PyTree:
         one = jnp.ones((1,), jnp.int32)
-        whole = cache._replace(t2v=t2v)
-        result: Any = model.apply(variables, whole, token[:, None], one, method="extend")
-        logits, whole = result
-        return whole._replace(t2v=None), logits[0]
+        extended: PyTree = model.apply(
+            variables, cache._replace(t2v=t2v), token[:, None], one, method="extend"
+        )
+        logits, cache = extended
+        return cache._replace(t2v=None), logits[0]
 
     return jax.lax.scan(step, cache._replace(t2v=None), text.T)[1]
 
 
 def differences(got: Float[np.ndarray, "n d"], expected: Float[np.ndarray, "n d"]) -> dict[str, float]:
-    """Cosine of each row with what is expected, and errors of single numbers."""
+    """Cosine of each row with the expected one, and errors of single numbers."""
     norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
     cosines = np.einsum("nd,nd->n", got, expected) / norms
     errors = np.abs(got - expected)
@@ -202,7 +225,7 @@ def differences(got: Float[np.ndarray, "n d"], expected: Float[np.ndarray, "n d"
 
 
 def choices(got: Float[np.ndarray, "n v"], expected: Float[np.ndarray, "n v"]) -> dict[str, float]:
-    """KL divergence in nats of the next token's distribution from what is expected; how often both agree."""
+    """KL divergence in nats from the expected next-token distribution; how often the top token agrees."""
     log_p, log_q = (np.asarray(jax.nn.log_softmax(x.astype(np.float64), axis=-1)) for x in (expected, got))
     kl = np.sum(np.exp(log_p) * (log_p - log_q), axis=1)
     return {
@@ -211,8 +234,8 @@ def choices(got: Float[np.ndarray, "n v"], expected: Float[np.ndarray, "n v"]) -
     }  # fmt: skip
 
 
-def product_rows(config: ModelConfig, params: Any, features: Array) -> list[dict[str, Any]]:
-    """One product, the first layer's w1 on normalised features: a scale a row and channel, or one for all."""
+def product_rows(config: ModelConfig, params: PyTree, features: Array) -> list[Row]:
+    """One product, of normalised features with the first layer's w1: a scale per row and channel, or one."""
     layer = {name: value[0] for name, value in params["encoder"]["layers"].items()}
     features = features.reshape(-1, features.shape[-1])
     x = layer_norm(features, layer["norm2_scale"], layer["norm2_bias"], eps=config.vision.layer_norm_eps)

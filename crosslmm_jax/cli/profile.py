@@ -1,87 +1,145 @@
 """The options of `crosslmm profile`. Nothing heavy is imported here, so that `--help` answers at once."""
 
 import argparse
-from typing import Any, get_args
+import functools
+import shlex
+import sys
+from typing import TYPE_CHECKING, NoReturn, get_args
 
 from crosslmm_jax.config import Precision
+from crosslmm_jax.errors import UserError
 
-TASKS = ("prefill", "decode", "train", "encoder", "attention", "long_video", "scaling", "precision")
+if TYPE_CHECKING:
+    from crosslmm_jax.profiling import Outputs, Request
+
+TASKS = ("prefill", "decode", "train", "encoder")
 SCOPES = ("video", "frame", "window")
 REMATS = ("none", "elementwise", "layer", "chunk")
+# Option -> the tasks that take it.
+TASKS_OF_OPTIONS = {
+    "precision": ("encoder", "prefill", "decode"), "v2v_scope": ("prefill",), "remat": ("train",),
+}  # fmt: skip
+# What the project measures about itself: task or option -> its command in a clone of the repository.
+MOVED_TASKS = ("attention", "long_video", "scaling", "precision")
+MOVED_OPTIONS = {"--peer": "peers", "--parts": "attention", "--devices": "scaling", "--videos": "precision"}
 
 
-def add_profile(commands: Any) -> None:
+def _moved(word: str, command: str) -> NoReturn:
+    raise UserError(
+        f"`crosslmm profile {word}` is now `python -m perf {command}`, in a clone of the repository"
+    )
+
+
+def _task(word: str) -> str:
+    return _moved(word, word) if word in MOVED_TASKS else word
+
+
+class _MovedOption(argparse.Action):
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        (name,) = self.option_strings
+        _moved(name, MOVED_OPTIONS[name])
+
+
+def add_profile(commands: "argparse._SubParsersAction") -> None:
     """Adds the parser of `profile` to `commands`; its `run` measures."""
-    profile = commands.add_parser(
-        "profile", help="time, FLOPs, peak memory and precision at real size, random weights"
-    )
-    profile.add_argument("task", choices=TASKS)
+    profile = commands.add_parser("profile", help="time, FLOPs and peak memory at real size, random weights")
+    profile.add_argument("task", choices=TASKS, type=_task)
+    add_measuring_options(profile)
+    add_precision(profile)
+    add_v2v_scope(profile)
     profile.add_argument(
-        "--preset", nargs="+", default=[], metavar="NAME", help="e.g. crosslmm_2b crosslmm_7b"
-    )
-    profile.add_argument(
-        "--peer", nargs="+", default=[], metavar="NAME",
-        help="measured behind ours: llava-onevision-7b, llava-onevision-0.5b (prefill), siglip (encoder);"
-        " with -compiled behind the name under torch.compile",
+        "--remat", nargs="+", default=[], choices=REMATS,
+        help="what of the encoder is recomputed; each is measured (train)",
     )  # fmt: skip
-    profile.add_argument("--frames", type=int, nargs="+", default=[32, 64, 128, 256], metavar="N")
-    profile.add_argument(
-        "--tokens-per-frame", type=int, nargs="+", metavar="N", help="1, 9 or 16 (default: the preset's)"
-    )
-    profile.add_argument(
-        "--precision", nargs="+", choices=get_args(Precision), default=["compute"],
-        help="of encoder, projector and T2V's cache (encoder, prefill, decode); compute: bfloat16",
-    )  # fmt: skip
-    profile.add_argument("--videos", metavar="DIR", help="whose frames `precision` compares all of them on")
-    _add_choices(profile)
-    profile.add_argument(
-        "--text-tokens", type=int, default=64, metavar="N", help="of the prompt; default: 64"
-    )
-    profile.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs; default: 5")
-    profile.add_argument("--compile-jobs", type=int, default=1, metavar="N", help="programs compiled at once")
-    profile.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="for each system; what is there is kept"
-    )
-    profile.add_argument("--json", metavar="PATH")
-    profile.add_argument("--markdown", metavar="PATH")
-    profile.add_argument("--figure", metavar="PATH", help=".png, .svg or .pdf")
-    profile.add_argument("--trace", metavar="DIR", help="a profile of one call each, for XProf")
+    for name in MOVED_OPTIONS:
+        profile.add_argument(name, nargs="*", action=_MovedOption, help=argparse.SUPPRESS)
     profile.set_defaults(run=_profile)
 
 
-def _add_choices(profile: argparse.ArgumentParser) -> None:
-    """What of the model may differ from the preset."""
-    profile.add_argument(
-        "--v2v-scope", nargs="+", default=[], choices=SCOPES, help="each is measured (prefill, long_video)"
+def add_measuring_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what all tasks take: systems, sizes, repetitions, and where the report goes."""
+    parser.add_argument(
+        "--preset", nargs="+", default=[], metavar="NAME", help="e.g. crosslmm_2b crosslmm_7b"
     )
-    profile.add_argument(
-        "--remat", nargs="+", default=[], choices=REMATS,
-        help="what is recomputed of the encoder; each is measured (train)",
+    parser.add_argument("--frames", type=int, nargs="+", default=[32, 64, 128, 256], metavar="N")
+    parser.add_argument(
+        "--tokens-per-frame", type=int, nargs="+", default=[None], metavar="N",
+        help="1, 9 or 16 (default: the preset's)",
     )  # fmt: skip
-    profile.add_argument(
-        "--parts", type=int, nargs="+", default=[], metavar="N",
-        help="that cuDNN reads keys in; each that divides them is measured (attention)",
-    )  # fmt: skip
-    profile.add_argument(
-        "--devices", type=int, nargs="+", default=[], metavar="N", help="compared (scaling); default: 1 2"
+    parser.add_argument("--text-tokens", type=int, default=64, metavar="N", help="of the prompt; default: 64")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs; default: 5")
+    parser.add_argument(
+        "--compile-jobs", type=int, default=1, metavar="N", help="programs compiled at the same time"
     )
-    profile.add_argument(
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="per system; the rows it has by then are kept"
+    )
+    parser.add_argument("--json", metavar="PATH")
+    parser.add_argument("--markdown", metavar="PATH")
+    parser.add_argument("--figure", metavar="PATH", help=".png, .svg or .pdf")
+    parser.add_argument("--trace", metavar="DIR", help="a profile of one call of each case, for XProf")
+    parser.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="of the model, e.g. decoder.remat=false"
     )
 
 
-def _profile(args: argparse.Namespace) -> None:
-    from crosslmm_jax.profiling import Outputs, profile
-
-    profile(
-        args.task, presets=args.preset, peer_names=args.peer,
-        tokens_per_frame=args.tokens_per_frame or [None], precisions=args.precision,
-        options={
-            "frames": tuple(args.frames), "text": args.text_tokens, "repeats": args.repeats,
-            "compile_jobs": args.compile_jobs, "trace": args.trace,
-            "videos": args.videos, "overrides": tuple(args.set),
-            "v2v_scopes": tuple(args.v2v_scope), "remats": tuple(args.remat), "devices": tuple(args.devices),
-            "parts": tuple(args.parts),
-        },
-        outputs=Outputs(json=args.json, markdown=args.markdown, figure=args.figure), timeout=args.timeout,
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """Adds --precision."""
+    parser.add_argument(
+        "--precision", nargs="+", choices=get_args(Precision), default=["compute"],
+        help="of encoder, projector and T2V's cache; each is measured (encoder, prefill, decode); compute:"
+        " bfloat16",
     )  # fmt: skip
+
+
+def add_v2v_scope(parser: argparse.ArgumentParser) -> None:
+    """Adds --v2v-scope."""
+    parser.add_argument(
+        "--v2v-scope", nargs="+", default=[], choices=SCOPES, help="each is measured (prefill)"
+    )
+
+
+def requests_of(
+    args: argparse.Namespace, kind: "type[Request]", task: str, **options: object
+) -> "list[Request]":
+    """The requests of a command line: one for each preset, tokens per frame and precision.
+
+    Args:
+      args: parsed from `add_measuring_options`, and `add_precision` and `add_v2v_scope` if they were added.
+      kind: the class of the requests.
+      task: dotted name of the module that measures.
+      options: further fields of the requests.
+    """
+    from crosslmm_jax.profiling import requests_for
+
+    make = functools.partial(
+        kind, task=task, frames=tuple(args.frames), overrides=tuple(args.set), text=args.text_tokens,
+        v2v_scopes=tuple(getattr(args, "v2v_scope", ())), repeats=args.repeats,
+        compile_jobs=args.compile_jobs, trace=args.trace, **options,
+    )  # fmt: skip
+    return requests_for(
+        make, args.preset, tokens_per_frame=args.tokens_per_frame,
+        precisions=getattr(args, "precision", ["compute"]),
+    )  # fmt: skip
+
+
+def outputs_of(args: argparse.Namespace) -> "Outputs":
+    """Where the report goes."""
+    from crosslmm_jax.profiling import Outputs
+
+    return Outputs(json=args.json, markdown=args.markdown, figure=args.figure)
+
+
+def _profile(args: argparse.Namespace) -> None:
+    from crosslmm_jax.profiling import Request, profile
+
+    for option, tasks in TASKS_OF_OPTIONS.items():
+        if set(getattr(args, option)) - {"compute"} and args.task not in tasks:
+            name = option.replace("_", "-")
+            raise UserError(f"--{name} with {args.task}: give it with {', '.join(tasks)}")
+    requests = requests_of(
+        args, Request, f"crosslmm_jax.profiling.{args.task}", remats=tuple(args.remat),
+        preallocate=args.task == "train",
+    )  # fmt: skip
+    command = shlex.join(["crosslmm", *sys.argv[1:]])
+    profile(args.task, requests, command=command, outputs=outputs_of(args), timeout=args.timeout)

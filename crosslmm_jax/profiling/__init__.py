@@ -1,8 +1,44 @@
-"""Sizes, FLOPs, memory and timing of the model."""
+"""What users measure: parameters, FLOPs, memory, and the time of prefill, decode, train step and encoder.
 
-from crosslmm_jax.profiling.suite import Outputs, profile
+| file | holds |
+|---|---|
+| `params.py` | parameters by part and by stage |
+| `flops.py` | FLOPs of each part, counted from the sizes |
+| `prefill.py`, `decode.py`, `train.py`, `encoder.py` | one task each: `run(record)` measures its programs |
+| `inputs.py` | random weights and prompts at real size |
+| `cases.py` | compiles a list of programs and measures one after the other |
+| `timing.py`, `memory.py` | clocks, rates of the device, peak memory |
+| `record.py`, `worker.py` | what one measuring process is asked and finds, and that process |
+| `suite.py` | `profile`: one process per system, and their rows as one report |
+| `report.py`, `figure.py` | the report as JSON, page and figure |
+
+To measure something else, write a module with `run(record)` and give its dotted name to `profile` as
+`Request.task`; options of its own are fields of a subclass of `Request`. `perf/` does so.
+"""
+
+from crosslmm_jax.profiling import figure, flops, inputs, memory, params, report, timing
+from crosslmm_jax.profiling.cases import Case, run_cases
+from crosslmm_jax.profiling.record import Record, Request, Row, check_counts
+from crosslmm_jax.profiling.report import Report
+from crosslmm_jax.profiling.suite import Outputs, Presentation, profile, requests_for
 
 __all__ = [
+    "Case",
     "Outputs",
+    "Presentation",
+    "Record",
+    "Report",
+    "Request",
+    "Row",
+    "check_counts",
+    "figure",
+    "flops",
+    "inputs",
+    "memory",
+    "params",
     "profile",
+    "report",
+    "requests_for",
+    "run_cases",
+    "timing",
 ]

@@ -1,67 +1,68 @@
-"""Measures a list of programs: all compiled first, then weights, then the programs by growing peak."""
+"""Measures a list of programs: compiles all of them, makes the weights, then runs them by growing peak."""
 
 import concurrent.futures
-import dataclasses
+import contextlib
+import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
+from jax.stages import Compiled, Lowered
+from jaxtyping import PyTree
 
 from crosslmm_jax.profiling import memory, timing
 from crosslmm_jax.profiling.flops import Costs
-from crosslmm_jax.profiling.record import Record
+from crosslmm_jax.profiling.record import Record, Row
+
+CompilerOptions = Mapping[str, bool | int]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Case:
-    """One program at one size.
+    """One program at one size."""
 
-    `lower` sees shapes only. `inputs` makes the arrays it is called with besides the weights; they may be
-    large, so they live only while the case runs. `call(compiled, weights, inputs, prepared)` is timed.
-    """
-
-    row: dict[str, Any]  # what, frames, tokens_per_frame
-    lower: Callable[[], Any]
-    inputs: Callable[[], Any]
-    call: Callable[[Any, Any, Any, Any], Any]
+    row: Row  # what, frames, tokens_per_frame, and what else tells it from other cases
+    lower: Callable[[], Lowered]  # from shapes alone
+    inputs: Callable[[], PyTree]  # arrays besides the weights; they live only while the case runs
+    call: Callable[[Compiled, PyTree, PyTree, PyTree], PyTree]  # (program, weights, inputs, prepared); timed
     input_bytes: int
     costs: Costs | None = None
-    prepare: Callable[[Any], Any] | None = None  # of the inputs, before each call, not timed
-    per_call: int = 1  # results of one call that the row's time is divided by
-    finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # adds fields to the row
-    compiler_options: dict[str, Any] | None = None  # of XLA
+    prepare: Callable[[PyTree], PyTree] | None = None  # from the inputs, before each call; not timed
+    per_call: int = 1  # results of one call; times are divided by it
+    finish: Callable[[Row], Row] | None = None  # adds fields to the finished row
+    compiler_options: CompilerOptions | None = None  # of XLA
 
     @property
     def name(self) -> str:
-        """For messages and folders."""
-        kinds = (
-            "what", "frames", "tokens_per_frame", "v2v_scope", "remat", "devices", "mesh", "precision",
-            "backend", "parts",
-        )  # fmt: skip
-        named = [self.row[kind] for kind in kinds if kind in self.row]
-        return "_".join(map(str, named)).replace("+", "_with_")
+        """For messages and folders: all words and counts of the row."""
+        words = [str(value) for value in self.row.values() if isinstance(value, str | int)]
+        return "_".join(words).replace("+", "_with_")
 
 
-@dataclasses.dataclass(kw_only=True)
-class _Ready:
+class _Ready(NamedTuple):
     case: Case
-    compiled: Any
+    compiled: Compiled
     compile_s: float
     backends: list[str]
     plan: dict[str, int] | None
 
+    @property
+    def peak(self) -> int:
+        return self.plan["peak"] if self.plan else self.case.row["frames"]
 
-def run_cases(cases: Sequence[Case], record: Record, *, make_weights: Callable[[], Any]) -> None:
-    """Measures each case and adds its row to `record`; a case that fails is noted and left out.
+
+def run_cases(cases: Sequence[Case], record: Record, *, make_weights: Callable[[], PyTree]) -> None:
+    """Measures each case and adds its row to `record`. A case that fails is noted, and the others run.
 
     Args:
       cases: what to measure.
       record: gets the rows.
-      make_weights: the weights, once everything is compiled; memory is counted over them. Where cases bring
-        their own as inputs, an empty tree.
+      make_weights: makes the weights after everything is compiled; peaks are counted over them. For cases
+        that have their weights among the inputs, it returns an empty tree.
     """
     ready = _compile_all(cases, record)
     if not ready:
@@ -72,7 +73,7 @@ def run_cases(cases: Sequence[Case], record: Record, *, make_weights: Callable[[
     high_water.weights_are_there()
     weights_mb = sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) / 1e6
     record.add_facts(weights_mb=weights_mb, weights_s=time.perf_counter() - begin)
-    for item in sorted(ready, key=lambda item: item.plan["peak"] if item.plan else item.case.row["frames"]):
+    for item in sorted(ready, key=lambda item: item.peak):
         try:
             _run(item, record, weights, high_water)
         except Exception as error:  # one case must not end the others
@@ -80,46 +81,43 @@ def run_cases(cases: Sequence[Case], record: Record, *, make_weights: Callable[[
 
 
 def _compile_all(cases: Sequence[Case], record: Record) -> list[_Ready]:
-    ready = []
+    ready, waiting = [], []
     with concurrent.futures.ThreadPoolExecutor(max(1, record.request.compile_jobs)) as pool:
-        waiting = []
         for case in cases:
             try:
-                with _AttentionBackends() as backends:
+                with _attention_backends() as backends:
                     lowered = case.lower()
-                waiting.append(
-                    (case, sorted(backends.seen), pool.submit(_compile, lowered, case.compiler_options))
-                )
+                future = pool.submit(_compile, lowered, case.compiler_options)
+                waiting.append((case, sorted(backends), future))
             except Exception as error:
                 record.add_error(f"{case.name}, lowering", error)
-        for case, seen, future in waiting:
+        for case, backends, future in waiting:
             try:
                 compiled, seconds = future.result()
                 plan = memory.planned(compiled, inputs=case.input_bytes)
-                ready.append(
-                    _Ready(case=case, compiled=compiled, compile_s=seconds, backends=seen, plan=plan)
-                )
+                ready.append(_Ready(case, compiled, seconds, backends, plan))
             except Exception as error:
                 record.add_error(f"{case.name}, compiling", error)
     return ready
 
 
-def _compile(lowered: Any, options: dict[str, Any] | None) -> tuple[Any, float]:
+def _compile(lowered: Lowered, options: CompilerOptions | None) -> tuple[Compiled, float]:
     begin = time.perf_counter()
-    return lowered.compile(compiler_options=options), time.perf_counter() - begin
+    compiled = lowered.compile(compiler_options=options)  # type: ignore[arg-type]  # it takes integers too
+    return compiled, time.perf_counter() - begin
 
 
-def _run(item: _Ready, record: Record, weights: Any, high_water: memory.HighWater) -> None:
+def _run(item: _Ready, record: Record, weights: PyTree, high_water: memory.HighWater) -> None:
     case, request = item.case, record.request
     before = high_water.mark()
     inputs = jax.block_until_ready(case.inputs())
 
-    def call(prepared: Any) -> Any:
+    def call(prepared: PyTree) -> PyTree:
         return case.call(item.compiled, weights, inputs, prepared)
 
-    prepare = None if case.prepare is None else _bound(case.prepare, inputs)
+    prepare = None if case.prepare is None else functools.partial(case.prepare, inputs)
     timed = timing.measure(call, repeats=request.repeats, prepare=prepare)
-    # Weights that come with the inputs would count in the mark; then only the plan is comparable.
+    # Without weights, those among the inputs would count in the mark; then only the plan is comparable.
     after = high_water.mark() if jax.tree.leaves(weights) else None
     timed = timing.summary([sample / case.per_call for sample in timed["samples_ms"]])
     row = {**case.row, **timed, **memory.peak_row(item.plan, before, after)}
@@ -133,33 +131,20 @@ def _run(item: _Ready, record: Record, weights: Any, high_water: memory.HighWate
             jax.block_until_ready(call(None if prepare is None else prepare()))
 
 
-def _bound(prepare: Callable[[Any], Any], inputs: Any) -> Callable[[], Any]:
-    def bound() -> Any:
-        return prepare(inputs)
+@contextlib.contextmanager
+def _attention_backends() -> Iterator[set[str]]:
+    """Collects which backend each attention of a traced program takes, from what the attention logs."""
+    logger, seen = logging.getLogger("crosslmm_jax.model.attention.dispatch"), set()
 
-    return bound
+    def collect(record: logging.LogRecord) -> bool:
+        seen.add(record.getMessage())
+        return False  # shown nowhere
 
-
-class _AttentionBackends(logging.Handler):
-    """Which backend each attention of a traced program took, from what the attention function logs."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.DEBUG)
-        self.seen: set[str] = set()
-        self._logger = logging.getLogger("crosslmm_jax.model.attention.dispatch")
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keeps the message."""
-        self.seen.add(record.getMessage())
-
-    def __enter__(self) -> "_AttentionBackends":
-        self._before = (self._logger.level, self._logger.propagate)
-        self._logger.addHandler(self)
-        self._logger.setLevel(logging.DEBUG)
-        self._logger.propagate = False
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._logger.removeHandler(self)
-        self._logger.setLevel(self._before[0])
-        self._logger.propagate = self._before[1]
+    level = logger.level
+    logger.addFilter(collect)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield seen
+    finally:
+        logger.removeFilter(collect)
+        logger.setLevel(level)

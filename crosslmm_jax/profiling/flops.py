@@ -1,9 +1,13 @@
 """Floating-point operations of each part, counted from the sizes alone.
 
-Model FLOPs: matrix products only, 2 for a multiplication with its addition, each query-key pair that may be
-read counted once (half a square for causal attention) and nothing counted that a backend computes besides:
-no recomputation, no masked pairs. `dense=True` counts masked pairs too, as a program does that computes all
-scores and masks them; that is what the compiler's `cost_analysis` sees in the reference backend.
+What counts as model FLOPs:
+
+- matrix products only; a multiplication with its addition is 2,
+- each query-key pair that may be read, once: half a square for causal attention,
+- nothing that a backend computes besides: no recomputation, no masked pairs.
+
+`dense=True` also counts masked pairs, for a program that computes all scores and masks some. The compiler's
+`cost_analysis` of the reference backend counts the same.
 """
 
 from collections.abc import Collection
@@ -16,11 +20,11 @@ class Workload(NamedTuple):
     """One row: `before` text tokens, a video, then the rest of the text."""
 
     frames: int
-    text: int  # text tokens, those before the video included
+    text: int  # text tokens, including those before the video
     before: int = 0
 
     def length(self, config: ModelConfig) -> int:
-        """T, tokens of the whole sequence."""
+        """T, the tokens of the sequence."""
         return self.text + self.frames * config.merge.tokens_per_frame
 
 
@@ -45,7 +49,7 @@ def total(costs: Costs) -> float:
 
 
 def encoder(config: ModelConfig, frames: int) -> Costs:
-    """Encoder, pool and projector; it projects pooled tokens, and original ones if they are read later."""
+    """Encoder, pool and projector, which projects pooled tokens, and original ones if a layer reads them."""
     v, m, width = config.vision, config.merge, config.decoder.width
     patches, tokens = v.num_patches, frames * v.num_patches
     embedding = 2 * tokens * 3 * v.patch_size**2 * v.width
@@ -61,20 +65,20 @@ def encoder(config: ModelConfig, frames: int) -> Costs:
 
 
 def frame_pairs(config: ModelConfig, frames: int, *, dense: bool = False) -> int:
-    """Pairs of a frame and a frame that its compact tokens read in V2V."""
+    """Pairs of a frame and a frame that its compact tokens attend to in V2V."""
     cross = config.cross_attention
     if cross.v2v_scope == "video":
         return frames**2
     if cross.v2v_scope == "frame":
         return frames
     window = min(cross.v2v_window, frames)
-    if dense:  # blocks of `window` frames read three blocks
+    if dense:  # each block of `window` frames attends to three blocks
         return -(-frames // window) * window * 3 * window
     return sum(min(f + window, frames - 1) - max(f - window, 0) + 1 for f in range(frames))
 
 
 def v2v(config: ModelConfig, frames: int, *, dense: bool = False) -> Costs:
-    """Compact tokens read original tokens, in all layers that do: K/V, the attention, query and output."""
+    """V2V in all its layers: K/V of the original tokens; attention with query and output projection."""
     c = config.merge.tokens_per_frame
     attended = frame_pairs(config, frames, dense=dense) * c * config.vision.num_patches
     return {
@@ -84,7 +88,7 @@ def v2v(config: ModelConfig, frames: int, *, dense: bool = False) -> Costs:
 
 
 def t2v(config: ModelConfig, work: Workload, *, dense: bool = False) -> Costs:
-    """Text tokens read original tokens; those before the video read none."""
+    """T2V in all its layers, as `v2v`. Text tokens before the video attend to nothing."""
     readers = work.text if dense else work.text - work.before
     pairs = readers * work.frames * config.vision.num_patches
     return {
@@ -108,7 +112,14 @@ def _cross(config: ModelConfig, *, queries: int, pairs: int) -> Cost:
 
 
 def decoder(config: ModelConfig, *, queries: int, pairs: int, logits: int) -> Costs:
-    """Self-attention, MLP and head of `queries` tokens that read `pairs` keys in all."""
+    """Self-attention, MLP and output head.
+
+    Args:
+      config: the model configuration.
+      queries: tokens that run through the layers.
+      pairs: pairs of a token and a token that it attends to.
+      logits: positions whose logits are computed.
+    """
     d = config.decoder
     heads, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
     attention = Cost(queries * 4 * d.width * (heads + kv), 4 * pairs * heads)
@@ -120,15 +131,12 @@ def decoder(config: ModelConfig, *, queries: int, pairs: int, logits: int) -> Co
 
 
 def causal_pairs(length: int, *, dense: bool = False) -> int:
-    """Pairs of a token and a token that it reads, itself included."""
+    """Pairs of a token and a token that it attends to, including itself."""
     return length**2 if dense else length * (length + 1) // 2
 
 
 def prefill(config: ModelConfig, work: Workload, *, dense: bool = False, logits: int = 1) -> Costs:
-    """From pixels and tokens to the logits of `logits` positions, one row.
-
-    With `dense`, a program that computes every score and masks some.
-    """
+    """One row from pixels and tokens to the logits of `logits` positions."""
     length = work.length(config)
     costs = encoder(config, work.frames)
     if "v2v" in config.cross_attention.directions:
@@ -140,7 +148,7 @@ def prefill(config: ModelConfig, work: Workload, *, dense: bool = False, logits:
 
 
 def decode(config: ModelConfig, *, frames: int, cached: int) -> Costs:
-    """One generated token behind `cached` tokens; the T2V keys and values of the video are there already."""
+    """One generated token after `cached` tokens, with T2V's KV cache of the video filled."""
     costs = decoder(config, queries=1, pairs=cached + 1, logits=1)
     if "t2v" in config.cross_attention.directions:
         costs["t2v"] = _cross(config, queries=1, pairs=frames * config.vision.num_patches)
@@ -155,11 +163,11 @@ def train(
     trainable: Collection[str] = PARTS,
     dense: bool = False,
 ) -> Costs:
-    """Forward and backward pass of one row, nothing recomputed.
+    """Forward and backward pass of one row, without recomputation.
 
-    A product with weights costs as much again for the gradient of what it reads, and again for that of the
-    weights; a product of activations costs twice as much again. Neither is needed below the first part that
-    learns, nor for weights that do not.
+    The backward pass of a product with weights costs the forward once for the gradient of its input and once
+    for that of the weights; that of a product of activations costs it twice. No gradient is computed below
+    the first trainable part, nor for frozen weights.
     """
     learns = {
         "encoder": "encoder", "pool": "", "projector": "projector", "v2v_kv": "v2v", "v2v": "v2v",
@@ -170,32 +178,17 @@ def train(
     visual_learns = bool({"encoder", "projector"} & set(trainable))
     costs = {}
     for part, cost in forward.items():
-        reads = below.get(part, visual_learns if part.endswith("_kv") else True)
-        weights = 1 + (learns[part] in trainable) + reads
-        products = 1 + 2 * (reads or learns[part] in trainable)
+        passes_on = below.get(part, visual_learns if part.endswith("_kv") else True)
+        weights = 1 + (learns[part] in trainable) + passes_on
+        products = 1 + 2 * (passes_on or learns[part] in trainable)
         costs[part] = Cost(weights * cost.weights, products * cost.products)
-    if "projector" in trainable and "encoder" not in trainable:  # its second matrix reads what its first made
+    if "projector" in trainable and "encoder" not in trainable:  # its first matrix passes no gradient on
         second = config.decoder.width / (config.vision.width + config.decoder.width)
         costs["projector"] = Cost((2 + second) * forward["projector"].weights)
     costs["pool"] = Cost(products=forward["pool"].products * (1 + ("encoder" in trainable)))
-    if "encoder" in trainable:  # gradients of what the layers read, but not of the pixels
+    if "encoder" in trainable:  # gradients of the layers' inputs, but not of the pixels
         pixels = 2 * work.frames * config.vision.num_patches * 3 * config.vision.patch_size**2
         below_layers = pixels * config.vision.width
         layers = forward["encoder"].weights - below_layers
         costs["encoder"] = Cost(2 * below_layers + 3 * layers, 3 * forward["encoder"].products)
     return costs
-
-
-def llava_onevision(config: ModelConfig, work: Workload, *, tokens_per_frame: int = 196) -> Costs:
-    """Prefill of LLaVA-OneVision with our encoder and decoder sizes: no cross-attention, all tokens decoded.
-
-    It projects before it pools, and adds one token behind a video.
-    """
-    v, d = config.vision, config.decoder
-    length = work.text + work.frames * tokens_per_frame + 1
-    tokens = work.frames * v.num_patches
-    return {
-        "encoder": encoder(config, work.frames)["encoder"],
-        "projector": Cost(2 * tokens * d.width * (v.width + d.width)),
-        **decoder(config, queries=length, pairs=causal_pairs(length), logits=1),
-    }

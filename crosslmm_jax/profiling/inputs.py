@@ -1,7 +1,7 @@
-"""Random weights and prompts at real size, as shapes first and as arrays later.
+"""Random weights and prompts at real size, first as shapes, later as arrays.
 
-Programs are compiled from shapes, before a weight exists: what compiling allocates (autotuning tries
-kernels on scratch memory) then stays below the weights and out of the peaks that are measured.
+Programs are compiled from shapes, before a weight exists. What compiling allocates (autotuning tries
+kernels on scratch memory) then stays below the weights and out of the measured peaks.
 """
 
 import dataclasses
@@ -10,12 +10,13 @@ import json
 import math
 import zlib
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jax.tree_util import KeyPath
+from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
 
 from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import PARTS, ModelConfig
@@ -26,18 +27,18 @@ from crosslmm_jax.presets import get_preset
 from crosslmm_jax.profiling.flops import Workload
 from crosslmm_jax.profiling.record import Request
 
-WEIGHT_STD = 0.02  # Hugging Face's initialiser, as the peers have it
+WEIGHT_STD = 0.02  # Hugging Face's initialiser
 OPEN_GATE = 0.5
-CODE_STD = 25.0  # of random numbers in 8 bits: five deviations within int8
-INPUT_SCALE = 2.0**-3  # of what so400m's matrices read in fp8, by `activation_bounds`, with norms of one
-LARGE = 2**24  # numbers in an array that is made before the next is begun
+CODE_STD = 25.0  # of random numbers in 8 bits: five standard deviations fit into int8
+INPUT_SCALE = 2.0**-3  # of so400m's matrix inputs in fp8, by `activation_bounds`, with norms of one
+LARGE = 2**24  # numbers in an array that is finished before the next one starts
 
 
 def preset_with_tokens(name: str, tokens_per_frame: int | None) -> ModelConfig:
-    """The preset `name`, with another number of compact tokens a frame where one is given.
+    """The preset `name`, if given with another number of compact tokens per frame.
 
     Raises:
-      UserError: not a square number.
+      UserError: an unknown preset, or not a square number.
     """
     config = get_preset(name)
     if tokens_per_frame is None:
@@ -49,7 +50,7 @@ def preset_with_tokens(name: str, tokens_per_frame: int | None) -> ModelConfig:
 
 
 def config_of(request: Request) -> ModelConfig:
-    """The model that a request names, its overrides applied.
+    """The model configuration that a request names, with its overrides applied.
 
     Raises:
       UserError: an unknown preset or field, or a value that does not fit.
@@ -64,7 +65,7 @@ def with_overrides(config: ModelConfig, words: Sequence[str]) -> ModelConfig:
     for word in words:
         path, equals, text = word.partition("=")
         *parents, name = path.replace("-", "_").split(".")
-        node: Any = values
+        node: object = values
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
         if not equals or not isinstance(node, dict) or name not in node:
@@ -77,22 +78,26 @@ def with_overrides(config: ModelConfig, words: Sequence[str]) -> ModelConfig:
 
 
 def with_scopes(config: ModelConfig, scopes: Sequence[str]) -> list[ModelConfig]:
-    """`config` with each of the V2V scopes, or as it is where there are none."""
+    """`config` with each of the V2V scopes; without scopes, `config` alone."""
     cross = config.cross_attention
-    own = scopes or (cross.v2v_scope,)
-    return [with_overrides(config, [f"cross_attention.v2v_scope={scope}"]) for scope in own]
+    replaced = [dataclasses.replace(cross, v2v_scope=scope) for scope in scopes or (cross.v2v_scope,)]
+    return [dataclasses.replace(config, cross_attention=cross) for cross in replaced]
 
 
 def precision_of(config: ModelConfig) -> str:
-    """What a row says about it: the compute dtype, or the 8 bits of `ModelConfig.at_precision`."""
+    """The word for it in a row: the compute dtype, or the 8-bit type of `ModelConfig.at_precision`."""
     return config.compute_dtype if config.visual_matmul == "compute" else config.visual_matmul
 
 
-def param_shapes(config: ModelConfig, parts: Collection[str] = PARTS, *, stacked: bool = False) -> Any:
-    """Shapes and dtypes of inference weights: matrices in the compute dtype, norms and gates float32.
+def param_shapes(config: ModelConfig, parts: Collection[str] = PARTS, *, stacked: bool = False) -> PyTree:
+    """Shapes and dtypes of inference weights: matrices in the compute dtype, norms and gates in float32.
 
-    With `visual_matmul`, matrices of encoder and projector in 8 bits, their scales float32. Layers have
-    arrays of their own, as inference reads them, or with `stacked` as training does.
+    With `visual_matmul`, matrices of encoder and projector are in 8 bits and their scales in float32.
+
+    Args:
+      config: the model configuration.
+      parts: the parts to include.
+      stacked: one array for all layers, as in training; else one per layer, as in inference.
     """
     abstract = jax.eval_shape(
         lambda: quantise_params(init_params(config, jax.random.key(0)), config.visual_matmul)
@@ -100,54 +105,55 @@ def param_shapes(config: ModelConfig, parts: Collection[str] = PARTS, *, stacked
     abstract = abstract if stacked else separate_layers(abstract)
     abstract = {part: abstract[part] for part in parts}
 
-    def stored(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
-        own = has_own_dtype(path[-1].key, leaf.dtype)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if own else jnp.dtype(config.compute_dtype))
+    def stored(path: KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        keeps = has_own_dtype(_name(path), leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if keeps else jnp.dtype(config.compute_dtype))
 
     return jax.tree_util.tree_map_with_path(stored, abstract)
 
 
-def random_params(config: ModelConfig, parts: Collection[str] = PARTS, *, stacked: bool = False) -> Any:
-    """Arrays of `param_shapes`, made on the device in their own dtype, gates open.
+def random_params(config: ModelConfig, parts: Collection[str] = PARTS, *, stacked: bool = False) -> PyTree:
+    """Random arrays of the shapes of `param_shapes`, made on the device in their dtypes, with open gates.
 
-    The largest come first, so that no moment holds more memory than all weights do in the end.
+    The largest are made first, so that memory never exceeds what all weights take in the end.
     """
     flat, tree = jax.tree_util.tree_flatten_with_path(param_shapes(config, parts, stacked=stacked))
-    values: list[Any] = [None] * len(flat)
+    values: dict[int, Array] = {}
     for i in sorted(range(len(flat)), key=lambda i: -flat[i][1].size):
         values[i] = _random_leaf(*flat[i])
         if values[i].size >= LARGE:
             jax.block_until_ready(values[i])
-    return jax.tree_util.tree_unflatten(tree, values)
+    return jax.tree_util.tree_unflatten(tree, [values[i] for i in range(len(flat))])
 
 
-def _random_leaf(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
-    name = path[-1].key
+def _name(path: KeyPath) -> str:
+    """The last key on the path to a leaf of nested dicts."""
+    return path[-1].key  # type: ignore[attr-defined]  # all nodes are dicts
+
+
+def _random_leaf(path: KeyPath, leaf: jax.ShapeDtypeStruct) -> Array:
+    name = _name(path)
     if name == "gate":
         return jnp.full(leaf.shape, OPEN_GATE, leaf.dtype)
     if name.endswith("_input_scale"):
         return jnp.full(leaf.shape, INPUT_SCALE, leaf.dtype)
-    if name.endswith("_scale") and not _is_norm(name):
+    if name.endswith("_scale") and "norm" not in name:
         return jnp.full(leaf.shape, WEIGHT_STD / CODE_STD, leaf.dtype)
-    if _is_norm(name) and not name.endswith("bias"):
+    if "norm" in name and not name.endswith("bias"):
         return jnp.ones(leaf.shape, leaf.dtype)
     seed = zlib.crc32(jax.tree_util.keystr(path).encode())
     return random_array(leaf.shape, leaf.dtype, seed=seed)
 
 
-def _is_norm(name: str) -> bool:
-    return "norm" in name
-
-
-def random_array(shape: tuple[int, ...], dtype: Any, *, seed: int, std: float = WEIGHT_STD) -> Array:
-    """Gaussian with standard deviation `std`, on the device; 8 bits have `CODE_STD`, for a scale behind."""
+def random_array(shape: tuple[int, ...], dtype: DTypeLike, *, seed: int, std: float = WEIGHT_STD) -> Array:
+    """Gaussian numbers on the device. In 8 bits the standard deviation is CODE_STD: a scale is applied later."""
     if jnp.dtype(dtype).itemsize == 1:
         std = CODE_STD
     return _normal(jax.random.key(seed, impl="rbg"), tuple(shape), jnp.dtype(dtype), std)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "std"))
-def _normal(key: Array, shape: tuple[int, ...], dtype: Any, std: float) -> Array:
+def _normal(key: Array, shape: tuple[int, ...], dtype: np.dtype, std: float) -> Array:
     drawn = jnp.dtype(jnp.bfloat16) if dtype.itemsize == 1 else dtype
     return (std * jax.random.normal(key, shape, drawn)).astype(dtype)
 
@@ -159,7 +165,7 @@ def frames_shape(config: ModelConfig, frames: int) -> jax.ShapeDtypeStruct:
 
 
 def random_frames(config: ModelConfig, frames: int, *, seed: int = 0) -> Array:
-    """uint8[1, F, R, R, 3] random pixels, made on the device: a long video's take gigabytes."""
+    """uint8[1, F, R, R, 3] of random pixels, made on the device: those of a long video take gigabytes."""
     return _random_pixels(jax.random.key(seed, impl="rbg"), frames_shape(config, frames).shape)
 
 
@@ -170,7 +176,7 @@ def _random_pixels(key: Array, shape: tuple[int, ...]) -> Array:
 
 
 def random_prompt(config: ModelConfig, work: Workload, *, seed: int = 0) -> Batch[np.ndarray]:
-    """One row for training: text, a video of random pixels, and text with targets; without padding."""
+    """One row for training: text, a video of random pixels, and text with targets. No padding."""
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, frames_shape(config, work.frames).shape, dtype=np.uint8)
     loss_mask = np.zeros((1, work.length(config)), np.float32)
@@ -194,11 +200,11 @@ def random_text(config: ModelConfig, work: Workload, *, seed: int = 0) -> Batch[
     )
 
 
-def shapes_of(tree: Any) -> Any:
-    """The tree with shapes and dtypes in place of arrays."""
+def shapes_of(tree: PyTree) -> PyTree:
+    """`tree` with shapes and dtypes in place of arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def num_bytes(tree: Any) -> int:
-    """Bytes that the arrays (or shapes) of a tree take."""
+def num_bytes(tree: PyTree) -> int:
+    """Bytes of the arrays (or shapes) of `tree`."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

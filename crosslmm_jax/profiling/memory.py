@@ -1,51 +1,58 @@
-"""Peak memory over the weights, by two witnesses: the compiler's plan and the allocator's high-water mark.
+"""Peak memory over the weights, from two sources: the compiler's plan and the allocator's high-water mark.
 
-The mark covers the whole life of a process, so a reading belongs to a case only if it rises above what was
-there before: programs are compiled before weights exist, and cases run from the smallest peak to the largest.
+The mark covers the whole life of a process, so it belongs to a case only if it rises while the case runs.
+Hence programs are compiled before weights exist, and cases run from the smallest peak to the largest.
 """
 
-from typing import Any
+from typing import Protocol
 
 import jax
+from jax.stages import Compiled
+
+from crosslmm_jax.profiling.record import Row
 
 
-def planned(compiled: Any, *, inputs: int) -> dict[str, int] | None:
-    """Bytes by the compiler's buffer assignment: what a call holds besides weights.
+def planned(compiled: Compiled, *, inputs: int) -> dict[str, int] | None:
+    """Bytes that a call holds besides the weights, by the compiler's buffer assignment.
 
-    `peak` is the sum of inputs, outputs and temporaries, which the run may stay below: an output may lie
-    where a temporary was. None where the backend does not say.
+    `peak` is the sum of inputs, outputs and temporaries. A run may stay below it, since an output may take
+    the place of a temporary. None if the backend does not report them.
 
     Args:
       compiled: the program.
-      inputs: bytes of what it is called with besides weights (frames, tokens, caches).
+      inputs: bytes of its arguments besides the weights (frames, tokens, caches).
     """
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     temporaries = analysis.temp_size_in_bytes
-    return {
-        "inputs": inputs,
-        "outputs": outputs,
-        "temporaries": temporaries,
-        "peak": inputs + outputs + temporaries,
-    }
+    peak = inputs + outputs + temporaries
+    return {"inputs": inputs, "outputs": outputs, "temporaries": temporaries, "peak": peak}
+
+
+class Device(Protocol):
+    """What is read of a `jax.Device`."""
+
+    def memory_stats(self) -> dict[str, int] | None:
+        """The allocator's counters in bytes, where it keeps any."""
+        ...
 
 
 class HighWater:
-    """The allocator's peak over a baseline, where the device keeps one (GPU, TPU)."""
+    """The allocator's peak over a baseline, where the device reports one (GPU, TPU)."""
 
-    def __init__(self, device: Any = None) -> None:
-        """Reads `device`, the first by default; nothing is counted as weights yet."""
+    def __init__(self, device: Device | None = None) -> None:
+        """Reads `device`, the first by default. Nothing is counted as weights yet."""
         self._device = device or jax.devices()[0]
         self._weights = 0
 
     def weights_are_there(self) -> None:
-        """All that is held now counts as weights."""
+        """Counts everything that is held now as weights."""
         self._weights = self._read("bytes_in_use") or 0
 
     def mark(self) -> int | None:
-        """The highest use so far over the weights in bytes; None where the device does not say."""
+        """The highest use so far over the weights, in bytes; None if the device does not report it."""
         peak = self._read("peak_bytes_in_use")
         return None if peak is None else peak - self._weights
 
@@ -54,11 +61,11 @@ class HighWater:
         return None if stats is None else stats.get(name)
 
 
-def peak_row(plan: dict[str, int] | None, before: int | None, after: int | None) -> dict[str, Any]:
+def peak_row(plan: dict[str, int] | None, before: int | None, after: int | None) -> Row:
     """The fields of a row about memory, in megabytes (10^6 bytes).
 
     Args:
-      plan: of `planned`.
+      plan: the result of `planned`.
       before: `HighWater.mark()` before the case ran.
       after: the same afterwards.
     """

@@ -1,4 +1,4 @@
-"""How many parameters each part holds and each stage trains, counted without allocating any.
+"""Number of parameters that each part holds and each stage trains, counted without allocating them.
 
 Paper: table 3 (43M trainable in stage 1 of the 2B model, the full model in stage 2).
 """
@@ -27,8 +27,8 @@ class ParameterCount(TypedDict):
 def count(config: ModelConfig) -> ParameterCount:
     """Parameters of `config` by part and by stage.
 
-    `decoder` is its layers and last norm; `embeddings` is what has a vocabulary axis: the embedding and,
-    where it is not tied, the output head.
+    `decoder` is its layers and last norm. `embeddings` is everything with a vocabulary axis: the embedding
+    and the output head, if it is not tied.
     """
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     axes = logical_axes(config)
@@ -54,7 +54,7 @@ def _size(tree: object) -> int:
 
 
 def table(name: str, config: ModelConfig) -> str:
-    """The counts of `config`, called `name`, as lines of text."""
+    """The counts of `config` as a text table with the title `name`."""
     counts = count(config)
     rows = [["part", "parameters", *STAGE_PARTS]]
     for part, size in counts["parts"].items():

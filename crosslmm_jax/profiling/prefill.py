@@ -1,23 +1,22 @@
 """Prefill: from the frames' pixels on the device and a prompt's tokens to the first logits.
 
-`prefill` is that alone, the paper's figure; `prefill+cache` also leaves all that generating takes, the
-decoder's keys and values and T2V's of the video.
+- `prefill`: that alone, as in the paper's figure.
+- `prefill+cache`: also leaves the KV caches from which an answer is generated: the decoder's, and T2V's.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from crosslmm_jax.batch import Batch, with_known_visibility
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model import CrossLMM, logits_of
 from crosslmm_jax.parallel import matmul_options
 from crosslmm_jax.profiling import flops
-from crosslmm_jax.profiling.cases import Case, run_cases
+from crosslmm_jax.profiling.cases import Case, Compiled, Lowered, run_cases
 from crosslmm_jax.profiling.inputs import (
     config_of,
     frames_shape,
@@ -31,17 +30,19 @@ from crosslmm_jax.profiling.inputs import (
     with_scopes,
 )
 from crosslmm_jax.profiling.record import Record, Request
+from crosslmm_jax.profiling.timing import device_facts
 
-ROOM = 256  # tokens that an answer may have
+ROOM = 256  # free positions in the cache, for an answer
 
 
 def run(record: Record) -> None:
-    """Measures both forms at all frame counts that the request names."""
+    """Measures both forms for each V2V scope and number of frames of the request."""
     measure(record, forms=(False, True))
 
 
 def measure(record: Record, *, forms: Sequence[bool]) -> None:
-    """Measures the forms (with a cache or not) for each V2V scope and frame count."""
+    """Measures the given forms, True with a cache and False without."""
+    record.add_facts(**device_facts())
     request = record.request
     config = config_of(request)
     cases = [
@@ -61,13 +62,13 @@ def case(config: ModelConfig, request: Request, frames: int, *, cached: bool) ->
     function = _with_cache if cached else _first_logits
     model = CrossLMM(config, stacked=False)
 
-    def lower() -> Any:
+    def lower() -> Lowered:
         return function.lower(model, param_shapes(config), pixels, shapes_of(batch))
 
-    def inputs() -> Any:
+    def inputs() -> PyTree:
         return random_frames(config, frames), jax.device_put(batch)
 
-    def call(compiled: Any, weights: Any, inputs: Any, _: None) -> Any:
+    def call(compiled: Compiled, weights: PyTree, inputs: PyTree, _: None) -> PyTree:
         return compiled(weights, *inputs)
 
     row = {
@@ -86,18 +87,18 @@ def case(config: ModelConfig, request: Request, frames: int, *, cached: bool) ->
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _first_logits(model: CrossLMM, params: Any, frames: Array, batch: Batch[Array]) -> Array:
-    """float32[1, V] logits behind the prompt, and nothing else."""
+def _first_logits(model: CrossLMM, params: PyTree, frames: Array, batch: Batch[Array]) -> Array:
+    """float32[1, V] logits of the token after the prompt, and nothing else."""
     visual = model.apply({"params": params}, frames, method="encode")
-    hidden: Any = model.apply({"params": params}, visual, batch, method="hidden")
+    hidden: PyTree = model.apply({"params": params}, visual, batch, method="hidden")
     decoder = params["decoder"]
     head = decoder["embedding"].T if model.config.decoder.tie_embeddings else decoder["lm_head"]
     return logits_of(hidden[:, -1:], head.astype(hidden.dtype))[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _with_cache(model: CrossLMM, params: Any, frames: Array, batch: Batch[Array]) -> Any:
-    """The logits and a cache with room for an answer."""
+def _with_cache(model: CrossLMM, params: PyTree, frames: Array, batch: Batch[Array]) -> PyTree:
+    """The same logits, and a cache with ROOM for an answer."""
     visual = model.apply({"params": params}, frames, method="encode")
     length = batch.tokens.shape[1]
     counts = jnp.full(batch.tokens.shape[:1], length, jnp.int32)
