@@ -15,6 +15,6 @@
 | `decode_speed.py`, `decode_speed_files.py` | our video reader, decord and OpenCV |
 | `input_throughput.py` | frames per second of the input pipeline |
 
-A measuring command is a module with `run(record)`. `crosslmm_jax.profiling` runs it in one process per system.
-The package imports nothing of this folder, and the wheel does not hold it.
+A measuring command is a module with `run(record)`, which `crosslmm_jax.profiling` runs in one process per
+system. The package imports nothing of this folder, and the wheel does not hold it.
 """

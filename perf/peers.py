@@ -2,7 +2,7 @@
 
 | peer | model |
 |---|---|
-| `llava-onevision-7b`, `llava-onevision-0.5b` | LlavaOnevisionForConditionalGeneration, 196 tokens per frame |
+| `llava-onevision-7b`, `-0.5b` | `LlavaOnevisionForConditionalGeneration`, 196 tokens per frame |
 | `siglip` | the vision tower alone |
 | any of them with the suffix `-compiled` | the same under `torch.compile` |
 

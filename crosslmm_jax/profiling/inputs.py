@@ -146,7 +146,7 @@ def _random_leaf(path: KeyPath, leaf: jax.ShapeDtypeStruct) -> Array:
 
 
 def random_array(shape: tuple[int, ...], dtype: DTypeLike, *, seed: int, std: float = WEIGHT_STD) -> Array:
-    """Gaussian numbers on the device. In 8 bits the standard deviation is CODE_STD: a scale is applied later."""
+    """Gaussian numbers on the device. In 8 bits `std` is CODE_STD: a scale is applied later."""
     if jnp.dtype(dtype).itemsize == 1:
         std = CODE_STD
     return _normal(jax.random.key(seed, impl="rbg"), tuple(shape), jnp.dtype(dtype), std)
