@@ -10,8 +10,7 @@ from pathlib import Path
 from jaxtyping import PyTree
 
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.profiling import Outputs, Report
-from crosslmm_jax.profiling.suite import write
+from crosslmm_jax.profiling import Outputs, Report, write_report
 from perf import bars, long_video
 from perf.command import parser_of
 from perf.measure import PRESENTATION
@@ -27,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     report = read(args.report)
     presentation = long_video.PRESENTATION if report["task"] == "long_video" else PRESENTATION
-    write(report, Outputs(json=args.json, markdown=args.markdown, figure=args.figure), presentation)
+    write_report(report, Outputs(json=args.json, markdown=args.markdown, figure=args.figure), presentation)
     print(bars.page(report))
 
 

@@ -20,7 +20,7 @@ from crosslmm_jax.profiling import figure, flops, inputs, memory, params, report
 from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.record import Record, Request, Row, check_counts
 from crosslmm_jax.profiling.report import Report
-from crosslmm_jax.profiling.suite import Outputs, Presentation, profile, requests_for
+from crosslmm_jax.profiling.suite import Outputs, Presentation, profile, requests_for, write_report
 
 __all__ = [
     "Case",
@@ -41,4 +41,5 @@ __all__ = [
     "requests_for",
     "run_cases",
     "timing",
+    "write_report",
 ]

@@ -6,7 +6,6 @@ The record is written after each row, so that a process that dies leaves the row
 import dataclasses
 import importlib
 import json
-import os
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from crosslmm_jax.config import Precision
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.profiling.flops import Costs, Workload, total
+from crosslmm_jax.utils import atomic_write
 
 Row = dict[str, Any]  # JSON values by name
 
@@ -130,6 +130,4 @@ class Record:
             "rows": self.rows,
             "errors": self.errors,
         }
-        partial = self._path.with_name(self._path.name + ".part")
-        partial.write_text(json.dumps(content))
-        os.replace(partial, self._path)
+        atomic_write(self._path, json.dumps(content).encode())

@@ -100,10 +100,8 @@ def profile(
     """
     if not requests:
         raise UserError("nothing to measure; give --preset crosslmm_2b")
-    if outputs.figure is not None and Path(outputs.figure).suffix not in FIGURES:
-        raise UserError(f"--figure {outputs.figure}: end the name in {', '.join(FIGURES)}")
     report = new_report(task, command=command)
-    write(report, outputs, presentation)
+    write_report(report, outputs, presentation)
     for request in requests:
         found = _measure(request, timeout)
         report["systems"].append({"system": request.system, **found["facts"], "request": found["request"]})
@@ -111,7 +109,7 @@ def profile(
         report["errors"] += found["errors"]
         if report["matmul_tflops"] is None:
             report["matmul_tflops"] = found["facts"].get("matmul_tflops")
-        write(report, outputs, presentation)
+        write_report(report, outputs, presentation)
     print(presentation.page(report))
     return report
 
@@ -153,12 +151,14 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def write(report: Report, outputs: Outputs, presentation: Presentation) -> None:
+def write_report(report: Report, outputs: Outputs, presentation: Presentation) -> None:
     """Writes the files that `outputs` names; a figure only once there is a row.
 
     Raises:
       UserError: a file that cannot be written.
     """
+    if outputs.figure is not None and Path(outputs.figure).suffix not in FIGURES:
+        raise UserError(f"--figure {outputs.figure}: end the name in {', '.join(FIGURES)}")
     texts = {
         outputs.json: json.dumps(presentation.fields(report), indent=1),
         outputs.markdown: presentation.page(report),

@@ -27,7 +27,7 @@ def test_a_repeated_video_holds_its_frames_again(tmp_path: Path) -> None:
 
 def test_a_missing_reader_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(UserError, match=r"cv2 is not installed: pip install crosslmm_jax\[benchmark\]"):
+    with pytest.raises(UserError, match=r"cv2 is not installed: pip install -e '\.\[benchmark\]'"):
         readers()
 
 

@@ -11,10 +11,11 @@ from crosslmm_jax import presets
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.demo.synthetic import write_dataset
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.profiling import Record
 from crosslmm_jax.profiling.inputs import random_params
-from crosslmm_jax.profiling.record import Record, Request
 from perf import precision
 from perf.clips import read_clips
+from perf.precision import PrecisionRequest
 
 
 def wide_enough() -> ModelConfig:
@@ -52,7 +53,7 @@ def test_outliers_stand_out_and_leave_the_function() -> None:
     clip, same = (precision.encode(config, p, frames) for p in (params, changed))
     found = precision.differences(*(np.asarray(x.features).reshape(-1, 400) for x in (same, clip)))
     assert found["cosine_min"] > 0.999, "but for GELU"
-    request = Request(task="precision", system="", frames=(2,), text=20)
+    request = PrecisionRequest(task="perf.precision", system="", frames=(2,), text=20, videos="")
     a, b = (precision.logits(config, request, p, clip.visual) for p in (params, changed))
     np.testing.assert_allclose(a, b, atol=1e-5)
     assert a.shape == (4, 512), "text behind the video"
@@ -68,7 +69,7 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shutil.copy(made.heldout_videos[number], folder / f"{number}.mp4")
     config = dataclasses.replace(wide_enough(), compute_dtype="bfloat16")
     monkeypatch.setattr(precision, "preset_with_tokens", lambda *_: config)
-    request = Request(task="precision", system="tiny", frames=(2,), text=24, videos=str(folder))
+    request = PrecisionRequest(task="perf.precision", system="tiny", frames=(2,), text=24, videos=str(folder))
     record = Record(str(tmp_path / "r.json"), request)
     precision.run(record)
     assert len(record.rows) == 2 * (4 + 3 * 2 + 7)
