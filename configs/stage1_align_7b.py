@@ -4,16 +4,16 @@ Run: crosslmm train configs/stage1_align_7b.py
 """
 
 import dataclasses
-import runpy
 from pathlib import Path
 
 from crosslmm_jax.config import ExperimentConfig
+from crosslmm_jax.config_io import load_experiment
 from crosslmm_jax.presets import crosslmm_7b
 
 
 def get_config() -> ExperimentConfig:
     """The 2B recipe; the paper names no other values for 7B."""
-    small: ExperimentConfig = runpy.run_path(str(Path(__file__).with_name("stage1_align.py")))["get_config"]()
+    small = load_experiment(Path(__file__).with_name("stage1_align.py"))
     model = dataclasses.replace(crosslmm_7b(), vision=small.model.vision)
     data = dataclasses.replace(small.data, tokenizer="models/crosslmm_7b")
     run = dataclasses.replace(small.run, out="runs/stage1_align_7b", init_from="models/crosslmm_7b")

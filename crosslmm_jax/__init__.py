@@ -1,4 +1,14 @@
-"""CrossLMM in JAX/Flax: video LMMs with a few pooled tokens a frame and dual cross-attention to the rest."""
+"""CrossLMM in JAX/Flax: video LMMs that read a few pooled tokens per frame and cross-attend to the others.
+
+| file | holds |
+|---|---|
+| `config.py`, `presets.py` | checked settings, released sizes |
+| `config_io.py` | configurations as JSON, config files, overrides of the command line |
+| `batch.py` | the arrays of one batch |
+| `errors.py` | mistakes of users, and rows or media that cannot be used |
+
+`load` opens a MODEL folder. Each package says in its docstring what it holds.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -10,7 +20,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """Imports `load` when it is asked for, so that `import crosslmm_jax` does not start jax."""
+    """Imports `load` on first use, so that `import crosslmm_jax` does not start jax."""
     if name == "load":
         from crosslmm_jax.inference import load
 

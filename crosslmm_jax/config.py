@@ -1,20 +1,41 @@
 """Every setting of the project as frozen dataclasses, checked when they are built.
 
-A config file in `configs/` is Python that returns an `ExperimentConfig`; the command line overrides any
-field of it; a MODEL folder stores its `ModelConfig` as JSON (`crosslmm_jax.config_io`). Sizes have no
-defaults here: the released ones are written out in `crosslmm_jax.presets`.
+A config file in `configs/` is Python that returns an `ExperimentConfig`. The command line overrides any field
+of it, and a MODEL folder stores its `ModelConfig` as JSON (`crosslmm_jax.config_io`). Sizes have no defaults
+here: `crosslmm_jax.presets` holds the released ones.
+
+The annotation of each field says its role, which decides what may change between runs:
+
+| role | decides | resume a run | start from a MODEL folder | `convert from-hf` |
+|---|---|---|---|---|
+| `Architecture` | sizes and constants of released weights | must agree | must agree | read from the source |
+| `Identity` | what else weights and data mean | must agree | must agree | may be set |
+| `Recipe` | how the model learns | must agree | may change | may be set |
+| `Performance` | time and memory | may change | may change | may be set |
+| `Host` | where the run reads and writes, and how often | may change | may change | - |
+
+The comment beside a field is its help on the command line: `crosslmm train CONFIG --help`.
 """
 
 import dataclasses
+import typing
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from crosslmm_jax.errors import ConfigError
+
+Value = TypeVar("Value")
+Role = Literal["architecture", "identity", "recipe", "performance", "host"]
+Architecture = Annotated[Value, "architecture"]
+Identity = Annotated[Value, "identity"]
+Recipe = Annotated[Value, "recipe"]
+Performance = Annotated[Value, "performance"]
+Host = Annotated[Value, "host"]
 
 Direction = Literal["v2v", "t2v"]
 Pooling = Literal["average", "bilinear", "bilinear_antialias"]
 AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn", "splash", "plain"]
-# "compute": in `ModelConfig.compute_dtype`. The others are 8 bits with float32 scales.
+# "compute": `ModelConfig.compute_dtype`. The others are 8 bits with float32 scales.
 Precision = Literal["compute", "fp8", "int8"]
 TimeInstruction = Literal["none", "short", "full"]
 Part = Literal["encoder", "projector", "v2v", "t2v", "decoder"]
@@ -22,7 +43,7 @@ PARTS: tuple[Part, ...] = ("encoder", "projector", "v2v", "t2v", "decoder")
 
 
 def _require(config: object, name: str, ok: bool, expected: str) -> None:
-    """Raises a `ConfigError` that names the field, its value and what would be right."""
+    """Raises a `ConfigError` with the field, its value and the values it may have, unless `ok`."""
     if not ok:
         value = getattr(config, name)
         raise ConfigError(f"{type(config).__name__}.{name} is {value!r}; it must be {expected}")
@@ -33,30 +54,55 @@ def _require_positive(config: object, *names: str) -> None:
         _require(config, name, getattr(config, name) > 0, "greater than 0")
 
 
+class Leaf(NamedTuple):
+    """A field that holds a value, not further fields."""
+
+    type: object  # its annotation, without the role
+    role: Role | None  # None: the field declares no role, which a test forbids
+
+
+def leaf_fields(config_class: type) -> dict[str, Leaf]:
+    """Dotted name -> leaf of every field of a configuration class, e.g. `"stage.learning_rate"`."""
+    leaves = {}
+    for name, hint in typing.get_type_hints(config_class, include_extras=True).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            leaves |= {f"{name}.{inner}": leaf for inner, leaf in leaf_fields(hint).items()}
+        elif typing.get_origin(hint) is Annotated:
+            leaves[name] = Leaf(hint.__origin__, hint.__metadata__[0])
+        else:
+            leaves[name] = Leaf(hint, None)
+    return leaves
+
+
+def names_with_role(config_class: type, *roles: Role) -> tuple[str, ...]:
+    """Dotted names of the fields with one of `roles`, in their order in the class."""
+    return tuple(name for name, leaf in leaf_fields(config_class).items() if leaf.role in roles)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """A SigLIP2 vision tower (fixed resolution, no class token).
+    """A SigLIP2 vision tower: fixed resolution, no class token.
 
-    `num_layers` counts the layers of the released tower. `feature_layer` counts as Hugging Face's
-    `hidden_states` does: -2 is the output of the last layer but one, which is what LLaVA reads. Layers
-    above it hold no parameters here.
+    Layers above `feature_layer` hold no parameters here.
     """
 
-    image_size: int  # pixels, square
-    patch_size: int  # pixels, square
-    width: int
-    num_layers: int
-    num_heads: int
-    mlp_width: int
-    layer_norm_eps: float = 1e-6
-    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixels scaled to 0..1
-    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    feature_layer: int = -2
-    post_layernorm: bool = False  # apply the tower's last LayerNorm to the features
-    frame_chunk: int | None = None  # frames a device encodes, pools and projects at once; None: by its memory
-    # What the backward pass recomputes, from most memory to least; elementwise: norms and GELU alone.
-    remat: Literal["none", "elementwise", "layer", "chunk"] = "layer"
-    keep_features: bool = False  # keep features for the backward pass: right when the tower is frozen
+    image_size: Architecture[int]  # pixels along each side of a frame
+    patch_size: Architecture[int]  # pixels along each side of a patch
+    width: Architecture[int]  # W, hidden width
+    num_layers: Architecture[int]  # of the released tower, those above feature_layer included
+    num_heads: Architecture[int]  # attention heads
+    mlp_width: Architecture[int]  # hidden width of the MLP
+    layer_norm_eps: Architecture[float] = 1e-6  # epsilon of every LayerNorm
+    image_mean: Architecture[tuple[float, float, float]] = (0.5, 0.5, 0.5)  # of pixels scaled to 0..1
+    image_std: Architecture[tuple[float, float, float]] = (0.5, 0.5, 0.5)  # of pixels scaled to 0..1
+    # Layer whose output is read, counted as Hugging Face's `hidden_states`. LLaVA reads -2, the last but one.
+    feature_layer: Identity[int] = -2
+    post_layernorm: Identity[bool] = False  # apply the tower's last LayerNorm to the features
+    # Frames per device that are encoded, pooled and projected at once; None: chosen by the device's memory.
+    frame_chunk: Performance[int | None] = None
+    # What the backward pass recomputes, from most memory to least; elementwise: norms and GELU only.
+    remat: Performance[Literal["none", "elementwise", "layer", "chunk"]] = "layer"
+    keep_features: Performance[bool] = False  # keep features for the backward pass; use with a frozen tower
 
     def __post_init__(self) -> None:
         _require_positive(self, "image_size", "patch_size", "width", "num_layers", "num_heads", "mlp_width")
@@ -74,7 +120,7 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """P, patches a frame."""
+        """P, patches per frame."""
         return self.grid**2
 
     @property
@@ -84,24 +130,24 @@ class VisionConfig:
 
     @property
     def depth(self) -> int:
-        """Layers that are run to reach `feature_layer`."""
+        """Number of layers that run, up to `feature_layer`."""
         return self.num_layers + 1 + self.feature_layer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """Token merge (paper sec. 3.1): how P patches of a frame become C compact tokens, and the projector."""
+    """Token merge and projector (paper sec. 3.1): P patches of a frame become C compact tokens."""
 
-    grid: int  # compact tokens along one side: 1, 3 or 4 for 1, 9 or 16 tokens a frame
-    pooling: Pooling = "average"
-    projector_input_norm: bool = False  # LayerNorm on the projector's input (LLaVA has none)
+    grid: Recipe[int]  # compact tokens along one side: 1, 3 or 4 for 1, 9 or 16 tokens per frame
+    pooling: Recipe[Pooling] = "average"  # how patches are merged
+    projector_input_norm: Identity[bool] = False  # LayerNorm on the projector's input; LLaVA has none
 
     def __post_init__(self) -> None:
         _require_positive(self, "grid")
 
     @property
     def tokens_per_frame(self) -> int:
-        """C, compact tokens a frame."""
+        """C, compact tokens per frame."""
         return self.grid**2
 
 
@@ -109,41 +155,41 @@ class MergeConfig:
 class DecoderConfig:
     """A Qwen2 / Qwen2.5 causal language model."""
 
-    vocab_size: int  # rows of the embedding, which may exceed the tokenizer's
-    width: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_width: int
-    rope_theta: float
-    rms_norm_eps: float
-    tie_embeddings: bool
-    max_positions: int
-    remat: bool = True  # recompute each group of layers in the backward pass
+    vocab_size: Identity[int]  # rows of the embedding, may exceed the tokenizer's vocabulary
+    width: Architecture[int]  # D, hidden width
+    num_layers: Architecture[int]  # decoder layers
+    num_heads: Architecture[int]  # N, query heads
+    num_kv_heads: Architecture[int]  # K, key and value heads
+    head_dim: Architecture[int]  # H, width of a head
+    mlp_width: Architecture[int]  # M, hidden width of the MLP
+    rope_theta: Architecture[float]  # base of the rotary embedding
+    rms_norm_eps: Architecture[float]  # epsilon of every RMSNorm
+    tie_embeddings: Architecture[bool]  # the output head is the embedding
+    max_positions: Recipe[int]  # longest sequence, visual tokens included
+    remat: Performance[bool] = True  # recompute each group of layers in the backward pass
 
     def __post_init__(self) -> None:
         _require_positive(self, "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads")
         _require_positive(self, "head_dim", "mlp_width", "rope_theta", "rms_norm_eps", "max_positions")
         divides = self.num_heads % self.num_kv_heads == 0
         _require(self, "num_kv_heads", divides, f"a divisor of num_heads {self.num_heads}")
-        _require(self, "head_dim", self.head_dim % 2 == 0, "even (rotary embedding turns pairs)")
+        _require(self, "head_dim", self.head_dim % 2 == 0, "even, since the rotary embedding rotates pairs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CrossAttentionConfig:
     """Gated dual cross-attention (paper sec. 3.2 and 3.3, eq. 4-10)."""
 
-    cross_attn_every: int = 4  # the paper's K
-    cross_attn_offset: int = 0  # first decoder layer that carries cross-attention
-    directions: tuple[Direction, ...] = ("v2v", "t2v")  # those in the graph; both always hold parameters
-    kv_source: Literal["projected", "encoder"] = "projected"
-    cross_attn_init: Literal["copy", "fresh"] = "copy"  # from the layer's self-attention, or random
-    gate_init: float = 0.0  # before tanh
-    v2v_scope: Literal["video", "frame", "window"] = "video"
-    v2v_window: int = 8  # frames read on each side, only for v2v_scope="window"
-    cross_attn_rope: Literal["none", "time"] = "none"  # rotary embedding over the frame index
-    cache_dtype: Precision = "compute"  # of T2V's keys and values while text is generated
+    cross_attn_every: Identity[int] = 4  # every so many decoder layers carry it: the paper's K
+    cross_attn_offset: Identity[int] = 0  # first decoder layer that carries it
+    directions: Recipe[tuple[Direction, ...]] = ("v2v", "t2v")  # in the graph; both always hold parameters
+    kv_source: Identity[Literal["projected", "encoder"]] = "projected"  # tokens that give keys and values
+    cross_attn_init: Identity[Literal["copy", "fresh"]] = "copy"  # the layer's self-attention, or random
+    gate_init: Identity[float] = 0.0  # initial gate, before tanh
+    v2v_scope: Recipe[Literal["video", "frame", "window"]] = "video"  # frames that a visual token reads
+    v2v_window: Recipe[int] = 8  # frames read on each side, for v2v_scope "window"
+    cross_attn_rope: Recipe[Literal["none", "time"]] = "none"  # time: rotary embedding over the frame index
+    cache_dtype: Performance[Precision] = "compute"  # of the video KV cache of T2V in generation
 
     def __post_init__(self) -> None:
         _require_positive(self, "cross_attn_every", "v2v_window")
@@ -154,21 +200,21 @@ class CrossAttentionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The whole model: frames and tokens in, logits out."""
+    """The model: frames and tokens in, logits out."""
 
     vision: VisionConfig
     merge: MergeConfig
     decoder: DecoderConfig
     cross_attention: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    visual_matmul: Precision = "compute"  # encoder's and projector's products; 8 bits only at inference
-    attention: AttentionBackend = "auto"
+    compute_dtype: Recipe[Literal["bfloat16", "float32"]] = "bfloat16"  # of activations and matmuls
+    visual_matmul: Recipe[Precision] = "compute"  # of encoder and projector; 8 bits only at inference
+    attention: Performance[AttentionBackend] = "auto"  # backend; auto: by platform and shape
 
     def __post_init__(self) -> None:
         if self.merge.grid > self.vision.grid:
             raise ConfigError(
                 f"MergeConfig.grid is {self.merge.grid}; it must be at most the encoder's"
-                f" {self.vision.grid} patches a side"
+                f" {self.vision.grid} patches per side"
             )
         offset, layers = self.cross_attention.cross_attn_offset, self.decoder.num_layers
         if offset >= layers:
@@ -180,11 +226,11 @@ class ModelConfig:
             sizes, cross = (self.vision.head_dim, self.decoder.head_dim), self.cross_attention
             windowed = cross.v2v_scope == "window" and "v2v" in cross.directions
             applies = self.compute_dtype == "bfloat16" and not windowed and all(x % 8 == 0 for x in sizes)
-            other = "cudnn takes bfloat16, head sizes divisible by 8, no v2v_scope 'window'"
-            _require(self, "attention", applies, f"'auto' or 'blockwise' with these settings: {other}")
+            needs = "cudnn takes bfloat16, head sizes divisible by 8, no v2v_scope 'window'"
+            _require(self, "attention", applies, f"'auto' or 'blockwise' with these settings: {needs}")
 
     def at_precision(self, precision: Precision) -> "ModelConfig":
-        """The same model with encoder, projector and T2V's cache in `precision`: for inference."""
+        """The same model with encoder, projector and video KV cache in `precision`, for inference."""
         cross = dataclasses.replace(self.cross_attention, cache_dtype=precision)
         return dataclasses.replace(self, visual_matmul=precision, cross_attention=cross)
 
@@ -197,15 +243,15 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Which frames of a video are read; `crosslmm_jax.data.media.frame_sampling` says how."""
+    """Which frames of a video are read; see `crosslmm_jax.data.media.frame_sampling`."""
 
-    policy: Literal["uniform", "fps", "llava", "dynamic_fps1"] = "uniform"
-    frames: int = 32  # uniform: exactly this many; fps and llava: at most this many
-    fps: float = 1.0  # frames a second, for fps and llava
-    force_sample: bool = False  # llava: always exactly `frames`
-    min_frames: int = 64  # dynamic_fps1
-    max_frames: int = 512  # dynamic_fps1
-    multiple: int = 4  # dynamic_fps1: counts are multiples of this
+    policy: Recipe[Literal["uniform", "fps", "llava", "dynamic_fps1"]] = "uniform"  # rule that picks frames
+    frames: Recipe[int] = 32  # uniform: exactly so many; fps and llava: at most so many
+    fps: Recipe[float] = 1.0  # frames per second, for fps and llava
+    force_sample: Recipe[bool] = False  # llava: always exactly `frames`
+    min_frames: Recipe[int] = 64  # dynamic_fps1: fewest frames
+    max_frames: Recipe[int] = 512  # dynamic_fps1: most frames
+    multiple: Recipe[int] = 4  # dynamic_fps1: frame counts are multiples of this
 
     def __post_init__(self) -> None:
         _require_positive(self, "frames", "fps", "min_frames", "max_frames", "multiple")
@@ -215,18 +261,18 @@ class SamplingConfig:
 
     @property
     def most_frames(self) -> int:
-        """The most frames that a video can give."""
+        """Largest number of frames that a video can give."""
         return self.max_frames if self.policy == "dynamic_fps1" else self.frames
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModalityWeights:
-    """Shares of the steps by modality. All 0: each has as many as its rows make; else 0 leaves it out."""
+    """Shares of the steps by modality. All 0: shares follow the number of rows. Else 0 drops a modality."""
 
-    text: float = 0.0
-    image: float = 0.0
-    multi_image: float = 0.0
-    video: float = 0.0
+    text: Recipe[float] = 0.0  # rows without media
+    image: Recipe[float] = 0.0  # rows with one image
+    multi_image: Recipe[float] = 0.0  # rows with several images
+    video: Recipe[float] = 0.0  # rows with video
 
     def __post_init__(self) -> None:
         for name, weight in dataclasses.asdict(self).items():
@@ -241,31 +287,34 @@ class ModalityWeights:
 class DataConfig:
     """Indexed rows, and how they become batches of a few static shapes."""
 
-    index: str  # folder that `crosslmm data index` wrote
-    tokenizer: str  # a folder that `AutoTokenizer` reads, the one that the index was made with
-    batch_size: int  # global
-    allow_outside: bool = False  # media may lie outside their root, as when the index was made
-    text_buckets: tuple[int, ...] = ()  # tokens of a row that are not visual, ascending; (): from the index
-    frame_buckets: tuple[int, ...] = ()  # frames of a row, ascending; (): from the index
-    max_shapes: int = 16  # (frames, text) that are chosen from the index, at most
-    max_text_tokens: int = 2048  # longer rows lose turns at their end; text_buckets overrule it
+    index: Host[str]  # folder that `crosslmm data index` wrote
+    tokenizer: Identity[str]  # folder that `AutoTokenizer` reads; the index must be made with it
+    batch_size: Recipe[int]  # global batch: rows per step over all devices
+    allow_outside: Recipe[bool] = False  # media may lie outside their root; same as for the index
+    # Text tokens (all that are not visual) of the batch shapes, ascending; empty: chosen from the index.
+    text_buckets: Recipe[tuple[int, ...]] = ()
+    frame_buckets: Recipe[tuple[int, ...]] = ()  # frames of the shapes, ascending; empty: from the index
+    max_shapes: Recipe[int] = 16  # most (frames, text) shapes that are chosen from the index
+    max_text_tokens: Recipe[int] = 2048  # longer rows lose their last turns; text_buckets take precedence
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    resampling: Literal["bicubic", "bilinear"] = "bicubic"  # LLaVA's; SigLIP2's own processor is bilinear
-    style: Literal["chat", "plain"] = "chat"  # plain: media, then the caption, no template (LLaVA stage 1)
-    label_mode: Literal["clean", "llava"] = "clean"  # llava: also the template's tokens, as LLaVA trains
-    system_prompt: str = "You are a helpful assistant."
-    time_instruction: TimeInstruction = "none"  # what a chat says about the length and times of each video
+    # Filter that resizes frames: bicubic is LLaVA's; SigLIP2's processor is bilinear.
+    resampling: Identity[Literal["bicubic", "bilinear"]] = "bicubic"
+    # plain: media, then the caption, without a chat template (LLaVA's stage 1)
+    style: Recipe[Literal["chat", "plain"]] = "chat"
+    label_mode: Recipe[Literal["clean", "llava"]] = "clean"  # llava: loss also on the template, as LLaVA
+    system_prompt: Recipe[str] = "You are a helpful assistant."  # first message of every chat
+    time_instruction: Identity[TimeInstruction] = "none"  # what a chat says of each video's length and times
     modality_weights: ModalityWeights = field(default_factory=ModalityWeights)
-    max_bad_fraction: float = 0.05  # of the rows read; more that are damaged stop the run
-    # A file fails that gives nothing new for so long; None: no limit. The time in all is not limited: it
-    # depends on what else the machine does, and batches must not.
-    deadline_s: float | None = 1800.0
-    num_workers: int = 0  # processes
-    num_threads: int = 2  # threads that read ahead, per process
-    prefetch: int = 8  # batches
-    frame_cache_mb: int = 0  # megabytes of decoded frames kept in each process
-    shuffle: bool = True
-    seed: int = 0
+    max_bad_fraction: Recipe[float] = 0.05  # a larger share of damaged rows stops the run
+    # Seconds without new data after which a file fails; None: no limit. The total time has no limit, since it
+    # depends on the load of the machine, and batches must not.
+    deadline_s: Host[float | None] = 1800.0
+    num_workers: Host[int] = 0  # processes that decode; 0: in the training process
+    num_threads: Host[int] = 2  # threads per process that read ahead
+    prefetch: Host[int] = 8  # batches made ahead
+    frame_cache_mb: Host[int] = 0  # megabytes of decoded frames kept per process
+    shuffle: Recipe[bool] = True  # another order of the rows in each epoch
+    seed: Recipe[int] = 0  # of the order of the rows
 
     def __post_init__(self) -> None:
         _require_positive(self, "batch_size", "num_threads", "prefetch", "max_shapes", "max_text_tokens")
@@ -284,7 +333,7 @@ class DataConfig:
 
     @property
     def most_text_tokens(self) -> int:
-        """Tokens of a row that are not visual, at most."""
+        """Most text tokens of a row."""
         return self.text_buckets[-1] if self.text_buckets else self.max_text_tokens
 
 
@@ -292,21 +341,21 @@ class DataConfig:
 class StageConfig:
     """One stage of training: what learns, how fast, for how long (paper sec. 4.1, table 3)."""
 
-    name: str
-    trainable: tuple[Part, ...]
-    directions: tuple[Direction, ...]  # cross-attention in the graph
-    steps: int
-    learning_rate: float  # peak, of every part that has no scale of its own
-    vision_lr_scale: float = 1.0
-    cross_attn_lr_scale: float = 1.0
-    gate_lr_scale: float = 1.0  # times cross_attn_lr_scale
-    warmup_ratio: float = 0.03  # of steps
-    weight_decay: float = 0.0  # never on norms, biases and gates
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip_norm: float = 1.0  # global gradient norm
-    microbatches: int = 1  # gradient accumulation: the batch is split in this many
+    name: Recipe[str]  # shown in logs and reports
+    trainable: Recipe[tuple[Part, ...]]  # parts that learn; the others stay bit-identical
+    directions: Recipe[tuple[Direction, ...]]  # cross-attention in the graph
+    steps: Recipe[int]  # optimiser steps
+    learning_rate: Recipe[float]  # peak rate of every part without a scale below
+    vision_lr_scale: Recipe[float] = 1.0  # encoder's rate over learning_rate
+    cross_attn_lr_scale: Recipe[float] = 1.0  # cross-attention's rate over learning_rate
+    gate_lr_scale: Recipe[float] = 1.0  # gates' rate over that of cross-attention
+    warmup_ratio: Recipe[float] = 0.03  # share of the steps in which the rate rises linearly
+    weight_decay: Recipe[float] = 0.0  # never on norms, biases and gates
+    b1: Recipe[float] = 0.9  # Adam's decay of the first moment
+    b2: Recipe[float] = 0.999  # Adam's decay of the second moment
+    eps: Recipe[float] = 1e-8  # Adam's epsilon
+    clip_norm: Recipe[float] = 1.0  # largest global gradient norm
+    microbatches: Performance[int] = 1  # gradient accumulation: microbatches per global batch
 
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "learning_rate", "clip_norm", "microbatches")
@@ -320,12 +369,12 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; one axis may be -1, which takes all that are left."""
+    """Devices along each mesh axis. One axis may be -1: all remaining devices."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    context: int = 1  # frames of one video over devices
+    data: Performance[int] = -1  # rows of a batch over devices; weights replicated
+    fsdp: Performance[int] = 1  # rows of a batch over devices; weights sharded
+    tensor: Performance[int] = 1  # heads and MLP over devices
+    context: Performance[int] = 1  # frames of one video over devices
 
     def __post_init__(self) -> None:
         sizes = dataclasses.astuple(self)
@@ -336,15 +385,15 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run reads its start from and writes its results, and how often."""
+    """Weights to start from, and where and how often results are written."""
 
-    out: str  # folder: checkpoints/, metrics.jsonl, tensorboard/, model/
-    init_from: str | None = None  # MODEL folder to start from; None: random weights
-    seed: int = 0
-    log_every: int = 10  # steps
-    save_every: int = 500  # steps
-    keep_checkpoints: int = 2
-    tensorboard: bool = True
+    out: Host[str]  # run folder: checkpoints/, metrics.jsonl, tensorboard/, model/
+    init_from: Recipe[str | None] = None  # MODEL folder to start from; None: random weights
+    seed: Recipe[int] = 0  # of random weights
+    log_every: Host[int] = 10  # steps between lines of metrics
+    save_every: Host[int] = 500  # steps between checkpoints
+    keep_checkpoints: Host[int] = 2  # newest checkpoints that are kept
+    tensorboard: Host[bool] = True  # also write metrics for TensorBoard
 
     def __post_init__(self) -> None:
         _require_positive(self, "log_every", "save_every", "keep_checkpoints")
@@ -353,7 +402,7 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
-    """One stage of training on one set of data: what `crosslmm train configs/X.py` runs."""
+    """One stage of training on one data set: what `crosslmm train configs/X.py` runs."""
 
     model: ModelConfig
     data: DataConfig

@@ -1,8 +1,8 @@
 """Configurations as JSON-ready mappings, and config files with typed overrides.
 
-A stored configuration names every field: a missing value is an error, never a guess, so that a MODEL
-folder means the same when a default changes. Overrides on the command line are parsed by tyro from the
-dataclasses' annotations. Every failure is one `ConfigError` that names file, field, value and the fix.
+A stored configuration holds every field. A missing value is an error, so that a MODEL folder keeps its
+meaning when a default changes. tyro parses the overrides of a command line from the dataclasses' annotations.
+Every failure is one `ConfigError` with file, field, value and the fix.
 """
 
 import contextlib
@@ -17,15 +17,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from crosslmm_jax.config import ExperimentConfig
+from crosslmm_jax.config import ExperimentConfig, leaf_fields
 from crosslmm_jax.errors import ConfigError, UserError
 
 Config = TypeVar("Config")
-_SCALAR_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+_SCALARS: dict[object, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+}
 
 
 def to_dict(config: object) -> dict[str, Any]:
-    """Nested dict of `config`, a dataclass, that `json.dump` writes; tuples become lists."""
+    """Converts the dataclass `config` to nested dicts that `json.dump` writes; tuples become lists."""
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"to_dict needs a dataclass instance, got {config!r}")
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
@@ -38,21 +43,21 @@ def _plain(value: object) -> object:
 
 
 def from_dict(cls: type[Config], mapping: object, *, source: str | Path) -> Config:
-    """The configuration that `to_dict` wrote.
+    """Builds the configuration that `to_dict` converted.
 
     Args:
       cls: A configuration dataclass.
-      mapping: What `json.load` read.
+      mapping: Output of `json.load`.
       source: The file it came from, for messages.
 
     Raises:
       ConfigError: a field is unknown, missing, of another type, or has a value that `cls` rejects.
     """
-    return _read(cls, mapping, path="", source=source)
+    return typing.cast(Config, _read(cls, mapping, path="", source=source))
 
 
-def describe(hint: Any) -> str:
-    """What a field annotated with `hint` takes, in words."""
+def describe(hint: object) -> str:
+    """Describes in words the values of a field with the annotation `hint`."""
     arguments = typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return f"an object with the fields of {getattr(hint, '__name__', hint)}"
@@ -62,7 +67,7 @@ def describe(hint: Any) -> str:
         return f"a list, each item {describe(arguments[0])}"
     if typing.get_origin(hint) in (Union, types.UnionType):
         return " or ".join(describe(choice) for choice in arguments)
-    return "null" if hint is type(None) else _SCALAR_NAMES[hint]
+    return "null" if hint is type(None) else _SCALARS[hint]
 
 
 def _short(value: object) -> str:
@@ -70,10 +75,10 @@ def _short(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def _read(hint: Any, value: object, *, path: str, source: str | Path) -> Any:
-    """`value` as the type `hint`, or a `ConfigError` that names `source` and the field at `path`."""
+def _read(hint: object, value: object, *, path: str, source: str | Path) -> object:
+    """Converts `value` to the type `hint`; raises `ConfigError` with `source` and the field's `path`."""
     arguments = typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _read_dataclass(hint, value, path=path, source=source)
     if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
         items = enumerate(value)
@@ -102,23 +107,24 @@ def _as_float(value: float, *, path: str, source: str | Path) -> float:
         raise ConfigError(f"{source}: field {path} is an integer too large for a number") from None
 
 
-def _read_dataclass(cls: Any, value: object, *, path: str, source: str | Path) -> Any:
+def _read_dataclass(cls: type, value: object, *, path: str, source: str | Path) -> object:
     where = f"field {path}" if path else "the configuration"
     if not isinstance(value, Mapping):
         raise ConfigError(f"{source}: {where} is {_short(value)}; it must be {describe(cls)}")
     hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
     prefix = f"{path}." if path else ""
     for name in value:
-        if name not in names:
-            close = difflib.get_close_matches(str(name), names, n=1)
-            fix = f"did you mean {close[0]}?" if close else f"{cls.__name__} has {', '.join(names)}"
+        if name not in hints:
+            close = difflib.get_close_matches(str(name), hints, n=1)
+            fix = f"did you mean {close[0]}?" if close else f"{cls.__name__} has {', '.join(hints)}"
             shown = name if str(name).isidentifier() else _short(name)
             raise ConfigError(f"{source}: field {prefix}{shown} is unknown; {fix}")
-    for name in names:
+    for name, hint in hints.items():
         if name not in value:
-            raise ConfigError(f"{source}: field {prefix}{name} is missing; add it: {describe(hints[name])}")
-    fields = {name: _read(hints[name], value[name], path=f"{prefix}{name}", source=source) for name in names}
+            raise ConfigError(f"{source}: field {prefix}{name} is missing; add it: {describe(hint)}")
+    fields = {
+        name: _read(hint, value[name], path=f"{prefix}{name}", source=source) for name, hint in hints.items()
+    }
     try:
         return cls(**fields)
     except ConfigError as error:
@@ -126,12 +132,11 @@ def _read_dataclass(cls: Any, value: object, *, path: str, source: str | Path) -
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """The `ExperimentConfig` that the config file at `path` returns, with `overrides` applied.
+    """Runs the config file at `path` and applies `overrides` to the configuration it returns.
 
     Args:
       path: A Python file that defines `get_config() -> ExperimentConfig`.
-      overrides: Command-line words, e.g. `["--stage.learning-rate", "1e-4"]`. Every field is one option;
-        tuples take several words, `None` and `True`/`False` are written out.
+      overrides: Command-line words; see `apply_overrides`.
 
     Raises:
       UserError: the file is missing or fails, or an override names no field or has another type.
@@ -151,7 +156,7 @@ def _run_config_file(path: Path) -> ExperimentConfig:
     except Exception as error:
         line = _line_in(path, error)
         raise ConfigError(
-            f"{path}{line}: {type(error).__name__}: {_one_line(str(error))}; mend the file"
+            f"{path}{line}: {type(error).__name__}: {_one_line(str(error))}; fix the file"
         ) from error
     if not callable(get_config):
         raise ConfigError(f"{path}: defines no get_config(); add one that returns an ExperimentConfig")
@@ -162,7 +167,7 @@ def _run_config_file(path: Path) -> ExperimentConfig:
 
 
 def _line_in(path: Path, error: BaseException) -> str:
-    """`:12` when the innermost call inside the file `path` that led to `error` is on its line 12."""
+    """Returns e.g. `:12` for the line of the file `path` that raised `error`, or nothing."""
     if isinstance(error, SyntaxError):
         return f":{error.lineno}" if error.lineno else ""
     line, trace = "", error.__traceback__
@@ -177,24 +182,24 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def option_types(cls: type) -> dict[str, Any]:
-    """Option -> type of every leaf field of `cls`, e.g. `{"--stage.learning-rate": float}`."""
-    options: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(cls).items():
-        option = f"--{name.replace('_', '-')}"
-        if dataclasses.is_dataclass(hint):
-            nested = option_types(typing.cast(type, hint))
-            options.update({f"{option}.{inner[2:]}": kind for inner, kind in nested.items()})
-        else:
-            options[option] = hint
-    return options
+def option_of(name: str) -> str:
+    """Command-line option of a field: `"stage.learning_rate"` -> `"--stage.learning-rate"`."""
+    return f"--{name.replace('_', '-')}"
 
 
 def apply_overrides(config: Config, overrides: Sequence[str], *, source: str | Path) -> Config:
-    """`config` with the command-line `overrides`; raises `ConfigError` on the first that does not fit."""
-    import tyro  # here, since it takes a third of a second
+    """Applies the overrides of a command line to any configuration dataclass.
 
-    options = option_types(type(config))
+    Args:
+      config: The configuration to change.
+      overrides: Words, e.g. `["--vision.remat", "none", "--cross-attention.directions", "v2v", "t2v"]`. Every
+        field is one option; tuples take several words; `None`, `True` and `False` are written out.
+      source: Where the words apply, for messages: a config file or a command.
+
+    Raises:
+      ConfigError: a word names no field, or a value does not fit.
+    """
+    options = {option_of(name): leaf.type for name, leaf in leaf_fields(type(config)).items()}
     for word in overrides:
         name = word.split("=", 1)[0].replace("_", "-")
         if word.startswith("--") and name not in options:
@@ -204,24 +209,41 @@ def apply_overrides(config: Config, overrides: Sequence[str], *, source: str | P
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box), contextlib.redirect_stdout(box):
-            # FlagConversionOff: `--data.shuffle False`, one rule for every field.
-            return tyro.cli(
-                type(config), default=config, args=list(overrides), config=(tyro.conf.FlagConversionOff,)
-            )
+            return _tyro(config, overrides)
     except SystemExit:
         raise ConfigError(f"{source}: {_condense(box.getvalue(), options)}") from None
 
 
-def _condense(box: str, options: Mapping[str, Any]) -> str:
-    """The message inside tyro's frame as one line, with what the option takes."""
-    # Title, message and hints are divided by rules: of dashes where the stream is not UTF-8.
+def print_help(config: object, *, command: str) -> None:
+    """Prints every field of `config` as an option, with type, value and meaning.
+
+    Args:
+      config: Its values are shown as defaults.
+      command: What the options follow, e.g. `crosslmm train configs/x.py`.
+    """
+    with contextlib.suppress(SystemExit):
+        _tyro(config, ["--help"], command=command)
+
+
+def _tyro(config: Config, words: Sequence[str], *, command: str | None = None) -> Config:
+    import tyro  # late: it takes a third of a second
+
+    # FlagConversionOff: `--data.shuffle False`, one rule for every field.
+    settings = (tyro.conf.FlagConversionOff,)
+    return tyro.cli(type(config), default=config, args=list(words), prog=command, config=settings)
+
+
+def _condense(box: str, options: Mapping[str, object]) -> str:
+    """Turns the message inside tyro's frame into one line, with the values that the option takes."""
+    # Rules separate title, message and hints; they are dashes where the stream is not UTF-8.
     paragraphs = re.split(r"[─-]{4,}", re.sub(r"[╭╮╰╯│]", " ", box))
     message = _one_line(paragraphs[1] if len(paragraphs) > 1 else box).rstrip(".")
-    # A dataclass's own check already names field, value and what would be right.
+    # The check of a dataclass already says field, value and what it must be.
     checked = re.search(r"^Error parsing \w[\w.-]*: (\w+\.\w+ is .*)", message)
     if checked:
         return checked[1]
     named = re.search(r"--[\w.-]*\w", message)
     if named and named[0] in options:
-        return f"{message}; {named[0]} takes {describe(options[named[0]])}"
+        values = describe(options[named[0]]).replace("null", "None").replace("true or false", "True or False")
+        return f"{message}; {named[0]} takes {values}"
     return f"{message}; write --field value, e.g. --stage.learning-rate 1e-4"

@@ -1,7 +1,7 @@
 """The released sizes, and `tiny` for CPUs.
 
-Numbers are those of the checkpoints' own config.json files: SigLIP2 (so400m-patch14-384,
-giant-opt-patch16-384) and Qwen2.5-Instruct (0.5B, 1.5B, 7B).
+Numbers are from the config.json files of the checkpoints: SigLIP2 (so400m-patch14-384, giant-opt-patch16-384)
+and Qwen2.5-Instruct (0.5B, 1.5B, 7B).
 """
 
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from crosslmm_jax.errors import ConfigError
 
 
 def so400m() -> VisionConfig:
-    """SigLIP2 so400m-patch14-384: 27 x 27 = 729 patches a frame."""
+    """SigLIP2 so400m-patch14-384: 27 x 27 = 729 patches per frame."""
     return VisionConfig(
         image_size=384, patch_size=14, width=1152, num_layers=27, num_heads=16, mlp_width=4304
     )
 
 
 def giant_opt() -> VisionConfig:
-    """SigLIP2 giant-opt-patch16-384: 24 x 24 = 576 patches a frame."""
+    """SigLIP2 giant-opt-patch16-384: 24 x 24 = 576 patches per frame."""
     return VisionConfig(
         image_size=384, patch_size=16, width=1536, num_layers=40, num_heads=16, mlp_width=6144
     )
@@ -42,7 +42,7 @@ def _qwen(
 
 
 def crosslmm_0_5b() -> ModelConfig:
-    """SigLIP2-so400m + Qwen2.5-0.5B, 9 tokens a frame."""
+    """SigLIP2-so400m + Qwen2.5-0.5B, 9 tokens per frame."""
     decoder = _qwen(
         width=896, num_layers=24, num_heads=14, num_kv_heads=2, head_dim=64, mlp_width=4864,
         vocab_size=151936, tie_embeddings=True,
@@ -51,7 +51,7 @@ def crosslmm_0_5b() -> ModelConfig:
 
 
 def crosslmm_2b() -> ModelConfig:
-    """The paper's 2B: SigLIP2-so400m + Qwen2.5-1.5B, 9 tokens a frame."""
+    """The paper's 2B: SigLIP2-so400m + Qwen2.5-1.5B, 9 tokens per frame."""
     decoder = _qwen(
         width=1536, num_layers=28, num_heads=12, num_kv_heads=2, head_dim=128, mlp_width=8960,
         vocab_size=151936, tie_embeddings=True,
@@ -67,17 +67,17 @@ def _qwen_7b() -> DecoderConfig:
 
 
 def crosslmm_7b() -> ModelConfig:
-    """The paper's 7B: SigLIP2-so400m + Qwen2.5-7B, 9 tokens a frame."""
+    """The paper's 7B: SigLIP2-so400m + Qwen2.5-7B, 9 tokens per frame."""
     return ModelConfig(vision=so400m(), merge=MergeConfig(grid=3), decoder=_qwen_7b())
 
 
 def crosslmm_7b_vitg() -> ModelConfig:
-    """The paper's 7B with 16 tokens a frame, which runs on the giant encoder."""
+    """The paper's 7B with the giant encoder and 16 tokens per frame."""
     return ModelConfig(vision=giant_opt(), merge=MergeConfig(grid=4), decoder=_qwen_7b())
 
 
 def tiny() -> ModelConfig:
-    """The same model at a size that trains on two CPU cores in a minute."""
+    """All of the model at a size that trains on two CPU cores in a minute."""
     return ModelConfig(
         vision=VisionConfig(
             image_size=32, patch_size=8, width=48, num_layers=3, num_heads=4, mlp_width=96, frame_chunk=256
@@ -102,7 +102,7 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
 
 
 def get_preset(name: str) -> ModelConfig:
-    """The `ModelConfig` called `name`; raises `ConfigError` with the known names."""
+    """Returns the `ModelConfig` called `name`; raises `ConfigError` with the known names otherwise."""
     if name not in PRESETS:
         raise ConfigError(f"--preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]()

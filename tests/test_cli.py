@@ -75,7 +75,11 @@ MISTAKES = [
     (["ask", "m", "v.mp4", "  \n"], "the question is empty"),
     (["ask", "no_model", "v.mp4", "What?"], "no_model"),
     (["chat", "no_model", "v.mp4"], "no_model"),
-    (["data", "check", "index", "--deadline-s", "0"], "argument --deadline-s: '0' is no number of seconds"),
+    (["data", "check", "index", "--deadline-s", "0"], "DataConfig.deadline_s is 0.0; it must be greater"),
+    (["data", "stats", "index", "--frames", "8"], "--frames 8 is now written --sampling.frames 8"),
+    (["data", "stats", "index", "--style", "prose"], "'prose' for argument '--style'"),
+    (["data", "stats", "index", "--sampling.frames", "0"], "data stats: SamplingConfig.frames is 0; it must"),
+    (["data", "check", "index", "--sample", "-1"], "argument --sample: '-1' is not a whole number of 0"),
 ]
 
 
@@ -160,6 +164,32 @@ def test_overrides_reach_the_config_in_order() -> None:
     words = ["train", "c.py", "--mesh.data", "-1", "--run.init-from", "None", "--data.text-buckets", "1", "2"]
     args = build_parser().parse_args(words)
     assert (args.config, args.overrides) == ("c.py", words[2:])
+
+
+def test_train_help_lists_the_fields_of_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    path = ROOT / "configs" / "tiny_stage1.py"
+    assert main(["train", str(path), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--stage.learning-rate FLOAT" in out and "(default: 0.002)" in out
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "crosslmm train CONFIG.py --help" in " ".join(capsys.readouterr().out.split())
+
+
+def test_fields_of_a_command_are_spelled_as_after_train() -> None:
+    words = [
+        "--vision.remat",
+        "none",
+        "--cross-attention.directions",
+        "v2v",
+        "t2v",
+        "--decoder.remat",
+        "False",
+    ]
+    args = build_parser().parse_args(["convert", "from-hf", "--out", "m", *words, "--llm", "qwen"])
+    assert (args.overrides, args.llm) == (words, "qwen")
+    args = build_parser().parse_args(["data", "stats", "--sampling.frames", "8", "index"])
+    assert (args.overrides, args.index) == (["--sampling.frames", "8"], "index")
 
 
 def test_ask_takes_options_on_any_side() -> None:

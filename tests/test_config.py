@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from crosslmm_jax import config as c
-from crosslmm_jax.config_io import describe, from_dict, load_experiment, option_types, to_dict
+from crosslmm_jax.config_io import describe, from_dict, load_experiment, option_of, print_help, to_dict
+from crosslmm_jax.demo import recipe
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.presets import PRESETS, get_preset, tiny
 
@@ -270,6 +272,22 @@ def test_config_files_load(path: Path) -> None:
     assert f"crosslmm train configs/{path.name}" in path.read_text()
 
 
+def test_the_tiny_configs_are_the_demos_recipe() -> None:
+    demo, out = Path("runs/demo"), Path("runs/tiny_stage1")
+    assert load_experiment(CONFIGS / "tiny_stage1.py") == recipe.stage1(demo, out=out)
+    second = recipe.stage2(demo, out=Path("runs/tiny_stage2"), init_from=out / "model")
+    assert load_experiment(CONFIGS / "tiny_stage2.py") == second
+
+
+def test_own_data_fit_one_device() -> None:
+    one, two = (load_experiment(CONFIGS / f"small_own_data{name}.py") for name in ("", "_stage2"))
+    assert two.run.init_from == f"{one.run.out}/model" and two.data.index == one.data.index
+    for config in (one, two):
+        assert "encoder" not in config.stage.trainable and config.model.vision.keep_features
+        rows = config.data.batch_size // config.stage.microbatches
+        assert rows * config.data.sampling.frames <= 64, "frames per microbatch"
+
+
 def test_the_papers_recipe() -> None:
     one, two = (load_experiment(CONFIGS / f"{name}.py") for name in ("stage1_align", "stage2_instruct"))
     assert (one.data.batch_size, one.stage.learning_rate, one.data.sampling.frames) == (512, 1e-4, 32)
@@ -323,10 +341,55 @@ def test_typed_overrides(config_file: Path, words: list[str], field: str, value:
 def test_every_field_has_an_override() -> None:
     leaves = {path for path in paths_of(to_dict(experiment()))}
     leaves -= {path[:-1] for path in leaves if len(path) > 1}  # those that hold fields of their own
-    assert set(option_types(c.ExperimentConfig)) == {
-        f"--{'.'.join(path).replace('_', '-')}" for path in leaves
-    }
-    assert all(describe(kind) for kind in option_types(c.ExperimentConfig).values())
+    fields = c.leaf_fields(c.ExperimentConfig)
+    assert set(fields) == {".".join(path) for path in leaves}
+    assert all(describe(field.type) for field in fields.values())
+
+
+def test_help_says_what_every_field_means(capsys: pytest.CaptureFixture[str]) -> None:
+    print_help(experiment(), command="crosslmm train x.py")
+    text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert text.startswith("usage: crosslmm train x.py ")
+    for name in c.leaf_fields(c.ExperimentConfig):
+        meaning = re.search(rf" {option_of(name)} [^ ]+(?: [^a-z]*\]| FLOAT)* (.*?) \(default: (.*?)\)", text)
+        assert meaning and len(meaning[1].split()) > 1, name
+    assert "peak rate of every part without a scale below (default: 0.001)" in text
+
+
+# Roles -------------------------------------------------------------------------------------------
+
+
+def test_every_field_declares_its_role() -> None:
+    leaves = c.leaf_fields(c.ExperimentConfig)
+    assert [name for name, leaf in leaves.items() if leaf.role is None] == []
+
+
+def test_a_field_without_a_role_may_not_change() -> None:
+    """A role that somebody forgot refuses too much, never too little."""
+    forgetful = dataclasses.make_dataclass("Forgetful", [("size", int), ("threads", c.Host[int])])
+    assert c.leaf_fields(forgetful) == {"size": c.Leaf(int, None), "threads": c.Leaf(int, "host")}
+    assert c.names_with_role(forgetful, "performance", "host") == ("threads",)
+
+
+def test_fields_that_may_change_when_a_run_resumes() -> None:
+    assert set(c.names_with_role(c.ExperimentConfig, "performance", "host")) == {
+        "data.index", "data.deadline_s", "data.num_workers", "data.num_threads", "data.prefetch",
+        "data.frame_cache_mb", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "model.attention",
+        "model.cross_attention.cache_dtype", "model.decoder.remat", "model.vision.frame_chunk",
+        "model.vision.keep_features", "model.vision.remat", "run.out", "run.log_every", "run.save_every",
+        "run.keep_checkpoints", "run.tensorboard", "stage.microbatches",
+    }  # fmt: skip
+
+
+def test_fields_that_weights_depend_on() -> None:
+    names = set(c.names_with_role(c.ModelConfig, "architecture", "identity"))
+    assert {name for name in c.leaf_fields(c.ModelConfig) if name not in names} == {
+        "vision.frame_chunk", "vision.remat", "vision.keep_features", "merge.grid", "merge.pooling",
+        "decoder.max_positions", "decoder.remat", "cross_attention.directions", "cross_attention.v2v_scope",
+        "cross_attention.v2v_window", "cross_attention.cross_attn_rope", "cross_attention.cache_dtype",
+        "compute_dtype", "visual_matmul", "attention",
+    }  # fmt: skip
+    assert c.names_with_role(c.DataConfig, "identity") == ("tokenizer", "resampling", "time_instruction")
 
 
 @pytest.mark.parametrize(
@@ -341,7 +404,8 @@ def test_every_field_has_an_override() -> None:
         (["--stage.steps"], "--stage.steps takes an integer"),
         (["--stage.steps", "-3"], "StageConfig.steps is -3; it must be greater than 0"),
         (["--model.attention", "flash"], "'flash' for argument '--model.attention'"),
-        (["--data.shuffle", "perhaps"], "'perhaps' for argument '--data.shuffle'"),
+        (["--data.shuffle", "perhaps"], "'--data.shuffle'; --data.shuffle takes True or False"),
+        (["--model.vision.frame-chunk", "few"], "--model.vision.frame-chunk takes an integer or None"),
         (["--data.text-buckets", "a"], "--data.text-buckets takes a list, each item an integer"),
         (["--model", "tiny"], "unknown override --model"),
         (["stray"], "stray; write --field value"),

@@ -1,137 +1,135 @@
-"""The command line of `crosslmm data ...`: parses, and imports what it needs only then."""
+"""`crosslmm data`: index a mixture, look at an index, pack media into records."""
 
 import argparse
 import os
-from typing import Any
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+
+from crosslmm_jax.cli.options import Commands, Renamed, add_field_options
+from crosslmm_jax.config import DataConfig, leaf_fields
+from crosslmm_jax.config_io import apply_overrides
+from crosslmm_jax.errors import Fault, list_counts
+
+FAILURES = 1  # exit code of `check` when a row cannot be read
+# What decides how rows become batches.
+_STATS_FIELDS = (
+    "batch_size", "text_buckets", "frame_buckets", "max_shapes", "max_text_tokens", "style",
+    "time_instruction", "sampling.", "modality_weights.",
+)  # fmt: skip
+_CHECK_FIELDS = ("sampling.", "deadline_s")
 
 
-def add_data_commands(commands: Any) -> None:
-    """Adds `data` to the subparsers of `crosslmm`."""
-    data = commands.add_parser("data", help="index training data, look at an index, pack media in records")
+def add_data(commands: Commands) -> None:
+    """Adds `data` to the commands of `crosslmm`."""
+    data = commands.add_parser("data", help="index training data, look at an index, pack media into records")
     actions = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
     index = actions.add_parser(
-        "index", help="probe the media of a mixture once; goes on where it stopped",
+        "index", help="probe the media of a mixture once; continues where it stopped",
         epilog="MIXTURE lists data sets, `datasets: [{json_path: a.json, data_root: videos}]`; see"
         " configs/*_mixture.yaml, and crosslmm_jax/data/annotations/mixture.py for all keys. Rows that cannot"
-        " be used are in INDEX/bad.jsonl. Repeated, only what changed is probed.",
+        " be used are listed in INDEX/bad.jsonl. A second call probes only what changed.",
     )  # fmt: skip
     index.add_argument("--out", required=True, metavar="INDEX", help="folder to write")
     index.add_argument(
-        "--tokenizer",
-        metavar="DIR",
-        help="counts tokens: MODEL, or a folder of tokenizer.json, and must be training's (default: the small"
-        " one of the tiny model)",
-    )
-    index.set_defaults(run=_data_index)
+        "--tokenizer", metavar="DIR",
+        help="counts tokens: MODEL, or a folder with tokenizer.json, the same as in training (default: the"
+        " small tokenizer of the tiny model)",
+    )  # fmt: skip
     pack = actions.add_parser(
         "to-tfds", help="write a mixture with its media as ArrayRecord files, for fast random access",
         epilog="`tfds.builder_from_directory(DIR).as_data_source('train')` opens DIR without tensorflow, and"
-        " DIR can stand in a mixture as a path. Media are kept byte for byte; a folder of frames stays one"
-        " video. Rows that cannot be used are in DIR/bad.jsonl. After a stop, the same command goes on.",
+        " a mixture may name DIR as a path. Media are kept byte for byte; a folder of frames stays one video."
+        " Rows that cannot be used are listed in DIR/bad.jsonl. The same command continues after a stop.",
     )  # fmt: skip
     pack.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     sizes = pack.add_mutually_exclusive_group()
-    sizes.add_argument("--shards", type=int, metavar="N", help="files to write, at most (default: by size)")
-    sizes.add_argument("--shard-mb", type=float, default=512, metavar="MB", help="of a file; default: 512")
-    pack.set_defaults(run=_data_to_tfds)
+    sizes.add_argument("--shards", type=int, metavar="N", help="most files to write (default: by size)")
+    sizes.add_argument("--shard-mb", type=float, default=512, metavar="MB", help="per file; default: 512")
     for parser in (index, pack):
-        parser.add_argument("mixture", metavar="MIXTURE", help="a YAML mixture, or one file of annotations")
+        parser.add_argument("mixture", metavar="MIXTURE", help="a YAML mixture, or one annotation file")
         parser.add_argument("--media-root", metavar="DIR", help="of media, where no data_root is named")
+    stats = actions.add_parser("stats", help="rows, durations, frames, tokens, buckets and padding")
+    stats.add_argument("--tokens-per-frame", type=int, default=9, metavar="N", help="default: 9")
+    check = actions.add_parser(
+        "check", help="decode an index, or a sample of it, and list what fails",
+        epilog="Exit code 1 when a row fails.",
+    )  # fmt: skip
+    check.add_argument("--sample", type=_natural, metavar="N", help="rows, drawn at random (default: all)")
+    for parser in (index, pack, check):
         parser.add_argument(
             "--workers", type=_natural, default=os.cpu_count() or 1, metavar="N", help="processes"
         )
-        parser.add_argument("--seed", type=int, default=0, help="of the mixture's random strategies")
+        parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random; default: 0")
         parser.add_argument("--allow-outside", action="store_true", help="media paths may leave their root")
-    stats = actions.add_parser("stats", help="rows, durations, frames, tokens, buckets and padding")
-    stats.add_argument("index", metavar="INDEX")
-    stats.add_argument("--batch-size", type=int, default=128, metavar="N", help="default: 128")
-    stats.add_argument("--max-shapes", type=int, default=16, metavar="N", help="buckets; default: 16")
-    stats.add_argument("--tokens-per-frame", type=int, default=9, metavar="N", help="default: 9")
-    stats.add_argument("--max-text-tokens", type=int, default=2048, metavar="N", help="default: 2048")
-    stats.add_argument("--style", choices=("chat", "plain"), default="chat")
-    stats.add_argument("--time-instruction", choices=("none", "short", "full"), default="none")
-    stats.set_defaults(run=_data_stats)
-    check = actions.add_parser(
-        "check", help="decode an index, or a sample of it, and list what fails",
-        epilog="Ends with code 1 when a row fails.",
-    )  # fmt: skip
-    check.add_argument("index", metavar="INDEX")
-    check.add_argument("--sample", type=_natural, metavar="N", help="rows, drawn at random (default: all)")
-    check.add_argument("--workers", type=_natural, default=os.cpu_count() or 1, metavar="N", help="processes")
-    check.add_argument("--seed", type=int, default=0, help="of the sample")
-    check.add_argument("--allow-outside", action="store_true", help="as the index was told")
-    check.add_argument(
-        "--deadline-s", type=_seconds, metavar="X", help="as training's deadline_s (default: its default)"
-    )
-    check.set_defaults(run=_data_check)
-    for parser in (stats, check):
-        parser.add_argument(
-            "--policy", choices=("uniform", "fps", "llava", "dynamic_fps1"), default="uniform"
-        )
-        parser.add_argument("--frames", type=int, default=32, metavar="N", help="default: 32")
-        parser.add_argument("--fps", type=float, default=1.0, metavar="X", help="default: 1")
+    for parser, fields in ((stats, _STATS_FIELDS), (check, _CHECK_FIELDS)):
+        parser.add_argument("index", metavar="INDEX", help="folder that `crosslmm data index` wrote")
+        add_field_options(parser, DataConfig, [n for n in leaf_fields(DataConfig) if n.startswith(fields)])
+        for name in ("policy", "frames", "fps"):
+            parser.add_argument(f"--{name}", action=Renamed, const=f"--sampling.{name}")
+    actions_of: dict[argparse.ArgumentParser, Callable[[argparse.Namespace], int | None]]
+    actions_of = {index: _index, pack: _to_tfds, stats: _stats, check: _check}
+    for parser, run in actions_of.items():
+        parser.set_defaults(run=run)
 
 
 def _natural(text: str) -> int:
-    """An argument that counts something."""
+    """Parses an argument that is a count."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 0 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
 
 
-def _seconds(text: str) -> float:
-    """An argument that is a time to wait."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not seconds > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds greater than 0")
-    return seconds
+def _index(args: argparse.Namespace) -> None:
+    from crosslmm_jax.data.index import build_index
+    from crosslmm_jax.demo import write_default_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        if args.tokenizer is None:
+            write_default_tokenizer(folder)
+        report = build_index(
+            args.mixture, args.out, tokenizer=args.tokenizer or folder, media_root=args.media_root,
+            workers=args.workers, seed=args.seed, allow_outside=args.allow_outside,
+        )  # fmt: skip
+    print("\n".join([*report.lines(), f"written: {args.out}"]))
+    if args.tokenizer is None:
+        print(
+            "tokens are counted by the small tokenizer of the tiny model; to train another one, repeat with"
+            " --tokenizer DIR: no file is probed again"
+        )
 
 
-def _sampling(args: argparse.Namespace) -> Any:
-    from crosslmm_jax.config import SamplingConfig
+def _to_tfds(args: argparse.Namespace) -> None:
+    from crosslmm_jax.data.tfds_export import to_tfds
 
-    return SamplingConfig(policy=args.policy, frames=args.frames, fps=args.fps)
-
-
-def _data_index(args: argparse.Namespace) -> None:
-    from crosslmm_jax.cli import data_commands as commands
-
-    commands.index(
-        args.mixture, out=args.out, tokenizer=args.tokenizer, media_root=args.media_root,
+    report = to_tfds(
+        args.mixture, args.out, media_root=args.media_root, shards=args.shards, shard_mb=args.shard_mb,
         workers=args.workers, seed=args.seed, allow_outside=args.allow_outside,
     )  # fmt: skip
+    print("\n".join([*report.lines(), f"written: {args.out}"]))
 
 
-def _data_to_tfds(args: argparse.Namespace) -> None:
-    from crosslmm_jax.cli import data_commands as commands
+def _stats(args: argparse.Namespace) -> None:
+    from crosslmm_jax.data.reports import describe
 
-    commands.write_tfds(
-        args.mixture, out=args.out, media_root=args.media_root, shards=args.shards, shard_mb=args.shard_mb,
-        workers=args.workers, seed=args.seed, allow_outside=args.allow_outside,
+    config = DataConfig(index=args.index, tokenizer="", batch_size=128)
+    config = apply_overrides(config, args.overrides, source="data stats")
+    print("\n".join(describe(config, tokens_per_frame=args.tokens_per_frame)))
+
+
+def _check(args: argparse.Namespace) -> int:
+    from crosslmm_jax.data.reports import check_index
+
+    config = DataConfig(index=args.index, tokenizer="", batch_size=1)
+    config = apply_overrides(config, args.overrides, source="data check")
+    count, faults = check_index(
+        args.index, sampling=config.sampling, sample=args.sample, workers=args.workers, seed=args.seed,
+        allow_outside=args.allow_outside, deadline_s=config.deadline_s, on_bad_row=_print_fault,
     )  # fmt: skip
+    reasons = ", ".join(list_counts(Counter(fault.reason for fault in faults)))
+    print(f"{count} rows decoded, {len(faults)} bad{f' ({reasons})' if faults else ''}")
+    return FAILURES if faults else 0
 
 
-def _data_stats(args: argparse.Namespace) -> None:
-    from crosslmm_jax.cli import data_commands as commands
-    from crosslmm_jax.config import DataConfig
-
-    config = DataConfig(
-        index=args.index, tokenizer="", batch_size=args.batch_size, max_shapes=args.max_shapes,
-        max_text_tokens=args.max_text_tokens, style=args.style, time_instruction=args.time_instruction,
-        sampling=_sampling(args),
-    )  # fmt: skip
-    commands.stats(config, tokens_per_frame=args.tokens_per_frame)
-
-
-def _data_check(args: argparse.Namespace) -> int:
-    from crosslmm_jax.cli import data_commands as commands
-    from crosslmm_jax.config import DataConfig
-
-    deadline_s = DataConfig.deadline_s if args.deadline_s is None else args.deadline_s
-    return commands.check(
-        args.index, sampling=_sampling(args), sample=args.sample, workers=args.workers, seed=args.seed,
-        allow_outside=args.allow_outside, deadline_s=deadline_s,
-    )  # fmt: skip
+def _print_fault(fault: Fault) -> None:
+    print(f"row {fault.row}\t{fault.reason}\t{fault}", flush=True)

@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from crosslmm_jax.config import MergeConfig, ModelConfig, SamplingConfig
+from crosslmm_jax.config import MergeConfig, ModelConfig, SamplingConfig, names_with_role
 from crosslmm_jax.config_io import apply_overrides
 from crosslmm_jax.convert.export_settings import export_folder, read_crosslmm_config
 from crosslmm_jax.convert.families.llava import canonical
@@ -42,10 +43,9 @@ from crosslmm_jax.utils import atomic_folder
 SYSTEM_PROMPT = "You are a helpful assistant."
 # Side of the grid of compact tokens without a preset or an override: the paper's 9 tokens per frame.
 DEFAULT_GRID = 3
-# Fields in which the preset and the source may differ: the weights do not depend on them, or another check
-# covers them.
-_NOT_COMPARED = {"num_layers", "feature_layer", "image_mean", "image_std", "post_layernorm", "frame_chunk",
-                 "keep_features", "max_positions", "remat", "vocab_size"}  # fmt: skip
+# Fields in which the preset and the source may differ: the image processor of the source gives mean and
+# deviation, and layers have a check of their own.
+_NOT_COMPARED = {"vision.image_mean", "vision.image_std", "vision.num_layers"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,14 +215,12 @@ def _check_preset(name: str, preset: ModelConfig, sizes: Sizes) -> None:
     """Raises a `ConfigError` that lists every size of the source that differs from the preset."""
     theirs, ours = sizes.decoder, preset.decoder
     compared = [
-        (f"{part}.{field.name}", getattr(source, field.name), getattr(wanted, field.name))
-        for part, source, wanted in (("vision", sizes.vision, preset.vision), ("decoder", theirs, ours))
-        for field in dataclasses.fields(wanted)
-        if field.name not in _NOT_COMPARED
+        (field, operator.attrgetter(field)(sizes), operator.attrgetter(field)(preset))
+        for field in names_with_role(ModelConfig, "architecture")
+        if field not in _NOT_COMPARED
     ]
     compared += [
         ("vision.depth (layers up to its features)", sizes.vision.depth, preset.vision.depth),
-        ("decoder.num_layers", theirs.num_layers, ours.num_layers),
         # Extra rows of the vocabulary are dropped.
         ("decoder.vocab_size", min(theirs.vocab_size, ours.vocab_size), ours.vocab_size),
     ]

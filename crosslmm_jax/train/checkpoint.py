@@ -22,6 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from crosslmm_jax.config import ExperimentConfig, names_with_role
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.model_folder import flatten
 from crosslmm_jax.train.checksum import array_checksums, check_undamaged
@@ -33,16 +34,8 @@ logger = logging.getLogger(__name__)
 # How tensorstore quotes the number of a system error in the text of a ValueError.
 _ERROR_NUMBER = re.compile(r"\[(?:os_error_code='|OS error )(\d+)")
 
-# Settings that may differ from the checkpoint's: they change where or how fast a run computes, not what.
-FREE_FIELDS = frozenset({
-    "data.index", "data.deadline_s", "data.num_workers", "data.num_threads", "data.prefetch",
-    "data.frame_cache_mb",
-    "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context",
-    "model.attention", "model.cross_attention.cache_dtype", "model.decoder.remat",
-    "model.vision.frame_chunk", "model.vision.keep_features", "model.vision.remat",
-    "run.out", "run.log_every", "run.save_every", "run.keep_checkpoints", "run.tensorboard",
-    "stage.microbatches",
-})  # fmt: skip
+# Fields that may differ from the checkpoint's: they change where or how fast a run computes, not what.
+_FREE_FIELDS = frozenset(names_with_role(ExperimentConfig, "performance", "host"))
 
 
 class Checkpoints:
@@ -234,7 +227,7 @@ def check_same_config(now: Mapping[str, object], saved: Mapping[str, object], *,
       where: the checkpoint's path, for the message.
     """
     flat_now, flat_saved = flatten(now), flatten(saved)
-    names = sorted((flat_now.keys() | flat_saved.keys()) - FREE_FIELDS)
+    names = sorted((flat_now.keys() | flat_saved.keys()) - _FREE_FIELDS)
     absent = "(no such field)"
     different = [
         f"{name} was {flat_saved.get(name, absent)!r} and is {flat_now.get(name, absent)!r}"

@@ -5,37 +5,37 @@ weights were trained with, the layers they belong to, and how frames were read.
 """
 
 import logging
+import operator
 from pathlib import Path
 
-from crosslmm_jax.config import DataConfig, ModelConfig
+from crosslmm_jax.config import DataConfig, ModelConfig, names_with_role
+from crosslmm_jax.config_io import option_of
 from crosslmm_jax.errors import ConfigError
 from crosslmm_jax.model_folder import CONFIG_FILE, PROCESSOR_FILE, load_model_config, load_processor
 
 logger = logging.getLogger(__name__)
 
-_VISION = (
-    "image_size", "patch_size", "width", "depth", "num_heads", "mlp_width", "layer_norm_eps", "image_mean",
-    "image_std", "post_layernorm",
-)  # fmt: skip
-_DECODER = (
-    "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "rope_theta",
-    "rms_norm_eps", "tie_embeddings",
-)  # fmt: skip
 # Initialisation of cross-attention.
-_INITIALISATION = ("gate_init", "cross_attn_init")
+_INITIALISATION = ("cross_attention.gate_init", "cross_attention.cross_attn_init")
+# Fields of which only the resulting layers are compared: `vision.depth` and `cross_attention_layers`.
+_LAYERS = {
+    "vision.num_layers", "vision.feature_layer",
+    "cross_attention.cross_attn_every", "cross_attention.cross_attn_offset",
+}  # fmt: skip
 
 
 def check_same_model(folder: str | Path, config: ModelConfig) -> None:
     """Raises a `ConfigError` that lists the fields in which the MODEL `folder` and the run's `config` differ.
 
-    Fields that a stage may change are not compared: token merge, directions, scopes, positions, numerics.
+    Compares fields with role "architecture" or "identity". A stage may change the others: token merge,
+    directions, scopes, positions, numerics.
     """
-    path, stored = Path(folder) / CONFIG_FILE, load_model_config(folder)
-    theirs, ours = _bound_to_weights(stored), _bound_to_weights(config)
+    path = Path(folder) / CONFIG_FILE
+    theirs, ours = _bound_to_weights(load_model_config(folder)), _bound_to_weights(config)
     different = [
         f"{name} is {theirs[name]}, in model of the run it is {ours[name]}"
         for name in ours
-        if theirs[name] != ours[name]
+        if name not in _INITIALISATION and theirs[name] != ours[name]
     ]
     if different:
         raise ConfigError(
@@ -43,13 +43,12 @@ def check_same_model(folder: str | Path, config: ModelConfig) -> None:
             " trained with, or start from another folder"
         )
     for name in _INITIALISATION:
-        value, wanted = getattr(stored.cross_attention, name), getattr(config.cross_attention, name)
+        value, wanted = theirs[name], ours[name]
         if value != wanted:
             raise ConfigError(
-                f"run.init_from {path}: cross_attention.{name} is {value}, in model of the run it is"
-                f" {wanted}; existing weights keep their initial values: set"
-                f" model.cross_attention.{name} to {value}, or make the folder with"
-                f" `crosslmm convert from-hf ... --cross-attention.{name.replace('_', '-')} {wanted}`"
+                f"run.init_from {path}: {name} is {value}, in model of the run it is {wanted}; existing"
+                f" weights keep their initial values: set model.{name} to {value}, or make the folder with"
+                f" `crosslmm convert from-hf ... {option_of(name)} {wanted}`"
             )
 
 
@@ -59,10 +58,11 @@ def warn_of_other_inputs(folder: str | Path, data: DataConfig) -> None:
     A run may change them, and the MODEL folder that it writes has the new values. A default value in `folder`
     causes no warning, because perhaps nobody chose it.
     """
-    theirs = load_processor(folder)
-    for name, default in (("resampling", "bicubic"), ("time_instruction", "none")):
-        value, ours = getattr(theirs, name), getattr(data, name)
-        if value not in (default, ours):
+    processor = vars(load_processor(folder))
+    for name in names_with_role(DataConfig, "identity"):
+        ours = getattr(data, name)
+        value = processor.get(name, ours)
+        if value not in (ours, getattr(DataConfig, name, None)):
             logger.warning(
                 "run.init_from %s: %s is %s, DataConfig.%s of the run is %s; set it to %s to train as the"
                 " weights were trained", Path(folder) / PROCESSOR_FILE, name, value, name, ours, value,
@@ -71,7 +71,7 @@ def warn_of_other_inputs(folder: str | Path, data: DataConfig) -> None:
 
 def _bound_to_weights(config: ModelConfig) -> dict[str, object]:
     """Field -> value of all fields that the weights depend on."""
-    values = {f"vision.{name}": getattr(config.vision, name) for name in _VISION}
-    values |= {f"decoder.{name}": getattr(config.decoder, name) for name in _DECODER}
-    values["cross_attention.kv_source"] = config.cross_attention.kv_source
-    return values | {"cross_attention_layers": config.cross_attention_layers}
+    names = names_with_role(ModelConfig, "architecture", "identity")
+    values = {name: operator.attrgetter(name)(config) for name in names if name not in _LAYERS}
+    layers = {"vision.depth": config.vision.depth, "cross_attention_layers": config.cross_attention_layers}
+    return values | layers

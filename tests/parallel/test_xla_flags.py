@@ -3,6 +3,7 @@
 import pytest
 
 from crosslmm_jax.cli import app as cli
+from crosslmm_jax.cli import params
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.parallel import xla_flags
 
@@ -86,7 +87,7 @@ def test_the_command_sets_them_before_its_room_runs(machine, monkeypatch) -> Non
     machine("libtpu")
     monkeypatch.setattr(cli.os, "environ", {"CROSSLMM_XLA_FLAGS": "all"})
     seen = {}
-    monkeypatch.setattr(cli, "_params", lambda args: seen.update(cli.os.environ))
+    monkeypatch.setattr(params, "_params", lambda args: seen.update(cli.os.environ))
     assert cli.main(["params", "--preset", "tiny"]) == 0
     assert seen["LIBTPU_INIT_ARGS"] == FLAGS
 

@@ -367,16 +367,16 @@ def test_what_is_no_index(tmp_path: Path, videos: SyntheticSet, tokenizer_folder
 @pytest.mark.parametrize("option", ["--workers=-1", "--sample=-3", "--sample=all"])
 def test_counts_are_checked(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "check", "index", option]) == 2
-    assert f"{option.partition('=')[2]!r} is no whole number" in capsys.readouterr().err
+    assert f"{option.partition('=')[2]!r} is not a whole number" in capsys.readouterr().err
 
 
 def test_stats_and_check(videos: SyntheticSet, make_index, capsys: pytest.CaptureFixture[str]) -> None:
     index = make_index(videos.train)
-    assert main(["data", "stats", str(index), "--frames", "4", "--batch-size", "8"]) == 0
+    assert main(["data", "stats", str(index), "--sampling.frames", "4", "--batch-size", "8"]) == 0
     out = capsys.readouterr().out
     assert "32 rows, 32 media" in out and "video" in out and "0.0%  padded frames" in out
     assert "truncated: 0 rows" in out and "left out: 0 rows" in out
-    words = ["data", "stats", str(index), "--frames", "4", "--time-instruction", "short"]
+    words = ["data", "stats", str(index), "--sampling.frames", "4", "--time-instruction", "short"]
     assert main([*words, "--max-text-tokens", "60"]) == 2
     assert "none of the 32 rows" in capsys.readouterr().err
     assert main(["data", "check", str(index), "--workers", "0"]) == 0

@@ -1,0 +1,114 @@
+"""Options that several commands share.
+
+A command that takes fields of a configuration has one option per field, spelled as in `crosslmm train`:
+
+    add_field_options(parser, ModelConfig)                                   # builds the parser
+    config = config_io.apply_overrides(config, args.overrides, source=...)   # runs the command
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Literal, NoReturn, TypeAlias, get_args, get_origin
+
+from crosslmm_jax.config import leaf_fields
+from crosslmm_jax.config_io import option_of
+from crosslmm_jax.errors import UserError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse without the usage block before an error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `UserError` with `message` and the command that explains the options."""
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[OneLineParser]"
+
+
+class _Override(argparse.Action):
+    """Appends the option and its values to `args.overrides`."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object,
+        option_string: str | None = None,
+    ) -> None:  # fmt: skip
+        words = values if isinstance(values, list) else [values]
+        namespace.overrides = [*namespace.overrides, self.option_strings[0], *words]
+
+
+def add_field_options(
+    parser: argparse.ArgumentParser, config_class: type, names: Iterable[str] | None = None
+) -> None:
+    """Adds typed overrides, e.g. `--vision.remat none`; `args.overrides` holds those that are given.
+
+    Args:
+      parser: Of the command.
+      config_class: A configuration dataclass.
+      names: Dotted names of the fields that the command reads; None: every field.
+    """
+    leaves = leaf_fields(config_class)
+    parser.usage = f"{parser.prog} [options] [--field value ...]"
+    group = parser.add_argument_group(
+        f"fields of {config_class.__name__}", "The meaning of each: `crosslmm train CONFIG.py --help`."
+    )
+    for name in leaves if names is None else names:
+        hint = leaves[name].type
+        several = get_origin(hint) is tuple
+        group.add_argument(
+            option_of(name), dest="overrides", default=[], action=_Override, nargs="*" if several else None,
+            metavar=_metavar(get_args(hint)[0] if several else hint),
+        )  # fmt: skip
+
+
+def _metavar(hint: object) -> str:
+    """Values of a field with annotation `hint`, as `crosslmm train CONFIG.py --help` shows them."""
+    if get_origin(hint) is Literal:
+        return f"{{{','.join(get_args(hint))}}}"
+    if get_origin(hint) is UnionType:
+        return "|".join(_metavar(choice) for choice in reversed(get_args(hint)))
+    names = {bool: "{True,False}", int: "INT", float: "FLOAT", str: "STR"}
+    return names[hint] if isinstance(hint, type) and hint in names else "{None}"
+
+
+class Renamed(argparse.Action):
+    """An option with a new spelling. Its use ends with one line that says it.
+
+    `add_argument("--frames", action=Renamed, const="--sampling.frames")` for an option that is now called
+    `--sampling.frames`; without `const` for one that took words FIELD=VALUE and is now one option per field.
+    """
+
+    def __init__(self, option_strings: Sequence[str], dest: str, const: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs="*", const=const, help=argparse.SUPPRESS)
+
+    def __call__(  # noqa: D102 (argparse's)
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object,
+        option_string: str | None = None,
+    ) -> None:  # fmt: skip
+        words = [str(value) for value in values] if isinstance(values, list) else []
+        if self.const is None:
+            new = [f"{option_of(name)} {value}" for name, _, value in (word.partition("=") for word in words)]
+        else:
+            new = [self.const, *words]
+        raise UserError(f"{' '.join([str(option_string), *words])} is now written {' '.join(new)}")
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--json`, for `write_json`."""
+    parser.add_argument("--json", metavar="-|PATH", help="write JSON to a file, or - for only JSON on stdout")
+
+
+def write_json(target: str, payload: object) -> None:
+    """Prints `payload` when `target` is "-", else writes it to that file."""
+    text = json.dumps(payload, indent=2)
+    if target == "-":
+        print(text)
+        return
+    try:
+        Path(target).write_text(text + "\n")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--json {target}: {reason}; give a file in a folder that can be written") from error
