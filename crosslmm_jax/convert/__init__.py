@@ -14,8 +14,5 @@ from crosslmm_jax.convert.to_hf import convert_to_hf
 from crosslmm_jax.convert.verify import verify
 
 __all__ = [
-    "Request",
-    "convert_from_hf",
-    "convert_to_hf",
-    "verify",
-]
+    "Request", "convert_from_hf", "convert_to_hf", "verify",
+]  # fmt: skip

@@ -15,10 +15,5 @@ from crosslmm_jax.demo.synthetic import COLOURS, SHAPES, caption_of, question_of
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 
 __all__ = [
-    "COLOURS",
-    "SHAPES",
-    "caption_of",
-    "question_of",
-    "run",
-    "write_default_tokenizer",
-]
+    "COLOURS", "SHAPES", "caption_of", "question_of", "run", "write_default_tokenizer",
+]  # fmt: skip

@@ -14,15 +14,6 @@ from crosslmm_jax.inference.figure import draw_frame
 from crosslmm_jax.inference.generate import Generation, Sampling, generate
 
 __all__ = [
-    "Answer",
-    "Chat",
-    "Generation",
-    "Sampling",
-    "Video",
-    "VideoModel",
-    "ask",
-    "chat",
-    "draw_frame",
-    "generate",
-    "load",
-]
+    "Answer", "Chat", "Generation", "Sampling", "Video", "VideoModel", "ask", "chat", "draw_frame",
+    "generate", "load",
+]  # fmt: skip

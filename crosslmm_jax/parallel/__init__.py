@@ -24,24 +24,15 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "activation_rules",
-    "batch_shardings",
-    "check_batch_size",
-    "initialize_processes",
-    "make_mesh",
-    "matmul_options",
-    "param_shardings",
-    "partition_spec",
-    "program",
-    "replicated",
-    "row_shard",
-    "to_global",
-]
+    "activation_rules", "batch_shardings", "check_batch_size", "initialize_processes", "make_mesh",
+    "matmul_options", "param_shardings", "partition_spec", "program", "replicated", "row_shard",
+    "to_global", "xla_flags",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
     """Imports the files of this package, which need jax, and returns what one of them defines."""
-    if name in __all__:
+    if name in __all__ and name != "xla_flags":  # a file: `from parallel import xla_flags` finds it by itself
         for file in ("mesh", "axis_rules", "sharding", "compiler_options"):
             module = importlib.import_module(f"{__name__}.{file}")
             if hasattr(module, name):

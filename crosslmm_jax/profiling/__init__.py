@@ -23,23 +23,7 @@ from crosslmm_jax.profiling.report import Report
 from crosslmm_jax.profiling.suite import Outputs, Presentation, profile, requests_for, write_report
 
 __all__ = [
-    "Case",
-    "Outputs",
-    "Presentation",
-    "Record",
-    "Report",
-    "Request",
-    "Row",
-    "check_counts",
-    "figure",
-    "flops",
-    "inputs",
-    "memory",
-    "params",
-    "profile",
-    "report",
-    "requests_for",
-    "run_cases",
-    "timing",
+    "Case", "Outputs", "Presentation", "Record", "Report", "Request", "Row", "check_counts", "figure",
+    "flops", "inputs", "memory", "params", "profile", "report", "requests_for", "run_cases", "timing",
     "write_report",
-]
+]  # fmt: skip

@@ -10,11 +10,6 @@ from crosslmm_jax.utils.progress import Progress
 from crosslmm_jax.utils.workers import end_with_parent, worker_pool
 
 __all__ = [
-    "Progress",
-    "atomic_folder",
-    "atomic_write",
-    "cannot_write",
-    "end_with_parent",
-    "is_vacant",
+    "Progress", "atomic_folder", "atomic_write", "cannot_write", "end_with_parent", "is_vacant",
     "worker_pool",
-]
+]  # fmt: skip

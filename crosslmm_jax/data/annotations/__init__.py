@@ -13,9 +13,5 @@ from crosslmm_jax.data.annotations.mixture import read_mixture, read_rows
 from crosslmm_jax.data.annotations.rows import MODALITIES, DatasetSpec, Row
 
 __all__ = [
-    "MODALITIES",
-    "DatasetSpec",
-    "Row",
-    "read_mixture",
-    "read_rows",
-]
+    "MODALITIES", "DatasetSpec", "Row", "read_mixture", "read_rows",
+]  # fmt: skip

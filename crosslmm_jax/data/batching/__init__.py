@@ -17,14 +17,6 @@ from crosslmm_jax.data.batching.buckets import (
 from crosslmm_jax.data.batching.schedule import Schedule, ScheduledBatch, WeightedRows, deal_evenly
 
 __all__ = [
-    "Bucket",
-    "FRAME_COST",
-    "NO_BUCKET",
-    "WeightedRows",
-    "Schedule",
-    "ScheduledBatch",
-    "BucketedRows",
-    "deal_evenly",
-    "bucket_rows",
-    "row_cost",
-]
+    "Bucket", "FRAME_COST", "NO_BUCKET", "WeightedRows", "Schedule", "ScheduledBatch", "BucketedRows",
+    "deal_evenly", "bucket_rows", "row_cost",
+]  # fmt: skip

@@ -17,16 +17,6 @@ from crosslmm_jax.data.index.probe import (
 from crosslmm_jax.data.index.table import BAD, Columns, Index, RowStore, open_index
 
 __all__ = [
-    "BAD",
-    "Columns",
-    "Index",
-    "RowStore",
-    "build_index",
-    "fingerprint",
-    "late_start",
-    "media_stamp",
-    "only_data_errors",
-    "open_index",
-    "probe_for",
-    "row_hash",
-]
+    "BAD", "Columns", "Index", "RowStore", "build_index", "fingerprint", "late_start", "media_stamp",
+    "only_data_errors", "open_index", "probe_for", "row_hash",
+]  # fmt: skip

@@ -24,27 +24,8 @@ from crosslmm_jax.data.text.tokenizer import PAD_TOKEN, Tokenizer, load_tokenize
 from crosslmm_jax.data.text.turns import Turn, check_placeholders, parse_turns, writable
 
 __all__ = [
-    "ClipMeta",
-    "Layout",
-    "lay_out",
-    "DEFAULT_SYSTEM_PROMPT",
-    "MEDIUM",
-    "PAD_TOKEN",
-    "TokenSequence",
-    "Tokenizer",
-    "Turn",
-    "check_placeholders",
-    "check_question",
-    "count_tokens",
-    "load_tokenizer",
-    "most_time_tokens",
-    "next_question",
-    "parse_turns",
-    "plain_sequence",
-    "question_suffix",
-    "time_text",
-    "tokenise",
-    "video_prefix",
-    "wording_tokens",
-    "writable",
-]
+    "ClipMeta", "Layout", "lay_out", "DEFAULT_SYSTEM_PROMPT", "MEDIUM", "PAD_TOKEN", "TokenSequence",
+    "Tokenizer", "Turn", "check_placeholders", "check_question", "count_tokens", "load_tokenizer",
+    "most_time_tokens", "next_question", "parse_turns", "plain_sequence", "question_suffix", "time_text",
+    "tokenise", "video_prefix", "wording_tokens", "writable",
+]  # fmt: skip

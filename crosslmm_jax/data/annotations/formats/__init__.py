@@ -13,8 +13,8 @@ How to add a data format:
            turns = origin.caption_turns("Describe the video.", value.get("text"))
            return origin.make_row(turns, videos=[value.get("clip")])
 
-2. Add a line to FORMATS: `"my_format": Format(my_format.entries, my_format.to_row, fields={"clip", "text"})`.
-   With `fields` or `suffix` a mixture need not name the format.
+2. Add a line to FORMATS:
+   `"my_format": Format(my_format.entries, my_format.to_row, fields={"clip", "text"})`. With `fields` or `suffix` a mixture need not name the format.
 3. Write a few rows of it in `tests/data/lookalikes.py`, and what they must become in
    `tests/data/annotations/test_formats.py`.
 
@@ -25,7 +25,7 @@ How to add a data format:
 | read settings of a mixture's `options` | `annotations/options.py` |
 | refuse one row | `raise origin.error(reason, detail)`, with a reason of `crosslmm_jax.errors.REASONS` |
 | refuse a file | `raise UserError(...)` in `entries`, naming the file and the fix |
-"""  # noqa: E501
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Set
@@ -42,6 +42,8 @@ from crosslmm_jax.data.annotations.formats import (
     webdataset,
 )
 from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, Origin, Row
+
+__all__ = ["FORMATS", "Format"]
 
 
 @dataclasses.dataclass(frozen=True)
