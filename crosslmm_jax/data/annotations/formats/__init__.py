@@ -14,14 +14,15 @@ How to add a data format:
            return origin.make_row(turns, videos=[value.get("clip")])
 
 2. Add a line to FORMATS:
-   `"my_format": Format(my_format.entries, my_format.to_row, fields={"clip", "text"})`. With `fields` or `suffix` a mixture need not name the format.
+   `"my_format": Format(my_format.entries, my_format.to_row, fields={"clip", "text"})`.
+   With `fields` or `suffix` a mixture need not name the format.
 3. Write a few rows of it in `tests/data/lookalikes.py`, and what they must become in
    `tests/data/annotations/test_formats.py`.
 
 | to | use |
 |---|---|
 | read JSON, JSONL, folders of them, patterns | `annotations/json_files.py` |
-| build a checked `Row`: turns, placeholders, paths, times | `origin.make_row`, `origin.caption_turns`, `origin.bounds` |
+| build a checked `Row` | `origin.make_row`, `origin.caption_turns`, `origin.bounds` |
 | read settings of a mixture's `options` | `annotations/options.py` |
 | refuse one row | `raise origin.error(reason, detail)`, with a reason of `crosslmm_jax.errors.REASONS` |
 | refuse a file | `raise UserError(...)` in `entries`, naming the file and the fix |
