@@ -19,6 +19,7 @@ import numpy as np
 
 from crosslmm_jax.batch import Batch
 from crosslmm_jax.data.loading.dataset import Dataset
+from crosslmm_jax.data.media import import_readers
 from crosslmm_jax.errors import ConfigError, Fault, UserError, list_counts
 from crosslmm_jax.utils import end_with_parent
 
@@ -49,11 +50,13 @@ class _BatchLoader:
         self.start = start
         host_batch = dataset.config.batch_size // shard_count
         self.part = slice(shard_index * host_batch, (shard_index + 1) * host_batch)
+        import_readers()  # before grain starts the threads that read ahead
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Runs in a worker process, which grain would leave running after the training is killed."""
         self.__dict__.update(state)
         end_with_parent()
+        import_readers()
 
     def __call__(self, number: int) -> _HostBatch:
         faults: list[Fault] = []

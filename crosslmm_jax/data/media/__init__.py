@@ -38,12 +38,12 @@ from crosslmm_jax.data.media.locate import (
     suffix_by_content,
 )
 from crosslmm_jax.data.media.tar import read_member, tar_member, walk_tar
-from crosslmm_jax.data.media.video import VideoInfo, probe, read_frames
+from crosslmm_jax.data.media.video import VideoInfo, import_readers, probe, read_frames
 
 __all__ = [
     "Clip", "DEADLINE_S", "FRAMES_PREFIX", "IMAGE_SUFFIXES", "Media", "PathOrMedia", "VIDEO_SUFFIXES",
-    "VideoInfo", "count_frames", "direct_reference", "is_image", "is_record_file", "list_pictures",
-    "kind_of", "mean_record_size", "open_file", "open_media", "parse_example", "probe", "read_frames",
-    "read_member", "read_record", "resolve_path", "size_of", "tar_member", "split_reference",
-    "stack_clips", "suffix_by_content", "value_member", "walk_tar",
+    "VideoInfo", "count_frames", "direct_reference", "import_readers", "is_image", "is_record_file",
+    "list_pictures", "kind_of", "mean_record_size", "open_file", "open_media", "parse_example", "probe",
+    "read_frames", "read_member", "read_record", "resolve_path", "size_of", "tar_member",
+    "split_reference", "stack_clips", "suffix_by_content", "value_member", "walk_tar",
 ]  # fmt: skip

@@ -130,6 +130,22 @@ def _first_rotation(stream: "VideoStream", index: PacketIndex, deadline: Deadlin
     return 0
 
 
+def import_readers() -> None:
+    """Imports PyAV and Pillow in the calling thread: call it before threads read media.
+
+    While TensorFlow Datasets is imported, it replaces `__import__` for all threads. A thread that first
+    imports PyAV at that moment gets modules that do not work, and a good file would count as corrupt.
+    """
+    import av
+    import av.error
+    import av.stream
+    import av.video.reformatter
+    from PIL import Image, ImageOps
+
+    assert av.open and ImageOps.exif_transpose
+    Image.init()  # the plugins of all image formats
+
+
 def read_frames(
     path: PathOrMedia,
     sampling: SamplingConfig,

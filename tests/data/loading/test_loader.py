@@ -4,8 +4,11 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -209,6 +212,28 @@ def test_workers_that_always_die_end_the_run(config: DataConfig) -> None:
     ):
         next(iterator)
     iterator.close()
+
+
+def test_readers_are_imported_before_threads_start(config: DataConfig) -> None:
+    """While one thread imports TensorFlow Datasets, another that imports PyAV would get broken modules."""
+    program = """
+import pickle, sys
+from crosslmm_jax.data.loading.dataset import Dataset
+from crosslmm_jax.data.loading.loader import _BatchLoader
+config = pickle.loads(bytes.fromhex(sys.argv[1]))
+dataset = Dataset(config, tokens_per_frame=1, image_size=32)
+assert "av" not in sys.modules
+made = _BatchLoader(dataset, start=0, shard_index=0, shard_count=1)
+assert {"av", "av.video.reformatter", "PIL.ImageOps", "PIL.WebPImagePlugin"} <= set(sys.modules)
+state = made.__dict__
+for name in [name for name in sys.modules if name.split(".")[0] in ("av", "PIL")]:
+    del sys.modules[name]
+_BatchLoader.__new__(_BatchLoader).__setstate__(state)  # as a worker process does
+assert {"av", "av.video.reformatter", "PIL.ImageOps", "PIL.WebPImagePlugin"} <= set(sys.modules)
+"""
+    words = [sys.executable, "-c", program, pickle.dumps(config).hex()]
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_batch_of_given_rows(damage) -> None:
