@@ -6,7 +6,8 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, NoReturn, get_args
 
-from crosslmm_jax.config import Precision
+from crosslmm_jax.cli.options import Commands, Renamed, add_field_options
+from crosslmm_jax.config import ModelConfig, Precision
 from crosslmm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class _MovedOption(argparse.Action):
         _moved(name, MOVED_OPTIONS[name])
 
 
-def add_profile(commands: "argparse._SubParsersAction") -> None:
+def add_profile(commands: Commands) -> None:
     """Adds the parser of `profile` to `commands`; its `run` measures."""
     profile = commands.add_parser("profile", help="time, FLOPs and peak memory at real size, random weights")
     profile.add_argument("task", choices=TASKS, type=_task)
@@ -57,7 +58,7 @@ def add_profile(commands: "argparse._SubParsersAction") -> None:
 
 
 def add_measuring_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what all tasks take: systems, sizes, repetitions, and where the report goes."""
+    """Adds what all tasks take: systems, sizes, repetitions, outputs, and fields of the model."""
     parser.add_argument(
         "--preset", nargs="+", default=[], metavar="NAME", help="e.g. crosslmm_2b crosslmm_7b"
     )
@@ -78,9 +79,8 @@ def add_measuring_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", metavar="PATH")
     parser.add_argument("--figure", metavar="PATH", help=".png, .svg or .pdf")
     parser.add_argument("--trace", metavar="DIR", help="a profile of one call of each case, for XProf")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="of the model, e.g. decoder.remat=false"
-    )
+    parser.add_argument("--set", action=Renamed)
+    add_field_options(parser, ModelConfig)
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +113,7 @@ def requests_of(
     from crosslmm_jax.profiling import requests_for
 
     make = functools.partial(
-        kind, task=task, frames=tuple(args.frames), overrides=tuple(args.set), text=args.text_tokens,
+        kind, task=task, frames=tuple(args.frames), overrides=tuple(args.overrides), text=args.text_tokens,
         v2v_scopes=tuple(getattr(args, "v2v_scope", ())), repeats=args.repeats,
         compile_jobs=args.compile_jobs, trace=args.trace, **options,
     )  # fmt: skip

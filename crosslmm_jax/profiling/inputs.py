@@ -6,7 +6,6 @@ kernels on scratch memory) then stays below the weights and out of the measured 
 
 import dataclasses
 import functools
-import json
 import math
 import zlib
 from collections.abc import Collection, Sequence
@@ -20,7 +19,7 @@ from jaxtyping import Array, PyTree
 
 from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import PARTS, ModelConfig
-from crosslmm_jax.config_io import from_dict, to_dict
+from crosslmm_jax.config_io import apply_overrides
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import has_own_dtype, init_params, quantise_params, separate_layers
 from crosslmm_jax.presets import get_preset
@@ -56,25 +55,7 @@ def config_of(request: Request) -> ModelConfig:
       UserError: an unknown preset or field, or a value that does not fit.
     """
     config = preset_with_tokens(request.system, request.tokens_per_frame).at_precision(request.precision)
-    return with_overrides(config, request.overrides)
-
-
-def with_overrides(config: ModelConfig, words: Sequence[str]) -> ModelConfig:
-    """`config` with the fields that the words FIELD=VALUE name; values are JSON or bare text."""
-    values = to_dict(config)
-    for word in words:
-        path, equals, text = word.partition("=")
-        *parents, name = path.replace("-", "_").split(".")
-        node: object = values
-        for parent in parents:
-            node = node.get(parent) if isinstance(node, dict) else None
-        if not equals or not isinstance(node, dict) or name not in node:
-            raise UserError(f"--set {word}: give FIELD=VALUE with a field of the model, as vision.remat=none")
-        try:
-            node[name] = json.loads(text)
-        except json.JSONDecodeError:
-            node[name] = text
-    return from_dict(ModelConfig, values, source="--set")
+    return apply_overrides(config, request.overrides, source="profile") if request.overrides else config
 
 
 def with_scopes(config: ModelConfig, scopes: Sequence[str]) -> list[ModelConfig]:

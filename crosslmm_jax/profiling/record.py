@@ -31,7 +31,7 @@ class Request:
     system: str  # a preset, or what else the task can measure
     frames: tuple[int, ...]
     tokens_per_frame: int | None = None  # None: as in the preset
-    overrides: tuple[str, ...] = ()  # FIELD=VALUE of the preset
+    overrides: tuple[str, ...] = ()  # words of fields of the model, e.g. ("--vision.remat", "none")
     precision: Precision = "compute"  # of encoder, projector and T2V's KV cache
     v2v_scopes: tuple[str, ...] = ()  # each is measured; (): the preset's scope
     remats: tuple[str, ...] = ()  # of the encoder in training, each is measured; (): as in the preset

@@ -121,7 +121,8 @@ def _settings(system: Row, rows: list[Row]) -> list[str]:
     options = [row.get("compiler_options") for row in rows if row["system"] == system["system"]]
     flat = {f"{name}={value}" for found in options if found for name, value in found.items()}
     flat |= {f"{name}={value}" for name, value in system.get("environment", {}).items()}
-    words = [*system.get("request", {}).get("overrides", ()), *sorted(flat)]
+    overrides = " ".join(system.get("request", {}).get("overrides", ()))
+    words = [*filter(None, [overrides]), *sorted(flat)]
     return [f"  - {', '.join(f'`{word}`' for word in words)}"] if words else []
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from crosslmm_jax import presets
+from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import CrossLMM, init_params
 from crosslmm_jax.profiling import decode, flops, memory, prefill, timing, worker
@@ -24,7 +25,6 @@ from crosslmm_jax.profiling.inputs import (
     random_frames,
     random_params,
     random_prompt,
-    with_overrides,
 )
 from crosslmm_jax.profiling.record import Record, Request
 
@@ -164,15 +164,19 @@ def test_a_train_step(tmp_path: Path) -> None:
 
 
 def test_overrides_change_the_preset_and_name_what_is_wrong() -> None:
-    words = ("vision.frame-chunk=4", "compute_dtype=float32", 'cross_attention.directions=["t2v"]')
-    config = config_of(Request(task="prefill", system="tiny", frames=(1,), overrides=words))
-    assert (config.vision.frame_chunk, config.compute_dtype) == (4, "float32")
-    assert config.cross_attention.directions == ("t2v",)
-    for word in ("vision.depth=3", "frames", "vision=3x"):
-        with pytest.raises(UserError, match=f"--set.*{word.split('=')[0]}"):
-            with_overrides(config, [word])
+    def config(*words: str) -> ModelConfig:
+        return config_of(Request(task="prefill", system="tiny", frames=(1,), overrides=words))
+
+    found = config(
+        "--vision.frame-chunk", "4", "--compute-dtype", "float32", "--cross-attention.directions", "t2v"
+    )
+    assert (found.vision.frame_chunk, found.compute_dtype) == (4, "float32")
+    assert found.cross_attention.directions == ("t2v",)
+    for words in (("--vision.depth", "3"), ("--frames", "2"), ("--vision.width", "3x")):
+        with pytest.raises(UserError, match=words[0]):
+            config(*words)
     with pytest.raises(UserError, match="VisionConfig.frame_chunk is 0; it must be 1 or more, or None"):
-        with_overrides(config, ["vision.frame_chunk=0"])
+        config("--vision.frame-chunk", "0")
 
 
 def test_random_frames_fill_the_bytes() -> None:

@@ -28,13 +28,13 @@ def test_the_page_says_what_it_ran_with() -> None:
         {
             "system": "crosslmm_7b", "device": "GPU", "matmul_tflops": 650.0,
             "environment": {"XLA_FLAGS": "--xla_a=1"},
-            "request": {"overrides": ["vision.frame_chunk=64"]},
+            "request": {"overrides": ["--vision.frame-chunk", "64"]},
         }
     ]  # fmt: skip
     found["rows"] = [row("crosslmm_7b", 32, 100.0, compiler_options={"xla_b": False}), row("tiny", 2, 1.0)]
     lines = report.markdown(found).splitlines()
     assert "- crosslmm_7b: GPU, bf16 matmul 650 TFLOP/s" in lines
-    assert "  - `vision.frame_chunk=64`, `XLA_FLAGS=--xla_a=1`, `xla_b=False`" in lines
+    assert "  - `--vision.frame-chunk 64`, `XLA_FLAGS=--xla_a=1`, `xla_b=False`" in lines
     table = [line for line in lines if line.startswith("| ")]
     assert len(table) == 4 and len({line.count("|") for line in table}) == 1
 
@@ -97,7 +97,12 @@ MISTAKES = [
     (["fly", "--preset", "tiny"], "invalid choice: 'fly'"),
     (["prefill", "--preset", "3b"], "--preset '3b' is unknown"),
     (["prefill", "--preset", "tiny", "--frames", "0"], "--frames 0: give numbers of at least 1"),
-    (["prefill", "--preset", "tiny", "--set", "vision.remat"], "--set vision.remat: give FIELD=VALUE"),
+    (
+        ["prefill", "--preset", "tiny", "--set", "vision.remat=none"],
+        "--set vision.remat=none is now written --vision.remat none",
+    ),
+    (["prefill", "--preset", "tiny", "--vision.depth", "3"], "unrecognized arguments: --vision.depth 3"),
+    (["prefill", "--preset", "tiny", "--vision.frame-chunk", "3x"], "--vision.frame-chunk"),
     (["train", "--preset", "tiny", "--remat", "all"], "invalid choice: 'all'"),
     (["prefill", "--preset", "tiny", "--repeats", "0"], "--repeats 0: give a number of at least 1"),
     (
