@@ -4,14 +4,12 @@ import functools
 
 import jax
 from jax.sharding import Mesh
-from jaxtyping import Array, PyTree
 
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.model import quantise_params, quantised_axes, separate_layers
+from crosslmm_jax.model import Params, quantise_params, quantised_axes, separate_layers
 from crosslmm_jax.parallel import param_shardings
 
 QUANTISED = ("encoder", "projector")
-Params = dict[str, PyTree[Array]]  # part -> its parameters
 
 
 def prepare_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:

@@ -3,11 +3,10 @@
 import dataclasses
 from collections.abc import Collection, Mapping
 
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from crosslmm_jax.config import PARTS, ModelConfig, StageConfig
-
-Params = dict[str, PyTree[Array]]  # part -> nested dicts of arrays
+from crosslmm_jax.model import Params
 
 
 def split(params: Mapping[str, PyTree], trainable: Collection[str]) -> tuple[Params, Params]:

@@ -9,17 +9,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PyTree
 
 from crosslmm_jax.config import ModelConfig, StageConfig
-from crosslmm_jax.model import init_params, logical_axes
+from crosslmm_jax.model import Params, init_params, logical_axes
 from crosslmm_jax.parallel import param_shardings, replicated
 from crosslmm_jax.train.optimizer import make_optimizer
-from crosslmm_jax.train.stages import Params, merge, split
+from crosslmm_jax.train.stages import merge, split
 
 
 class TrainState(NamedTuple):
     """State of training after `step` updates; parameters and moments are float32."""
 
     step: Int[Array, ""]
-    trainable: PyTree[Array]  # part -> its parameters
+    trainable: PyTree[Array]  # part -> its parameters, a `Params`
     frozen: PyTree[Array]  # the other parts: no gradient, no moments
     opt_state: PyTree[Array]  # of the trainable parameters
 

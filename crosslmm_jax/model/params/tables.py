@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 Initializer = Callable[[Array, tuple[int, ...]], Array]
 WeightTable = Mapping[str, "Weight | WeightTable"]
-Params = dict[str, Any]  # parameters (or their shapes or shardings): nested dicts of arrays
+Params = dict[str, PyTree[Array]]  # nested dicts of parameters, or of their shapes or shardings
 AxisTree = dict[str, Any]  # the same nested dicts of tuples of logical axis names
 
 
