@@ -1,6 +1,6 @@
 """Watch a video once, ask many questions, and see which frames each answer looked at.
 
-Run: python examples/ask_many_questions.py runs/demo clip.mp4 "Which shape is red?" "Which shape is blue?"
+Run: python examples/ask_many_questions.py runs/demo clip.mp4 "What shape is the red object?"
 """
 
 import argparse

@@ -47,7 +47,7 @@ NOT_RUN = {
     r"\.ci/\w+": "the script that runs these tests",
 }
 # Appended to a command so that it takes seconds.
-SHORT = {"train": ["--stage.steps", "1", "--data.batch-size", "2", "--data.sampling.frames", "4"]}
+SHORT = {"train": ["--stage.steps", "1", "--data.batch-size", "8", "--data.sampling.frames", "4"]}
 
 
 class Command(NamedTuple):
@@ -106,7 +106,7 @@ def table_after(text: str, heading: str) -> list[tuple[str, ...]]:
 def test_glossary_is_the_models() -> None:
     heading = "| letter | meaning |"
     glossary = table_after(README, heading)
-    assert len(glossary) == 14
+    assert len(glossary) == 16
     assert glossary == table_after(crosslmm_jax.model.__doc__ or "", heading)
 
 
@@ -210,8 +210,8 @@ def test_the_drawing_shows_the_arrows_of_the_rooms() -> None:
     arrows = re.findall(r"(\w+) --> (\w+)", rooms)
     assert len(arrows) > 10
     assert [arrow for arrow in arrows if arrow[1] not in allowed[arrow[0]]] == []
-    used = re.findall(r"(\w+) --> (\w+)", inside_data)
-    assert [arrow for arrow in used if f"data.{arrow[0]}" not in allowed[f"data.{arrow[1]}"]] == []
+    inner = re.findall(r"(\w+) --> (\w+)", inside_data)
+    assert [arrow for arrow in inner if f"data.{arrow[1]}" not in allowed[f"data.{arrow[0]}"]] == []
 
 
 # What is shown, done ------------------------------------------------------------------------------
@@ -244,19 +244,19 @@ def write_sources(folder: Path) -> None:
 def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     """A folder with what the pages name."""
     from crosslmm_jax.data.index import build_index
-    from crosslmm_jax.demo import write_dataset
+    from crosslmm_jax.demo.synthetic import write_dataset
     from crosslmm_jax.train import train
 
     folder = tmp_path_factory.mktemp("pages")
     written = write_dataset(folder / "data", num_train=4, num_heldout=4, seed=0)
     build_index(str(written.train), folder / "demo_index", tokenizer=str(tokenizer_folder), quiet=True)
     overrides = {
-        "--data.index": folder / "demo_index", "--data.tokenizer": tokenizer_folder, "--data.batch-size": 2,
+        "--data.index": folder / "demo_index", "--data.tokenizer": tokenizer_folder, "--data.batch-size": 8,
         "--stage.steps": 1, "--run.out": folder / "train", "--run.init-from": None,
     }  # fmt: skip
     words = [str(word) for pair in overrides.items() for word in pair]
     train(load_experiment(ROOT / "configs" / "tiny_stage2.py", words), quiet=True)
-    shutil.copytree(folder / "train" / "model", folder / "runs" / "demo")
+    shutil.copytree(folder / "train" / "model", folder / "runs" / "demo" / "model")
     shutil.copy(written.heldout_videos[0], folder / "clip.mp4")
     own_data = (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8")
     (folder / "annotations.json").write_text(blocks(own_data, "json")[0])
@@ -357,7 +357,7 @@ def check_the_csv_format(workplace: Path) -> None:
 
 EXAMPLES = {
     "ask_many_questions.py": "runs/demo clip.mp4 'Which shape is red?' 'Which shape is blue?' --frames 4",
-    "train_on_a_folder.py": "annotations.json videos --model runs/demo --out runs/example --steps 1",
+    "train_on_a_folder.py": "annotations.json videos --out runs/example --steps 1 --batch-size 8",
     "one_training_step.py": "",
 }
 
