@@ -265,7 +265,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) 
         (folder / "videos" / "kitchen").mkdir(parents=True, exist_ok=True)
         shutil.copy(video, folder / "videos" / "kitchen" / f"{name}.mp4")
     write_sources(folder)
-    shutil.copy(tokenizer_folder / "tokenizer.json", folder / "qwen2.5")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer_folder / name, folder / "qwen2.5")
     for name in ("configs", "examples"):
         (folder / name).symlink_to(ROOT / name)
     return folder
@@ -348,7 +349,8 @@ def check_the_csv_format(workplace: Path) -> None:
         "video,question,answer\nkitchen/0001.mp4,What?,This.\n,Who?,He.\n"
     )
     try:
-        found = list(read_rows(read_mixture(str(workplace / "csv.yaml"))))
+        (spec,) = read_mixture(str(workplace / "csv.yaml"))
+        found = list(read_rows(spec, seed=0))
     finally:
         del FORMATS["csv"]
     assert len(found) == 2 and found[0].media == ("kitchen/0001.mp4",)
