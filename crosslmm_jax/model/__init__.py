@@ -8,7 +8,7 @@
     qwen2.py                 self-attention and MLP of a decoder layer
     layer_loops.py           the loops over the decoder's layers: scanned, and one by one
     dual_cross_attention.py  DualCrossAttention (module): V2V and T2V
-    video_attention.py       attention to all tokens of a video, in memory that a long one fits
+    video_attention.py       attention to the original tokens, for a long video in chunks
     kv_cache.py              what generation keeps
     loss.py, ops.py          loss and head; norms, rotary embedding, products
     attention/               one attention function and its backends
@@ -38,6 +38,9 @@ Shape letters, the same in names, einsums and docstrings:
 | `H` | head size |
 | `M` | MLP width |
 | `V` | vocabulary |
+| `R` | pixels per side of a frame |
+| `X` | decoder layers with cross-attention |
+| `U` | T tokens and padding, U >= T |
 
 The paper's K, "cross-attention every K layers", is `cross_attn_every`.
 """

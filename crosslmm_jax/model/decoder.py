@@ -1,4 +1,7 @@
-"""The decoder: Qwen2's layers, with dual cross-attention between the halves of every K-th (paper fig. 2)."""
+"""Qwen2's layers; every `cross_attn_every`-th has dual cross-attention between self-attention and MLP.
+
+That is figure 2 of the paper.
+"""
 
 from typing import NamedTuple
 
@@ -91,18 +94,18 @@ class Decoder(nn.Module):
 
     def extend(
         self, tokens: Int[Array, "b t"], cache: KVCache, cross: DualCrossAttention
-    ) -> tuple[Float[Array, "b r d"], list[LayerOutput]]:
+    ) -> tuple[Float[Array, "b u d"], list[LayerOutput]]:
         """Hidden states of text after a KV cache, and the extended cache of each layer.
 
-        R >= T: padding after the text makes matrix products faster (`with_fewest_rows`).
+        T text tokens and padding, U >= T: padding makes matrix products faster (`with_fewest_rows`).
         """
-        placement, places = Placement.of(self.config), _places(tokens, cache)
+        placement, text = Placement.of(self.config), _text_positions(tokens, cache)
 
         def layer(
             x: Array, weights: dict[str, Array], cross_weights: CrossWeights | None, index: int
         ) -> tuple[Array, LayerOutput]:
             layer_cache = cache.layer(index, placement.cross_index(index))
-            return self._text_layer(x, weights, cross_weights, layer_cache, places, cross)
+            return self._text_layer(x, weights, cross_weights, layer_cache, text, cross)
 
         x = with_fewest_rows(self._embed(tokens))
         x, outputs = each_layer(layer, x, self.weights["layers"], cross.weights(), placement=placement)
@@ -112,13 +115,13 @@ class Decoder(nn.Module):
         self, tokens: Int[Array, "b t"], last: Int[Array, " b"], cache: KVCache, cross: DualCrossAttention
     ) -> Float[Array, "x b f p"]:
         """What the token at `last` of each row reads by T2V, in each of the X layers with cross-attention."""
-        placement, places = Placement.of(self.config), _places(tokens, cache)
+        placement, text = Placement.of(self.config), _text_positions(tokens, cache)
 
         def layer(
             x: Array, weights: dict[str, Array], cross_weights: CrossWeights | None, index: int
         ) -> tuple[Array, Array | None]:
             layer_cache = cache.layer(index, placement.cross_index(index))
-            return self._observed_layer(x, weights, cross_weights, layer_cache, places, last, cross)
+            return self._observed_layer(x, weights, cross_weights, layer_cache, text, last, cross)
 
         x, weights = self._embed(tokens), self.weights["layers"]
         _, maps = each_layer(layer, x, weights, cross.weights(), placement=placement)
@@ -152,18 +155,18 @@ class Decoder(nn.Module):
 
     def _text_layer(
         self,
-        x: Float[Array, "b r d"],
+        x: Float[Array, "b u d"],
         weights: dict[str, Array],
         cross_weights: CrossWeights | None,
         cache: LayerCache,
-        places: "_Places",
+        text: "_TextPositions",
         cross: DualCrossAttention,
-    ) -> tuple[Float[Array, "b r d"], LayerOutput]:
+    ) -> tuple[Float[Array, "b u d"], LayerOutput]:
         """A layer over text after a KV cache."""
         weights = self._cast(weights)
-        x, keys, values = self._self_attention(weights, x, places.positions, cache)
+        x, keys, values = self._self_attention(weights, x, text.positions, cache)
         if cross_weights is not None and cache.t2v is not None:
-            x = cross.over_text(self._cast(cross_weights), x, cache.t2v, places.visible_frames)
+            x = cross.over_text(self._cast(cross_weights), x, cache.t2v, text.visible_frames)
         return self._mlp(weights, x), LayerOutput(keys, values)
 
     def _observed_layer(
@@ -172,15 +175,15 @@ class Decoder(nn.Module):
         weights: dict[str, Array],
         cross_weights: CrossWeights | None,
         cache: LayerCache,
-        places: "_Places",
+        text: "_TextPositions",
         token: Int[Array, " b"],
         cross: DualCrossAttention,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b f p"] | None]:
         """A layer over text after a KV cache, with the T2V attention map of one token per row."""
         weights, attended = self._cast(weights), None
-        x, _, _ = self._self_attention(weights, x, places.positions, cache)
+        x, _, _ = self._self_attention(weights, x, text.positions, cache)
         if cross_weights is not None and cache.t2v is not None:
-            cross_weights, visible = self._cast(cross_weights), places.visible_frames
+            cross_weights, visible = self._cast(cross_weights), text.visible_frames
             attended = attention_map(
                 cross_weights["t2v"], gather_tokens(x, token[:, None])[:, 0], cache.t2v,
                 visible_frames=visible.counts[:, 0], config=self.config,
@@ -207,14 +210,15 @@ class Decoder(nn.Module):
         return rms_norm(x, self.weights["final_norm"], self.config.decoder.rms_norm_eps)
 
 
-class _Places(NamedTuple):
-    """Where the tokens of a text stand: the same in every layer."""
+class _TextPositions(NamedTuple):
+    """Positions and visible frames of text after a KV cache; the same in every layer."""
 
     positions: Int[Array, "b t"]
     visible_frames: SamePerRow[Array]
 
 
-def _places(tokens: Int[Array, "b t"], cache: KVCache) -> _Places:
-    """The places of text after a KV cache: after all tokens and all frames that it holds."""
+def _text_positions(tokens: Int[Array, "b t"], cache: KVCache) -> _TextPositions:
+    """Text comes after all tokens of the cache and sees all frames that the cache holds."""
     positions = cache.num_tokens[:, None] + jnp.arange(tokens.shape[1])
-    return _Places(positions, SamePerRow(jnp.broadcast_to(cache.visible_frames[:, None], tokens.shape)))
+    visible = jnp.broadcast_to(cache.visible_frames[:, None], tokens.shape)
+    return _TextPositions(positions, SamePerRow(visible))

@@ -5,6 +5,13 @@ form, shaped like Qwen2's attention, and weights of their own:
 
     x + tanh(gate) * Wo Attn(Wq norm(x), Wk norm(kv), Wv norm(kv))
 
+| equation | V2V | T2V | here |
+|---|---|---|---|
+| I' = LayerNorm(SelfAttn(I) + I) | (4) | (4) | `x` after self-attention; the norm, `query_norm`, only in Q |
+| Q = Wq I' | (5) | (8) | `cross_attend`: of compact tokens in V2V, of text tokens in T2V |
+| K, V = (Wk / Wv) V | (6) | (9) | `keys_values` of the original tokens |
+| I' = I' + gate * Attn(Q, K, V) | (7) | (10) | `cross_attend` returns the update; callers add it to `x` |
+
 The norm of the original tokens is the same in every layer but for its scale. So tokens come with unit root
 mean square and the scale is folded into Wk and Wv: no layer holds a normalised copy of all tokens.
 """
@@ -96,7 +103,7 @@ class DualCrossAttention(nn.Module):
                 kv = keys_values(weights["t2v"], originals, config=c)
                 if not isinstance(visible, VisualOnly):
                     seen = _visible_at(visible, slots)
-                    # A long video's `kv` is for the cache alone: what is read here is made part by part.
+                    # A long video's `kv` is for the cache alone: what is read here is made again in pieces.
                     source = originals if is_long(originals, config=c, rules=self.rules) else kv
                     update = cross_attend(
                         weights["t2v"], gather_tokens(x, slots), source,
@@ -107,13 +114,13 @@ class DualCrossAttention(nn.Module):
         return out, kv
 
     def over_text(
-        self, weights: CrossWeights, x: Float[Array, "b r d"], kv: KeysValues, visible_frames: SamePerRow
-    ) -> Float[Array, "b r d"]:
+        self, weights: CrossWeights, x: Float[Array, "b u d"], kv: KeysValues, visible_frames: SamePerRow
+    ) -> Float[Array, "b u d"]:
         """T2V over text after a KV cache.
 
         Args:
           weights: one layer's.
-          x: hidden states of T text tokens, and padding after them (`with_fewest_rows`).
+          x: hidden states of T text tokens and padding, U >= T (`with_fewest_rows`).
           kv: of the cache.
           visible_frames: int32[B, T].
         """
@@ -205,7 +212,7 @@ def _visible_at(visible: VisibleFrames[Array], slots: Int[Array, "b n"]) -> Visi
 
 def cross_attend(
     weights: dict[str, Array],
-    x: Float[Array, "b r d"],
+    x: Float[Array, "b u d"],
     source: KeysValues | Float[Array, "b f p d"],
     *,
     visible_frames: VisibleFrames[Array],
@@ -213,12 +220,12 @@ def cross_attend(
     config: ModelConfig,
     scoped: bool = False,
     rules: AxisRules | None = None,
-) -> Float[Array, "b r d"]:
+) -> Float[Array, "b u d"]:
     """The gated update of the tokens `x` (without the residual), exactly 0 for a token that sees no frame.
 
     Args:
       weights: one layer's and direction's, in the compute dtype (norms and gate float32).
-      x: T text tokens and padding after them (`with_fewest_rows`), or the F*C compact tokens in frame order.
+      x: T text tokens and padding, U >= T (`with_fewest_rows`); or the F*C compact tokens in frame order.
       source: keys and values of all F frames; or the original tokens, from which they are made on the way,
         for a long video not all at once (`attend_tokens`).
       visible_frames: of the T tokens; `SamePerRow` not with `scoped`.
@@ -229,13 +236,15 @@ def cross_attend(
       rules: logical axis -> mesh axes; frames may be sharded.
 
     Returns:
-      float[B, R, D], 0 for padding.
+      float[B, U, D], 0 for padding.
     """
     cross, counts = config.cross_attention, visible_frames.counts
+    # Eq. 5 and 8: queries, none for padding.
     y = rms_norm(x, weights["query_norm"], config.decoder.rms_norm_eps)
     q = to_heads(y, weights["wq"], weights["bq"])[:, : counts.shape[1]]
     if cross.cross_attn_rope == "time":
         q = rotate(q, times, theta=config.decoder.rope_theta)
+    # Eq. 6 and 9 where the source is tokens, else done before; then Attn of eq. 7 and 10.
     limits = counts
     if isinstance(visible_frames, AllOrNone):
         limits = None
@@ -245,9 +254,10 @@ def cross_attend(
     if isinstance(source, KeysValues):
         out = _scaled(attend(_scaled(q, source.key_scale), source, **same), source.value_scale)
     else:
-        out = attend_tokens(q, weights, source, make=functools.partial(keys_values, config=config), **same)
+        out = attend_tokens(q, weights, source, make_kv=functools.partial(keys_values, config=config), **same)
     if isinstance(visible_frames, AllOrNone):
         out = jnp.where((counts > 0)[:, :, None, None], out, 0)
+    # Eq. 7 and 10: the gate, and the output projection Wo.
     gate = jnp.tanh(weights["gate"].astype(jnp.float32)).astype(x.dtype)
     return gate * from_heads(pad_tokens(out, x.shape[1]), weights["wo"])
 

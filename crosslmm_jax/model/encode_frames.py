@@ -80,7 +80,7 @@ def encode_in_chunks(
 
     Args:
       frames: pixels.
-      encode: uint8[n, R, R, 3] -> float[n, P, W], the encoder.
+      encode: the encoder, uint8[n, R, R, 3] -> float[n, P, W], n frames (B*F in chunks).
       pool: float[n, P, W] -> float[n, C, D] compact tokens and float[n, P, D] original tokens, the pooler.
       config: the model configuration.
       rules: logical axis -> mesh axes; the frames of a chunk are sharded over all devices.

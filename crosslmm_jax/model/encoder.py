@@ -99,7 +99,7 @@ class SiglipEncoder(nn.Module):
         self.weights = declare(self, encoder_weights(self.config, self.matmul, stacked=self.stacked))
 
     def __call__(self, frames: UInt8[Array, "n r r 3"]) -> Float[Array, "n p w"]:
-        """uint8[N, R, R, 3] frames to float[N, P, W] features in the compute dtype."""
+        """uint8[n, R, R, 3], n frames (B*F), to float[n, P, W] features in the compute dtype."""
         config, dtype = self.config, jnp.dtype(self.compute_dtype)
         weights = {name: value for name, value in self.weights.items() if name != "layers"}
         weights = cast(weights, dtype)
@@ -173,14 +173,14 @@ def patchify(frames: Float[Array, "n r r 3"], patch: int) -> Float[Array, "n p d
 
 def encoder_layer(
     weights: dict[str, Array],
-    x: Float[Array, "n r w"],
+    x: Float[Array, "n u w"],
     *,
     patches: int,
     config: VisionConfig,
     backend: AttentionBackend,
     rules: AxisRules | None = None,
-) -> Float[Array, "n r w"]:
-    """One pre-norm transformer layer. Every patch of a frame reads all patches of it, and no padding."""
+) -> Float[Array, "n u w"]:
+    """One pre-norm transformer layer over P patches and padding, U >= P. No patch reads padding."""
     w, eps = weights, config.layer_norm_eps
     shape, heads = x.shape, (*x.shape[:2], config.num_heads, config.head_dim)
     # Two-dimensional throughout: a reshape between GELU and the rounding to fp8 would be a pass over memory.

@@ -63,7 +63,7 @@ def _add_row(x: Array, slots: Array, update: Array) -> Array:
     return x.at[slots].add(update, unique_indices=True, mode="promise_in_bounds")
 
 
-def with_fewest_rows(x: Float[Array, "b t d"]) -> Float[Array, "b r d"]:
+def with_fewest_rows(x: Float[Array, "b t d"]) -> Float[Array, "b u d"]:
     """`x` padded with zero tokens on a GPU, so that no product of it is padded (see `matmul`).
 
     Padded once before all layers, a norm is one kernel; padded at every product, three.
@@ -74,7 +74,7 @@ def with_fewest_rows(x: Float[Array, "b t d"]) -> Float[Array, "b r d"]:
     return pad_tokens(x, max(tokens, -(-MIN_ROWS // batch)))
 
 
-def pad_tokens(x: Float[Array, "b t ..."], length: int) -> Float[Array, "b r ..."]:
+def pad_tokens(x: Float[Array, "b t ..."], length: int) -> Float[Array, "b u ..."]:
     """`x` padded with zero tokens at the end, to `length`."""
     more = length - x.shape[1]
     return jnp.pad(x, [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)]) if more else x

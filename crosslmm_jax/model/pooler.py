@@ -18,7 +18,7 @@ INPUT_NORM_EPS = 1e-5
 
 
 def pool(features: Float[Array, "n p w"], grid: int, pooling: Pooling) -> Float[Array, "n c w"]:
-    """float[N, P, W] features of square frames to float[N, C, W], with C = `grid` squared.
+    """float[n, P, W], n frames (B*F), to float[n, C, W]: square frames, C = `grid` squared.
 
     Every pooling is linear and separable, so that one small matrix does it: see `pooling_weights`.
     """
@@ -86,7 +86,7 @@ class Pooler(nn.Module):
     def __call__(
         self, features: Float[Array, "n p w"]
     ) -> tuple[Float[Array, "n c d"], Float[Array, "n p d"]]:
-        """Compact tokens of N frames, and their original tokens at unit root mean square, for K/V.
+        """Compact tokens of n frames (B*F), and their original tokens at unit root mean square, for K/V.
 
         With `kv_source="encoder"` the original tokens are the features themselves, of width W.
         """

@@ -55,19 +55,19 @@ def decoder_weights(config: DecoderConfig, *, stacked: bool = True) -> WeightTab
 @jax.named_scope("self_attention")
 def self_attention(
     weights: dict[str, Array],
-    x: Float[Array, "b r d"],
+    x: Float[Array, "b u d"],
     positions: Int[Array, "b t"],
     *,
     config: DecoderConfig,
     backend: AttentionBackend,
     cache: LayerCache | None = None,
     rules: AxisRules | None = None,
-) -> tuple[Float[Array, "b r d"], Float[Array, "b s k h"], Float[Array, "b s k h"]]:
+) -> tuple[Float[Array, "b u d"], Float[Array, "b s k h"], Float[Array, "b s k h"]]:
     """Causal self-attention with its residual, over a whole sequence or after a KV cache.
 
     Args:
       weights: one layer's, in the compute dtype.
-      x: T tokens, then R - T rows of padding (`with_fewest_rows`).
+      x: T text tokens and padding, U >= T (`with_fewest_rows`).
       positions: for the rotary embedding.
       config: the decoder's configuration.
       backend: the attention backend.

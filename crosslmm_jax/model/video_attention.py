@@ -1,9 +1,9 @@
-"""Attention to the original tokens, in memory that does not grow with the keys and values of a long video.
+"""Attention to the original tokens of a video, without keys and values of all heads at once if it is long.
 
 Keys and values of one layer and direction are made at once where they are small. Those of a long video never
 exist all at once:
 
-- `v2v_scope` "frame" and "window": they are made and used for some frames at a time.
+- `v2v_scope` "frame" and "window": they are made and used for one chunk of frames at a time.
 - all frames: for one key head at a time. No partial results are merged, so any attention backend will do.
 
 Both are exact. Memory of a prefill of the 2B model at 9 tokens per frame over its weights, in GB of bfloat16:
@@ -35,12 +35,12 @@ from crosslmm_jax.model.kv_cache import KeysValues
 from crosslmm_jax.model.params.partitioning import AxisRules, num_shards
 
 # Keys and values of one layer and direction on one device: up to this size they are made at once.
-WHOLE_BYTES = 2**30
-# Size of a part otherwise, and with a `v2v_scope` of some frames.
-PART_BYTES = 2**28
+MAX_WHOLE_KV_BYTES = 2**30
+# Else, and with a `v2v_scope` of some frames: size of the keys and values of one chunk of frames.
+CHUNK_BYTES = 2**28
 
 
-# (weights of some key heads, tokens float[B, F, P, D], their first frame) -> keys and values of those heads
+# See `make_kv` of `attend_tokens`.
 MakeKeysValues = Callable[[dict[str, Array], Array, Array | int], KeysValues]
 
 
@@ -49,7 +49,7 @@ def attend_tokens(
     weights: dict[str, Array],
     tokens: Float[Array, "b f p d"],
     *,
-    make: MakeKeysValues,
+    make_kv: MakeKeysValues,
     visible_frames: Int[Array, "b t"] | Int[Array, "b 1"] | None,
     config: ModelConfig,
     scoped: bool,
@@ -61,7 +61,8 @@ def attend_tokens(
       q: queries; with `scoped` those of the F*C compact tokens in frame order.
       weights: one layer's and direction's; only those of keys and values are used.
       tokens: the original tokens.
-      make: makes keys and values.
+      make_kv: (weights of some or all K key heads, float[B, f, P, D] tokens of f frames, number of the first
+        of these frames) -> their keys and values, float[B, f, P, k, H] for k key heads.
       visible_frames: how many frames a query sees, from the first on; [B, 1] for all queries of a row (not
         with `scoped`); None: all frames.
       config: the model configuration.
@@ -71,26 +72,26 @@ def attend_tokens(
     frames, narrow = tokens.shape[1], scoped and config.cross_attention.v2v_scope != "video"
     same = {"config": config, "rules": rules}
     if not is_long(tokens, narrow=narrow, **same):
-        kv = make(weights, tokens, 0)
+        kv = make_kv(weights, tokens, 0)
         return attend(q, kv, visible_frames=visible_frames, scoped=scoped, **same)
-    count = min(-(-_kv_bytes(tokens, **same) // PART_BYTES), frames)
-    split = _by_part if narrow else _by_head
-    return split(q, weights, tokens, make, visible_frames, -(-frames // count), **same)
+    count = min(-(-_kv_bytes(tokens, **same) // CHUNK_BYTES), frames)
+    split = _by_frame_chunk if narrow else _by_head
+    return split(q, weights, tokens, make_kv, visible_frames, -(-frames // count), **same)
 
 
 def is_long(tokens: Array, *, config: ModelConfig, rules: AxisRules | None, narrow: bool = False) -> bool:
-    """Whether keys and values of these original tokens are made part by part.
+    """Whether keys and values of these original tokens are not made at once.
 
     Args:
       tokens: float[B, F, P, D].
       config: the model configuration.
-      rules: logical axis -> mesh axes. Sharded frames are not split further. With sharded heads, parts of
-        frames are possible, but not one head at a time.
+      rules: logical axis -> mesh axes. Sharded frames are not split further. With sharded heads, chunks
+        of frames are possible, but not one head at a time.
       narrow: a query reads the frames around its own only.
     """
     if num_shards(rules, "act_context") > 1 or (num_shards(rules, "act_heads") > 1 and not narrow):
         return False
-    return _kv_bytes(tokens, config, rules) > (PART_BYTES if narrow else WHOLE_BYTES)
+    return _kv_bytes(tokens, config, rules) > (CHUNK_BYTES if narrow else MAX_WHOLE_KV_BYTES)
 
 
 def _kv_bytes(tokens: Array, config: ModelConfig, rules: AxisRules | None) -> int:
@@ -186,12 +187,12 @@ def _attend_window(
 
 
 def _begins(frames: int, size: int) -> Array:
-    """First frames of the parts; the last part is moved back to end with the last frame."""
+    """First frames of the chunks; the last chunk is moved back to end with the last frame."""
     return jnp.minimum(jnp.arange(-(-frames // size)) * size, frames - size)
 
 
-def _by_part(
-    q: Array, weights: dict[str, Array], tokens: Array, make: MakeKeysValues, visible_frames: Array | None,
+def _by_frame_chunk(
+    q: Array, weights: dict[str, Array], tokens: Array, make_kv: MakeKeysValues, visible_frames: Array | None,
     size: int, config: ModelConfig, rules: AxisRules | None,
 ) -> Float[Array, "b t n h"]:  # fmt: skip
     """`v2v_scope` "frame" or "window" for `size` frames at a time."""
@@ -205,20 +206,20 @@ def _by_part(
         visible = visible_frames
         if visible is not None:
             visible = jax.lax.dynamic_slice_in_dim(visible, begin * c, size * c, axis=1) - first
-        kv = make(weights, jax.lax.dynamic_slice_in_dim(tokens, first, read, axis=1), first)
+        kv = make_kv(weights, jax.lax.dynamic_slice_in_dim(tokens, first, read, axis=1), first)
         if cross.v2v_scope == "frame":
             return _attend_frame(queries, kv, visible, config, rules)
         return _attend_window(queries, kv, visible, begin - first, config, rules)
 
     begins = _begins(frames, size)
     out = jax.lax.map(jax.checkpoint(one, prevent_cse=False), begins)
-    again = (len(begins) * size - frames) * c  # tokens at the end of the last part but one, computed twice
+    again = (len(begins) * size - frames) * c  # tokens at the end of the last chunk but one, computed twice
     before = jnp.moveaxis(out[:-1], 0, 1).reshape(q.shape[0], -1, *q.shape[2:])
     return jnp.concatenate([before, out[-1][:, again:]], axis=1)
 
 
 def _by_head(
-    q: Array, weights: dict[str, Array], tokens: Array, make: MakeKeysValues, visible_frames: Array | None,
+    q: Array, weights: dict[str, Array], tokens: Array, make_kv: MakeKeysValues, visible_frames: Array | None,
     size: int, config: ModelConfig, rules: AxisRules | None,
 ) -> Float[Array, "b t n h"]:  # fmt: skip
     """All frames, for one key head and its queries at a time.
@@ -236,12 +237,13 @@ def _by_head(
         expanded = {name: jnp.expand_dims(head_weights[name], axis) for name, axis in of_head.items()}
 
         def add(kv: tuple[Array, ...], begin: Array) -> tuple[tuple[Array, ...], None]:
-            part = make(weights | expanded, jax.lax.dynamic_slice_in_dim(tokens, begin, size, axis=1), begin)
-            pairs = zip(kv, (part.keys, part.values), strict=True)
+            chunk = jax.lax.dynamic_slice_in_dim(tokens, begin, size, axis=1)
+            made = make_kv(weights | expanded, chunk, begin)
+            pairs = zip(kv, (made.keys, made.values), strict=True)
             return tuple(jax.lax.dynamic_update_slice_in_dim(x, new, begin, axis=1) for x, new in pairs), None
 
         none = jnp.zeros((batch, frames, patches, 1, head_dim), tokens.dtype)
-        # Recomputed too: the scan would keep the tokens of all its parts, a copy of the whole video.
+        # Recomputed too: the scan would keep the tokens of all its chunks, a copy of the whole video.
         add_again = jax.checkpoint(add, prevent_cse=False)
         (k, v), _ = jax.lax.scan(add_again, (none, none), _begins(frames, size))
         k, v = (x.reshape(batch, -1, 1, head_dim) for x in (k, v))

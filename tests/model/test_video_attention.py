@@ -1,4 +1,4 @@
-"""Long videos: keys and values made part by part, equal to those made at once and never all there."""
+"""Long videos: keys and values made chunk by chunk, equal to those made at once and never all there."""
 
 import dataclasses
 import functools
@@ -12,8 +12,7 @@ import pytest
 from crosslmm_jax import presets
 from crosslmm_jax.batch import AllOrNone, SamePerRow, VisibleFrames, VisualOnly, with_known_visibility
 from crosslmm_jax.config import MeshConfig
-from crosslmm_jax.model import CrossLMM, init_params
-from crosslmm_jax.model import video_attention as frame_parts
+from crosslmm_jax.model import CrossLMM, init_params, video_attention
 from crosslmm_jax.model.attention import cudnn
 from crosslmm_jax.model.dual_cross_attention import cross_attend, keys_values
 from crosslmm_jax.parallel.axis_rules import activation_rules
@@ -24,12 +23,12 @@ SCOPES = ("video", "frame", "window")
 
 
 @pytest.fixture
-def in_parts(monkeypatch, tiny_config):
-    """Makes parts of three frames of the tiny model, in rows of two."""
+def in_chunks(monkeypatch, tiny_config):
+    """Makes chunks of three frames of the tiny model, in rows of two."""
     decoder, patches = tiny_config.decoder, tiny_config.vision.num_patches
     frame = 2 * 2 * patches * decoder.num_kv_heads * decoder.head_dim * 4
-    monkeypatch.setattr(frame_parts, "WHOLE_BYTES", 3 * frame)
-    monkeypatch.setattr(frame_parts, "PART_BYTES", 3 * frame)
+    monkeypatch.setattr(video_attention, "MAX_WHOLE_KV_BYTES", 3 * frame)
+    monkeypatch.setattr(video_attention, "CHUNK_BYTES", 3 * frame)
 
 
 def one_layer(config, frames, seed=0):
@@ -47,21 +46,21 @@ def one_layer(config, frames, seed=0):
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(("frames", "window", "rope"), [(10, 2, "time"), (5, 4, "none")])
-def test_parts_equal_the_whole(
-    tiny_config, replace_config, monkeypatch, in_parts, scope, frames, window, rope
+def test_chunks_equal_the_whole(
+    tiny_config, replace_config, monkeypatch, in_chunks, scope, frames, window, rope
 ) -> None:
-    """Forward and gradients, frames that parts divide and frames that they do not."""
+    """Forward and gradients, frames that chunks divide and frames that they do not."""
     cross = {"v2v_scope": scope, "v2v_window": window, "cross_attn_rope": rope}
     config = replace_config(tiny_config, merge={"grid": 2}, cross_attention=cross)
     weights, x, tokens, visible, times = one_layer(config, frames)
     seen = {"visible_frames": VisibleFrames(visible), "times": times, "config": config, "scoped": True}
-    parts = []
-    monkeypatch.setattr(frame_parts, "_begins", spy(frame_parts._begins, parts))
+    chunks = []
+    monkeypatch.setattr(video_attention, "_begins", spy(video_attention._begins, chunks))
 
     def whole(weights, x, tokens):
         return cross_attend(weights, x, keys_values(weights, tokens, config=config), **seen)
 
-    def in_parts_of(weights, x, tokens):
+    def in_chunks_of(weights, x, tokens):
         return cross_attend(weights, x, tokens, **seen)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -69,8 +68,8 @@ def test_parts_equal_the_whole(
         out, backward = jax.vjp(function, weights, x, tokens)
         return out, backward(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
 
-    expected, found = (with_gradients(function, weights, x, tokens) for function in (whole, in_parts_of))
-    assert parts and all(begins.size > 1 for begins in parts)
+    expected, found = (with_gradients(function, weights, x, tokens) for function in (whole, in_chunks_of))
+    assert chunks and all(begins.size > 1 for begins in chunks)
     # Gradients are sums over all frames, taken in another order.
     for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, wanted, atol=2e-6 * max(1, np.abs(wanted).max()))
@@ -86,8 +85,8 @@ def spy(function, results):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_the_model_and_its_cache_are_the_same_in_parts(
-    tiny_config, replace_config, make_batch, monkeypatch, in_parts, scope
+def test_the_model_and_its_cache_are_the_same_in_chunks(
+    tiny_config, replace_config, make_batch, monkeypatch, in_chunks, scope
 ) -> None:
     config = replace_config(tiny_config, cross_attention={"v2v_scope": scope, "gate_init": 0.5})
     params = {"params": init_params(config, jax.random.key(0))}
@@ -102,22 +101,22 @@ def test_the_model_and_its_cache_are_the_same_in_parts(
         )
 
     found = run()
-    monkeypatch.setattr(frame_parts, "WHOLE_BYTES", 2**40)
-    monkeypatch.setattr(frame_parts, "PART_BYTES", 2**40)
+    monkeypatch.setattr(video_attention, "MAX_WHOLE_KV_BYTES", 2**40)
+    monkeypatch.setattr(video_attention, "CHUNK_BYTES", 2**40)
     for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(run()), strict=True):
         np.testing.assert_allclose(got, wanted, atol=2e-5)
 
 
-@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("chunks", [False, True])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_known_visibility_changes_nothing(
-    tiny_config, replace_config, monkeypatch, in_parts, scope, parts
+    tiny_config, replace_config, monkeypatch, in_chunks, scope, chunks
 ) -> None:
     """AllOrNone and SamePerRow: forward and gradients."""
     config = replace_config(tiny_config, merge={"grid": 2}, cross_attention={"v2v_scope": scope})
-    if not parts:
-        monkeypatch.setattr(frame_parts, "WHOLE_BYTES", 2**40)
-        monkeypatch.setattr(frame_parts, "PART_BYTES", 2**40)
+    if not chunks:
+        monkeypatch.setattr(video_attention, "MAX_WHOLE_KV_BYTES", 2**40)
+        monkeypatch.setattr(video_attention, "CHUNK_BYTES", 2**40)
     weights, x, tokens, visible, times = one_layer(config, 5)
     whole = np.full_like(visible, 5)
     text = x[:, :3]
@@ -182,19 +181,19 @@ def test_a_prefill_of_a_whole_video_asks_nothing_on_the_way(
 
 @pytest.mark.parametrize("tensor", [2, 8])  # heads of keys are spread; there are fewer than devices
 @pytest.mark.parametrize("scope", SCOPES)
-def test_heads_over_devices_leave_parts_of_frames(
-    tiny_config, replace_config, monkeypatch, in_parts, scope, tensor
+def test_heads_over_devices_leave_chunks_of_frames(
+    tiny_config, replace_config, monkeypatch, in_chunks, scope, tensor
 ) -> None:
     config = replace_config(tiny_config, merge={"grid": 2}, cross_attention={"v2v_scope": scope})
     weights, x, tokens, visible, times = one_layer(config, 16)
     seen = {"visible_frames": VisibleFrames(visible), "times": times, "config": config, "scoped": True}
     expected = cross_attend(weights, x, keys_values(weights, tokens, config=config), **seen)
-    parts = []
-    monkeypatch.setattr(frame_parts, "_begins", spy(frame_parts._begins, parts))
+    chunks = []
+    monkeypatch.setattr(video_attention, "_begins", spy(video_attention._begins, chunks))
     with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=8 // tensor, tensor=tensor))):
         split = jax.jit(lambda *arguments: cross_attend(*arguments, rules=activation_rules(), **seen))
         np.testing.assert_allclose(split(weights, x, tokens), expected, atol=2e-6)
-    assert bool(parts) == (scope != "video")
+    assert bool(chunks) == (scope != "video")
 
 
 def v2v_of(scope: str, frames: int):

@@ -23,8 +23,7 @@ import pytest
 from crosslmm_jax import presets
 from crosslmm_jax.batch import VisibleFrames
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.model import init_params
-from crosslmm_jax.model import video_attention as frame_parts
+from crosslmm_jax.model import init_params, video_attention
 from crosslmm_jax.model.attention import cudnn
 from crosslmm_jax.model.attention.blockwise import blockwise_attention
 from crosslmm_jax.model.attention.dispatch import _choose, attention, reference_attention
@@ -234,8 +233,8 @@ def test_long_videos_in_chunks_equal_the_whole_in_float32(
 
     expected = run(small_2b(scope, "reference", "float32"))
     kv_bytes = 2 * 2 * config.vision.num_patches * config.decoder.num_kv_heads * config.decoder.head_dim
-    monkeypatch.setattr(frame_parts, "WHOLE_BYTES", 4 * kv_bytes)
-    monkeypatch.setattr(frame_parts, "PART_BYTES", 4 * kv_bytes)
+    monkeypatch.setattr(video_attention, "MAX_WHOLE_KV_BYTES", 4 * kv_bytes)
+    monkeypatch.setattr(video_attention, "CHUNK_BYTES", 4 * kv_bytes)
     error = relative_error(run(config), expected)
     record_property("error", error)
     assert error < 2 * TOLERANCE  # one more product in bfloat16 than an attention
