@@ -47,7 +47,8 @@ class Checkpoints:
         Args:
           folder: has one folder per checkpoint, named by its step.
           keep: number of newest checkpoints to keep.
-          config: the run's settings as nested dicts of JSON values; saved with every checkpoint.
+          config: the run's settings as nested dicts of JSON values, the same on every process; saved with
+            every checkpoint.
         """
         self.folder = folder.resolve()
         self._config = config

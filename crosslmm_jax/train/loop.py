@@ -79,8 +79,10 @@ def train(config: ExperimentConfig, *, quiet: bool = False) -> TrainResult:
     _check_before_start(config, mesh, abstract, out)
     # The digest stands for the rows: the path of their index may differ between hosts and over time.
     settings = to_dict(config) | {"index_digest": open_index(config.data.index).digest}
-    check_same_settings(gather(settings))
-    checkpoints = Checkpoints(out / "checkpoints", keep=config.run.keep_checkpoints, config=settings)
+    of_processes = gather(settings)
+    check_same_settings(of_processes)
+    # Those of process 0, which writes them: on other hosts, paths such as data.tokenizer may differ.
+    checkpoints = Checkpoints(out / "checkpoints", keep=config.run.keep_checkpoints, config=of_processes[0])
     try:
         if checkpoints.is_complete(config.stage.steps) and is_model_folder(out / "model"):
             return TrainResult(out / "model", config.stage.steps, read_metrics(out), {})

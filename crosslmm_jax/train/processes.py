@@ -15,7 +15,9 @@ from crosslmm_jax.model_folder import flatten
 
 T = TypeVar("T")
 
-# Where a host finds its copies and how fast it reads them; the index itself is compared by its digest.
+# Where a host finds its copies and how fast it reads them; the index itself is compared by its digest. These
+# are not the fields of role `Host`: `run.out` and the like must agree: all processes save and log at the same
+# steps. Checkpoints hold the settings of process 0, and a resume compares them with those of process 0.
 _OF_A_HOST = frozenset({
     "data.index", "data.tokenizer", "data.num_workers", "data.num_threads", "data.prefetch",
     "data.frame_cache_mb", "run.init_from",
