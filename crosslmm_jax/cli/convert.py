@@ -30,7 +30,10 @@ def _add_from_hf(commands: Commands) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--llm", metavar="DIR", help="Qwen2 or Qwen2.5 folder")
     parser.add_argument("--llava", metavar="DIR", help="LLaVA-OneVision or LLaVA-Video folder, any layout")
-    parser.add_argument("--projector", metavar="FILE", help="mm_projector.bin; default: random weights")
+    parser.add_argument(
+        "--projector", metavar="FILE",
+        help="mm_projector.bin; without it: LLaVA's own with --llava, else random",
+    )  # fmt: skip
     parser.add_argument("--crosslmm", metavar="DIR", help="folder that `to-hf` wrote: restores its MODEL")
     parser.add_argument("--preset", metavar="NAME", help="sizes are checked against it, e.g. crosslmm_2b")
     parser.add_argument("--out", required=True, metavar="MODEL", help="folder to write")

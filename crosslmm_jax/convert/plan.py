@@ -35,8 +35,8 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
-class Origin:
-    """The foreign tensor that fills row `row` (None: all) of a parameter."""
+class TensorOrigin:
+    """The source tensor that fills row `row` (None: all) of a parameter."""
 
     row: int | None
     source: Source
@@ -51,7 +51,7 @@ class Parameter:
     name: str
     shape: Shape
     dtype: str
-    origins: tuple[Origin, ...]
+    origins: tuple[TensorOrigin, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def make_plan(config: ModelConfig, checkpoints: Sequence[Checkpoint], *, dtype: 
         of them in one message.
     """
     shapes, report, problems = parameter_shapes(config), Report(), []
-    origins: dict[str, dict[int | None, Origin]] = {}
+    origins: dict[str, dict[int | None, TensorOrigin]] = {}
     kinds: dict[str, str] = {}  # parameter -> dtype
     for checkpoint in checkpoints:
         found = _place(checkpoint, expand(checkpoint.rules, config, shapes), report, problems)
@@ -142,7 +142,7 @@ def make_plan(config: ModelConfig, checkpoints: Sequence[Checkpoint], *, dtype: 
 
 def _place(
     checkpoint: Checkpoint, slots: Sequence[Slot], report: Report, problems: list[str]
-) -> list[Origin]:
+) -> list[TensorOrigin]:
     """Assigns the tensors of one source to slots. A tensor that is neither used nor ignored is a problem."""
     found, unused = [], dict(checkpoint.names)
     for slot in slots:
@@ -151,12 +151,12 @@ def _place(
             continue
         info = checkpoint.source.tensors[key]
         if not slot.accepts(info.shape):
-            problems.append(f"{key} has shape {list(info.shape)} instead of {list(slot.foreign_shape)}")
-        if slot.rule.drop_rows and info.shape[0] > slot.foreign_shape[0]:
-            extra = info.shape[0] - slot.foreign_shape[0]
+            problems.append(f"{key} has shape {list(info.shape)} instead of {list(slot.source_shape)}")
+        if slot.rule.drop_rows and info.shape[0] > slot.source_shape[0]:
+            extra = info.shape[0] - slot.source_shape[0]
             report.notes.append(f"{extra} rows of {key} are beyond the vocabulary and are dropped")
         report.used.append(key)
-        found.append(Origin(slot.row, checkpoint.source, key, slot))
+        found.append(TensorOrigin(slot.row, checkpoint.source, key, slot))
     unknown = []
     for name, key in unused.items():
         reason = next((rule.reason for rule in checkpoint.ignored if rule.matches(name)), None)
@@ -169,10 +169,10 @@ def _place(
 
 
 def _dtypes(
-    checkpoint: Checkpoint, found: Sequence[Origin], dtype: str | None, problems: list[str]
+    checkpoint: Checkpoint, found: Sequence[TensorOrigin], dtype: str | None, problems: list[str]
 ) -> dict[str, str]:
     """Parameter -> type of the tensors that fill it."""
-    parts: dict[str, list[Origin]] = {}
+    parts: dict[str, list[TensorOrigin]] = {}
     for origin in found:
         parts.setdefault(origin.slot.ours.split(".")[0] if checkpoint.by_part else "", []).append(origin)
     kinds: dict[str, str] = {}
@@ -184,7 +184,7 @@ def _dtypes(
 
 
 def _one_dtype(
-    checkpoint: Checkpoint, found: Sequence[Origin], dtype: str | None, problems: list[str]
+    checkpoint: Checkpoint, found: Sequence[TensorOrigin], dtype: str | None, problems: list[str]
 ) -> str:
     """The type of these tensors. Several types are a problem unless the user chooses one for the result."""
     kinds: dict[str, list[str]] = {}
@@ -202,7 +202,7 @@ def _one_dtype(
 def _missing(
     required: set[str],
     config: ModelConfig,
-    origins: Mapping[str, Mapping[int | None, Origin]],
+    origins: Mapping[str, Mapping[int | None, TensorOrigin]],
     shapes: Mapping[str, Shape],
 ) -> list[str]:
     """Tensors that should fill the parameters `required` and are not there, under the names of our export."""
@@ -237,7 +237,7 @@ def copied_parameters(config: ModelConfig) -> dict[str, str]:
 def _initialise(
     config: ModelConfig,
     shapes: Mapping[str, Shape],
-    origins: dict[str, dict[int | None, Origin]],
+    origins: dict[str, dict[int | None, TensorOrigin]],
     kinds: dict[str, str],
     report: Report,
 ) -> None:

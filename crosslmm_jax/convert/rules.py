@@ -1,6 +1,6 @@
 """Tables of parameters: which tensor of another project is which of ours, and how its axes differ.
 
-A table has one `Rule` for each kind of parameter. `{i}` in the foreign name is the layer number; our layers
+A table has one `Rule` for each kind of parameter. `{i}` in the source name is the layer number; our layers
 are stacked on a leading axis. A transform is a pair of functions, each the inverse of the other, so that one
 table serves both directions.
 """
@@ -24,13 +24,13 @@ class Transform:
 
     Attributes:
       name: for messages and tests.
-      foreign_shape: our shape -> their shape.
+      source_shape: our shape -> their shape.
       into: (their tensor, our shape) -> our tensor.
       out_of: our tensor -> their tensor.
     """
 
     name: str
-    foreign_shape: Callable[[Shape], Shape]
+    source_shape: Callable[[Shape], Shape]
     into: Callable[[np.ndarray, Shape], np.ndarray]
     out_of: Callable[[np.ndarray], np.ndarray]
 
@@ -101,7 +101,7 @@ class Rule:
     """One kind of parameter.
 
     Attributes:
-      hf: the foreign name; `{i}` is the layer number.
+      hf: the source name; `{i}` is the layer number.
       ours: our path, joined by ".", e.g. "encoder.layers.wq".
       transform: one of `TRANSFORMS`.
       drop_rows: theirs may have more rows on axis 0 than ours: padding of the vocabulary.
@@ -115,7 +115,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """The place of one foreign tensor: row `row` of our stacked parameter `ours`; None is all of it."""
+    """The place of one source tensor: row `row` of our stacked parameter `ours`; None is all of it."""
 
     hf: str
     ours: str
@@ -124,21 +124,21 @@ class Slot:
     rule: Rule
 
     @property
-    def foreign_shape(self) -> Shape:
-        """The shape that the foreign tensor must have."""
-        return self.rule.transform.foreign_shape(self.shape)
+    def source_shape(self) -> Shape:
+        """The shape that the source tensor must have."""
+        return self.rule.transform.source_shape(self.shape)
 
     def accepts(self, shape: Shape) -> bool:
-        """Whether a foreign tensor of `shape` fits."""
-        wanted = self.foreign_shape
+        """Whether a source tensor of `shape` fits."""
+        wanted = self.source_shape
         if self.rule.drop_rows and len(shape) == len(wanted) and shape[1:] == wanted[1:]:
             return shape[0] >= wanted[0]
         return shape == wanted
 
     def into(self, value: np.ndarray) -> np.ndarray:
-        """The foreign tensor `value` as ours."""
+        """The source tensor `value` as ours."""
         if self.rule.drop_rows:
-            value = value[: self.foreign_shape[0]]
+            value = value[: self.source_shape[0]]
         return self.rule.transform.into(value, self.shape)
 
     def out_of(self, value: np.ndarray) -> np.ndarray:
@@ -177,7 +177,7 @@ def expand(rules: Iterable[Rule], config: ModelConfig, shapes: Mapping[str, Shap
 
 
 def prefixed(rules: Iterable[Rule], prefix: str) -> tuple[Rule, ...]:
-    """The table with `prefix` before every foreign name."""
+    """The table with `prefix` before every source name."""
     return tuple(dataclasses.replace(rule, hf=prefix + rule.hf) for rule in rules)
 
 

@@ -100,7 +100,7 @@ def _write_part(
 ) -> dict[str, str]:
     """Writes one part and links its files into crosslmm/. Returns tensor -> file in crosslmm/."""
     dtypes = {slot.hf: dtype or readers[slot.ours].entries[slot.ours].dtype for slot in slots}
-    tensors = {slot.hf: (slot.foreign_shape, dtypes[slot.hf]) for slot in slots}
+    tensors = {slot.hf: (slot.source_shape, dtypes[slot.hf]) for slot in slots}
     only_ours = part == "cross"
     part_folder = folder / ("crosslmm" if only_ours else part)
     writer = WeightsWriter(

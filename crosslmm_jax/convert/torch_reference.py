@@ -10,8 +10,8 @@ It runs what `crosslmm convert to-hf` wrote and lies beside it as `modeling_cros
 It is written from the paper, for reading and for checking other implementations against: attention builds
 its masks in full and generation runs the whole sequence for every token.
 
-Letters in shapes: B batch, F frames, P patches a frame, C compact tokens a frame, T tokens, D decoder width,
-W vision width, V vocabulary.
+Letters in shapes: B batch, F frames, P patches per frame, C compact tokens per frame, T tokens, D decoder
+width, W vision width, V vocabulary.
 """
 
 import json

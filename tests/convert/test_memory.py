@@ -45,10 +45,10 @@ def test_peak_memory_is_a_few_tensors(sources, tmp_path) -> None:
     folder.mkdir()
     # As random as the largest needs to be: drawing all of them would take longer than converting them.
     drawn = np.random.default_rng(0).standard_normal(2048 * 4096, np.float32).astype(ml_dtypes.bfloat16)
-    tensors = {slot.hf: (slot.foreign_shape, "bfloat16") for slot in slots}
+    tensors = {slot.hf: (slot.source_shape, "bfloat16") for slot in slots}
     with WeightsWriter(folder, tensors, kind="pt", max_shard_bytes=2 * 10**8) as writer:
         for slot in slots:
-            writer.write(slot.hf, np.resize(drawn, slot.foreign_shape))
+            writer.write(slot.hf, np.resize(drawn, slot.source_shape))
     (folder / "config.json").write_text(json.dumps(export_settings.text_config(config, "bfloat16", {})))
     words = [sys.executable, "-c", PROGRAM, sources.vision, folder, sources.tokenizer, tmp_path / "out"]
     (tmp_path / "out").mkdir()

@@ -49,7 +49,7 @@ def test_transforms_undo_themselves(transform, data) -> None:
     shape = data.draw(SHAPES[transform])
     ours = np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape)
     theirs = transform.out_of(ours)
-    assert theirs.shape == transform.foreign_shape(shape)
+    assert theirs.shape == transform.source_shape(shape)
     np.testing.assert_array_equal(transform.into(theirs, shape), ours)
     again = np.random.default_rng(0).permutation(ours.size).astype(np.float32).reshape(theirs.shape)
     np.testing.assert_array_equal(transform.out_of(transform.into(again, shape)), again)
@@ -89,7 +89,7 @@ def test_every_parameter_has_exactly_one_rule(name, config) -> None:
         assert rows == list(range(shape[0])) if rows else filled[ours, None] == 1
     sizes = collections.Counter()
     for slot in slots:
-        sizes[slot.ours] += int(np.prod(slot.foreign_shape))
+        sizes[slot.ours] += int(np.prod(slot.source_shape))
     assert sizes == {ours: int(np.prod(shape)) for ours, shape in shapes.items()}
 
 
@@ -104,7 +104,7 @@ def test_names_are_those_of_the_released_checkpoints() -> None:
     """A few shapes of Qwen2.5-7B and SigLIP2-so400m, written out."""
     config = CONFIGS["crosslmm_7b"]
     shapes = {
-        slot.hf: slot.foreign_shape for slot in expand(llava.EXPORT_RULES, config, parameter_shapes(config))
+        slot.hf: slot.source_shape for slot in expand(llava.EXPORT_RULES, config, parameter_shapes(config))
     }
     assert shapes["model.layers.27.mlp.gate_proj.weight"] == (18944, 3584)
     assert shapes["model.layers.0.self_attn.k_proj.weight"] == (512, 3584)
