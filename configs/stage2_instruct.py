@@ -26,7 +26,7 @@ def get_config() -> ExperimentConfig:
             batch_size=128,  # table 3
             max_shapes=24,  # its texts and videos spread widely: docs/results/padding.md
             # table 3: 64 to 512 frames; the rule is VideoChat-Flash's, whose third stage has the same data:
-            # one a second, counts in multiples of 4, from the middles of equal intervals
+            # one per second, counts in multiples of 4, from the middles of equal intervals
             sampling=SamplingConfig(policy="dynamic_fps1", min_frames=64, max_frames=512, multiple=4),
             time_instruction="short",  # not in the paper: VideoChat-Flash's
             num_workers=8,

@@ -6,7 +6,7 @@ from crosslmm_jax.profiling import Report, Row
 from crosslmm_jax.profiling.figure import save, scale_by_frames
 
 PANELS = {"ms": ("time (s)", 1e-3), "peak_mb": ("peak memory over weights (GB)", 1e-3)}
-SLOPE_POINTS = 4  # of the longest videos; in short ones what does not grow takes part
+SLOPE_POINTS = 4  # of the longest videos: in short ones, costs that do not grow with the frames count too
 
 
 def draw(report: Report, path: str) -> None:

@@ -1,4 +1,4 @@
-"""Files on disk to numpy batches. Nothing here imports jax or the model.
+"""Turns files on disk into numpy batches. Nothing here imports jax or the model.
 
 text/         conversations to token ids; the layout of one row
 media/        images, videos and frames in folders, tars and ArrayRecords to uint8 frames

@@ -1,6 +1,6 @@
-"""The demo: the whole path in small, from making videos to asking the trained model.
+"""The demo: the whole path at small scale, from making videos to asking the trained model.
 
-command              the order of it all: `run`
+command              runs all steps in order: `run`
 synthetic            videos whose questions need a close look, with annotations
 tokenizer            a small tokenizer with Qwen2.5's special tokens
 recipe               the configs of both stages, of the control and of the evaluation

@@ -1,4 +1,4 @@
-"""The compiled programs of answering, and the static shapes they are compiled for.
+"""Compiles the programs that answer questions, for a few static shapes.
 
 Parameters have separate layers, as `separate_layers` makes them.
 

@@ -25,7 +25,7 @@ CompilerOptions = Mapping[str, bool | int]
 class Case:
     """One program at one size."""
 
-    row: Row  # what, frames, tokens_per_frame, and what else tells it from other cases
+    row: Row  # what, frames, tokens_per_frame, and the fields that distinguish it from other cases
     lower: Callable[[], Lowered]  # from shapes alone
     inputs: Callable[[], PyTree]  # arrays besides the weights; they live only while the case runs
     call: Callable[[Compiled, PyTree, PyTree, PyTree], PyTree]  # (program, weights, inputs, prepared); timed

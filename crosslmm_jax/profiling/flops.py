@@ -49,7 +49,10 @@ def total(costs: Costs) -> float:
 
 
 def encoder(config: ModelConfig, frames: int) -> Costs:
-    """Encoder, pool and projector, which projects pooled tokens, and original ones if a layer reads them."""
+    """Costs of encoder, pool and projector.
+
+    The projector projects pooled tokens, and original tokens if a layer reads them.
+    """
     v, m, width = config.vision, config.merge, config.decoder.width
     patches, tokens = v.num_patches, frames * v.num_patches
     embedding = 2 * tokens * 3 * v.patch_size**2 * v.width

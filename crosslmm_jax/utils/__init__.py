@@ -1,4 +1,4 @@
-"""What every room but the model may need and no library has.
+"""Helpers without project knowledge: atomic folders, progress, worker processes.
 
 atomic_folder    files and folders that are complete or absent
 progress         progress of a long task, on a terminal or in a log

@@ -1,4 +1,4 @@
-"""Text, pictures, several pictures and videos in one run: a program for each shape, one kind a step."""
+"""Text, pictures, several pictures and videos in one run: a program for each shape, one kind per step."""
 
 import dataclasses
 import json

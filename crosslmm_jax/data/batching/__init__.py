@@ -1,4 +1,4 @@
-"""Rows of an index to the schedule of global batches, without opening a media file.
+"""Schedules the rows of an index as global batches, without opening a media file.
 
 token_counts   frames and text tokens of each row
 buckets        the static shapes of batches, and the bucket of each row

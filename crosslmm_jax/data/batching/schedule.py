@@ -1,4 +1,4 @@
-"""The rows of every step: a pure function of (index, seed, step), the same on every host.
+"""The rows of every step: for one config, a function of (index, seed, step), the same on every host.
 
 - The rows of a bucket form an endless stream: all rows in a random order, then all in another order, ...
 - Batch k of a bucket takes positions k * B to (k + 1) * B of its stream. A remainder smaller than a batch
@@ -230,9 +230,9 @@ def _deal_steps(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
 def deal_evenly(costs: Sequence[int] | np.ndarray) -> np.ndarray:
     """Orders the rows of a batch so that contiguous parts of equal size cost about the same.
 
-    The rows are dealt by falling cost, back and forth, to two (or three, ...) parts, and each part is dealt
-    again in the same way. Parts are even for any number of hosts that divides the batch, best for powers of
-    two, and the order does not depend on that number.
+    Rows are sorted by descending cost and assigned to the parts in snake order: to two (or three, ...) parts,
+    and the rows of each part again in the same way. Parts are even for any number of hosts that divides the
+    batch, best for powers of two, and the order does not depend on that number.
 
     Args:
         costs: work of each row.

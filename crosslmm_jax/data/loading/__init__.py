@@ -1,4 +1,4 @@
-"""Rows to batches: what training reads.
+"""Turns rows into the batches that training reads.
 
 example  one row: media decoded, turns tokenised; a row with a damaged video is replaced here
 collate  examples to one batch of a static shape

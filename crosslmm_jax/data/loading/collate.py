@@ -1,4 +1,4 @@
-"""Rows of different lengths to one batch of static shapes.
+"""Collates rows of different lengths into one batch of static shapes.
 
 A row of a batch holds, in this order:
 

@@ -1,4 +1,4 @@
-"""A row number to an `Example`: decoded media and token ids. Replaces rows that cannot be used."""
+"""Turns a row number into an `Example`: media decoded, text tokenised. Replaces rows that cannot be used."""
 
 import dataclasses
 import threading

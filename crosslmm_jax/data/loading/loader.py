@@ -1,8 +1,8 @@
 """The input pipeline on grain: from steps of the schedule to the batches of this host.
 
-The global batch of a step is a function of (index, seed, step) alone. Each host takes a contiguous part of
-it, so the global batch is the same for any number of hosts and worker processes. The position is one integer,
-`global_next_index`: the rows read so far, B per step.
+The global batch of a step is, for one config, a function of (index, seed, step). Each host takes a contiguous
+part of it, so the global batch is the same for any number of hosts and worker processes. The position is one
+integer, `global_next_index`: the rows read so far, B per step.
 
 grain's ElasticIterator has the same state, but stacks examples of equal shape and distributes the rows of a
 batch one by one. Here workers collate batches to buckets, and grain passes the arrays in shared memory.
@@ -198,7 +198,7 @@ class BatchIterator(Iterator[Batch[np.ndarray]]):
         return {_STATE_KEY: self._step * self.dataset.config.batch_size}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes to a position of `get_state`, also one of another number of hosts or workers."""
+        """Seeks to a position that get_state returned; the number of hosts and workers may differ."""
         self.close()
         self._step, within = divmod(int(state[_STATE_KEY]), self.dataset.config.batch_size)
         if within:

@@ -1,4 +1,4 @@
-"""Steps to rows: each row once an epoch, O(1) from any step, weights kept, buckets with little padding."""
+"""Steps to rows: each row once per epoch, O(1) from any step, weights kept, buckets with little padding."""
 
 from collections import Counter
 from fractions import Fraction

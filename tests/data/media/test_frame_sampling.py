@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.media.frame_sampling import choose_frames, count_frames
 
-TICKS = 12800  # a second; 512 ticks a frame at 25 frames a second, as ffmpeg writes mp4
+TICKS = 12800  # per second; 512 ticks per frame at 25 frames per second, as ffmpeg writes mp4
 
 
 def choose(times: np.ndarray, end: int, ticks: float, sampling: SamplingConfig) -> np.ndarray:

@@ -49,7 +49,7 @@ def test_frames_equal_a_plain_decode(
 
 
 def test_variable_frame_rate_is_sampled_in_time(tmp_path: Path) -> None:
-    # 20 frames in the first second, then one frame a second
+    # 20 frames in the first second, then one frame per second
     ticks = [50 * k for k in range(20)] + [1000 * k for k in range(1, 10)]
     path = write_video(tmp_path / "variable.mkv", len(ticks), ticks=ticks)
     frames, times = decode_all(path)
