@@ -4,7 +4,6 @@ Run: python examples/train_on_a_folder.py annotations.json videos/ --model runs/
 """
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def main() -> None:
         model=load_model_config(model),
         data=DataConfig(
             index=str(index), tokenizer=str(model), batch_size=args.batch_size,
-            sampling=dataclasses.replace(processor.sampling), system_prompt=processor.system_prompt,
+            sampling=processor.sampling, system_prompt=processor.system_prompt,
         ),
         stage=StageConfig(
             name="mine", trainable=("encoder", "projector", "v2v", "t2v", "decoder"),

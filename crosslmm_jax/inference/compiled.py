@@ -96,7 +96,7 @@ class Compiled:
         self, params: PyTree, t2v: VideoCache | None, state: Generation, limit: int, sampling: Sampling, *,
         steps: int, vocab_size: int, end: int,
     ) -> tuple[list[int], int, Generation]:  # fmt: skip
-        """Up to `limit` tokens of the one row: their ids, their number, and the state to go on from."""
+        """Up to `limit` tokens of the one row: their ids, their number, and the state to continue from."""
         with jax.set_mesh(self.mesh):
             tokens, counts, state = generate(
                 self.model, params, t2v, state, jnp.int32(limit), sampling,

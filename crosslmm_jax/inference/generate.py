@@ -89,7 +89,7 @@ def generate(
       end: the token that ends an answer; it is neither returned nor put into the cache.
 
     Returns:
-      int32[B, steps] tokens, int32[B] how many of them count, and the state to go on from.
+      int32[B, steps] tokens, int32[B] how many of them count, and the state to continue from.
     """
 
     def unfinished(carry: Loop) -> Array:

@@ -116,7 +116,7 @@ class Record:
         print(*words, file=sys.stderr, flush=True)
 
     def add_error(self, where: str, error: BaseException) -> None:
-        """Notes a failure; the measuring goes on with what comes next."""
+        """Notes a failure; the next case is measured all the same."""
         text = " ".join(str(error).split())
         self.errors.append(f"{self.request.system}, {where}: {type(error).__name__}: {text[:600]}")
         print(self.errors[-1], file=sys.stderr, flush=True)

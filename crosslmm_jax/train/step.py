@@ -1,4 +1,4 @@
-"""One pure training step, and the loss of a batch without one."""
+"""One pure training step."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,6 @@ from crosslmm_jax.train.state import TrainState, abstract_state, shardings_of
 
 Metrics = dict[str, PyTree[Array]]
 TrainStep = Callable[[TrainState, Batch[Array]], tuple[TrainState, Metrics]]
-EvalStep = Callable[[PyTree, Batch[Array]], tuple[Array, Array]]
 
 
 def with_step_visibility(batch: Batch[np.ndarray]) -> Batch[np.ndarray]:
@@ -107,13 +106,3 @@ def compile_train_step(config: ModelConfig, stage: StageConfig, mesh: Mesh) -> T
         out_shardings=(shardings, replicated(mesh)),
         compiler_options=matmul_options(),
     )
-
-
-def compile_eval_step(config: ModelConfig, mesh: Mesh) -> EvalStep:
-    """`eval_step(params, batch) -> (sum of losses in nats, targets)`; call it within `jax.set_mesh(mesh)`."""
-    model = CrossLMM(config, rules=activation_rules())
-
-    def eval_step(params: PyTree, batch: Batch[Array]) -> tuple[Array, Array]:
-        return apply(model, params, CrossLMM.loss, batch)
-
-    return jax.jit(eval_step, out_shardings=replicated(mesh))

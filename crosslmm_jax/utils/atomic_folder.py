@@ -68,7 +68,7 @@ def cannot_write(path: Path, error: Exception, *, resume: bool) -> UserError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split(";")[0]
     fix = "free space there or name another folder"
     if resume:
-        fix += "; the same command goes on where it stopped"
+        fix += "; the same command resumes"
     return UserError(f"{path}: cannot be written ({reason}); {fix}")
 
 

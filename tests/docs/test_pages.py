@@ -333,7 +333,9 @@ def test_python_runs(
         pytest.fail("run the whole file: test_commands_run[conversion.md] makes models/2b")
     names: dict[str, object] = {}
     exec(compile(code, page, "exec"), names)
-    capsys.readouterr()
+    assert bool(capsys.readouterr().out.strip()) == ("print(" in code)
+    if page == "README.md":
+        assert {"model", "video"} <= set(names)
     if page == "add_a_data_format.md":
         check_the_csv_format(workplace)
 

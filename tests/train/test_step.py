@@ -9,10 +9,10 @@ import pytest
 
 from crosslmm_jax.batch import AllOrNone, VisibleFrames
 from crosslmm_jax.config import MeshConfig
-from crosslmm_jax.model import CrossLMM
-from crosslmm_jax.parallel import make_mesh, to_global
+from crosslmm_jax.model import CrossLMM, apply
+from crosslmm_jax.parallel import activation_rules, make_mesh, to_global
 from crosslmm_jax.train.state import random_state
-from crosslmm_jax.train.step import compile_eval_step, compile_train_step, with_step_visibility
+from crosslmm_jax.train.step import compile_train_step, with_step_visibility
 
 
 def run(config, stage, mesh, batches):
@@ -150,11 +150,16 @@ def test_frozen_parts_stay_bit_identical(random_batches, micro_config, make_stag
         assert any(not np.array_equal(a, b) for a, b in pairs), part
 
 
-def test_eval_step(reference, random_batches, micro_config, make_stage, one_device) -> None:
+def test_the_models_loss_is_the_steps(
+    reference, random_batches, micro_config, make_stage, one_device
+) -> None:
     params = random_state(micro_config, make_stage(), one_device, seed=3).params
     with jax.set_mesh(one_device):
         batch = to_global(random_batches[0], one_device)
-        loss_sum, weight = compile_eval_step(micro_config, one_device)(params, batch)
+        model = CrossLMM(micro_config, rules=activation_rules())
+        loss_sum, weight = jax.jit(lambda params, batch: apply(model, params, CrossLMM.loss, batch))(
+            params, batch
+        )
     assert float(loss_sum / weight) == pytest.approx(float(reference[1][0]["loss"]), rel=1e-5)
 
 

@@ -30,7 +30,7 @@ class Tokenizer:
         self.pad = self._special_id(PAD_TOKEN)
         self.im_start = self._special_id("<|im_start|>")
         self.im_end = self._special_id("<|im_end|>")
-        self.image_pad = self._special_id("<|image_pad|>")
+        self._special_id("<|image_pad|>")  # Qwen2.5 has it; a tokenizer without it is another family's
         self.video_pad = self._special_id("<|video_pad|>")
         self._plain = _without_added_tokens(hf_tokenizer.backend_tokenizer)
         self._cached: dict[str, list[int]] = {}
