@@ -1,8 +1,8 @@
 """Errors in a user's input, printed as one line with exit code 2 and no traceback.
 
-A row or a medium that cannot be used does not stop a run. It is a `Fault`, raised as a `DataError`: by a
-format's `to_row`, while media are decoded, while tokens are made. Code that continues without the row catches the
-`DataError` and keeps its `Fault`, which is counted by `reason` and written to bad.jsonl.
+A row or a medium that cannot be used does not stop a run. It is a `Fault`, raised as a `DataError` by a
+format's `to_row`, while media are decoded, or while tokens are made. Code that continues without the row
+catches the `DataError` and keeps its `Fault`, which is counted by `reason` and written to bad.jsonl.
 """
 
 import dataclasses
