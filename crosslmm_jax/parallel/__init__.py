@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from crosslmm_jax.parallel import xla_flags
     from crosslmm_jax.parallel.axis_rules import activation_rules, partition_spec
     from crosslmm_jax.parallel.compiler_options import matmul_options, program
     from crosslmm_jax.parallel.mesh import initialize_processes, make_mesh
