@@ -46,6 +46,18 @@ def test_report_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["versions"]["jax"] and found["versions"]["python"]
 
 
+def test_the_rate_of_a_report_is_that_of_the_first_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {"tiny": 650.0, "crosslmm_0.5b": 600.0}
+
+    def measured(request: Request, timeout: float | None) -> dict[str, Any]:
+        facts = {"matmul_tflops": rates[request.system], "device": "GPU"}
+        return {"request": {}, "facts": facts, "rows": [], "errors": []}
+
+    monkeypatch.setattr(suite, "_measure", measured)
+    requests = [Request(task=PREFILL, system=name, frames=(2,)) for name in rates]
+    assert profile("prefill", requests, command="", outputs=Outputs())["matmul_tflops"] == 650
+
+
 def test_a_command_measures_in_processes_of_their_own(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
