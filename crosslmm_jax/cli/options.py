@@ -89,11 +89,24 @@ class Renamed(argparse.Action):
         option_string: str | None = None,
     ) -> None:  # fmt: skip
         words = [str(value) for value in values] if isinstance(values, list) else []
-        if self.const is None:
-            new = [f"{option_of(name)} {value}" for name, _, value in (word.partition("=") for word in words)]
-        else:
+        given = " ".join([str(option_string), *words])
+        if self.const is not None:
             new = [self.const, *words]
-        raise UserError(f"{' '.join([str(option_string), *words])} is now written {' '.join(new)}")
+        elif words and all(name and value for name, _, value in (word.partition("=") for word in words)):
+            new = [new_word for word in words for new_word in _option_words(word)]
+        else:
+            raise UserError(f"{given}: write --FIELD VALUE, such as --vision.remat none")
+        raise UserError(f"{given} is now written {' '.join(new)}")
+
+
+def _option_words(assignment: str) -> list[str]:
+    """The option and the values of FIELD=VALUE, whose value is JSON or a plain text."""
+    name, _, text = assignment.partition("=")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    return [option_of(name), *(str(item) for item in (value if isinstance(value, list) else [value]))]
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:

@@ -113,6 +113,8 @@ MISTAKES = [
         ["prefill", "--preset", "tiny", "--set", "vision.remat=none"],
         "--set vision.remat=none is now written --vision.remat none",
     ),
+    (["prefill", "--preset", "tiny", "--set"], "--set: write --FIELD VALUE, such as --vision.remat none"),
+    (["prefill", "--set", "vision.remat"], "--set vision.remat: write --FIELD VALUE, such as --vision.remat"),
     (["prefill", "--preset", "tiny", "--vision.depth", "3"], "unrecognized arguments: --vision.depth 3"),
     (["prefill", "--preset", "tiny", "--vision.frame-chunk", "3x"], "--vision.frame-chunk"),
     (["train", "--preset", "tiny", "--remat", "all"], "invalid choice: 'all'"),
@@ -139,6 +141,33 @@ def test_mistakes_show_before_anything_is_measured(
     assert main(["profile", *words]) == 2
     out, err = capfd.readouterr()
     assert message in err and err.count("\n") == 1 and out == ""
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("decoder.remat=false", "--decoder.remat False"),
+        ("vision.frame_chunk=null", "--vision.frame-chunk None"),
+        ('cross_attention.directions=["v2v","t2v"]', "--cross-attention.directions v2v t2v"),
+        ("cross_attention.directions=[]", "--cross-attention.directions"),
+        ('vision.remat="none"', "--vision.remat none"),
+        ("vision.frame_chunk=64", "--vision.frame-chunk 64"),
+    ],
+)
+def test_the_new_spelling_of_set_works(
+    assignment: str, words: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides: list[list[str]] = []
+
+    def measured(request: Request, timeout: float | None) -> dict[str, Any]:
+        overrides.append(list(request.overrides))
+        return {"request": {}, "facts": {}, "rows": [], "errors": []}
+
+    monkeypatch.setattr(suite, "_measure", measured)
+    assert main(["profile", "prefill", "--preset", "tiny", "--set", assignment]) == 2
+    assert capfd.readouterr().err.strip().endswith(f"--set {assignment} is now written {words}")
+    main(["profile", "prefill", "--preset", "tiny", *words.split()])
+    assert overrides == [words.split()]
 
 
 MOVED = {(name,): name for name in MOVED_TASKS} | {
