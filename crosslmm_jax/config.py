@@ -10,7 +10,7 @@ The annotation of each field says its role, which decides what may change betwee
 |---|---|---|---|---|
 | `Architecture` | sizes and constants of released weights | must agree | must agree | read from the source |
 | `Identity` | what else weights and data mean | must agree | must agree | may be set |
-| `Recipe` | how the model learns | must agree | may change | may be set |
+| `Recipe` | how the model learns | must agree | may change | may be set, but for `max_positions` |
 | `Performance` | time and memory | may change | may change | may be set |
 | `Host` | where the run reads and writes, and how often | may change | may change | - |
 

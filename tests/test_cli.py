@@ -188,6 +188,8 @@ def test_fields_of_a_command_are_spelled_as_after_train() -> None:
     ]
     args = build_parser().parse_args(["convert", "from-hf", "--out", "m", *words, "--llm", "qwen"])
     assert (args.overrides, args.llm) == (words, "qwen")
+    with pytest.raises(UserError, match=r"unrecognized arguments: --decoder\.max-positions"):
+        build_parser().parse_args(["convert", "from-hf", "--out", "m", "--decoder.max-positions", "9"])
     args = build_parser().parse_args(["data", "stats", "--sampling.frames", "8", "index"])
     assert (args.overrides, args.index) == (["--sampling.frames", "8"], "index")
 
