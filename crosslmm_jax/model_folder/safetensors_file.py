@@ -5,6 +5,7 @@ counts as resident memory. The library's `save_file` wants all tensors of a file
 """
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import numpy as np
 from crosslmm_jax.errors import UserError
 
 _LARGEST_HEADER = 100 * 2**20  # the library's own limit
+_NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # from a file system that cannot reserve space
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FLOATS = tuple(_NAMES)  # types that weights may have
 Shape = tuple[int, ...]
@@ -175,14 +177,23 @@ class Writer:
         self._start = 8 + len(text)
         self._file = path.open("wb", buffering=0)
         try:
-            if hasattr(os, "posix_fallocate"):  # a full disk shows now, not after an hour
-                os.posix_fallocate(self._file.fileno(), 0, self._start + position)
-            else:
-                self._file.truncate(self._start + position)
+            os.fchmod(self._file.fileno(), 0o644)  # others may read it, whatever the umask
+            self._reserve(self._start + position)
             self._write(0, memoryview(len(text).to_bytes(8, "little") + text))
         except OSError:
             self._file.close()
             raise
+
+    def _reserve(self, size: int) -> None:
+        """Gives the file its size, and its disk space where the system can: a full disk shows at once."""
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(self._file.fileno(), 0, size)
+                return
+            except OSError as error:
+                if error.errno not in _NO_FALLOCATE:
+                    raise
+        self._file.truncate(size)
 
     def write(self, name: str, value: np.ndarray, row: int | None = None) -> None:
         """Fills the tensor `name`, or its part `row` along the first axis."""

@@ -1,5 +1,6 @@
 """The MODEL folder: what is written is read back, and every defect is named."""
 
+import errno
 import json
 import os
 import shutil
@@ -70,6 +71,25 @@ def assert_equal(left, right) -> None:
     assert jax.tree.structure(left) == jax.tree.structure(right)
     for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_a_disk_that_cannot_reserve_space(tmp_path, params, tokenizer, monkeypatch, code) -> None:
+    def refuse(*_) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    save(tmp_path / "model", params, tokenizer)
+    assert_equal(load_weights(tmp_path / "model", tiny()), params)
+
+
+def test_weights_are_readable_for_all(tmp_path, params, tokenizer) -> None:
+    before = os.umask(0o077)
+    try:
+        save(tmp_path / "model", params, tokenizer)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_a_model_may_be_a_link_to_another_disk(tmp_path, params, tokenizer) -> None:
