@@ -184,15 +184,19 @@ def only_data_errors(root: str, reference: str) -> Iterator[None]:
 
     Names of images in a folder may be no valid text, so its fault is made writable.
     """
+    path = os.path.join(root, reference)
     try:
         yield
     except DataError as error:
         fault = error.fault
         raise DataError(writable(fault.where), fault.reason, writable(fault.detail), reference) from error
+    except UserError as error:
+        detail = str(error).removeprefix(f"{path}: ")
+        raise DataError(writable(path), "other", writable(detail), reference) from error
     except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         # PyAV raises many kinds for damaged files, e.g. UnicodeDecodeError for names in their metadata.
         reason = f"{type(error).__name__}: {error}"
-        path, detail = os.path.join(root, reference), f"cannot be decoded ({reason}); replace the file"
+        detail = f"cannot be decoded ({reason}); replace the file"
         raise DataError(writable(path), "corrupt", writable(detail), reference) from error
 
 

@@ -113,8 +113,9 @@ class ExampleLoader:
         row = self.rows[number]
         try:
             sequence, clips = self._read_row(row, min(bucket.text, self.config.most_text_tokens))
-        except DataError as error:
-            return dataclasses.replace(row.fault(error.fault), row=number)
+        except UserError as error:
+            fault = error.fault if isinstance(error, DataError) else Fault(row.where, "other", str(error))
+            return dataclasses.replace(row.fault(fault), row=number)
         example = Example(sequence, clips, number, row.where)
         if example.num_frames > bucket.frames:
             detail = f"has {example.num_frames} frames, more than when it was indexed"

@@ -280,6 +280,20 @@ def test_rows_that_fit_no_bucket_are_left_out(
     assert isinstance(found, Fault) and found.reason == "too_long" and "row 3 " in found.where
 
 
+@pytest.mark.parametrize("step", ["tokenise", "open_media"])
+def test_any_user_error_makes_a_bad_row(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise UserError("a.bin: is odd; replace it")
+
+    dataset = dataset_of(config)
+    monkeypatch.setattr(f"crosslmm_jax.data.loading.example.{step}", refuse)
+    found = dataset.loader.load(0, Bucket("video", 4, 64))
+    assert isinstance(found, Fault) and (found.row, found.reason) == (0, "other")
+    assert "a.bin: is odd; replace it" in found.detail
+
+
 def test_steps_of_a_modality_without_rows_go_to_the_others(
     config: DataConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

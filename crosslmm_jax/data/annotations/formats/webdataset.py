@@ -13,7 +13,7 @@ from crosslmm_jax.data.annotations.json_files import files_of
 from crosslmm_jax.data.annotations.options import text_option
 from crosslmm_jax.data.annotations.rows import CAPTION_QUESTIONS, DatasetSpec, Entry, Origin, Row
 from crosslmm_jax.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, kind_of, read_member, tar_member, walk_tar
-from crosslmm_jax.errors import DataError, Fault
+from crosslmm_jax.errors import Fault, UserError
 
 OPTIONS = frozenset({"caption", "question"})
 
@@ -55,7 +55,7 @@ def entries(spec: DatasetSpec) -> Iterator[Entry]:
             kind_of(tar)
             for sample in _samples(tar, caption, question):
                 yield Entry(f"{tar}: {sample.key}", sample)
-        except DataError as error:
+        except UserError as error:
             detail = str(error).removeprefix(f"{tar}: ")
             yield Entry(tar, Fault(tar, "malformed", detail, os.path.basename(tar)))
 
