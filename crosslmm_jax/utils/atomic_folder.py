@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -40,6 +41,8 @@ def atomic_folder(target: str | Path, *, resume: bool) -> Iterator[Path]:
             try:
                 building.mkdir(exist_ok=True)
                 yield building
+                if resume:
+                    (building / "lock").unlink(missing_ok=True)  # of earlier versions, which locked it there
                 _replace(target, building)
             finally:
                 if not resume:
@@ -66,7 +69,10 @@ def is_vacant(folder: Path) -> bool:
 def cannot_write(path: Path, error: Exception, *, resume: bool) -> UserError:
     """The error for a file or folder that cannot be written; `resume` as for `atomic_folder`."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split(";")[0]
-    fix = "free space there or name another folder"
+    fix = "name another folder"
+    code = error.errno if isinstance(error, OSError) else None
+    if code in (None, errno.ENOSPC, errno.EDQUOT):
+        fix = f"free space there or {fix}"
     if resume:
         fix += "; the same command resumes"
     return UserError(f"{path}: cannot be written ({reason}); {fix}")

@@ -1,5 +1,7 @@
 """A folder or file that is written is complete or absent, whatever happens meanwhile."""
 
+import errno
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -57,6 +59,30 @@ def test_a_killed_writer_blocks_nobody(older: Path, tmp_path: Path, resume: bool
     assert names(tmp_path) == ["folder"]
 
 
+def test_a_lock_of_an_earlier_version_is_not_published(older: Path, tmp_path: Path) -> None:
+    (tmp_path / ".folder.building").mkdir()
+    (tmp_path / ".folder.building" / "lock").touch()
+    with atomic_folder(older, resume=True) as building:
+        (building / "file").write_text("newer")
+    assert contents(older) == {"file": "newer"}
+
+
+@pytest.mark.parametrize(
+    ("code", "fix"),
+    [(errno.ENOLCK, "name another"), (errno.EACCES, "name another"), (errno.ENOSPC, "free space there or")],
+)
+def test_only_a_full_disk_needs_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, fix: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    refused = pytest.raises(UserError, match=rf"cannot be written \({os.strerror(code)}\); {fix}")
+    with refused, atomic_folder(tmp_path / "folder", resume=True):
+        raise AssertionError("the block was entered")
+
+
 @either
 def test_an_error_keeps_the_older_folder(older: Path, tmp_path: Path, resume: bool) -> None:
     """What was written meanwhile is kept to go on with, or deleted."""
@@ -75,7 +101,7 @@ def test_the_older_folder_comes_back_when_the_new_one_cannot_take_its_place(
     older: Path, tmp_path: Path, resume: bool
 ) -> None:
     """The message says why, how to fix it, and only where it is true that the command goes on."""
-    fix = r"folder: cannot be written \(No such file or directory\); free space there or name another folder"
+    fix = r"folder: cannot be written \(No such file or directory\); name another folder"
     fix += "; the same command goes on where it stopped$" if resume else "$"
     with pytest.raises(UserError, match=fix), atomic_folder(older, resume=resume) as building:
         shutil.rmtree(building)
