@@ -165,7 +165,7 @@ class Decoder(nn.Module):
         """A layer over text after a KV cache."""
         weights = self._cast(weights)
         x, keys, values = self._self_attention(weights, x, text.positions, cache)
-        if cross_weights is not None and cache.t2v is not None:
+        if cross_weights is not None and "t2v" in cross_weights and cache.t2v is not None:
             x = cross.over_text(self._cast(cross_weights), x, cache.t2v, text.visible_frames)
         return self._mlp(weights, x), LayerOutput(keys, values)
 
@@ -182,7 +182,7 @@ class Decoder(nn.Module):
         """A layer over text after a KV cache, with the T2V attention map of one token per row."""
         weights, attended = self._cast(weights), None
         x, _, _ = self._self_attention(weights, x, text.positions, cache)
-        if cross_weights is not None and cache.t2v is not None:
+        if cross_weights is not None and "t2v" in cross_weights and cache.t2v is not None:
             cross_weights, visible = self._cast(cross_weights), text.visible_frames
             attended = attention_map(
                 cross_weights["t2v"], gather_tokens(x, token[:, None])[:, 0], cache.t2v,

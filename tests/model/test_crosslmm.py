@@ -244,6 +244,24 @@ def test_prefill_and_extend_equal_the_full_forward(tiny_config, replace_config, 
     assert np.array_equal(cache.num_tokens, at)
 
 
+def test_text_after_a_cache_reads_the_video_by_t2v_alone(tiny_config, replace_config, make_batch):
+    """A model without T2V ignores the video KV cache of one that has it."""
+    without = replace_config(tiny_config, cross_attention={"directions": ("v2v",)})
+    params = {"params": init_params(tiny_config, jax.random.key(0))}
+    prompt = make_batch(tiny_config, frames=3, text=7)
+    length = np.full(2, prompt.tokens.shape[1], np.int32)
+    model = CrossLMM(tiny_config)
+    visual = model.apply(params, prompt.frames, method="encode")
+    _, cache = model.apply(params, visual, prompt, length, cache_size=32, method="prefill")
+    words = np.ones((2, 1), np.int32), np.ones(2, np.int32)
+    ignored, bare = (
+        CrossLMM(without).apply(params, given, *words, method="extend")[0]
+        for given in (cache, cache._replace(t2v=None))
+    )
+    assert cache.t2v is not None
+    np.testing.assert_array_equal(ignored, bare)
+
+
 def test_loss_equals_cross_entropy_of_all_logits(tiny_config, make_batch, params, monkeypatch):
     monkeypatch.setattr("crosslmm_jax.model.loss.LOGITS_AT_ONCE", 6)
     batch = make_batch(tiny_config, text=15)
