@@ -152,7 +152,8 @@ def _check(arrays: dict[str, np.ndarray]) -> None:
         if array.dtype != dtype or array.shape != tuple(sizes.get(letter) for letter in letters):
             wanted = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
             raise ValueError(f"Batch.{name} is {array.dtype}{list(array.shape)}, expected {dtype}[{wanted}]")
-    if sizes["N"] % max(1, sizes.get("F", 1)):
+    frames = sizes.get("F", 1)
+    if sizes["N"] % frames if frames else sizes["N"]:
         raise ValueError(f"Batch.visual_slots has {sizes['N']} slots per row for {sizes['F']} frames")
 
 

@@ -43,6 +43,7 @@ def test_the_rest_follows_from_the_visual_slots() -> None:
         ({"frames": np.zeros((3, 2, 4, 4, 3), np.uint8)}, r"expected uint8\[2, 2, 4, 4, 3\]"),
         ({"frames": np.zeros((2, 2, 4, 5, 3), np.uint8)}, r"expected uint8\[2, 2, 4, 4, 3\]"),
         ({"frame_times": np.zeros((2, 3), np.float32)}, "2 slots per row for 3 frames"),
+        ({"frame_times": np.zeros((2, 0), np.float32)}, "2 slots per row for 0 frames"),
         ({"visual_slots": np.array([[1, 1], [2, 3]], np.int32)}, "share a slot"),
         ({"visual_slots": np.array([[1, 5], [2, 3]], np.int32)}, "1 to 5 in rows of 5 tokens"),
     ],
