@@ -43,7 +43,7 @@ REASONS: dict[Reason, str] = {
     "too_large": "the frames, or the media of one row, are over the size limit",
     "timeout": "reading gave nothing new for deadline_s seconds",
     "changed": "the file is not the one that was indexed",
-    "other": "any other error of the file system, e.g. no permission",
+    "other": "any other error, e.g. no permission to read the file",
 }
 
 
