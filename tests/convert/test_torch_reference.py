@@ -233,7 +233,7 @@ def test_an_export_runs_where_this_package_is_not(sources, tmp_path):
     convert_to_hf(tmp_path / "model", tmp_path / "out", torch_reference=True)
     config = dataclasses.replace(load_model_config(tmp_path / "model"), compute_dtype="float32")
     batch = interleaved_batch(config, ROWS, frames=5, text=13)
-    np.savez(tmp_path / "batch.npz", **batch)
+    np.savez(tmp_path / "batch.npz", **batch.arrays())
     program = """
 import sys
 import numpy as np

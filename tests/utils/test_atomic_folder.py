@@ -102,7 +102,7 @@ def test_the_older_folder_comes_back_when_the_new_one_cannot_take_its_place(
 ) -> None:
     """The message says why, how to fix it, and only where it is true that the command goes on."""
     fix = r"folder: cannot be written \(No such file or directory\); name another folder"
-    fix += "; the same command goes on where it stopped$" if resume else "$"
+    fix += "; the same command resumes$" if resume else "$"
     with pytest.raises(UserError, match=fix), atomic_folder(older, resume=resume) as building:
         shutil.rmtree(building)
     assert contents(older) == {"file": "older"} and names(tmp_path) == ["folder"]

@@ -147,8 +147,10 @@ def test_an_epoch_over_damaged_files(
         assert not set(reasons) & set(read)
     assert "worker process died" not in caplog.text
     for one, other in zip(*runs, strict=True):
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name])
+        arrays, others = one.arrays(), other.arrays()
+        assert arrays.keys() == others.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array, others[name])
     assert slow_rows(dataset, allowed) == {}
     again = make_index(damage.folder / "rows.json")  # a probe finds all but what is broken deeper inside
     lines = [json.loads(line) for line in (again / "bad.jsonl").read_text().splitlines()]

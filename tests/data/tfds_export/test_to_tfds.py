@@ -292,7 +292,7 @@ def test_a_full_disk_is_told_and_the_next_try_goes_on(stills: Path, tmp_path: Pa
     )
     assert ended.returncode == 2 and "Traceback" not in ended.stderr and not out.exists()
     assert ".out.building/shard-00000: cannot be written (write() failed: File too large" in ended.stderr
-    assert "the same command goes on where it stopped" in ended.stderr
+    assert "the same command resumes" in ended.stderr
     assert not list((tmp_path / ".out.building").glob("*.incomplete"))
     assert main(command) == 0 and len(rows_in(out)) == 12
 
