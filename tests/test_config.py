@@ -231,6 +231,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(path=st.sampled_from(paths_of(to_dict(experiment()))), value=JSON)
 @example(path=("model",), value={"\n": None})
@@ -392,6 +393,7 @@ def test_fields_that_weights_depend_on() -> None:
     assert c.names_with_role(c.DataConfig, "identity") == ("tokenizer", "resampling", "time_instruction")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

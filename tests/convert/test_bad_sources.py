@@ -63,6 +63,7 @@ def shards(folder):
     return sorted(folder.glob("model-*.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0, 5, 100, 0.5, -1])
 def test_truncated(copies, fails, keep) -> None:
     path = shards(copies / "llm")[1]

@@ -117,6 +117,7 @@ def swap(where: dict) -> None:
     where[first], where[last] = where[last], where[first]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -156,6 +157,7 @@ def configs(sources) -> dict:
     return {kind: (json.loads((f / "config.json").read_text()), read) for kind, (f, read) in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vision", "two_tower", "llm", "original", "hf"])
 @pytest.mark.parametrize("junk", JUNK, ids=repr)
 def test_any_field_of_a_config_may_hold_anything(configs, tmp_path, kind, junk) -> None:

@@ -28,6 +28,7 @@ def llava_request(sources, layout, **changes) -> Request:
     return Request(llava=str(sources.llava[layout]), **(arguments | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llm", ["tied", "untied"])
 @pytest.mark.parametrize("vision", ["vision", "two_tower"])
 def test_the_models_compute_what_torch_computes(sources, tmp_path, make_batch, vision, llm) -> None:
@@ -81,6 +82,7 @@ def test_the_report_accounts_for_everything(sources, tmp_path) -> None:
     assert "v2v.wq" in text and f"{report.bytes:,} bytes" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["copy", "fresh"])
 def test_new_parameters(sources, tmp_path, init) -> None:
     choices = (*CROSS, "--cross-attention.cross-attn-init", init, "--cross-attention.gate-init", "-0.5")
@@ -147,6 +149,7 @@ def test_a_projector_alone(sources, tmp_path) -> None:
         assert ("replaced by --projector" in report.ignored) == (name == "llava")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacked", [False, True])
 def test_big_vision(sources, tmp_path, load_tensors, monkeypatch, stacked) -> None:
     """The same tower in big_vision's file gives the same encoder."""
@@ -218,6 +221,7 @@ def test_dtype_is_changed_on_request(sources, tmp_path) -> None:
     assert set(report.dtypes.values()) == {"bfloat16"}
 
 
+@pytest.mark.slow
 def test_torch_files(sources, tmp_path, load_tensors) -> None:
     """`.bin` shards with an index give what safetensors give."""
     folder = tmp_path / "bin"

@@ -98,6 +98,7 @@ def test_pixels_equal_those_of_the_siglip_processor(tmp_path, resampling, shape)
     assert np.all(np.abs(ours - expected) <= grey * 1.001)
 
 
+@pytest.mark.slow
 @needs_qwen
 def test_the_real_vocabulary(tmp_path) -> None:
     assert tokenizer_size(QWEN) == 151665
@@ -106,6 +107,7 @@ def test_the_real_vocabulary(tmp_path) -> None:
     assert (tokenizer.im_end, tokenizer.video_pad, tokenizer.vocab_size) == (151645, 151656, 151665)
 
 
+@pytest.mark.slow
 @needs_qwen
 def test_a_tokenizer_of_vocabulary_and_merges(sources, tmp_path) -> None:
     """The older form, without tokenizer.json, gives the same ids."""
@@ -143,6 +145,7 @@ def test_a_vocabulary_larger_than_the_embedding(sources, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [151936, 152064])
 @pytest.mark.parametrize("temperature", [0.0, 5.0])
 def test_rows_beyond_the_tokenizer_are_never_sampled(rows, temperature) -> None:

@@ -57,6 +57,7 @@ TRAINED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_trained_model_comes_back(sources, tmp_path, name, dtype) -> None:
@@ -108,6 +109,7 @@ def llava_told(sources, folder: Path, told: object) -> Request:
     return Request(llava=str(source), vision=str(sources.vision), overrides=CROSS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("told", "kind"), [(True, "full"), (False, "none"), (None, "none")])
 def test_the_time_instruction_of_llava_video_is_kept(sources, tmp_path, told, kind) -> None:
     request = llava_told(sources, tmp_path / "llava", told)

@@ -76,6 +76,7 @@ def variants():
     yield "untied", replace(tiny, decoder=replace(tiny.decoder, tie_embeddings=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,config", [*CONFIGS.items(), *variants()])
 def test_every_parameter_has_exactly_one_rule(name, config) -> None:
     shapes = parameter_shapes(config)

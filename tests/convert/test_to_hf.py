@@ -44,6 +44,7 @@ def exported(sources, tmp_path_factory):
 NAMES = ["vision_tied", "two_tower_untied", "original", "hf", "hf_4_52", "hf_5"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_transformers_loads_it_without_a_key_too_few_or_too_many(exported, name) -> None:
     for part, cls in (("vision", transformers.SiglipVisionModel), ("llm", transformers.Qwen2ForCausalLM)):

@@ -121,6 +121,7 @@ def as_tensors(batch):
 ROWS = [[3, (2,), 4, (2,), 5], [(3,), 6], [7]]  # two videos; one from the start, padded; text alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alternative", ALTERNATIVES)
 def test_logits_and_gradients_equal(tiny_config, replace_config, tmp_path, alternative):
     config = replace_config(tiny_config, **ALTERNATIVES[alternative])
@@ -167,6 +168,7 @@ def test_padding_frames_and_later_videos_are_not_seen(tiny_config, tmp_path):
     assert not differs[1, :9].any() and not differs[2, :7].any()
 
 
+@pytest.mark.slow
 def test_greedy_generation_is_the_same(tiny_config, tmp_path):
     """Ours runs on a cache, the other runs everything again for each token."""
     params = noisy_params(tiny_config)

@@ -48,6 +48,7 @@ def damage(folder, name: str, at) -> None:
     safetensors.numpy.save_file(tensors | {name: changed}, file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_conversion_agrees_with_its_source(sources, tmp_path, kind):
     result = verify(convert(sources, kind, tmp_path / "model"), **arguments(sources, kind))
@@ -65,6 +66,7 @@ def test_a_conversion_agrees_with_its_source(sources, tmp_path, kind):
     assert bool(result.notes) == (not projector)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "at", "block"),
     [

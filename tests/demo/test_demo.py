@@ -114,6 +114,7 @@ def test_a_folder_with_something_else_is_left_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [-1, 2**31])
 def test_a_seed_out_of_range_is_refused(tmp_path: Path, seed: int) -> None:
     with pytest.raises(UserError, match=f"--seed is {seed}"):

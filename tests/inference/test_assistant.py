@@ -79,6 +79,7 @@ def greedy(model, video, question: str, history, steps: int, time_text: str | No
     return tokens[0, prompt:].tolist()
 
 
+@pytest.mark.slow
 def test_answers_equal_the_full_forward_and_are_independent(model, clip):
     video = model.watch(clip)
     first = video.ask("What shape is the red object?", max_new_tokens=5)
@@ -97,6 +98,7 @@ def test_chat_goes_on_from_what_was_said(model, clip):
     assert answers[1] == expected
 
 
+@pytest.mark.slow
 def test_a_long_conversation_outgrows_its_cache(model, clip):
     conversation = model.watch(clip).chat(max_new_tokens=60)
     for number in range(6):
@@ -104,6 +106,7 @@ def test_a_long_conversation_outgrows_its_cache(model, clip):
     assert conversation._cache.size > 256
 
 
+@pytest.mark.slow
 def test_sampling_repeats_with_its_seed(model, clip):
     video = model.watch(clip, frames=2)
     assert video.frames.shape == (2, 32, 32, 3)
@@ -120,6 +123,7 @@ def test_attention_is_a_distribution_over_patches(model, clip):
     assert not np.allclose(maps, video.attention("What shape is the blue object?"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_a_trained_model_is_asked_in_8_bits(model, model_folder, clip, precision):
     """Weights are quantised when loaded, the video KV cache when made; attention stays close."""
@@ -184,6 +188,7 @@ def test_bad_input_is_one_clear_error(model_folder, clip, change, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_model_without_t2v_has_no_attention_to_draw(model, clip):
     cross = dataclasses.replace(model.config.cross_attention, directions=("v2v",))
     config = dataclasses.replace(model.config, cross_attention=cross)
@@ -208,6 +213,7 @@ def test_attention_without_t2v_is_refused_before_the_video_is_read(model_folder,
         )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["short", "full"])
 def test_a_video_is_introduced_as_in_training(model, clip, kind):
     from crosslmm_jax.inference.assistant import VideoModel

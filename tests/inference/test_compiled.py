@@ -65,6 +65,7 @@ def talk(make_batch):
     return Talk(config, make_batch(config, batch=1, frames=4, text=8))
 
 
+@pytest.mark.slow
 def test_generating_compiles_once(talk, events):
     programs = generate._cache_size()
     talk.answer(5, CHUNK)
@@ -79,6 +80,7 @@ def test_generating_compiles_once(talk, events):
     assert generate._cache_size() == programs + 1
 
 
+@pytest.mark.slow
 def test_text_that_stays_in_its_bucket_does_not_compile(talk, events):
     talk.answer(5, CHUNK)
     compiled, programs = len(events), generate._cache_size()

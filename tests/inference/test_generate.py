@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from crosslmm_jax.batch import Batch
 from crosslmm_jax.inference.generate import Sampling, draw, generate, start
@@ -64,6 +65,7 @@ def greedy_by_full_forward(model, params, batch, *, steps: int) -> list[int]:
     return made
 
 
+@pytest.mark.slow
 def test_generation_equals_the_full_forward_and_stops(tiny_config, replace_config, make_batch):
     # Untied: with a tied head a random model repeats its last token for ever.
     tiny_config = replace_config(tiny_config, decoder={"tie_embeddings": False})

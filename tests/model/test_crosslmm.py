@@ -35,6 +35,7 @@ def params(tiny_config):
     return random_norms(init_params(tiny_config, jax.random.key(0)))
 
 
+@pytest.mark.slow
 def test_gates_at_zero_equal_the_model_without_cross_attention(tiny_config, replace_config, make_batch):
     config = replace_config(tiny_config, cross_attention={"gate_init": 0.0})
     without = replace_config(config, cross_attention={"directions": ()})
@@ -48,6 +49,7 @@ def test_gates_at_zero_equal_the_model_without_cross_attention(tiny_config, repl
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["v2v", "t2v"])
 def test_each_direction_reads_the_original_tokens(tiny_config, replace_config, make_batch, direction):
     """Only cross-attention sees a change inside a frame that does not change the frame's pooled token."""
@@ -70,6 +72,7 @@ def test_each_direction_reads_the_original_tokens(tiny_config, replace_config, m
     assert np.abs(difference).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_alternatives_run_and_differ(tiny_config, replace_config, make_batch):
     base = replace_config(tiny_config, merge={"grid": 3})
     batch = make_batch(base, frames=5, text=9, before=2)
@@ -100,6 +103,7 @@ def test_alternatives_run_and_differ(tiny_config, replace_config, make_batch):
             assert np.abs(value - results["base"]).max() > 1e-4, f"{name} changes nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames,window", [(5, 1), (6, 2), (4, 9), (7, 3)])
 def test_window_scope_equals_frame_by_frame(tiny_config, replace_config, make_batch, frames, window):
     """V2V in a window against one call per frame, given only the frames of its window."""
@@ -202,6 +206,7 @@ def test_later_media_leave_earlier_logits_bit_equal(tiny_config, replace_config,
     assert not np.array_equal(before[:, 8:], after[:, 8:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["frames", "text", "both"])
 def test_padding_to_a_larger_bucket_changes_nothing(tiny_config, make_batch, params, kind):
     small = make_batch(tiny_config, frames=4, text=10)
@@ -214,6 +219,7 @@ def test_padding_to_a_larger_bucket_changes_nothing(tiny_config, make_batch, par
     np.testing.assert_allclose(loss(large), loss(small), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rope", ["none", "time"])
 @pytest.mark.parametrize("directions", [("v2v", "t2v"), ("v2v",), ()])
 def test_prefill_and_extend_equal_the_full_forward(tiny_config, replace_config, make_batch, rope, directions):
@@ -262,6 +268,7 @@ def test_text_after_a_cache_reads_the_video_by_t2v_alone(tiny_config, replace_co
     np.testing.assert_array_equal(ignored, bare)
 
 
+@pytest.mark.slow
 def test_loss_equals_cross_entropy_of_all_logits(tiny_config, make_batch, params, monkeypatch):
     monkeypatch.setattr("crosslmm_jax.model.loss.LOGITS_AT_ONCE", 6)
     batch = make_batch(tiny_config, text=15)
@@ -280,6 +287,7 @@ def test_loss_equals_cross_entropy_of_all_logits(tiny_config, make_batch, params
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), da, db)
 
 
+@pytest.mark.slow
 def test_no_program_holds_the_logits_of_a_long_sequence(tiny_config, replace_config, make_batch):
     config = replace_config(tiny_config, decoder={"vocab_size": 7919})
     params = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
@@ -290,6 +298,7 @@ def test_no_program_holds_the_logits_of_a_long_sequence(tiny_config, replace_con
     assert "1500,7919]" not in text and "1501,7919]" not in text
 
 
+@pytest.mark.slow
 def test_frames_in_chunks_equal_frames_at_once(tiny_config, replace_config, make_batch, params):
     batch = make_batch(tiny_config, batch=2, frames=5)
     results = []
@@ -304,6 +313,7 @@ def test_frames_in_chunks_equal_frames_at_once(tiny_config, replace_config, make
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-5), results[0], other)
 
 
+@pytest.mark.slow
 def test_text_only_batches_need_no_frames(tiny_config, make_batch, params):
     batch = make_batch(tiny_config, frames=0, text=8)
     logits = logits_of(tiny_config, params, batch)
@@ -314,6 +324,7 @@ def test_text_only_batches_need_no_frames(tiny_config, make_batch, params):
     np.testing.assert_allclose(logits_of(tiny_config, params, padded)[:, :8], logits, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close_to_float32(tiny_config, make_batch, params):
     half = dataclasses.replace(tiny_config, compute_dtype="bfloat16")
     batch = make_batch(tiny_config)

@@ -52,6 +52,7 @@ def products(jaxpr) -> Iterator[str]:
             yield from products(inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend,dtype,tolerance", [("reference", "float32", 1e-5), ("cudnn", "bfloat16", 0.03)]
 )
@@ -79,6 +80,7 @@ def test_an_odd_number_of_patches_is_padded_once_for_training_on_a_gpu(
     assert "4x49x64" in padded and "4x49x4x16" not in padded, "tokens, not queries, keys and values by head"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["blockwise", "cudnn"])
 def test_gradients_are_equal_and_memory_decreases(backend, monkeypatch) -> None:
     monkeypatch.setattr(

@@ -65,6 +65,7 @@ def test_each_channel_is_rounded_by_its_own_largest(tiny_config, precision: str)
         assert bool(jnp.all(jnp.abs(x - y) <= half * 1.001))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("backend", ["reference", "plain", "blockwise"])
 def test_every_backend_reads_8_bits_as_what_they_stand_for(tiny_config, backend: str, precision: str) -> None:
@@ -101,6 +102,7 @@ def untied(config: ModelConfig, replace_config) -> ModelConfig:
     return replace_config(config, decoder={"tie_embeddings": False}, cross_attention={"gate_init": 2.0})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "tolerance"), [("int8", 0.02), ("fp8", 0.1)])
 def test_logits_and_maps_stay_close(
     tiny_config, replace_config, make_batch, precision: str, tolerance: float
@@ -129,6 +131,7 @@ def test_logits_and_maps_stay_close(
     assert differs, "the cache was read"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_greedy_answers_are_those_of_one_step_after_another(
     tiny_config, replace_config, make_batch, precision: str
@@ -151,6 +154,7 @@ def test_greedy_answers_are_those_of_one_step_after_another(
     assert len({tuple(column) for column in expected}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"data": 1, "context": 4, "tensor": 2}, {"data": 2, "context": 4}], ids=str)
 def test_on_any_mesh_equal_one_device(tiny_config, replace_config, make_batch, mesh) -> None:
     """Frames over devices: the scales are those of all frames."""
@@ -179,6 +183,7 @@ def test_on_any_mesh_equal_one_device(tiny_config, replace_config, make_batch, m
     np.testing.assert_allclose(got, expected, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_the_loop_over_tokens_carries_8_bits() -> None:
     """At real widths: keys and values never become a wide array that outlives a token."""
     config = presets.crosslmm_2b()

@@ -109,6 +109,7 @@ def qwen_params(model, config) -> dict:
     return params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tie", [True, False])
 def test_qwen2_logits_and_gradients_equal_torch(tiny_config, replace_config, make_batch, tie):
     config = replace_config(tiny_config, decoder={"tie_embeddings": tie}, cross_attention={"directions": ()})

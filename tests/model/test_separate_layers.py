@@ -19,6 +19,7 @@ def leaves(tree) -> dict[str, jax.Array]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every,offset", [(2, 0), (3, 1), (1, 2)])
 def test_the_model_is_the_same(tiny_config, replace_config, make_batch, every, offset):
     placement = {"cross_attn_every": every, "cross_attn_offset": offset}
@@ -30,6 +31,7 @@ def test_the_model_is_the_same(tiny_config, replace_config, make_batch, every, o
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_prefill_and_decode_are_the_same(tiny_config, make_batch):
     params = init_params(tiny_config, jax.random.key(0))
     batch = make_batch(tiny_config, frames=3, text=7)
@@ -72,6 +74,7 @@ def test_the_tree_is_the_one_that_the_module_declares(tiny_config):
     jax.tree.map(lambda a, b: None if a.shape == b.shape else pytest.fail(f"{a} {b}"), made, separated)
 
 
+@pytest.mark.slow
 def test_consuming_frees_each_stack_and_nothing_else(tiny_config):
     params = init_params(tiny_config, jax.random.key(0))
     kept = separate_layers(params)
@@ -88,6 +91,7 @@ def test_consuming_frees_each_stack_and_nothing_else(tiny_config):
     jax.tree.map(np.testing.assert_array_equal, kept, gone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"data": 1, "tensor": 8}, {"data": 1, "fsdp": 4, "tensor": 2}], ids=str)
 def test_layers_stay_on_their_devices_and_answer_alike(tiny_config, make_batch, mesh):
     params = init_params(tiny_config, jax.random.key(0))
@@ -120,6 +124,7 @@ def test_products_of_few_rows_are_padded_on_a_gpu_alone(monkeypatch, shape, prec
     assert ("pad" in str(jax.make_jaxpr(lambda x: ops.matmul(x, weight))(x))) == (np.prod(shape) < 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch,length", [(1, 1), (1, 5), (3, 1), (3, 3)])
 def test_text_after_a_cache_is_padded_once_on_a_gpu(
     monkeypatch, tiny_config, replace_config, make_batch, batch, length

@@ -37,6 +37,7 @@ def on_one_device(chunks_of_two, make_batch):
     return params, batch, *step(params, batch, CrossLMM(chunks_of_two))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -64,6 +65,7 @@ def test_loss_and_gradients_on_any_mesh_equal_one_device(chunks_of_two, on_one_d
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "context": 2}], ids=str)
 def test_the_encoder_gathers_weights_and_leaves_frames_where_they_are(tiny_config, make_batch, mesh):
     """No collective of the encoder, forward or backward, moves the activations of all frames."""

@@ -44,6 +44,7 @@ def one_layer(config, frames, seed=0):
     return weights, x, tokens, visible, np.tile(frame, (2, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(("frames", "window", "rope"), [(10, 2, "time"), (5, 4, "none")])
 def test_chunks_equal_the_whole(
@@ -84,6 +85,7 @@ def spy(function, results):
     return spied
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", SCOPES)
 def test_the_model_and_its_cache_are_the_same_in_chunks(
     tiny_config, replace_config, make_batch, monkeypatch, in_chunks, scope
@@ -107,6 +109,7 @@ def test_the_model_and_its_cache_are_the_same_in_chunks(
         np.testing.assert_allclose(got, wanted, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", [False, True])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_known_visibility_changes_nothing(
@@ -143,6 +146,7 @@ def test_known_visibility_changes_nothing(
         assert not nothing.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [AllOrNone, VisualOnly])
 def test_a_prefill_of_a_whole_video_asks_nothing_on_the_way(
     tiny_config, replace_config, make_batch, monkeypatch, known
@@ -179,6 +183,7 @@ def test_a_prefill_of_a_whole_video_asks_nothing_on_the_way(
         np.testing.assert_allclose(got, wanted, atol=3e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tensor", [2, 8])  # heads of keys are spread; there are fewer than devices
 @pytest.mark.parametrize("scope", SCOPES)
 def test_heads_over_devices_leave_chunks_of_frames(
@@ -251,6 +256,7 @@ def test_memory_of_a_long_video(scope: str) -> None:
     assert not [size for size in sizes if all_keys <= size < originals]
 
 
+@pytest.mark.slow
 def test_the_backward_pass_over_a_long_video_keeps_no_copy_of_it() -> None:
     """It holds one head's part of the tokens' gradient, keys and values with their gradients, and queries."""
     taken = {frames: gradient_of_v2v(frames).memory_analysis().temp_size_in_bytes for frames in (1600, 3200)}

@@ -42,6 +42,7 @@ def test_measures_by_hand() -> None:
     assert found == pytest.approx({"kl_mean": kl / 2, "kl_max": kl, "top1": 0.5})
 
 
+@pytest.mark.slow
 def test_outliers_stand_out_and_leave_the_function() -> None:
     config = wide_enough()
     params = random_params(config, stacked=True)

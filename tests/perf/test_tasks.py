@@ -32,6 +32,7 @@ def measured(
     return found
 
 
+@pytest.mark.slow
 def test_rows_of_the_attentions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "BACKENDS", ("auto", "cudnn"))  # off the GPU both leave the same one
     found = measured(tmp_path, AttentionRequest, "attention")
@@ -67,6 +68,7 @@ def by_blocks(q, k, v, lengths):
     return blockwise_attention(q, k, v, start, stop, q.shape[-1] ** -0.5)
 
 
+@pytest.mark.slow
 def test_kv_splits_are_cases_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each number that divides the keys, for cross-attention alone; results equal those of no split."""
     request = AttentionRequest(task="perf.attention", system="tiny", frames=(2,), kv_splits=(2, 4, 5))
@@ -113,6 +115,7 @@ def test_too_few_devices_are_a_mistake(tmp_path: Path) -> None:
     assert "--devices 99: there are" in json.loads(path.read_text())["errors"][0]
 
 
+@pytest.mark.slow
 def test_long_videos_by_scope(tmp_path: Path) -> None:
     scopes = ("video", "frame", "window")
     found = measured(tmp_path, Request, "long_video", frames=(2, 20), repeats=1, v2v_scopes=scopes)

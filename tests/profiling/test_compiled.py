@@ -106,6 +106,7 @@ def test_the_reference_holds_them_and_is_found() -> None:
     assert {(576, 46_656), (TEXT, 46_656)} <= last, found
 
 
+@pytest.mark.slow
 def test_every_part_has_its_scope() -> None:
     """A profile names the parts by these, and only by what the compiler kept of them."""
     text = compiled_text(prefill, presets.tiny(), 4, text=24)

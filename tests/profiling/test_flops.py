@@ -78,6 +78,7 @@ CROSS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cross", CROSS.values(), ids=CROSS)
 def test_prefill_is_what_the_compiler_counts(unrolled: None, cross: dict[str, Any]) -> None:
     config = model_of(**cross)
@@ -85,6 +86,7 @@ def test_prefill_is_what_the_compiler_counts(unrolled: None, cross: dict[str, An
     assert counted_prefill(config, WORK) == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "trainable", [("encoder", "projector", "v2v", "t2v", "decoder"), ("projector", "v2v")], ids=len
 )
@@ -128,6 +130,7 @@ def test_decode_is_what_the_compiler_counts(unrolled: None) -> None:
     assert counted(extend, param_shapes(config), cache, one) == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.slow
 def test_doubling_frames(unrolled: None) -> None:
     """Twice the encoder, four times the global V2V attention, by the formula and by the compiler."""
     config, neither = model_of(directions=("v2v",)), model_of(directions=())
@@ -142,6 +145,7 @@ def test_doubling_frames(unrolled: None) -> None:
     assert three - 2 * two + one == pytest.approx(2 * few["v2v"].products, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scope", "curvature"), [("video", 1), ("frame", 0), ("window", 0)])
 def test_growth_with_frames(unrolled: None, scope: Any, curvature: int) -> None:
     """V2V of a frame and of a window is linear in frames, of the whole video quadratic: counted both ways."""

@@ -58,6 +58,7 @@ def test_weights_are_the_models_in_the_compute_dtype() -> None:
     assert num_bytes(param_shapes(config)) == num_bytes(stored)
 
 
+@pytest.mark.slow
 def test_weights_are_random() -> None:
     config = presets.tiny()
     weights, shapes = random_params(config), param_shapes(config)
@@ -82,6 +83,7 @@ def test_tokens_per_frame_is_a_square(tokens: int) -> None:
         preset_with_tokens("crosslmm_2b", tokens)
 
 
+@pytest.mark.slow
 def test_both_prefills_give_the_models_logits() -> None:
     """What is timed is the whole model and nothing but it; a cache is what one of them leaves besides."""
     config = presets.tiny()
@@ -104,6 +106,7 @@ def test_both_prefills_give_the_models_logits() -> None:
     assert plans[1]["inputs"] == plans[0]["inputs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "whats"),
     [
@@ -127,6 +130,7 @@ def test_rows_of_a_task(tmp_path: Path, task: str, whats: set[str]) -> None:
         assert all("keys: " in line for line in row["attention"]) and row["attention"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["encoder", "decode"])
 def test_rows_in_8_bits(tmp_path: Path, task: str) -> None:
     """The FLOPs are the same; a token's floor counts keys and values in 8 bits, with their scales."""

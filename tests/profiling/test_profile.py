@@ -58,6 +58,7 @@ def test_the_rate_of_a_report_is_that_of_the_first_system(monkeypatch: pytest.Mo
     assert profile("prefill", requests, command="", outputs=Outputs())["matmul_tflops"] == 650
 
 
+@pytest.mark.slow
 def test_a_command_measures_in_processes_of_their_own(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +205,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_a_stopped_command_takes_the_measuring_process_along(tmp_path: Path, number: signal.Signals) -> None:

@@ -171,6 +171,7 @@ def finished(experiment, tmp_path_factory):
     return config, loop.train(config, quiet=True)
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(finished) -> None:
     config, result = finished
     out = Path(config.run.out)
@@ -188,6 +189,7 @@ def test_what_a_run_leaves(finished) -> None:
     assert result.bad_rows == {}
 
 
+@pytest.mark.slow
 def test_a_step_counts_on_what_holds_for_its_batch(experiment, tmp_path, monkeypatch) -> None:
     """Each type of visible frames has a program of its own, compiled once and used for its batches."""
     types, asked, used, steps = iter([VisibleFrames, AllOrNone, VisibleFrames]), [], [], []
@@ -224,6 +226,7 @@ def test_another_config_in_the_same_folder(finished) -> None:
         loop.train(changed, quiet=True)
 
 
+@pytest.mark.slow
 def test_next_stage_starts_from_a_model_folder(finished, experiment, tmp_path) -> None:
     _, result = finished
     stage = {"steps": 1, "warmup_ratio": 0.5, "trainable": ("decoder",), "directions": ()}
@@ -234,6 +237,7 @@ def test_next_stage_starts_from_a_model_folder(finished, experiment, tmp_path) -
     assert written["cross_attention"]["directions"] == []
 
 
+@pytest.mark.slow
 def test_frames_are_resized_in_training_as_the_model_says(experiment, finished, tmp_path) -> None:
     _, other = finished
     config = experiment(tmp_path / "run", init_from=str(other.model_folder), stage={"steps": 1})
@@ -329,6 +333,7 @@ def test_frames_read_otherwise_than_for_the_weights_are_warned_of(
     )
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite(experiment, tmp_path) -> None:
     """Earlier checkpoints stay, the batch is saved, and nothing is written afterwards."""
     config = experiment(tmp_path / "run", stage={"learning_rate": 1e30, "warmup_ratio": 0.5}, save_every=1)

@@ -64,6 +64,7 @@ def test_decay_mask(micro_config) -> None:
     assert all(values == {False} for values in decayed.values()), decayed
 
 
+@pytest.mark.slow
 def test_adamw_equals_torch(make_stage) -> None:
     """Eight steps with decay and a learning rate for each group; every other gradient is clipped."""
     import torch

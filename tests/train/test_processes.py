@@ -104,6 +104,7 @@ TWO_PROCESSES = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multihost
 def test_two_processes_skip_what_one_cannot_read(tmp_path: Path, free_port) -> None:
     """Both end when one of them refuses the checkpoint."""

@@ -59,6 +59,7 @@ def random_batches(micro_config, make_batch):
     ]
 
 
+@pytest.mark.slow
 def test_first_loss_is_the_mean_over_all_targets(
     micro_config, reference, random_batches, one_device, make_stage
 ):
@@ -75,6 +76,7 @@ def test_first_loss_is_the_mean_over_all_targets(
     assert report["grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_training_changes_every_part(reference, micro_config, make_stage, one_device) -> None:
     before = random_state(micro_config, make_stage(), one_device, seed=3).params
     for part, params in reference[0].params.items():
@@ -91,6 +93,7 @@ def test_gates_are_reported(reference) -> None:
         np.testing.assert_allclose(reports[-1]["gate"][direction], gate, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -122,12 +125,14 @@ def test_moments_lie_with_their_parameters(micro_config, make_stage) -> None:
     assert spec == jax.sharding.PartitionSpec(None, ("fsdp",), ("tensor",))
 
 
+@pytest.mark.slow
 def test_random_state_is_the_same_on_any_mesh(micro_config, make_stage, one_device) -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     one, many = (random_state(micro_config, make_stage(), m, seed=1) for m in (one_device, mesh))
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (one, many)), strict=True))
 
 
+@pytest.mark.slow
 def test_microbatches_equal_the_whole_batch(
     reference, random_batches, micro_config, stage, one_device
 ) -> None:
@@ -137,6 +142,7 @@ def test_microbatches_equal_the_whole_batch(
     assert_close(state.params, reference[0].params, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_frozen_parts_stay_bit_identical(random_batches, micro_config, make_stage, one_device) -> None:
     stage = make_stage(trainable=("projector", "v2v"), directions=("v2v",), warmup_ratio=0.0)
     before = jax.device_get(random_state(micro_config, stage, one_device, seed=3).params)
@@ -163,6 +169,7 @@ def test_the_models_loss_is_the_steps(
     assert float(loss_sum / weight) == pytest.approx(float(reference[1][0]["loss"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_that_knows_all_or_none_equals_one_that_does_not(
     micro_config, stage, one_device, make_batch
 ) -> None:

@@ -57,6 +57,7 @@ def index_and_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return folder / "index", folder / "tokenizer"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("script", [POOL, TRAINING], ids=["pool", "training"])
 def test_no_worker_outlives_a_killed_process(

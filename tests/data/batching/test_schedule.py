@@ -159,6 +159,7 @@ def test_captions_pad_less_than_15_percent_with_8_shapes(tmp_path: Path) -> None
     assert max(waste.frames, waste.positions, waste.work) < 0.10
 
 
+@pytest.mark.slow
 def test_instructions_pad_little(tmp_path: Path) -> None:
     """Their texts spread too widely for 15% of the positions with a handful of shapes; the work is below."""
     rows = paper_like(tmp_path / "index", STAGE2, SamplingConfig(policy="dynamic_fps1"), 2048)

@@ -124,6 +124,7 @@ class FilmLoader(ExampleLoader):
         return clip
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     made=rows(), sampling=SAMPLINGS, time=st.sampled_from(["none", "short", "full"]),

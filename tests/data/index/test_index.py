@@ -75,6 +75,7 @@ def test_it_holds_every_row_and_what_a_probe_tells(synthetic: SyntheticSet, make
         store[64]
 
 
+@pytest.mark.slow
 def test_workers_make_the_same_index(videos: SyntheticSet, make_index) -> None:
     one, two = make_index(videos.train), make_index(videos.train, workers=2)
     assert open_index(one).digest == open_index(two).digest
@@ -202,6 +203,7 @@ def test_bad_rows_are_reported_one_a_line(
     assert all({"row", "path", "reason", "where", "detail", "dataset"} == set(line) for line in lines)
 
 
+@pytest.mark.slow
 def test_links_out_of_the_root_only_when_allowed(
     videos: SyntheticSet, make_index, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
@@ -388,6 +390,7 @@ def test_stats_and_check(videos: SyntheticSet, make_index, capsys: pytest.Captur
     assert "5 rows decoded" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_a_tokenizer_tokens_are_counted_as_the_tiny_model_does(
     videos: SyntheticSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

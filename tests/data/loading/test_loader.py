@@ -60,6 +60,7 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
             assert arrays[name].dtype == others[name].dtype
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_batches_and_one_integer_resumes(config: DataConfig) -> None:
     dataset = dataset_of(config)
     expected = take(BatchIterator(dataset), 8)
@@ -139,6 +140,7 @@ def damage(config: DataConfig, synthetic: SyntheticSet, tmp_path: Path, make_ind
     return spoil
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_files_are_replaced_the_same_way_each_time(config: DataConfig, damage, workers: int) -> None:
     bad_videos = ["videos/train_00002.mp4", "videos/train_00009.mp4"]
@@ -176,6 +178,7 @@ def test_too_many_bad_files_stop_with_the_list(config: DataConfig, damage) -> No
     take(patient, 30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_readable_stops_with_one_line(config: DataConfig, damage, workers: int) -> None:
     spoilt = damage([])
@@ -189,6 +192,7 @@ def test_nothing_readable_stops_with_one_line(config: DataConfig, damage, worker
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced(config: DataConfig) -> None:
     """Its batches come from a new one, the same ones."""
     dataset = dataset_of(dataclasses.replace(config, num_workers=2, prefetch=2))

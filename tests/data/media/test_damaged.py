@@ -51,6 +51,7 @@ def whole_gops(path: Path, begin: int, end: int, *, length: int) -> list[bool]:
     return whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_a_damaged_place_in_a_large_file(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
@@ -83,6 +84,7 @@ def test_a_damaged_place_in_a_large_file(
     assert read > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 10])
 def test_damaged_files_are_told_apart_and_cost_little(tmp_path: Path, seed: int) -> None:
     root = tmp_path / "root"

@@ -54,6 +54,7 @@ def draw_sampling(rng: random.Random, count: int) -> SamplingConfig:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CODECS)
 def test_random_frames_equal_a_plain_decode(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch

@@ -45,6 +45,7 @@ def packets_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return read
 
 
+@pytest.mark.slow
 def test_frames_of_an_hour(hour: tuple[Path, np.ndarray], packets_read: list[int]) -> None:
     path, frames = hour
     for count in (1, 2, 8, 64):

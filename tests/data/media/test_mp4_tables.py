@@ -66,6 +66,7 @@ def assert_same_frames(source: Path | Media, frames: np.ndarray, times: np.ndarr
         np.testing.assert_array_equal(clip.frames[0], frames[number])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FROM_TABLES)
 def test_tables_tell_what_packets_tell(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, name, FROM_TABLES[name])

@@ -32,6 +32,7 @@ def template_ids(tokenizer: Tokenizer, messages: list[dict[str, str]], **options
     return tokenizer.hf_tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(pairs=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3), system=st.none() | WORDS)
 def test_ids_are_those_of_the_chat_template(

@@ -15,6 +15,7 @@ from crosslmm_jax.demo.tokenizer import EXTRA_TOKENS, SPECIAL_TOKENS, write_defa
 from crosslmm_jax.errors import UserError
 
 
+@pytest.mark.slow
 def test_special_tokens_follow_the_vocabulary_in_order(any_tokenizer: Tokenizer) -> None:
     added = any_tokenizer.hf_tokenizer.get_added_vocab()
     names = SPECIAL_TOKENS + EXTRA_TOKENS
@@ -104,6 +105,7 @@ def test_too_small_a_vocabulary(tmp_path: Path) -> None:
         write_default_tokenizer(tmp_path, vocab_size=100)
 
 
+@pytest.mark.slow
 def test_no_word_of_other_models_tokenizers(tmp_path: Path) -> None:
     """A MODEL folder holds a config.json of its own kind; transformers only looks at large vocabularies."""
     write_default_tokenizer(tmp_path)

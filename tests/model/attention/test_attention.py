@@ -46,6 +46,7 @@ def value_and_gradients(shape: int, ours: bool):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**31), shape=st.integers(0, len(SHAPES) - 1))
 def test_blockwise_equals_reference_forward_and_backward(seed, shape):
@@ -59,6 +60,7 @@ def test_blockwise_equals_reference_forward_and_backward(seed, shape):
         np.testing.assert_allclose(mine, other, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_log_sum_exp_and_its_gradient():
     q, k, v, start, stop = draw(3, batch=2, length=5, keys=17, heads=2, groups=2)
     stop = np.maximum(stop, start + 1)
@@ -143,6 +145,7 @@ def test_errors_of_wrong_calls():
         attention(q, k, v, kv_stop=stop, backend="cudnn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("queries", "keys", "causal", "limited"),
     [
@@ -172,6 +175,7 @@ def test_odd_lengths_are_padded_only_for_gradients(monkeypatch, queries, keys, c
         assert error < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("backend", ["reference", "blockwise", "plain", "cudnn"])
 @pytest.mark.parametrize("lengths", [(17, 4), (17, 0)])

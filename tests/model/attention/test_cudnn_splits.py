@@ -26,6 +26,7 @@ def attention_with_log_sum_exp(q, k, v, lengths):
     return out.reshape(q.shape).astype(q.dtype), jax.nn.logsumexp(scores, axis=-1).reshape(q.shape[:3])
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_merged_splits_equal_attention_to_all_keys(data):
@@ -48,6 +49,7 @@ def test_merged_splits_equal_attention_to_all_keys(data):
     np.testing.assert_allclose(lse, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(64, 64), (64, 20), (64, 0)])
 def test_only_attention_without_gradients_uses_split_k(monkeypatch, stops):
     monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
@@ -93,6 +95,7 @@ def test_number_of_splits_fills_the_gpu(queries, keys, heads, expected):
     assert keys % 2 or not splits or keys // splits % 2 == 0, "odd splits are copied"
 
 
+@pytest.mark.slow
 def test_a_split_that_no_query_reads_has_no_weight(monkeypatch):
     monkeypatch.setattr(cudnn, "_with_log_sum_exp", attention_with_log_sum_exp)
     q, v = jnp.ones((1, 2, 2, 8)), jnp.ones((1, 12, 1, 8)).at[:, 4:].set(jnp.nan)

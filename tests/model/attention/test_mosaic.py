@@ -84,6 +84,7 @@ def test_error_where_it_does_not_apply() -> None:
         attention(*arrays(), backend="mosaic")
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_cudnn(on_hopper: None) -> None:
     q, k, v, weights = arrays((2, 70, 2, 72), jnp.bfloat16, 4)
     stop = np.full((2, 1), 65)
@@ -135,6 +136,7 @@ def lowered_for_cuda(shape: Any) -> str:
     return lowered.as_text()
 
 
+@pytest.mark.slow
 def test_threads_that_build_at_once_get_the_same_kernels() -> None:
     shapes = [mosaic_kernel.KernelShape(2 + i, 730, 730, 2, 72, 729, "bfloat16", 132) for i in range(4)] * 3
     alone = [lowered_for_cuda(shape) for shape in shapes[:4]]

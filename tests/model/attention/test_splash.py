@@ -61,6 +61,7 @@ def draw_ranges(rng: np.random.Generator, kind: str, batch: int, length: int, ke
     return start.astype(np.int32), stop.astype(np.int32)
 
 
+@pytest.mark.slow
 @settings(max_examples=24, deadline=None)
 @given(
     seed=st.integers(0, 2**31), shape=st.integers(0, len(SHAPES) - 1),
@@ -81,6 +82,7 @@ def test_equals_reference_forward_and_backward(seed: int, shape: int, kind: str)
         np.testing.assert_allclose(mine, other, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [729, 128])
 def test_everything_and_causal(length: int) -> None:
     """Without ranges, padded to blocks or not; bfloat16 as the model runs it."""
@@ -93,6 +95,7 @@ def test_everything_and_causal(length: int) -> None:
         assert np.mean(np.abs(ours - expected)) < 1e-3
 
 
+@pytest.mark.slow
 def test_blocks_that_no_query_reads_are_skipped() -> None:
     """The map of blocks follows from the ranges, and the kernel obeys it."""
     stop = jnp.repeat(jnp.array([[0, 130, 256]]), 128, axis=1)
@@ -112,6 +115,7 @@ def test_blocks_that_no_query_reads_are_skipped() -> None:
     assert np.all(np.asarray(out) == 1)
 
 
+@pytest.mark.slow
 def test_without_a_map_of_blocks_that_would_be_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(splash_module, "MAX_MAPPED_BLOCKS", 1)
     rng = np.random.default_rng(0)
@@ -127,6 +131,7 @@ def test_without_a_map_of_blocks_that_would_be_too_large(monkeypatch: pytest.Mon
         np.testing.assert_allclose(mine, other, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_too_many_keys_for_ranges_with_a_start() -> None:
     q, k = jnp.zeros((1, 2, 1, 8)), jnp.zeros((1, 2**16, 1, 8))
     ranges = {"kv_start": jnp.zeros((1, 2), jnp.int32), "kv_stop": jnp.ones((1, 2), jnp.int32)}
@@ -166,6 +171,7 @@ def with_backend(config: ModelConfig, name: Any) -> ModelConfig:
     return dataclasses.replace(config, attention=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["video", "window"])
 def test_the_model_equals_reference(
     scope: str, tiny_config: ModelConfig, replace_config: Any, make_batch: Any
@@ -215,6 +221,7 @@ def prompt_shapes(config: ModelConfig, frames: int, rows: int = 1) -> tuple[Any,
     return shapes.frames, shapes._replace(frames=None, loss_mask=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["video", "window"])
 def test_prefill_at_real_size_lowers_for_a_tpu(scope: Any, replace_config: Any) -> None:
     config = replace_config(presets.crosslmm_2b(), cross_attention={"v2v_scope": scope}, attention="splash")
@@ -225,6 +232,7 @@ def test_prefill_at_real_size_lowers_for_a_tpu(scope: Any, replace_config: Any) 
     assert "16x768x128xbf16" in text, "729 patches of 16 heads of 72, padded to tiles"
 
 
+@pytest.mark.slow
 def test_training_lowers_for_a_tpu(replace_config: Any) -> None:
     config = replace_config(presets.crosslmm_2b(), attention="splash")
     batch = shapes_of(random_prompt(config, Workload(frames=8, text=64, before=16)))
@@ -239,6 +247,7 @@ def test_training_lowers_for_a_tpu(replace_config: Any) -> None:
     assert all(f"splash_mha_{phase}" in text for phase in ("fwd_residuals", "dq_no", "dkv_no"))
 
 
+@pytest.mark.slow
 def test_every_tpu_runs_the_kernel_on_its_own_rows(replace_config: Any) -> None:
     """The compiler refuses to shard a kernel, so `map_devices` must; 8 devices, three axes."""
     config = replace_config(presets.crosslmm_2b(), attention="splash")
@@ -251,6 +260,7 @@ def test_every_tpu_runs_the_kernel_on_its_own_rows(replace_config: Any) -> None:
     assert text.count("tpu_custom_call") >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}])
 def test_sharded_over_devices_equals_one(
     axes: dict[str, int], tiny_config: ModelConfig, make_batch: Any

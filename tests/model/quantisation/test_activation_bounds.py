@@ -56,6 +56,7 @@ def hardest(layer: dict[str, np.ndarray], norm: str, matrix: str) -> np.ndarray:
     return np.concatenate([columns.T, -columns.T])
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(0, 3), st.sampled_from(["float32", "bfloat16"]))
 def test_no_input_exceeds_its_bound(seed: int, spread: float, dtype: str) -> None:
@@ -73,6 +74,7 @@ def test_no_input_exceeds_its_bound(seed: int, spread: float, dtype: str) -> Non
         assert most <= float(bounds[matrix]), matrix
 
 
+@pytest.mark.slow
 def test_the_bounds_are_reached() -> None:
     """Up to the margin for rounding: a looser bound would waste the range of e4m3."""
     layer = random_layer(np.random.default_rng(0), 0.5)
@@ -109,6 +111,7 @@ def test_biases_are_in_the_bounds(weights: dict[str, float], matrix: str) -> Non
     assert 8.9 < read[matrix] <= float(bounds[matrix]) < 12
 
 
+@pytest.mark.slow
 def test_rounding_is_in_the_bounds() -> None:
     """Every product of a sum has two operands that e4m3 rounds up by the most, to 9/8."""
     signs = np.resize([1.0, -1.0], WIDTH).astype(np.float32)
@@ -130,6 +133,7 @@ def test_inputs_beyond_a_bound_are_clipped() -> None:
     assert largest_inputs(layer, token, "float32")["wq"] > 10 * float(bounds.wq)  # and all is finite
 
 
+@pytest.mark.slow
 def test_a_layer_of_zeros() -> None:
     layer = layer_of_zeros()
     assert set(largest_inputs(layer, np.ones((2, 3, WIDTH), np.float32), "float32").values()) == {0.0}

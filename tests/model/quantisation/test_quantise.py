@@ -78,6 +78,7 @@ def operands(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     return x.astype(np.float32), w.astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @settings(max_examples=40, deadline=None)
 @given(operands())
@@ -91,6 +92,7 @@ def test_a_product_is_as_exact_as_its_rounding(precision: str, pair: tuple[np.nd
     check_product(x, w, precision, got, kept=0)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(operands())
 def test_a_product_with_one_scale_is_as_exact_as_its_rounding(pair: tuple[np.ndarray, np.ndarray]) -> None:
@@ -233,6 +235,7 @@ def test_the_encoders_fp8_products_have_the_form_that_xla_rewrites(tiny_config) 
         assert "stablehlo.multiply" in reader
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_gradients_are_refused(tiny_config, make_batch, precision: str) -> None:
     config = dataclasses.replace(tiny_config, visual_matmul=precision)
@@ -285,6 +288,7 @@ def test_fp8_scales_are_per_matrix_in_the_encoder_and_per_channel_in_the_project
     assert quantised["projector"]["w2_scale"].shape == (tiny_config.decoder.width,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("mesh", [{"data": 1, "tensor": 4, "context": 2}, {"data": 2, "fsdp": 4}], ids=str)
 def test_on_any_mesh_equal_one_device(tiny_config, replace_config, make_batch, precision: str, mesh) -> None:
@@ -317,6 +321,7 @@ def test_axes_name_every_dimension(tiny_config) -> None:
     assert axes["encoder"]["layers"]["w2"] == ("layers", "vision_embed", "vision_mlp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames,rows", [(2, 2 * 16), (16, 16 * 9)])
 def test_rows_of_fp8_products_are_a_multiple_of_16_on_a_gpu(
     monkeypatch, tiny_config, replace_config, frames: int, rows: int
