@@ -154,6 +154,7 @@ def test_logits_and_gradients_equal(tiny_config, replace_config, tmp_path, alter
     assert all(np.abs(gradients[direction]["wk"]).max() > 1e-4 for direction in used)
 
 
+@pytest.mark.slow
 def test_padding_frames_and_later_videos_are_not_seen(tiny_config, tmp_path):
     model = torch_reference.CrossLMM.from_folder(
         export(tmp_path / "out", noisy_params(tiny_config), tiny_config)
@@ -225,6 +226,7 @@ def test_parts_that_are_not_run_may_be_stored(tiny_config, tmp_path):
     torch_reference.CrossLMM.from_folder(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_export_runs_where_this_package_is_not(sources, tmp_path):
     """The whole way: `from-hf`, `to-hf --torch-reference`, and a process without jax and this package."""
     request = Request(

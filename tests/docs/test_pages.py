@@ -284,6 +284,7 @@ def test_no_page_with_commands_is_forgotten() -> None:
     assert {command.page.name for command in COMMANDS if command.reason is None} == set(RUN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUN)
 def test_commands_run(
     page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -301,6 +302,7 @@ def test_commands_run(
             assert answer["question"] == "What is the man doing?" and isinstance(answer["answer"], str)
 
 
+@pytest.mark.slow
 def test_where_an_answer_looked_is_drawn(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     words = [
@@ -323,6 +325,7 @@ def python_blocks() -> list[tuple[str, str]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "code"), python_blocks(), ids=[name for name, _ in python_blocks()])
 def test_python_runs(
     page: str, code: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -370,6 +373,7 @@ def test_every_example_is_run() -> None:
     assert {path.name for path in ROOT.glob("examples/*.py")} == set(EXAMPLES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples(
     name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -382,6 +386,7 @@ def test_examples(
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 def test_the_notebook(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code cells in order, in one namespace; it is stored without outputs."""
     monkeypatch.chdir(workplace)

@@ -140,6 +140,7 @@ def test_a_trained_model_is_asked_in_8_bits(model, model_folder, clip, precision
     assert video.ask(question, max_new_tokens=5) == video.ask(question, max_new_tokens=5)
 
 
+@pytest.mark.slow
 def test_commands(model_folder, clip, tmp_path, capsys, monkeypatch):
     options = {
         "frames": None, "precision": "int8", "max_new_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": 0,

@@ -250,6 +250,7 @@ def test_prefill_and_extend_equal_the_full_forward(tiny_config, replace_config, 
     assert np.array_equal(cache.num_tokens, at)
 
 
+@pytest.mark.slow
 def test_text_after_a_cache_reads_the_video_by_t2v_alone(tiny_config, replace_config, make_batch):
     """A model without T2V ignores the video KV cache of one that has it."""
     without = replace_config(tiny_config, cross_attention={"directions": ("v2v",)})

@@ -211,6 +211,7 @@ def test_a_step_counts_on_what_holds_for_its_batch(experiment, tmp_path, monkeyp
     assert all(batch.frames is not None for batch in asked)
 
 
+@pytest.mark.slow
 def test_repeating_a_finished_run_does_nothing(finished, monkeypatch) -> None:
     config, result = finished
     monkeypatch.setattr(loop, "compile_train_step", None)

@@ -86,6 +86,7 @@ def test_training_changes_every_part(reference, micro_config, make_stage, one_de
         assert any(moved), part
 
 
+@pytest.mark.slow
 def test_gates_are_reported(reference) -> None:
     state, reports = reference
     for direction in ("v2v", "t2v"):
@@ -109,6 +110,7 @@ def test_any_mesh_gives_the_same(mesh, reference, random_batches, micro_config, 
     assert_close(state.params, reference[0].params, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_moments_lie_with_their_parameters(micro_config, make_stage) -> None:
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     state = random_state(micro_config, make_stage(), mesh, seed=0)
@@ -156,6 +158,7 @@ def test_frozen_parts_stay_bit_identical(random_batches, micro_config, make_stag
         assert any(not np.array_equal(a, b) for a, b in pairs), part
 
 
+@pytest.mark.slow
 def test_the_models_loss_is_the_steps(
     reference, random_batches, micro_config, make_stage, one_device
 ) -> None:

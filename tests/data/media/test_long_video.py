@@ -59,6 +59,7 @@ def test_frames_of_an_hour(hour: tuple[Path, np.ndarray], packets_read: list[int
     assert len(packets_read) < 2 * GOP
 
 
+@pytest.mark.slow
 def test_random_parts_of_an_hour(hour: tuple[Path, np.ndarray]) -> None:
     path, frames = hour
     rng = random.Random(0)
