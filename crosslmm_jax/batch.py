@@ -57,7 +57,7 @@ class Batch(NamedTuple, Generic[ArrayT]):
         positions       int32[B, T]              for the rotary embedding
         visual_slots    int32[B, F*C]            places of the compact tokens, in frame order
         text_slots      int32[B, T - F*C]        all other places
-        visible_frames  int32[B, T] in `counts`  how many frames a token sees, see `VisibleFrames`
+        visible_frames  int32[B, T] in `counts`  number of frames that each token sees
         frames          uint8[B, F, R, R, 3]     pixels
         frame_times     float32[B, F]            seconds from the start of the frame's video
         loss_mask       float32[B, T]            1 where tokens[b, t] is predicted from t - 1

@@ -2,7 +2,7 @@
 
 - `mesh`: the device mesh, and how the processes of a run find each other.
 - `axis_rules`: the table of logical axes -> mesh axes.
-- `sharding`: shardings of parameters and batches; which rows a process reads.
+- `sharding`: shardings of parameters and batches; the rows of each process.
 - `compiler_options`: XLA options for programs of large matrix products.
 - `xla_flags`: TPU flags in the environment. It is imported before jax, so all other names are imported late.
 """

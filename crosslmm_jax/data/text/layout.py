@@ -16,7 +16,7 @@ class Layout:
         tokens: int32, the placeholder's id where a visual token goes.
         targets: bool, predicted from the position before.
         visual: bool, a visual token goes here.
-        visible_frames: int32, how many frames of the row a token here sees.
+        visible_frames: int32, number of frames of the row that the token at each position sees.
     """
 
     tokens: np.ndarray
