@@ -217,6 +217,26 @@ def make_index(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path)
     return make
 
 
+@pytest.fixture(scope="session")
+def check_measured_rows():
+    """`check_measured_rows(found)`: what holds for every row that a task measured at the tiny size."""
+
+    def check(found: dict[str, Any]) -> None:
+        assert found["facts"]["matmul_tflops"] > 0
+        for row in found["rows"]:
+            assert (row["system"], row["frames"], row["tokens_per_frame"]) == ("tiny", 2, 1)
+            assert len(row["samples_ms"]) == 2
+            assert row["ms_min"] <= row["ms"] <= row["ms_max"]
+            assert row["peak_from"] == "compiler" and row["peak_mb_allocator"] is None, "a CPU keeps no mark"
+            assert row["peak_mb"] > 0 and row["compile_s"] > 0
+            assert row["model_tflop"] == pytest.approx(sum(row["parts_tflop"].values()))
+            assert row["tflops"] == pytest.approx(1e3 * row["model_tflop"] / row["ms"])
+            assert row["fraction_of_matmul"] == pytest.approx(row["tflops"] / found["facts"]["matmul_tflops"])
+            assert all("keys: " in line for line in row["attention"]) and row["attention"]
+
+    return check
+
+
 @pytest.fixture
 def tiny_config() -> ModelConfig:
     """The tiny preset with gates open, so that cross-attention matters."""
