@@ -117,9 +117,9 @@ def put_demo(monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
 def test_messages_of_several_lines_are_joined(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_demo(monkeypatch, fail(UserError("a.json: field x\n   is bad; mend it\n")))
+    put_demo(monkeypatch, fail(UserError("a.json: field x\n   is bad; fix it\n")))
     assert main(["demo"]) == 2
-    assert capsys.readouterr().err == "crosslmm: error: a.json: field x is bad; mend it\n"
+    assert capsys.readouterr().err == "crosslmm: error: a.json: field x is bad; fix it\n"
 
 
 @pytest.mark.parametrize("words", [["demo", "--debug"], ["--debug", "demo"]])

@@ -302,7 +302,7 @@ class CrossLMM(nn.Module):
         key_frame = frame_of_keys(originals)
         visible = key_frame < count[..., None]
         if direction == "t2v":
-            return Reading(slots, count, visible)  # text stands behind the frames that it may read
+            return Reading(slots, count, visible)  # text comes after the frames that it sees
         tokens = slots.shape[1] // originals.shape[1]
         own = torch.arange(originals.shape[1], device=slots.device).repeat_interleave(tokens)
         reach = {"video": None, "frame": 0, "window": cross.v2v_window}[cross.v2v_scope]
@@ -332,7 +332,7 @@ class CrossLMM(nn.Module):
     def generate(
         self, batch: Batch, *, max_new_tokens: int, stop_tokens: Sequence[int] = (), limit: int | None = None
     ) -> list[int]:  # fmt: skip
-        """The likeliest ids behind one row without padding, up to and without a stop token.
+        """The likeliest ids after one row without padding, up to a stop token, which is left out.
 
         Ids from `limit` on are never chosen: the vocabulary may have more rows than the tokenizer ids.
         """

@@ -1,4 +1,4 @@
-"""The KV cache of generation: self-attention's keys and values, and T2V's keys and values of the video."""
+"""The KV cache of generation: self-attention's keys and values, and the video KV cache that T2V reads."""
 
 from typing import NamedTuple
 

@@ -63,8 +63,8 @@ def attend_tokens(
       tokens: the original tokens.
       make_kv: (weights of some or all K key heads, float[B, f, P, D] tokens of f frames, number of the first
         of these frames) -> their keys and values, float[B, f, P, k, H] for k key heads.
-      visible_frames: how many frames a query sees, from the first on; [B, 1] for all queries of a row (not
-        with `scoped`); None: all frames.
+      visible_frames: number of frames that each query sees, from the first on; [B, 1] for all queries of a
+        row (not with `scoped`); None: all frames.
       config: the model configuration.
       scoped: narrow the frames that are read to `v2v_scope`.
       rules: logical axis -> mesh axes; frames or heads that are sharded are small enough on each device.

@@ -5,7 +5,7 @@
 Shares of the data sets are guesses from the paper's list of them; durations follow the folders of
 LLaVA-Video-178K (up to 30 s, 60 s, 2 min, 3 min), InternVid's clips of a dozen seconds, and films of up to an
 hour; texts are questions with short answers, captions of a few hundred tokens, and conversations of several
-turns. No media are behind the rows.
+turns. The media of the rows do not exist.
 """
 
 import argparse

@@ -57,7 +57,7 @@ def test_outliers_stand_out_and_leave_the_function() -> None:
     request = PrecisionRequest(task="perf.precision", system="", frames=(2,), text=20, videos="")
     a, b = (precision.logits(config, request, p, clip.visual) for p in (params, changed))
     np.testing.assert_allclose(a, b, atol=1e-5)
-    assert a.shape == (4, 512), "text behind the video"
+    assert a.shape == (4, 512), "text after the video"
 
 
 @pytest.mark.slow

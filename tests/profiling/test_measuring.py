@@ -181,7 +181,7 @@ def test_random_frames_fill_the_bytes() -> None:
 
 
 def test_bytes_that_a_token_reads() -> None:
-    """By hand, for the 2B model behind 256 frames: decoder, tied head, T2V's q and o; 7 layers of K/V."""
+    """By hand, for the 2B model after 256 frames: decoder, tied head, T2V's q and o; 7 layers of K/V."""
     config = presets.crosslmm_2b()
     d, kv = 1536, 2 * 128
     attention = d * d + d + 2 * (d * kv + kv) + d * d

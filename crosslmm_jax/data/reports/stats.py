@@ -66,7 +66,7 @@ def _buckets(bucketed: BucketedRows, tokens_per_frame: int) -> list[str]:
         "padding, each row read once:",
         f"  {waste.frames:>6.1%}  padded frames over all frames",
         f"  {waste.positions:>6.1%}  padded positions over all positions of the decoder (T, visual and text)",
-        f"  {waste.work:>6.1%}  of the work, a frame's encoding counted as {FRAME_COST} positions",
+        f"  {waste.work:>6.1%}  of the work, encoding one frame counted as {FRAME_COST} positions",
         f"truncated: {bucketed.truncated} rows lose turns at their end to fit max_text_tokens",
         f"left out: {bucketed.num_without_bucket} rows",
     ]
