@@ -10,6 +10,7 @@ Folders of pictures and still images are read by the same functions.
 
 import contextlib
 import dataclasses
+import importlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -136,13 +137,10 @@ def import_readers() -> None:
     While TensorFlow Datasets is imported, it replaces `__import__` for all threads. A thread that first
     imports PyAV at that moment gets modules that do not work, and a good file would count as corrupt.
     """
-    import av
-    import av.error
-    import av.stream
-    import av.video.reformatter
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    assert av.open and ImageOps.exif_transpose
+    for name in ("av", "av.error", "av.stream", "av.video.reformatter", "PIL.ImageOps"):
+        importlib.import_module(name)
     Image.init()  # the plugins of all image formats
 
 
