@@ -82,13 +82,15 @@ class Decoder(nn.Module):
         """Hidden states of a prompt after the final norm, and what each layer adds to a KV cache."""
 
         def layer(
-            x: Array, weights: dict[str, Array], cross_weights: CrossWeights | None, index: int
-        ) -> tuple[Array, LayerOutput]:
-            return self._prompt_layer(x, weights, cross_weights, batch, visual, cross)
+            x: Array, weights: dict[str, Array], cross_weights: CrossWeights | None, cache: None,
+            prompt: tuple[Batch[Array], Visual],
+        ) -> tuple[Array, LayerOutput]:  # fmt: skip
+            return self._prompt_layer(x, weights, cross_weights, *prompt, cross)
 
+        placement = Placement.of(self.config)
         x, outputs = each_layer(
             layer, self._embed_prompt(batch, visual), self.weights["layers"], cross.weights(),
-            placement=Placement.of(self.config),
+            [None] * placement.num_layers, (batch, visual), placement=placement,
         )  # fmt: skip
         return self._final_norm(x), outputs
 
@@ -99,32 +101,36 @@ class Decoder(nn.Module):
 
         T text tokens and padding, U >= T: padding makes matrix products faster (`with_fewest_rows`).
         """
-        placement, text = Placement.of(self.config), _text_positions(tokens, cache)
 
         def layer(
-            x: Array, weights: dict[str, Array], cross_weights: CrossWeights | None, index: int
-        ) -> tuple[Array, LayerOutput]:
-            layer_cache = cache.layer(index, placement.cross_index(index))
-            return self._text_layer(x, weights, cross_weights, layer_cache, text, cross)
+            x: Array, weights: dict[str, Array], cross_weights: CrossWeights | None, cache: LayerCache,
+            text: _TextPositions,
+        ) -> tuple[Array, LayerOutput]:  # fmt: skip
+            return self._text_layer(x, weights, cross_weights, cache, text, cross)
 
-        x = with_fewest_rows(self._embed(tokens))
-        x, outputs = each_layer(layer, x, self.weights["layers"], cross.weights(), placement=placement)
+        placement = Placement.of(self.config)
+        x, outputs = each_layer(
+            layer, with_fewest_rows(self._embed(tokens)), self.weights["layers"], cross.weights(),
+            _layer_caches(cache, placement), _text_positions(tokens, cache), placement=placement,
+        )  # fmt: skip
         return self._final_norm(x), outputs
 
     def attention_maps(
         self, tokens: Int[Array, "b t"], last: Int[Array, " b"], cache: KVCache, cross: DualCrossAttention
     ) -> Float[Array, "x b f p"]:
         """What the token at `last` of each row reads by T2V, in each of the X layers with cross-attention."""
-        placement, text = Placement.of(self.config), _text_positions(tokens, cache)
 
         def layer(
-            x: Array, weights: dict[str, Array], cross_weights: CrossWeights | None, index: int
-        ) -> tuple[Array, Array | None]:
-            layer_cache = cache.layer(index, placement.cross_index(index))
-            return self._observed_layer(x, weights, cross_weights, layer_cache, text, last, cross)
+            x: Array, weights: dict[str, Array], cross_weights: CrossWeights | None, cache: LayerCache,
+            observed: tuple[_TextPositions, Array],
+        ) -> tuple[Array, Array | None]:  # fmt: skip
+            return self._observed_layer(x, weights, cross_weights, cache, *observed, cross)
 
-        x, weights = self._embed(tokens), self.weights["layers"]
-        _, maps = each_layer(layer, x, weights, cross.weights(), placement=placement)
+        placement = Placement.of(self.config)
+        _, maps = each_layer(
+            layer, self._embed(tokens), self.weights["layers"], cross.weights(),
+            _layer_caches(cache, placement), (_text_positions(tokens, cache), last), placement=placement,
+        )  # fmt: skip
         return jnp.stack([of_layer for of_layer in maps if of_layer is not None])
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
@@ -215,6 +221,10 @@ class _TextPositions(NamedTuple):
 
     positions: Int[Array, "b t"]
     visible_frames: SamePerRow[Array]
+
+
+def _layer_caches(cache: KVCache, placement: Placement) -> list[LayerCache]:
+    return [cache.layer(index, placement.cross_index(index)) for index in range(placement.num_layers)]
 
 
 def _text_positions(tokens: Int[Array, "b t"], cache: KVCache) -> _TextPositions:

@@ -127,8 +127,9 @@ class SiglipEncoder(nn.Module):
         if self.stacked:
             x, _ = jax.lax.scan(layers, x, self.weights["layers"])
         else:
+            layer = jax.jit(layers)  # traced and lowered once, as the decoder's layers (`each_layer`)
             for index in range(config.depth):
-                x, _ = layers(x, layer_of(self.weights["layers"], index))
+                x, _ = layer(x, layer_of(self.weights["layers"], index))
         x = x[:, :patches]
         if config.post_layernorm:
             scale, bias = weights["post_norm_scale"], weights["post_norm_bias"]

@@ -1,7 +1,7 @@
 """The two ways to run the decoder's layers: scanned, as training does, and one by one, as inference does."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -10,8 +10,10 @@ from jaxtyping import Array, PyTree
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model.params.tables import layer_of
 
+Cache = TypeVar("Cache")
 Carry = TypeVar("Carry")
 Output = TypeVar("Output")
+Shared = TypeVar("Shared")
 Weights = PyTree[Array]
 
 
@@ -35,28 +37,36 @@ class Placement(NamedTuple):
 
 
 def each_layer(
-    layer: Callable[[Carry, Weights, Weights | None, int], tuple[Carry, Output]],
+    layer: Callable[[Carry, Weights, Weights | None, Cache, Shared], tuple[Carry, Output]],
     carry: Carry,
     layers: Mapping[str, Weights],
     cross: Mapping[str, Mapping[str, Weights]],
+    caches: Sequence[Cache],
+    shared: Shared,
     *,
     placement: Placement,
 ) -> tuple[Carry, list[Output]]:
     """Runs all layers one by one and keeps what each of them returns.
 
+    `layer` is traced and lowered once with and once without cross-attention, at any depth: it becomes a
+    function of the program that every layer calls. XLA inlines the calls before it optimises. So all arrays
+    that `layer` reads must be arguments; what it closes over must be the same for all layers.
+
     Args:
-      layer: `(carry, layer weights, cross weights or None, number of the layer) -> (carry, output)`.
+      layer: `(carry, layer weights, cross weights or None, entry of caches, shared) -> (carry, output)`.
       carry: what passes from layer to layer.
       layers: stacked on axis 0, or one entry per layer by number.
       cross: the same per direction, for the layers with cross-attention.
+      caches: what belongs to one layer, one entry per layer.
+      shared: what all layers read.
       placement: where cross-attention sits.
     """
-    outputs = []
-    for index in range(placement.num_layers):
+    run, outputs = jax.jit(layer), []
+    for index, cache in zip(range(placement.num_layers), caches, strict=True):
         number, cross_weights = placement.cross_index(index), None
         if number is not None:
             cross_weights = {direction: layer_of(weights, number) for direction, weights in cross.items()}
-        carry, output = layer(carry, layer_of(layers, index), cross_weights, index)
+        carry, output = run(carry, layer_of(layers, index), cross_weights, cache, shared)
         outputs.append(output)
     return carry, outputs
 

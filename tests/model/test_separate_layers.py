@@ -1,5 +1,6 @@
 """Separate layers, as inference reads them, against the stacks that training scans."""
 
+import collections
 import gc
 import weakref
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from crosslmm_jax.config import MeshConfig
-from crosslmm_jax.model import CrossLMM, init_params, logical_axes, ops, separate_layers
+from crosslmm_jax.model import CrossLMM, decoder, encoder, init_params, logical_axes, ops, separate_layers
 from crosslmm_jax.parallel.axis_rules import activation_rules
 from crosslmm_jax.parallel.mesh import make_mesh
 from crosslmm_jax.parallel.sharding import param_shardings
@@ -148,7 +149,62 @@ def test_text_after_a_cache_is_padded_once_on_a_gpu(
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     padded = jax.jit(lambda *x: extend(*x))  # a new function: the other is compiled already
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), padded(cache, tokens), expected)
-    layers, crossed = config.decoder.num_layers, len(config.cross_attention_layers)
+    assert 0 < len(config.cross_attention_layers) < config.decoder.num_layers
     pads = padded.lower(cache, tokens).as_text().count("call @_pad")
-    embedding_and_logits, attended = 1 + (batch < ops.MIN_ROWS), layers + crossed
+    # A layer is lowered once with and once without cross-attention.
+    embedding_and_logits, attended = 1 + (batch < ops.MIN_ROWS), 2 + 1
     assert pads == (embedding_and_logits + attended if batch * length < ops.MIN_ROWS else 1)
+
+
+@pytest.mark.parametrize("num_layers", [4, 12])
+def test_a_layer_is_traced_once_with_and_once_without_cross_attention(
+    monkeypatch, tiny_config, replace_config, make_batch, num_layers
+):
+    """At any depth: tracing and lowering layer by layer took seconds per program at 28 layers."""
+    config = replace_config(tiny_config, decoder={"num_layers": num_layers})
+    assert 0 < len(config.cross_attention_layers) < num_layers and config.vision.depth > 1
+    model = CrossLMM(config, stacked=False)
+    params = separate_layers(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+    prompt, counts = make_batch(config, frames=3, text=7), np.full(2, 10, np.int32)
+    traced = []
+
+    def count(module, name):
+        function = getattr(module, name)
+
+        def counted(*args, **kwargs):
+            traced.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(encoder, "encoder_layer")
+    count(decoder, "self_attention")
+    count(decoder, "mlp")
+
+    def traces_of(method, *args, **kwargs):
+        traced.clear()
+        result = jax.eval_shape(
+            lambda params, args: model.apply({"params": params}, *args, method=method, **kwargs), params, args
+        )
+        return result, collections.Counter(traced)
+
+    visual, found = traces_of("encode", prompt.frames)
+    assert found == {"encoder_layer": 1}
+    (_, cache), found = traces_of("prefill", visual, prompt, counts, cache_size=64)
+    assert found == {"self_attention": 2, "mlp": 2}
+    for method in ("extend", "observe"):
+        _, found = traces_of(method, cache, np.zeros((2, 3), np.int32), np.full(2, 3, np.int32))
+        assert found == {"self_attention": 2, "mlp": 2}, method
+
+
+def test_a_missing_or_misshapen_parameter_is_named(tiny_config, make_batch):
+    model = CrossLMM(tiny_config, stacked=False)
+    params = separate_layers(init_params(tiny_config, jax.random.key(0)))
+    frames = make_batch(tiny_config, frames=1).frames
+    layer = params["encoder"]["layers"]["1"]
+    w1 = layer.pop("w1")
+    with pytest.raises(ValueError, match=r"parameter encoder\.layers\.1\.w1 is missing"):
+        model.apply({"params": params}, frames, method="encode")
+    layer["w1"] = w1[:-1]
+    with pytest.raises(ValueError, match=r"layers\.1\.w1 has shape \(47, 96\) instead of \(48, 96\)"):
+        model.apply({"params": params}, frames, method="encode")

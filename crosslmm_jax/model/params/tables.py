@@ -110,8 +110,35 @@ def _rows(array: Array | jax.ShapeDtypeStruct) -> Sequence[Array | jax.ShapeDtyp
 
 
 def declare(module: nn.Module, table: WeightTable) -> Params:
-    """Declares every parameter of `table` on `module` and returns their values under the same names."""
-    return {name: module.param(name, partial(_initialise, entry)) for name, entry in table.items()}
+    """Declares every parameter of `table` on `module` and returns their values under the same names.
+
+    Raises:
+      ValueError: a parameter that `module` is applied with is missing or has another shape.
+    """
+    return {name: _declare(module, name, entry) for name, entry in table.items()}
+
+
+def _declare(module: nn.Module, name: str, entry: "Weight | WeightTable") -> Array | Params:
+    if not module.has_variable("params", name):  # Linen makes it, or says what is missing
+        return module.param(name, partial(_initialise, entry))
+    # `module.param` would check shapes by tracing all initialisers: most of the time that tracing a program
+    # of many separate layers took.
+    value = nn.meta.unbox(module.get_variable("params", name))
+    _check_shapes(entry, value, (*module.path, name))
+    return value
+
+
+def _check_shapes(entry: "Weight | WeightTable", value: Array | Params, path: tuple[str, ...]) -> None:
+    if isinstance(entry, Weight):
+        if jnp.shape(value) != entry.shape:
+            raise ValueError(
+                f"parameter {'.'.join(path)} has shape {jnp.shape(value)} instead of {entry.shape}"
+            )
+        return
+    for name, child in entry.items():
+        if name not in value:
+            raise ValueError(f"parameter {'.'.join((*path, name))} is missing")
+        _check_shapes(child, value[name], (*path, name))
 
 
 def _initialise(entry: Weight | WeightTable, key: Array) -> nn.LogicallyPartitioned | Params:
