@@ -20,9 +20,14 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """Imports `load` on first use, so that `import crosslmm_jax` does not start jax."""
+    """Imports `load` on first use, so that `import crosslmm_jax` does not start jax.
+
+    From then on compiled programs are kept on disk, as `parallel.compilation_cache` says.
+    """
     if name == "load":
         from crosslmm_jax.inference import load
+        from crosslmm_jax.parallel import compilation_cache
 
+        compilation_cache.use()
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

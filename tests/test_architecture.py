@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": LIBRARY | {"model", "model_folder"} | DATA,
     "inference": LIBRARY | {"model", "model_folder"} | DATA,
     "profiling": LIBRARY | {"model", "train", "inference"} | DATA,
-    "package": {"inference"},  # `crosslmm_jax.load`, and only when it is asked for
+    "package": {"inference", "parallel"},  # `crosslmm_jax.load`, and only when it is asked for
 }
 ALLOWED["demo"] = {room for allowed in ALLOWED.values() for room in allowed} | set(ALLOWED)
 ALLOWED["cli"] = ALLOWED["demo"] | {"demo"}

@@ -19,9 +19,11 @@ from crosslmm_jax.cli.params import add_params
 from crosslmm_jax.cli.profile import add_profile
 from crosslmm_jax.cli.train import add_train
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.parallel import xla_flags
+from crosslmm_jax.parallel import compilation_cache, xla_flags
 
 USER_MISTAKE = 2  # exit code, as argparse uses
+# Commands that compile nothing worth keeping; and `train`, for the reason in `compilation_cache`.
+WITHOUT_COMPILATION_CACHE = ("data", "params", "train")
 INTERRUPTED = 130  # exit code, 128 + SIGINT, as shells use
 
 
@@ -30,7 +32,7 @@ def build_parser() -> OneLineParser:
     parser = OneLineParser(prog="crosslmm", description="CrossLMM: train it and ask it about long videos.")
     parser.add_argument("--version", action="version", version=f"crosslmm_jax {crosslmm_jax.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     add_demo(commands)
     add_params(commands)
     add_data(commands)
@@ -55,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = _take_debug(words)
     try:
         args = build_parser().parse_args(words)
-        xla_flags.apply(os.environ)  # before a room imports jax, which reads them once
+        # Before a room imports jax, which reads the environment once.
+        xla_flags.apply(os.environ)
+        if args.command not in WITHOUT_COMPILATION_CACHE:
+            compilation_cache.apply(os.environ)
         return args.run(args) or 0
     except UserError as error:
         if debug:

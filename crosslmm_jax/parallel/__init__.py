@@ -4,14 +4,17 @@
 - `axis_rules`: the table of logical axes -> mesh axes.
 - `sharding`: shardings of parameters and batches; the rows of each process.
 - `compiler_options`: XLA options for programs of large matrix products.
-- `xla_flags`: TPU flags in the environment. It is imported before jax, so all other names are imported late.
+- `xla_flags`: TPU flags in the environment.
+- `compilation_cache`: compiled programs on disk.
+
+The last two are imported before jax, so all other names are imported late.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from crosslmm_jax.parallel import xla_flags
+    from crosslmm_jax.parallel import compilation_cache, xla_flags
     from crosslmm_jax.parallel.axis_rules import activation_rules, partition_spec
     from crosslmm_jax.parallel.compiler_options import matmul_options, program
     from crosslmm_jax.parallel.mesh import initialize_processes, make_mesh
@@ -25,15 +28,16 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "activation_rules", "batch_shardings", "check_batch_size", "initialize_processes", "make_mesh",
-    "matmul_options", "param_shardings", "partition_spec", "program", "replicated", "row_shard",
-    "to_global", "xla_flags",
+    "activation_rules", "batch_shardings", "check_batch_size", "compilation_cache", "initialize_processes",
+    "make_mesh", "matmul_options", "param_shardings", "partition_spec", "program", "replicated",
+    "row_shard", "to_global", "xla_flags",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
     """Imports the files of this package, which need jax, and returns what one of them defines."""
-    if name in __all__ and name != "xla_flags":  # a file: `from parallel import xla_flags` finds it by itself
+    # `from parallel import xla_flags` finds a file by itself.
+    if name in __all__ and name not in ("compilation_cache", "xla_flags"):
         for file in ("mesh", "axis_rules", "sharding", "compiler_options"):
             module = importlib.import_module(f"{__name__}.{file}")
             if hasattr(module, name):
