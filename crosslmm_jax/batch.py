@@ -17,7 +17,8 @@ class VisibleFrames(NamedTuple, Generic[ArrayT]):
     The type says what is known about all counts before a program runs:
 
         VisibleFrames   nothing: every token has a number of its own
-        AllOrNone       a token sees all frames of its row, or none
+        RowOrNone       a token sees the frames of its row without the padded ones, or none
+        AllOrNone       the same, and no row has padded frames
         VisualOnly      the same, and no text token sees a frame: a prompt that ends with its video
         SamePerRow      all tokens of a row see the same frames: text after a KV cache
 
@@ -31,7 +32,13 @@ class VisibleFrames(NamedTuple, Generic[ArrayT]):
     counts: ArrayT  # int32[B, T]
 
 
-class AllOrNone(VisibleFrames[ArrayT]):
+class RowOrNone(VisibleFrames[ArrayT]):
+    """Every token sees the frames of its row, or none. Padded frames come last and are seen by no token."""
+
+    __slots__ = ()
+
+
+class AllOrNone(RowOrNone[ArrayT]):
     """Every token sees all frames of its row, or none."""
 
     __slots__ = ()
@@ -193,7 +200,7 @@ def batch_axes(batch: Batch[ArrayT]) -> Batch[tuple[str | None, ...]]:
 
 
 def with_known_visibility(batch: Batch[np.ndarray], num_frames: int) -> Batch[np.ndarray]:
-    """`batch` with the narrowest type of `VisibleFrames` that holds for all its rows.
+    """`batch` with the narrowest of `AllOrNone`, `VisualOnly`, `VisibleFrames` that holds for all its rows.
 
     Args:
       batch: numpy arrays. Of several processes each has other rows, so that types may differ.

@@ -1,19 +1,27 @@
 """Inference: load a MODEL folder, watch a video, ask questions.
 
-assistant   `load`, and what it returns: `VideoModel` -> `Video` -> `Chat`, `Answer`
-compiled    the compiled programs of answering, with static shapes
+load        from a MODEL folder to a `VideoModel`
+assistant   `VideoModel` -> `Video` -> `Chat`, `Answer`
+watching    media, decoded and encoded
+replies     tokens to texts, and when an answer ends
+shapes      the static shapes of all programs
+compiled    the programs
 generate    sampling, and the loop over tokens on the device
+devices     the mesh
 prepare     weights in the form that inference reads
 commands    `crosslmm ask` and `crosslmm chat`
 figure      T2V attention drawn over frames
 """
 
-from crosslmm_jax.inference.assistant import Answer, Chat, Video, VideoModel, load
+from crosslmm_jax.inference.assistant import Answer, Chat, Video, VideoModel
 from crosslmm_jax.inference.commands import ask, chat
 from crosslmm_jax.inference.figure import draw_frame
-from crosslmm_jax.inference.generate import Generation, Sampling, generate
+from crosslmm_jax.inference.generate import Generation, RowSettings, Sampling, generate
+from crosslmm_jax.inference.load import load
+from crosslmm_jax.inference.replies import AnswerOptions
+from crosslmm_jax.inference.watching import Medium
 
 __all__ = [
-    "Answer", "Chat", "Generation", "Sampling", "Video", "VideoModel", "ask", "chat", "draw_frame",
-    "generate", "load",
+    "Answer", "AnswerOptions", "Chat", "Generation", "Medium", "RowSettings", "Sampling", "Video",
+    "VideoModel", "ask", "chat", "draw_frame", "generate", "load",
 ]  # fmt: skip

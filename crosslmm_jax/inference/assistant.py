@@ -1,4 +1,4 @@
-"""Ask about a video: decode and encode it once, then answer any number of questions.
+"""Ask about videos: decode and encode them once, then answer any number of questions.
 
 model = load("runs/demo")
 video = model.watch("clip.mp4", frames=64)
@@ -7,71 +7,85 @@ print(video.ask("What is the man doing?"))
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Generator, Iterator, Sequence
+from typing import Literal, NamedTuple, Unpack
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
-from crosslmm_jax.batch import Batch
-from crosslmm_jax.config import MeshConfig, ModelConfig, Precision, SamplingConfig
-from crosslmm_jax.data.media import read_frames
+from crosslmm_jax.batch import Batch, RowOrNone
+from crosslmm_jax.config import ModelConfig
+from crosslmm_jax.data.media import Clip
 from crosslmm_jax.data.text import (
     ClipMeta,
     Tokenizer,
     TokenSequence,
+    further_media,
     lay_out,
-    load_tokenizer,
+    media_prefix,
     next_question,
+    pad_rows,
     question_suffix,
     time_text,
-    video_prefix,
 )
-from crosslmm_jax.errors import ConfigError, UserError
+from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.compiled import Compiled
-from crosslmm_jax.inference.generate import Generation, Sampling
-from crosslmm_jax.inference.prepare import prepare_params
-from crosslmm_jax.model import KVCache, Visual, init_params, logical_axes
-from crosslmm_jax.model_folder import Processor, load_model_config, load_processor, load_weights
-from crosslmm_jax.parallel import make_mesh, param_shardings
+from crosslmm_jax.inference.replies import AnswerOptions, Options, Reply, replies
+from crosslmm_jax.inference.shapes import (
+    FRAME_SIZES,
+    QUESTION_TOKENS,
+    grown,
+    padded_frames,
+    prompt_shape,
+    round_up,
+)
+from crosslmm_jax.inference.watching import (
+    AnyMedia,
+    Encoding,
+    media_of,
+    read_clip,
+    sampling_of,
+    stacked,
+    time_texts,
+)
+from crosslmm_jax.model import KVCache, Visual
+from crosslmm_jax.model_folder import Processor
 
 # Positions of the decoder that a video must not use: for questions and answers.
-_RESERVED_POSITIONS = 256
-# Tokens that are generated on the device before the host reads them; streaming shows this many at once.
-_STREAM_CHUNK = 16
+RESERVED_POSITIONS = 256
+_TEXT_STEP = 32  # tokens; room for the text of a prompt is a multiple
+_USUAL_DURATION = 999.0  # seconds; the time instruction of a longer video may compile anew
 
 
-def load(folder: str | Path, precision: Precision | None = None) -> "VideoModel":
-    """Loads a model. Its weights are sharded over all available devices.
+class Prefix(NamedTuple):
+    """What comes before a question: a row per prompt."""
 
-    Args:
-      folder: a MODEL folder, or a run's folder with one in `model/`.
-      precision: of the matrix products of encoder and projector, and of the video KV cache. None: as
-        config.json says.
+    cache: KVCache
+    lengths: tuple[int, ...]  # tokens of each row
 
-    Raises:
-      UserError: a file is missing or damaged, or the weights do not fit the config.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
-        folder = folder / "model"
-    config, processor = load_model_config(folder), load_processor(folder)
-    if precision is not None:
-        config = config.at_precision(precision)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > config.decoder.vocab_size:
-        raise ConfigError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but DecoderConfig.vocab_size is"
-            f" {config.decoder.vocab_size}; use the tokenizer that the model was trained with"
-        )
-    mesh = make_mesh(MeshConfig(data=1, tensor=-1))
-    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    shardings = param_shardings(logical_axes(config), shapes, mesh)
-    # Cast to the compute dtype once here instead of at every use.
-    params = load_weights(folder, config, shardings=shardings, dtype=config.compute_dtype)
-    return VideoModel(config, prepare_params(params, config, mesh), tokenizer, processor, mesh)
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An answer with its length, end and time."""
+
+    text: str
+    num_tokens: int  # generated, without the end token
+    seconds: float  # from the question to the last token, with compilation if it is the first question
+    finish_reason: Literal["stop", "length"] = "stop"  # an end token or a stop text; `max_new_tokens`
+    first_token_s: float = 0.0  # seconds from the question to the first token
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over `seconds`."""
+        return self.num_tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @classmethod
+    def of(cls, reply: Reply, begun: float) -> "Answer":
+        """The answer of a finished reply to a question that was asked at `begun`."""
+        assert reply.finish_reason is not None
+        seconds, first = time.perf_counter() - begun, reply.first_at - begun
+        return cls(reply.text, len(reply.ids), seconds, reply.finish_reason, first)
 
 
 class VideoModel:
@@ -84,6 +98,7 @@ class VideoModel:
         tokenizer: Tokenizer,
         processor: Processor,
         mesh: Mesh,
+        seconds: dict[str, float] | None = None,
     ) -> None:
         """Takes parameters as `prepare_params` makes them, on the devices of `mesh`."""
         self.config = config
@@ -91,33 +106,43 @@ class VideoModel:
         self.tokenizer = tokenizer
         self.processor = processor
         self.compiled = Compiled(config, mesh)
+        self.ends = tokenizer.ids_of(processor.end_tokens)
+        self.seconds = seconds or {}  # that `load` took, by part
 
-    def watch(self, path: str | Path, frames: int | None = None) -> "Video":
-        """Decodes and encodes a video or picture. Each question then costs only its own tokens.
+    def watch(self, media: AnyMedia, frames: int | None = None) -> "Video":
+        """Decodes and encodes a video, a picture, or several. Each question then costs only its own tokens.
 
         Args:
-          path: the file.
-          frames: number of frames to read; None: as in training.
+          media: a path, the bytes of a file, a folder of frames, or a `Medium` with start and end; or a list
+            of these, which the model sees in this order.
+          frames: number of frames to read of each video; None: as in training.
 
         Raises:
-          UserError: the file is missing or not a video, or the decoder has too few positions for the frames.
+          UserError: a medium is missing or damaged, or the decoder has too few positions for the frames.
         """
-        sampling = self.processor.sampling
-        if frames is not None:
-            if frames < 1:
-                raise UserError(f"--frames is {frames}; it must be 1 or more")
-            sampling = SamplingConfig(policy="uniform", frames=frames)
-        positions = self.config.decoder.max_positions - _RESERVED_POSITIONS
-        limit = positions // self.config.merge.tokens_per_frame
-        if sampling.most_frames > limit:
-            raise UserError(
-                f"--frames is {sampling.most_frames}; this model has positions for {limit} at most"
-            )
-        clip = read_frames(
-            path, sampling, size=self.processor.image_size, num_threads=0,
-            resampling=self.processor.resampling, deadline_s=None,
-        )  # fmt: skip
-        return self.watch_frames(clip.frames, clip.times, clip.duration)
+        begun = time.perf_counter()
+        # Frames of one video go to the encoder while later ones are decoded.
+        encoding = Encoding(self.compiled, self.params) if len(media_of(media)) == 1 else None
+        clips = self.read(media, frames, encoding=encoding)
+        return Video(self, clips, encoding=encoding, decode_s=time.perf_counter() - begun)
+
+    def warm_up(self, most_frames: int = FRAME_SIZES[-1]) -> None:
+        """Compiles, or reads from disk, all programs for videos of up to `most_frames` frames.
+
+        Further videos and questions then compile nothing.
+        """
+        pixels = (self.processor.image_size,) * 2 + (3,)
+        for size in (size for size in FRAME_SIZES if size <= padded_frames(most_frames)):
+            frames = np.zeros((size, *pixels), np.uint8)
+            self.watch_frames(frames, np.zeros(size, np.float32), 0.0).ask("?", max_new_tokens=1)
+
+    def read(
+        self, media: AnyMedia, frames: int | None = None, *, encoding: Encoding | None = None
+    ) -> tuple[Clip, ...]:
+        """Decodes media, as `watch` does; `encoding` is given frames as soon as they are there."""
+        given, sampling = media_of(media), sampling_of(self.processor, frames)
+        self.check_frames(sampling.most_frames, option=True)
+        return tuple(read_clip(medium, sampling, self.processor, encoding=encoding) for medium in given)
 
     def watch_frames(self, frames: np.ndarray, times: np.ndarray, duration: float) -> "Video":
         """Like `watch`, for frames that were decoded elsewhere.
@@ -130,89 +155,161 @@ class VideoModel:
         Raises:
           UserError: the decoder has too few positions for the frames.
         """
-        return Video(self, frames, times, duration)
+        return Video(self, [Clip(frames, times, duration)])
 
+    def check_frames(self, frames: int, *, option: bool = False) -> None:
+        """Raises a UserError if the decoder has too few positions for so many frames."""
+        positions = self.config.decoder.max_positions - RESERVED_POSITIONS
+        limit = positions // self.processor.tokens_per_frame
+        if frames > limit:
+            given = f"--frames is {frames}" if option else f"the media have {frames} frames"
+            raise UserError(f"{given}; this model has positions for {limit} at most")
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """An answer with its length and time."""
+    def prefix(
+        self, prompt: TokenSequence, clips: Sequence[Clip], encoding: Encoding | None = None
+    ) -> Prefix:
+        """Encodes what `encoding` has not, and runs a prompt that ends with a medium; see `prefill`."""
+        self.check_frames(sum(len(clip.frames) for clip in clips))
+        parts = (encoding or Encoding(self.compiled, self.params)).finish(stacked(clips))
+        return self.prefill([prompt], [clips], [parts])
 
-    text: str
-    num_tokens: int  # generated, without the end token
-    seconds: float  # from the question to the last token, with compilation if it is the first question
+    def prefill(
+        self, prompts: Sequence[TokenSequence], clips: Sequence[Sequence[Clip]],
+        parts: Sequence[tuple[Visual, ...]],
+    ) -> Prefix:  # fmt: skip
+        """Runs prompts that end with a medium, or with its time instruction.
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens over `seconds`."""
-        return self.num_tokens / self.seconds if self.seconds > 0 else 0.0
+        Args:
+          prompts: one per row.
+          clips: the media of each row, in the order of their places in the prompt.
+          parts: the encoded frames of each row, from `Encoding.finish`.
+
+        Raises:
+          UserError: the decoder has too few positions for a prompt.
+        """
+        config, processor, tokenizer = self.config, self.processor, self.tokenizer
+        counts = [[len(clip.frames) for clip in of_row] for of_row in clips]
+        layouts = [
+            lay_out(
+                prompt, frames, tokens_per_frame=processor.tokens_per_frame, placeholder=tokenizer.video_pad
+            )
+            for prompt, frames in zip(prompts, counts, strict=True)
+        ]
+        for layout, frames in zip(layouts, counts, strict=True):
+            if len(layout.tokens) + RESERVED_POSITIONS > config.decoder.max_positions:
+                raise UserError(
+                    f"{sum(frames)} frames and the text about them take {len(layout.tokens)} tokens; this"
+                    f" model has {config.decoder.max_positions} positions: read fewer --frames"
+                )
+        frames, text = max(map(sum, counts)), max(prompt.num_text_tokens for prompt in prompts)
+        shape = prompt_shape(
+            frames, text, tokens_per_frame=processor.tokens_per_frame, usual_text=self._usual_text(frames)
+        )
+        rows = pad_rows(
+            layouts, num_frames=shape.frames, num_text=shape.text, pad=tokenizer.pad,
+            tokens_per_frame=processor.tokens_per_frame, placeholder=tokenizer.video_pad,
+        )  # fmt: skip
+        batch = Batch.create(
+            tokens=rows.tokens, visual_slots=rows.visual_slots, visible_frames=rows.visible_frames
+        )
+        if all(len(of_row) == 1 for of_row in counts):
+            batch = batch._replace(visible_frames=RowOrNone(rows.visible_frames))
+        lengths = tuple(len(layout.tokens) for layout in layouts)
+        cache = self.compiled.prefill(self.params, parts, batch, np.array(lengths, np.int32), shape)
+        return Prefix(cache, lengths)
+
+    def _usual_text(self, frames: int) -> int:
+        """Room for the text of a prompt about one video of so many frames."""
+        size = padded_frames(frames)
+        meta = ClipMeta(size, _USUAL_DURATION, [_USUAL_DURATION] * size)
+        times = [time_text(meta, self.processor.time_instruction)]
+        prompt = media_prefix(self.tokenizer, times, system_prompt=self.processor.system_prompt)
+        return round_up(prompt.num_text_tokens, _TEXT_STEP)
+
+    def begin(self, prefix: Prefix, questions: Sequence[TokenSequence], options: Sequence[AnswerOptions]
+    ) -> Generator[list[Reply], None, KVCache]:  # fmt: skip
+        """Answers questions after a prefix, each row of which serves neighbouring questions; see `replies`.
+
+        Raises:
+          UserError: a question and its answer need more positions than the decoder has.
+        """
+        limit, each = self.config.decoder.max_positions, len(questions) // len(prefix.lengths)
+        needed = 0
+        for number, (question, option) in enumerate(zip(questions, options, strict=True)):
+            cached, asked, room = prefix.lengths[number // each], len(question.ids), option.max_new_tokens
+            if cached + asked + room > limit:
+                raise UserError(
+                    f"the conversation has {cached} tokens, the question {asked} and the answer up to {room};"
+                    f" this model has {limit} positions: ask a shorter question, lower --max-new-tokens, or"
+                    " read fewer --frames"
+                )
+            # Padding of a question is written too, and overwritten by what comes next.
+            needed = max(needed, cached + asked + room + QUESTION_TOKENS)
+        cache = prefix.cache
+        if needed > cache.size:
+            cache = self.compiled.resize(cache, grown(cache.size, needed))
+        return replies(
+            self.compiled, self.params, cache, [question.ids for question in questions], options,
+            tokenizer=self.tokenizer, ends=self.ends,
+        )  # fmt: skip
 
 
 class Video:
-    """An encoded video. Questions are independent of each other, except in a `chat()`."""
+    """Encoded media. Questions are independent of each other, except in a `chat()`.
 
-    def __init__(self, model: VideoModel, frames: np.ndarray, times: np.ndarray, duration: float) -> None:
-        """Encodes the frames and prefills the prompt up to the question; see `VideoModel.watch_frames`."""
+    Attributes:
+      model: the model that watched.
+      clips: the decoded media.
+      decode_s: seconds from the file to its last frame. Encoding and prefill go on after it.
+      prompt: up to the question.
+      prefix: the same in the caches.
+    """
+
+    def __init__(
+        self, model: VideoModel, clips: Sequence[Clip], *, encoding: Encoding | None = None,
+        decode_s: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Encodes what `encoding` has not, and prefills the prompt up to the question."""
         self.model = model
-        self.frames = frames
-        self.frame_times = times
-        processor = model.processor
-        time = time_text(ClipMeta(len(frames), duration, times.tolist()), processor.time_instruction)
-        prefix = video_prefix(model.tokenizer, system_prompt=processor.system_prompt, time_text=time)
-        self._check_positions(prefix.num_text_tokens)
-        visual = model.compiled.encode(model.params, frames[None])
-        self._prefix = self._prefill(prefix, visual)
+        self.clips = tuple(clips)
+        self.decode_s = decode_s
+        times, system_prompt = time_texts(clips, model.processor), model.processor.system_prompt
+        self.prompt = media_prefix(model.tokenizer, times, system_prompt=system_prompt)
+        self.prefix = model.prefix(self.prompt, self.clips, encoding)
 
-    def _check_positions(self, num_text_tokens: int) -> None:
-        """Raises a UserError if frames and the text before the question need too many positions."""
-        config = self.model.config
-        used = len(self.frames) * config.merge.tokens_per_frame + num_text_tokens
-        if used + _RESERVED_POSITIONS > config.decoder.max_positions:
-            raise UserError(
-                f"{len(self.frames)} frames and the text about them take {used} tokens; this model has"
-                f" {config.decoder.max_positions} positions: read fewer --frames"
-            )
+    @property
+    def frames(self) -> np.ndarray:
+        """uint8[F, R, R, 3], the frames of all media."""
+        return stacked(self.clips)
 
-    def _prefill(self, prefix: TokenSequence, visual: Visual) -> KVCache:
-        model = self.model
-        layout = lay_out(
-            prefix, [len(self.frames)], tokens_per_frame=model.config.merge.tokens_per_frame,
-            placeholder=model.tokenizer.video_pad,
-        )  # fmt: skip
-        slots = np.flatnonzero(layout.visual).astype(np.int32)
-        batch = Batch.create(
-            tokens=layout.tokens[None], visual_slots=slots[None], visible_frames=layout.visible_frames[None]
-        )
-        return model.compiled.prefill(model.params, visual, batch)
+    @property
+    def frame_times(self) -> np.ndarray:
+        """float32[F], seconds since the first frame of their medium."""
+        return np.concatenate([clip.times for clip in self.clips])
 
-    def ask(
-        self, question: str, *, max_new_tokens: int = 128, sampling: Sampling = Sampling(), seed: int = 0
-    ) -> str:
+    def ask(self, question: str, **options: Unpack[Options]) -> str:
         """Answers one question, independently of others.
 
         Args:
           question: the question.
-          max_new_tokens: longest answer, tokens.
-          sampling: how tokens are drawn.
-          seed: of sampling.
+          **options: fields of `AnswerOptions`.
 
         Raises:
-          UserError: the question is empty, question and answer need too many positions, or an argument is out
+          UserError: the question is empty, question and answer need too many positions, or an option is out
             of range.
         """
-        return self.answer(question, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed).text
+        return self.answer(question, **options).text
 
-    def answer(
-        self, question: str, *, max_new_tokens: int = 128, sampling: Sampling = Sampling(), seed: int = 0
-    ) -> Answer:
-        """Like `ask`, with the answer's length and time."""
-        begin = time.perf_counter()
-        chat = self.chat(max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
-        text = "".join(chat.ask(question))
-        return Answer(text, chat.num_tokens, time.perf_counter() - begin)
+    def answer(self, question: str, **options: Unpack[Options]) -> Answer:
+        """Like `ask`, with the answer's length, end and time."""
+        begun, option, model = time.perf_counter(), AnswerOptions(**options), self.model
+        suffix = question_suffix(question, model.tokenizer, answer_prefix=option.answer_prefix)
+        *_, (reply,) = model.begin(self.prefix, [suffix], [option])
+        return Answer.of(reply, begun)
 
-    def chat(self, *, max_new_tokens: int = 128, sampling: Sampling = Sampling(), seed: int = 0) -> "Chat":
-        """Starts a conversation about this video; arguments as for `ask`."""
-        return Chat(self.model, self._prefix, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
+    def chat(self, **options: Unpack[Options]) -> "Chat":
+        """Starts a conversation about this video; options as for `ask`."""
+        return Chat(self, AnswerOptions(**options))
 
     def attention(self, question: str) -> Float[np.ndarray, "x f p"]:
         """T2V attention of the last prompt token, which predicts the first token of the answer.
@@ -227,83 +324,91 @@ class Video:
         if "t2v" not in self.model.config.cross_attention.directions:
             raise UserError("--attention: this model has no T2V, so there is no attention to draw")
         ids = question_suffix(question, self.model.tokenizer).ids
-        maps = self.model.compiled.observe(self.model.params, self._prefix, ids)
-        return np.asarray(maps)[:, 0]
+        maps = self.model.compiled.observe(self.model.params, self.prefix.cache, ids)
+        return np.asarray(maps)[:, 0, : len(self.frame_times)]
+
+
+class _Said(NamedTuple):
+    """A conversation up to the end of an answer, or before the first question."""
+
+    prefix: Prefix
+    prompt: TokenSequence  # the same as tokens, with a place for each medium
+    clips: tuple[Clip, ...]
+    answered: bool
 
 
 class Chat:
-    """A conversation about a video. Answers are streamed."""
+    """A conversation about a video. Answers are streamed.
 
-    def __init__(
-        self, model: VideoModel, prefix: KVCache, *, max_new_tokens: int, sampling: Sampling, seed: int
-    ) -> None:
-        """Starts after the tokens in `prefix`, which is not modified; other arguments as for `Video.ask`."""
-        if max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens is {max_new_tokens}; it must be 1 or more")
-        if sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
-            raise UserError(
-                f"--temperature {sampling.temperature} --top-p {sampling.top_p}:"
-                " the temperature must be 0 or more, and top-p above 0 and at most 1"
-            )
-        self.num_tokens = 0  # length of the last answer
-        self._model = model
-        self._cache = prefix
-        self._is_first = True
-        self._max_new_tokens = max_new_tokens
-        self._sampling = sampling
-        self._key = jax.random.key(seed)
+    A question counts as asked once its answer is complete: an answer that fails, or is not read to its end,
+    leaves the conversation as it was.
 
-    def ask(self, question: str) -> Iterator[str]:
-        """Yields the answer in pieces. Ask the next question only after the last piece.
+    Attributes:
+      last: the last complete answer, or None.
+    """
+
+    def __init__(self, video: Video, options: AnswerOptions) -> None:
+        """Starts after the media of `video`, which is not modified."""
+        self.last: Answer | None = None
+        self._model, self._options = video.model, options
+        self._said = _Said(video.prefix, video.prompt, video.clips, answered=False)
+        self._before: tuple[_Said, str, AnyMedia | None] | None = None
+
+    def ask(
+        self, question: str, media: AnyMedia | None = None, *, frames: int | None = None
+    ) -> Iterator[str]:
+        """Yields the answer in pieces.
+
+        Args:
+          question: the question.
+          media: further media that come with it, as of `VideoModel.watch`. All media are then encoded again.
+          frames: of each of these videos; None: as in training.
 
         Raises:
-          UserError: the question is empty, or the conversation needs too many positions.
+          UserError: the question is empty, a medium cannot be read, or the conversation needs too many
+            positions.
         """
-        model, tokens_of = self._model, question_suffix if self._is_first else next_question
-        ids = tokens_of(question, model.tokenizer).ids
-        self._check_positions(len(ids))
-        self._key, key = jax.random.split(self._key)
-        room = len(ids) + self._max_new_tokens
-        state = model.compiled.begin(
-            model.params, self._cache, ids, room=room, key=key, sampling=self._sampling,
-            vocab_size=model.tokenizer.vocab_size, end=model.tokenizer.im_end, fresh=self._is_first,
-        )  # fmt: skip
-        self._is_first = False
-        yield from self._stream(state)
+        clips = () if media is None else self._model.read(media, frames)
+        yield from self._answer(self._said, question, clips, self._options)
 
-    def _check_positions(self, num_question_tokens: int) -> None:
-        cached = int(self._cache.num_tokens[0])
-        limit = self._model.config.decoder.max_positions
-        if cached + num_question_tokens + self._max_new_tokens > limit:
-            raise UserError(
-                f"the conversation has {cached} tokens, the question {num_question_tokens} and the answer up"
-                f" to {self._max_new_tokens}; this model has {limit} positions: ask a shorter question, lower"
-                " --max-new-tokens, or read fewer --frames"
-            )
+    def regenerate(self, *, seed: int | None = None) -> Iterator[str]:
+        """Yields another answer to the last question, which replaces the one that it had.
 
-    def _stream(self, state: Generation) -> Iterator[str]:
-        model, t2v = self._model, self._cache.t2v
-        generated: list[int] = []
-        shown = ""
-        while len(generated) < self._max_new_tokens:
-            limit = min(_STREAM_CHUNK, self._max_new_tokens - len(generated))
-            tokens, count, state = model.compiled.generate(
-                model.params, t2v, state, limit, self._sampling, steps=_STREAM_CHUNK,
-                vocab_size=model.tokenizer.vocab_size, end=model.tokenizer.im_end,
-            )  # fmt: skip
-            generated += tokens
-            self.num_tokens = len(generated)
-            self._cache = state.cache._replace(t2v=t2v)
-            finished = count < limit or bool(state.done[0])
-            is_last = finished or len(generated) >= self._max_new_tokens
-            text = _complete_text(model.tokenizer, generated, is_last=is_last)
-            yield text[len(shown) :]
-            shown = text
-            if finished:
-                return
+        Args:
+          seed: of sampling; None: the next one. Without sampling the answer is the same.
 
+        Raises:
+          UserError: no question was answered yet.
+        """
+        if self._before is None:
+            raise UserError("there is no answer to replace; ask a question first")
+        said, question, clips, options = self._before
+        options = dataclasses.replace(options, seed=options.seed + 1 if seed is None else seed)
+        yield from self._answer(said, question, clips, options)
 
-def _complete_text(tokenizer: Tokenizer, ids: Sequence[int], *, is_last: bool) -> str:
-    """The text of `ids`. Unless it `is_last`, a final character that still lacks bytes is left out."""
-    text = tokenizer.decode(ids)
-    return text if is_last else text.rstrip("\N{REPLACEMENT CHARACTER}")
+    def _answer(
+        self, said: _Said, question: str, clips: tuple[Clip, ...], options: AnswerOptions
+    ) -> Iterator[str]:
+        begun, model, tokenizer = time.perf_counter(), self._model, self._model.tokenizer
+        start = said
+        if clips:  # frames are seen by what comes after them, so all media are in the prompt
+            times = time_texts(clips, model.processor)
+            prompt = said.prompt.followed_by(further_media(tokenizer, times, answered=said.answered))
+            start = _Said(model.prefix(prompt, said.clips + clips), prompt, said.clips + clips, False)
+        tokens_of = next_question if start.answered else question_suffix
+        asked = tokens_of(question, tokenizer, answer_prefix=options.answer_prefix)
+        steps, reply, shown = model.begin(start.prefix, [asked], [options]), None, 0
+        while True:
+            try:
+                (reply,) = next(steps)
+            except StopIteration as end:
+                cache: KVCache = end.value
+                break
+            yield reply.text[shown:]
+            shown = len(reply.text)
+        assert reply is not None
+        prompt = start.prompt.followed_by(asked).followed_by(TokenSequence.of_text(reply.ids))
+        prefix = Prefix(cache, (start.prefix.lengths[0] + len(asked.ids) + len(reply.ids),))
+        self._said = _Said(prefix, prompt, start.clips, answered=True)
+        self._before = (said, question, clips, options)
+        self.last = Answer.of(reply, begun)

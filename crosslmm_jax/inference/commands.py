@@ -8,9 +8,9 @@ from pathlib import Path
 from crosslmm_jax.config import Precision
 from crosslmm_jax.data.text import check_question
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.inference.assistant import load
 from crosslmm_jax.inference.figure import draw_attention
 from crosslmm_jax.inference.generate import Sampling
+from crosslmm_jax.inference.load import load
 
 
 def ask(

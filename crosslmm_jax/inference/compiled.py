@@ -1,32 +1,24 @@
-"""Compiles the programs that answer questions, for a few static shapes.
+"""The programs that answer questions, for the static shapes of `shapes`.
 
-Parameters have separate layers, as `separate_layers` makes them.
-
-Text and cache are padded to multiples of a bucket, so that a growing conversation compiles few programs. The
-T2V part of a cache belongs to the video and is shared by all questions: it is never donated.
+Parameters have separate layers, as `separate_layers` makes them. No program but `generate` takes an argument
+over: a prefix is shared by all questions about it, and a failed answer leaves what was there.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from crosslmm_jax.batch import Batch, with_known_visibility
+from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.inference.generate import Generation, Sampling, generate, start
+from crosslmm_jax.inference.generate import Generation, RowSettings, everywhere, generate, start
+from crosslmm_jax.inference.shapes import QUESTION_TOKENS, PromptShape
 from crosslmm_jax.model import CrossLMM, KVCache, VideoCache, Visual, apply
 from crosslmm_jax.parallel import activation_rules, program
-
-TEXT_BUCKET = 32  # tokens
-CACHE_BUCKET = 256  # tokens
-
-
-def round_up(size: int, bucket: int) -> int:
-    """The smallest multiple of `bucket` that holds `size`."""
-    return -(-size // bucket) * bucket
 
 
 class _FrozenRules(dict):
@@ -44,96 +36,129 @@ class Compiled:
         rules = _FrozenRules(activation_rules()) if mesh.size > 1 else None
         self.model = CrossLMM(config, rules, stacked=False)
         self.mesh = mesh
+        self._blank: dict[tuple[int, ...], Visual] = {}
 
     def encode(self, params: PyTree, frames: np.ndarray) -> Visual:
-        """uint8[B, F, R, R, 3] to compact and original tokens."""
+        """uint8[B, f, R, R, 3], f frames of each video, to their compact and original tokens."""
         with jax.set_mesh(self.mesh):
             return program(_encode)(self.model, params, frames)
 
-    def prefill(self, params: PyTree, visual: Visual, batch: Batch[np.ndarray]) -> KVCache:
-        """Runs a prompt without padding; the cache has room for its tokens only."""
-        counts = np.full(batch.tokens.shape[0], batch.tokens.shape[1], np.int32)
-        batch = with_known_visibility(batch, visual.originals.shape[1])
-        with jax.set_mesh(self.mesh):
-            return program(_prefill)(self.model, params, visual, batch, counts)
+    def blank(self, params: PyTree, shape: tuple[int, ...]) -> Visual:
+        """The tokens of black frames uint8[shape], which padding consists of."""
+        if shape not in self._blank:
+            self._blank[shape] = self.encode(params, np.zeros(shape, np.uint8))
+        return self._blank[shape]
 
-    def begin(
-        self, params: PyTree, cache: KVCache, ids: np.ndarray, *, room: int, key: Array, sampling: Sampling,
-        vocab_size: int, end: int, fresh: bool,
-    ) -> Generation:  # fmt: skip
-        """Adds a question to what `cache` holds and draws the first token of the answer.
+    def prefill(
+        self, params: PyTree, parts: Sequence[tuple[Visual, ...]], batch: Batch[np.ndarray],
+        counts: np.ndarray, shape: PromptShape,
+    ) -> KVCache:  # fmt: skip
+        """Runs prompts.
 
         Args:
           params: the parameters.
-          cache: of one row; reused unless `fresh` or too small.
-          ids: int32[n], the question.
-          room: tokens that question and answer need at most.
-          key: for sampling.
-          sampling: how tokens are drawn.
-          vocab_size: the tokenizer's.
-          end: the token that ends an answer.
-          fresh: leave `cache` unchanged and use a copy.
+          parts: for each of B rows the tokens of its F frames, some frames each.
+          batch: the prompts, padded to `shape`.
+          counts: int32[B], tokens that are not padding.
+          shape: of the prompt and of the cache.
         """
-        # The cache needs room for the padding of the question too: it is written, and overwritten later.
-        needed = int(cache.num_tokens[0]) + max(room, round_up(len(ids), TEXT_BUCKET))
-        size = max(round_up(needed, CACHE_BUCKET), cache.size)
         with jax.set_mesh(self.mesh):
-            of_text = cache._replace(t2v=None)
-            if fresh or size > cache.size:
-                of_text = _copy(of_text, size)
-            logits, of_text = _extend(self.model, params, cache.t2v, of_text, *_padded(ids))
-            return _start(logits, of_text, key, sampling, vocab_size=vocab_size, end=end)
+            return program(_prefill, "shape")(self.model, params, tuple(parts), batch, counts, shape=shape)
+
+    def read(
+        self, params: PyTree, cache: KVCache, questions: Sequence[np.ndarray], rows: RowSettings, *,
+        vocab_size: int,
+    ) -> tuple[Int[Array, " b"], Float[Array, "b v"], Generation]:  # fmt: skip
+        """Adds a question per row to what `cache` holds, and draws the first tokens of the answers.
+
+        Args:
+          params: the parameters.
+          cache: left as it is. With fewer rows than questions, each row serves neighbouring questions.
+          questions: int32[n] each.
+          rows: settings of each row.
+          vocab_size: the tokenizer's.
+
+        Returns:
+          int32[B] first tokens, float32[B, V] logits that they were drawn from, and the state for `generate`.
+        """
+        of_text = cache._replace(t2v=None)
+        with jax.set_mesh(self.mesh):
+            for tokens, counts in parts_of(questions):
+                first, logits, state = _extend(
+                    self.model, params, cache.t2v, of_text, tokens, counts, rows, vocab_size=vocab_size
+                )
+                of_text = state.cache
+        return first, logits, state
+
+    def generate(
+        self, params: PyTree, t2v: VideoCache | None, state: Generation, rows: RowSettings, *, steps: int,
+        vocab_size: int,
+    ) -> tuple[Int[Array, "b s"], Bool[Array, " b"], Generation]:  # fmt: skip
+        """Up to `steps` further tokens per row; see `generate.generate`. Takes `state` over."""
+        with jax.set_mesh(self.mesh):
+            return generate(self.model, params, t2v, state, rows, steps=steps, vocab_size=vocab_size)
 
     def observe(self, params: PyTree, cache: KVCache, ids: np.ndarray) -> Float[Array, "x b f p"]:
         """T2V attention of the last token of `ids`, which follow what `cache` holds."""
-        tokens, counts = _padded(ids)
-        needed = int(cache.num_tokens[0]) + tokens.shape[1]
+        *before, (tokens, counts) = parts_of([ids])
         with jax.set_mesh(self.mesh):
-            of_text = _copy(cache._replace(t2v=None), round_up(needed, CACHE_BUCKET))
+            rows = RowSettings.of()
+            of_text = cache._replace(t2v=None)
+            for part in before:
+                *_, state = _extend(self.model, params, cache.t2v, of_text, *part, rows, vocab_size=1)
+                of_text = state.cache
             return _observe(self.model, params, cache.t2v, of_text, tokens, counts)
 
-    def generate(
-        self, params: PyTree, t2v: VideoCache | None, state: Generation, limit: int, sampling: Sampling, *,
-        steps: int, vocab_size: int, end: int,
-    ) -> tuple[list[int], int, Generation]:  # fmt: skip
-        """Up to `limit` tokens of the one row: their ids, their number, and the state to continue from."""
+    def resize(self, cache: KVCache, size: int) -> KVCache:
+        """`cache` with room for `size` tokens."""
         with jax.set_mesh(self.mesh):
-            tokens, counts, state = generate(
-                self.model, params, t2v, state, jnp.int32(limit), sampling,
-                steps=steps, vocab_size=vocab_size, end=end,
-            )  # fmt: skip
-        count = int(counts[0])
-        return np.asarray(tokens)[0, :count].tolist(), count, state
+            return _resize(cache._replace(t2v=None), size)._replace(t2v=cache.t2v)
 
 
-def _padded(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int32[1, T] padded to a bucket, and int32[1] the number of tokens that are not padding."""
-    tokens = np.zeros((1, round_up(len(ids), TEXT_BUCKET)), np.int32)
-    tokens[0, : len(ids)] = ids
-    return tokens, np.array([len(ids)], np.int32)
+def parts_of(questions: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Questions in parts of QUESTION_TOKENS: int32[B, QUESTION_TOKENS] tokens, int32[B] how many count.
+
+    Only the last part has tokens of every question, and it alone gives logits.
+    """
+    longest = max(len(ids) for ids in questions)
+    parts = []
+    for begin in range(-(-longest // QUESTION_TOKENS) * QUESTION_TOKENS, 0, -QUESTION_TOKENS):
+        tokens = np.zeros((len(questions), QUESTION_TOKENS), np.int32)
+        counts = np.zeros(len(questions), np.int32)
+        for row, ids in enumerate(questions):
+            ids = ids[max(0, len(ids) - begin) : max(0, len(ids) - begin + QUESTION_TOKENS)]
+            tokens[row, : len(ids)], counts[row] = ids, len(ids)
+        parts.append((tokens, counts))
+    return parts
 
 
 def _encode(model: CrossLMM, params: PyTree, frames: Array) -> Visual:
     return apply(model, params, CrossLMM.encode, frames)
 
 
-def _prefill(model: CrossLMM, params: PyTree, visual: Visual, batch: Batch[Array], counts: Array) -> KVCache:
-    size = batch.tokens.shape[1]
-    return apply(model, params, CrossLMM.prefill, visual, batch, counts, cache_size=size)[1]
+def _prefill(
+    model: CrossLMM, params: PyTree, parts: tuple[tuple[Visual, ...], ...], batch: Batch[Array],
+    counts: Array, *, shape: PromptShape,
+) -> KVCache:  # fmt: skip
+    rows = [jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *of_row) for of_row in parts]
+    visual = jax.tree.map(lambda *x: jnp.concatenate(x, axis=0), *rows)
+    _, cache = apply(
+        model, params, CrossLMM.prefill, visual, batch, counts,
+        cache_size=shape.cache_tokens, cache_frames=shape.cache_frames,
+    )  # fmt: skip
+    return cache
 
 
-@functools.partial(jax.jit, static_argnames="size")
-def _copy(cache: KVCache, size: int) -> KVCache:
-    """A copy with room for `size` tokens."""
-    return cache.resized(size)
-
-
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("model", "vocab_size"))
 def _extend(
-    model: CrossLMM, params: PyTree, t2v: VideoCache | None, cache: KVCache, tokens: Array, counts: Array
-) -> tuple[Array, KVCache]:
-    logits, cache = apply(model, params, CrossLMM.extend, cache._replace(t2v=t2v), tokens, counts)
-    return logits, cache._replace(t2v=None)
+    model: CrossLMM, params: PyTree, t2v: VideoCache | None, cache: KVCache, tokens: Array, counts: Array,
+    rows: RowSettings, *, vocab_size: int,
+) -> tuple[Int[Array, " b"], Float[Array, "b v"], Generation]:  # fmt: skip
+    cache = cache.repeated(len(tokens) // len(cache.num_tokens))._replace(t2v=t2v)
+    logits, cache = apply(model, params, CrossLMM.extend, cache, tokens, counts)
+    none = jnp.zeros(len(tokens), jnp.int32)
+    state = start(logits, cache._replace(t2v=None), rows, none, vocab_size=vocab_size)
+    return *everywhere(model, state.token, logits), state
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -143,4 +168,6 @@ def _observe(
     return apply(model, params, CrossLMM.observe, cache._replace(t2v=t2v), tokens, counts)
 
 
-_start = jax.jit(start, static_argnames=("vocab_size", "end"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="size")
+def _resize(cache: KVCache, size: int) -> KVCache:
+    return cache.resized(size)

@@ -85,8 +85,9 @@ class CrossLMM(nn.Module):
         return self.decoder.hidden(batch, visual, self.dual_cross_attention)
 
     def prefill(
-        self, visual: Visual, batch: Batch[Array], counts: Int[Array, " b"], *, cache_size: int
-    ) -> tuple[Float[Array, "b v"], KVCache]:
+        self, visual: Visual, batch: Batch[Array], counts: Int[Array, " b"], *, cache_size: int,
+        cache_frames: int | None = None,
+    ) -> tuple[Float[Array, "b v"], KVCache]:  # fmt: skip
         """Runs a prompt and returns float32 logits after its last token, and the cache for `extend`.
 
         Args:
@@ -94,12 +95,14 @@ class CrossLMM(nn.Module):
           batch: the prompt; pixels and loss mask are not needed.
           counts: tokens per row that are not padding (padding is at the end).
           cache_size: room for tokens per row.
+          cache_frames: room for frames in T2V's part; None: as many as `visual` has.
         """
         hidden, outputs = self.decoder.prefill(batch, visual, self.dual_cross_attention)
         last = (counts - 1)[:, None]
         visible = jnp.take_along_axis(batch.visible_frames.counts, last, axis=1)[:, 0]
         keys, values, t2v = zip(*outputs, strict=True)
-        of_video = tuple(kv for kv in t2v if kv is not None) or None
+        room = visual.originals.shape[1] if cache_frames is None else cache_frames
+        of_video = tuple(kv.resized(room) for kv in t2v if kv is not None) or None
         cache = KVCache(keys, values, counts, visible, of_video).resized(cache_size)
         return self.decoder.logits(gather_tokens(hidden, last))[:, 0], cache
 
@@ -112,10 +115,10 @@ class CrossLMM(nn.Module):
           cache: from `prefill` or `extend`; the text sees all its frames. It must have room for T more tokens
             per row: padding is written too, and overwritten by what comes next.
           tokens: int32, padded at the end.
-          counts: tokens per row that are not padding, at least 1.
+          counts: tokens per row that are not padding.
 
         Returns:
-          float32 logits after each row's last token, and the cache.
+          float32 logits after each row's last token, without meaning where `counts` is 0, and the cache.
         """
         hidden, outputs = self.decoder.extend(tokens, cache, self.dual_cross_attention)
         keys, values, _ = zip(*outputs, strict=True)

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from crosslmm_jax.batch import AllOrNone, Batch, SamePerRow, VisibleFrames, VisualOnly
+from crosslmm_jax.batch import AllOrNone, Batch, RowOrNone, SamePerRow, VisibleFrames, VisualOnly
 from crosslmm_jax.config import ModelConfig, Precision
 from crosslmm_jax.model.attention.blockwise import MASKED
 from crosslmm_jax.model.encode_frames import Visual
@@ -110,7 +110,8 @@ class DualCrossAttention(nn.Module):
                         visible_frames=seen, times=seen.counts, config=c, rules=self.rules,
                     )  # fmt: skip
                     out = add_at(out, slots, update)
-                kv = compress(kv, c.cross_attention.cache_dtype)
+                seen = None if isinstance(visible, AllOrNone) else jnp.max(visible.counts, axis=1)
+                kv = compress(kv, c.cross_attention.cache_dtype, seen)
         return out, kv
 
     def over_text(
@@ -121,7 +122,7 @@ class DualCrossAttention(nn.Module):
         Args:
           weights: one layer's.
           x: hidden states of T text tokens and padding, U >= T (`with_fewest_rows`).
-          kv: of the cache.
+          kv: of the cache; with fewer rows than `x`, each row is read by B / rows neighbouring rows of `x`.
           visible_frames: int32[B, T].
         """
         with jax.named_scope("t2v"):
@@ -182,18 +183,25 @@ def keys_values(
     return KeysValues(k, v)
 
 
-def compress(kv: KeysValues, precision: Precision) -> KeysValues:
+def compress(kv: KeysValues, precision: Precision, num_frames: Int[Array, " b"] | None = None) -> KeysValues:
     """`kv` as a cache stores it: unchanged, or in 8 bits with float32 scales.
 
     What all keys of a head have in common, such as a large bias, shifts all scores of a query alike. Softmax
     does not see it, so it is subtracted instead of costing bits. Values keep theirs.
+
+    `num_frames` are the frames of each row without the padded ones, which no scale may depend on; None: all.
     """
     if precision == "compute":
         return kv
-    tokens, dtype = (1, 2), DTYPES[precision]
+    tokens, dtype, frames = (1, 2), DTYPES[precision], kv.keys.shape[1]
+    real = None
+    if num_frames is not None:
+        real = (jnp.arange(frames) < num_frames[:, None])[:, :, None, None, None]
     keys = kv.keys.astype(jnp.float32)
-    keys, key_scale = quantise(keys - jnp.mean(keys, axis=tokens, keepdims=True), dtype, tokens)
-    values, value_scale = quantise(kv.values, dtype, tokens)
+    keys = keys - jnp.mean(keys, axis=tokens, keepdims=True, where=real)
+    keys, values = (x if real is None else jnp.where(real, x, 0) for x in (keys, kv.values))
+    keys, key_scale = quantise(keys, dtype, tokens)
+    values, value_scale = quantise(values, dtype, tokens)
     return KeysValues(keys, values, jnp.squeeze(key_scale, tokens), jnp.squeeze(value_scale, tokens))
 
 
@@ -228,7 +236,8 @@ def cross_attend(
       x: T text tokens and padding, U >= T (`with_fewest_rows`); or the F*C compact tokens in frame order.
       source: keys and values of all F frames; or the original tokens, from which they are made on the way,
         for a long video not all at once (`attend_tokens`).
-      visible_frames: of the T tokens; `SamePerRow` not with `scoped`.
+      visible_frames: of the T tokens; `SamePerRow` not with `scoped`. With keys and values of fewer rows
+        than `x`, `SamePerRow`, and the same for all rows of a video.
       times: a token's place on the frame axis: its frame, or for text the number of frames before it. Only
         the rotary embedding over time uses it.
       config: the model configuration.
@@ -250,12 +259,18 @@ def cross_attend(
         limits = None
     elif isinstance(visible_frames, SamePerRow):
         limits = counts[:, :1]
+    elif isinstance(visible_frames, RowOrNone) and not (scoped and cross.v2v_scope != "video"):
+        limits = jnp.max(counts, axis=1, keepdims=True)
     same = {"visible_frames": limits, "config": config, "scoped": scoped, "rules": rules}
     if isinstance(source, KeysValues):
-        out = _scaled(attend(_scaled(q, source.key_scale), source, **same), source.value_scale)
+        by_video = q.reshape(source.keys.shape[0], -1, *q.shape[2:])
+        if len(by_video) < len(q):  # several questions about one video are one longer question to it
+            same["visible_frames"] = limits.reshape(len(by_video), -1)[:, :1]
+        out = attend(_scaled(by_video, source.key_scale), source, **same)
+        out = _scaled(out, source.value_scale).reshape(q.shape)
     else:
         out = attend_tokens(q, weights, source, make_kv=functools.partial(keys_values, config=config), **same)
-    if isinstance(visible_frames, AllOrNone):
+    if isinstance(visible_frames, RowOrNone):
         out = jnp.where((counts > 0)[:, :, None, None], out, 0)
     # Eq. 7 and 10: the gate, and the output projection Wo.
     gate = jnp.tanh(weights["gate"].astype(jnp.float32)).astype(x.dtype)

@@ -19,6 +19,11 @@ class KeysValues(NamedTuple):
     key_scale: Float[Array, "b k h"] | None = None  # None: keys and values are in the compute dtype
     value_scale: Float[Array, "b k h"] | None = None
 
+    def resized(self, frames: int) -> "KeysValues":
+        """The same with room for `frames` frames, at least as many as before."""
+        more = ((0, 0), (0, frames - self.keys.shape[1]), (0, 0), (0, 0), (0, 0))
+        return self._replace(keys=jnp.pad(self.keys, more), values=jnp.pad(self.values, more))
+
 
 # The video KV cache: keys and values of T2V, one entry per layer with cross-attention.
 VideoCache = tuple[KeysValues, ...]
@@ -56,7 +61,9 @@ class KVCache(NamedTuple):
     values: tuple[Float[Array, "b s k h"], ...]
     num_tokens: Int[Array, " b"]  # tokens in the cache per row
     visible_frames: Int[Array, " b"]  # frames that further text sees
-    t2v: VideoCache | None  # None: no T2V, no video, or passed beside this cache
+    # None: no T2V, no video, or passed beside this cache. May have fewer rows than the rest: each video then
+    # belongs to as many neighbouring rows.
+    t2v: VideoCache | None
 
     @property
     def size(self) -> int:
@@ -78,3 +85,10 @@ class KVCache(NamedTuple):
         more = ((0, 0), (0, size - self.size), (0, 0), (0, 0))
         keys, values = (tuple(jnp.pad(x, more) for x in part) for part in (self.keys, self.values))
         return self._replace(keys=keys, values=values)
+
+    def repeated(self, count: int) -> "KVCache":
+        """The same with each row `count` times, one after another; T2V's part stays as it is."""
+        if count == 1:
+            return self
+        rows = self._replace(t2v=None)
+        return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), rows)._replace(t2v=self.t2v)

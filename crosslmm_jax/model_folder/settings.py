@@ -24,6 +24,7 @@ class Processor:
     sampling: SamplingConfig
     system_prompt: str
     time_instruction: TimeInstruction = "none"
+    end_tokens: tuple[str, ...] = ("<|im_end|>", "<|endoftext|>")  # any of them ends an answer
 
 
 def make_processor(

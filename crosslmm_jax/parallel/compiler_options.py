@@ -25,9 +25,11 @@ def matmul_options() -> dict[str, bool | int] | None:
 
 
 @functools.cache
-def program(function: Callable[..., R]) -> Callable[..., R]:
+def program(function: Callable[..., R], *static: str) -> Callable[..., R]:
     """`function` under `jax.jit` with these options and a static `model`; the same one at every call.
+
+    `static` names further static arguments.
 
     Called late, not at import, since `matmul_options` initialises the platform.
     """
-    return jax.jit(function, static_argnames="model", compiler_options=matmul_options())
+    return jax.jit(function, static_argnames=("model", *static), compiler_options=matmul_options())

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.inference import Generation, Sampling, generate
+from crosslmm_jax.inference import Generation, RowSettings, generate
 from crosslmm_jax.model import DTYPES, CrossLMM, KeysValues, KVCache
 from crosslmm_jax.profiling import flops
 from crosslmm_jax.profiling.cases import Case, Compiled, Lowered, run_cases
@@ -24,7 +24,6 @@ from crosslmm_jax.profiling.record import Record, Request, Row
 from crosslmm_jax.profiling.timing import device_facts, memory_facts
 
 CACHE_BUCKET = 256  # the multiple to which inference rounds the size of a cache
-NEVER = -1  # no token ends the answer
 
 
 def run(record: Record) -> None:
@@ -40,14 +39,14 @@ def case(config: ModelConfig, request: Request, frames: int, memory_tb_per_s: fl
     """Greedy generation of `request.steps` tokens after a prompt with `frames` frames."""
     cached = request.workload(frames).length(config)
     size = -(-(cached + request.steps) // CACHE_BUCKET) * CACHE_BUCKET
-    options = {"steps": request.steps, "vocab_size": config.decoder.vocab_size, "end": NEVER}
-    limit, sampling = jnp.int32(request.steps), Sampling()
+    options = {"steps": request.steps, "vocab_size": config.decoder.vocab_size}
+    rows = RowSettings.of(limit=request.steps)  # no token ends the answer
     t2v_shapes, state_shapes = jax.eval_shape(lambda: _state(config, frames, cached, size))
 
     def lower() -> Lowered:
         shapes = param_shapes(config)
         return generate.lower(
-            CrossLMM(config, stacked=False), shapes, t2v_shapes, state_shapes, limit, sampling, **options
+            CrossLMM(config, stacked=False), shapes, t2v_shapes, state_shapes, rows, **options
         )
 
     def inputs() -> PyTree:
@@ -57,11 +56,12 @@ def case(config: ModelConfig, request: Request, frames: int, memory_tb_per_s: fl
     def prepare(inputs: PyTree) -> Generation:
         """The state at the end of the prompt, in the buffers of the last call."""
         state = inputs.pop("state")
-        return state._replace(cache=state.cache._replace(num_tokens=jnp.full((1,), cached, jnp.int32)))
+        cache = state.cache._replace(num_tokens=jnp.full((1,), cached, jnp.int32))
+        return state._replace(cache=cache, count=jnp.zeros((1,), jnp.int32))
 
     def call(compiled: Compiled, weights: PyTree, inputs: PyTree, state: Generation) -> PyTree:
-        tokens, counts, inputs["state"] = compiled(weights, inputs["t2v"], state, limit, sampling)
-        return tokens, counts
+        tokens, ended, inputs["state"] = compiled(weights, inputs["t2v"], state, rows)
+        return tokens, ended
 
     num_read = bytes_read(config, num_bytes(t2v_shapes))
     floor_ms = 1e-9 * sum(num_read.values()) / memory_tb_per_s
@@ -79,7 +79,7 @@ def case(config: ModelConfig, request: Request, frames: int, memory_tb_per_s: fl
     }
     return Case(
         row=row, lower=lower, call=call, prepare=prepare, finish=finish, per_call=request.steps,
-        inputs=inputs, input_bytes=num_bytes((t2v_shapes, state_shapes._replace(key=None))),
+        inputs=inputs, input_bytes=num_bytes((t2v_shapes, state_shapes)),
         costs=flops.decode(config, frames=frames, cached=cached + request.steps // 2),
     )  # fmt: skip
 
@@ -121,4 +121,5 @@ def _state(config: ModelConfig, frames: int, cached: int, size: int) -> tuple[Py
         t2v = tuple(KeysValues(*pair, scale, scale) for pair in zip(keys, values, strict=True))
     keys, values = (random((1, size, *heads), d.num_layers, seed, dtype) for seed in (2000, 2001))
     cache = KVCache(keys, values, jnp.full((1,), cached, jnp.int32), jnp.full((1,), frames, jnp.int32), None)
-    return t2v, Generation(cache, jnp.zeros((1,), jnp.int32), jnp.zeros((1,), bool), jax.random.key(0))
+    none = jnp.zeros((1,), jnp.int32)
+    return t2v, Generation(cache, none, none, jnp.zeros((1,), bool))

@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +16,8 @@ from crosslmm_jax.convert.source.processor import image_settings, tokenizer_size
 from crosslmm_jax.data.media.image import resize
 from crosslmm_jax.data.text.tokenizer import load_tokenizer
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.inference.generate import Sampling, draw
+from crosslmm_jax.inference.generate import RowSettings, Sampling, start
+from crosslmm_jax.model import KVCache
 from crosslmm_jax.model_folder import load_model_config, load_processor
 
 QWEN = Path(__file__).parents[3] / "shared" / "tokenizer" / "qwen2.5"
@@ -150,7 +150,9 @@ def test_a_vocabulary_larger_than_the_embedding(sources, tmp_path) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 5.0])
 def test_rows_beyond_the_tokenizer_are_never_sampled(rows, temperature) -> None:
     logits = jnp.zeros((4, rows)).at[:, 151665:].set(50.0)
-    drawn = draw(logits, jax.random.key(0), Sampling(temperature=temperature), vocab_size=151665)
+    settings = RowSettings.joined([RowSettings.of(Sampling(temperature), seed=row) for row in range(4)])
+    cache = KVCache((), (), jnp.zeros(4, jnp.int32), jnp.zeros(4, jnp.int32), None)
+    drawn = start(logits, cache, settings, jnp.zeros(4, jnp.int32), vocab_size=151665).token
     assert int(drawn.max()) < 151665
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from crosslmm_jax.data.text.chat import TokenSequence, next_question, question_suffix, video_prefix
+from crosslmm_jax.data.text.chat import TokenSequence, media_prefix, next_question, question_suffix
 from crosslmm_jax.data.text.tokenizer import Tokenizer
 
 
@@ -22,7 +22,7 @@ def whole_prompt(
 ) -> TokenSequence:
     """The prompt of `question` about one video, after earlier (question, answer) pairs."""
     asked = [earlier for earlier, _ in history] + [question]
-    ids = video_prefix(tokenizer, time_text=time_text).ids.tolist()
+    ids = media_prefix(tokenizer, [time_text]).ids.tolist()
     ids += question_suffix(asked[0], tokenizer).ids.tolist()
     for (_, answer), following in zip(history, asked[1:], strict=True):
         ids += tokenizer.encode_plain(answer) + next_question(following, tokenizer).ids.tolist()

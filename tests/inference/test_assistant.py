@@ -18,7 +18,7 @@ from crosslmm_jax.data.text.time_instruction import ClipMeta, time_text
 from crosslmm_jax.demo.synthetic import write_dataset
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.inference import Sampling, load
+from crosslmm_jax.inference import Sampling, VideoModel, load
 from crosslmm_jax.inference.commands import ask, chat
 from crosslmm_jax.model import CrossLMM, init_params
 from crosslmm_jax.model_folder import save_model_folder
@@ -100,10 +100,11 @@ def test_chat_goes_on_from_what_was_said(model, clip):
 
 @pytest.mark.slow
 def test_a_long_conversation_outgrows_its_cache(model, clip):
-    conversation = model.watch(clip).chat(max_new_tokens=60)
-    for number in range(6):
+    conversation = model.watch(clip).chat(max_new_tokens=300)
+    before = conversation._said.prefix.cache.size
+    for number in range(5):
         "".join(conversation.ask(f"Question {number}: what shape is the red object?"))
-    assert conversation._cache.size > 256
+    assert conversation._said.prefix.cache.size > before
 
 
 @pytest.mark.slow
@@ -132,7 +133,7 @@ def test_a_trained_model_is_asked_in_8_bits(model, model_folder, clip, precision
     up, expected_up = (m.params["decoder"]["layers"]["0"]["w_up"] for m in (narrow, model))
     assert up.dtype == expected_up.dtype
     video = narrow.watch(clip)
-    assert all(kv.keys.dtype.itemsize == 1 for kv in video._prefix.t2v)
+    assert all(kv.keys.dtype.itemsize == 1 for kv in video.prefix.cache.t2v)
     question = "What shape is the red object?"
     maps, expected = video.attention(question), model.watch(clip).attention(question)
     np.testing.assert_allclose(maps.sum(axis=(1, 2)), 1, atol=1e-5)
@@ -193,8 +194,6 @@ def test_bad_input_is_one_clear_error(model_folder, clip, change, message):
 def test_a_model_without_t2v_has_no_attention_to_draw(model, clip):
     cross = dataclasses.replace(model.config.cross_attention, directions=("v2v",))
     config = dataclasses.replace(model.config, cross_attention=cross)
-    from crosslmm_jax.inference.assistant import VideoModel
-
     without_t2v = VideoModel(config, model.params, model.tokenizer, model.processor, model.compiled.mesh)
     video = without_t2v.watch(clip)
     assert isinstance(video.ask("What?", max_new_tokens=2), str)
@@ -217,8 +216,6 @@ def test_attention_without_t2v_is_refused_before_the_video_is_read(model_folder,
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["short", "full"])
 def test_a_video_is_introduced_as_in_training(model, clip, kind):
-    from crosslmm_jax.inference.assistant import VideoModel
-
     processor = dataclasses.replace(model.processor, time_instruction=kind)
     with_times = VideoModel(model.config, model.params, model.tokenizer, processor, model.compiled.mesh)
     video = with_times.watch(clip)
@@ -230,12 +227,10 @@ def test_a_video_is_introduced_as_in_training(model, clip, kind):
     assert video.ask(question, max_new_tokens=2) == model.tokenizer.decode(expected)
     prompt = whole_prompt(question, model.tokenizer, time_text=text)
     suffix = len(question_suffix(question, model.tokenizer).ids)
-    assert int(video._prefix.num_tokens[0]) == prompt.num_text_tokens - suffix + 4
+    assert video.prefix.lengths[0] == prompt.num_text_tokens - suffix + 4
 
 
 def test_frames_and_their_times_must_leave_room_for_a_question(model, clip):
-    from crosslmm_jax.inference.assistant import VideoModel
-
     processor = dataclasses.replace(model.processor, time_instruction="full")
     with_times = VideoModel(model.config, model.params, model.tokenizer, processor, model.compiled.mesh)
     frames = model.config.decoder.max_positions // 8

@@ -1,4 +1,4 @@
-"""How often answering compiles: once for a bucket of text, however long the answer gets."""
+"""How often answering compiles: after a warm-up, never; and that padding changes no answer."""
 
 from collections.abc import Iterator
 
@@ -6,18 +6,19 @@ import jax
 import numpy as np
 import pytest
 
-from crosslmm_jax.config import MeshConfig
-from crosslmm_jax.inference.compiled import CACHE_BUCKET, TEXT_BUCKET, Compiled
-from crosslmm_jax.inference.generate import Sampling, generate
-from crosslmm_jax.model import init_params, separate_layers
-from crosslmm_jax.parallel import make_mesh
-
-LONG, CHUNK, NEVER = 200, 16, -1
+from crosslmm_jax.batch import AllOrNone, Batch, RowOrNone
+from crosslmm_jax.config import SamplingConfig
+from crosslmm_jax.demo.tokenizer import write_default_tokenizer
+from crosslmm_jax.inference import load
+from crosslmm_jax.inference.compiled import parts_of
+from crosslmm_jax.inference.shapes import FRAME_SIZES, QUESTION_TOKENS, padded_frames, prompt_shape
+from crosslmm_jax.model import CrossLMM, init_params
+from crosslmm_jax.model_folder import save_model_folder
 
 
 @pytest.fixture(scope="module")
-def events() -> Iterator[list[str]]:
-    """Grows by one for each program that XLA compiles, whoever asked for it."""
+def compilations() -> Iterator[list[str]]:
+    """Grows by one for each program that XLA compiles or reads from the cache, whoever asked for it."""
     seen: list[str] = []
 
     def listen(name: str, seconds: float, **_: object) -> None:
@@ -29,66 +30,104 @@ def events() -> Iterator[list[str]]:
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-class Talk:
-    """A conversation about four frames, as `Chat` holds it, without a tokenizer."""
-
-    def __init__(self, config, batch) -> None:
-        self.config, self.params = config, separate_layers(init_params(config, jax.random.key(0)))
-        self.compiled = Compiled(config, make_mesh(MeshConfig(), jax.devices()[:1]))
-        visual = self.compiled.encode(self.params, batch.frames)
-        self.prefix = self.compiled.prefill(self.params, visual, batch._replace(frames=None, loss_mask=None))
-        self.held = batch.tokens.shape[1]
-
-    def answer(self, question: int, length: int) -> int:
-        """Tokens that were made, of `length`, for a question of so many tokens."""
-        arguments = {"vocab_size": self.config.decoder.vocab_size, "end": NEVER}
-        ids = np.arange(question, dtype=np.int32) + 3
-        state = self.compiled.begin(
-            self.params, self.prefix, ids, room=question + length, key=jax.random.key(0), sampling=Sampling(),
-            fresh=True, **arguments,
-        )  # fmt: skip
-        made = 0
-        while made < length:
-            _, count, state = self.compiled.generate(
-                self.params, self.prefix.t2v, state, min(CHUNK, length - made), Sampling(), steps=CHUNK,
-                **arguments,
-            )  # fmt: skip
-            made += count
-        return made
-
-
 @pytest.fixture(scope="module")
-def talk(make_batch):
+def model(tmp_path_factory):
     from crosslmm_jax import presets
 
-    config = presets.tiny()
-    return Talk(config, make_batch(config, batch=1, frames=4, text=8))
+    folder, config = tmp_path_factory.mktemp("compiled"), presets.tiny()
+    write_default_tokenizer(folder / "tokenizer")
+    save_model_folder(
+        folder / "model", config=config, params=init_params(config, jax.random.key(0)),
+        tokenizer_folder=folder / "tokenizer", sampling=SamplingConfig(frames=4), system_prompt="Be brief.",
+    )  # fmt: skip
+    return load(folder / "model")
+
+
+def video_of(model, count: int):
+    rng, size = np.random.default_rng(count), model.processor.image_size
+    frames = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    return model.watch_frames(frames, np.arange(count, dtype=np.float32), float(count))
 
 
 @pytest.mark.slow
-def test_generating_compiles_once(talk, events):
-    programs = generate._cache_size()
-    talk.answer(5, CHUNK)
-    assert generate._cache_size() == programs + 1
-    assert events, "compiling was not counted"
-    # The same bucket of the cache, twelve times the text.
-    assert talk.held + 5 + LONG <= CACHE_BUCKET
-    talk.answer(5, LONG - 1)  # also a last chunk that is not full
-    compiled = len(events)
-    assert talk.answer(5, LONG) == LONG
-    assert len(events) == compiled
-    assert generate._cache_size() == programs + 1
+def test_after_a_warm_up_nothing_is_compiled(model, compilations):
+    """200 mixed requests of 1 to 512 frames and questions of 1 to 300 tokens."""
+    before = len(compilations)
+    model.warm_up()
+    programs = len(compilations) - before
+    assert 0 < programs <= 16
+    rng = np.random.default_rng(0)
+    counts = [1, 512, *rng.integers(1, 513, 38).tolist()]
+    words = "red blue green what shape is the and or circle".split()
+    for count in counts:
+        video = video_of(model, count)
+        for _ in range(5):
+            question = " ".join(rng.choice(words, rng.integers(1, 290)))
+            video.ask(question, max_new_tokens=int(rng.integers(1, 40)))
+    assert len(compilations) - before == programs
 
 
-@pytest.mark.slow
-def test_text_that_stays_in_its_bucket_does_not_compile(talk, events):
-    talk.answer(5, CHUNK)
-    compiled, programs = len(events), generate._cache_size()
-    for question in (1, 6, TEXT_BUCKET):
-        talk.answer(question, CHUNK)
-    assert len(events) == compiled
-    talk.answer(TEXT_BUCKET + 1, CHUNK)  # the next bucket: the question's program, not the loop's
-    assert len(events) == compiled + 1
-    assert generate._cache_size() == programs
-    talk.answer(TEXT_BUCKET + 1, CACHE_BUCKET)  # more room than one bucket of the cache has
-    assert generate._cache_size() == programs + 1
+def test_padding_costs_at_most_a_quarter_of_the_frames():
+    counts = range(1, 513)
+    assert sum(map(padded_frames, counts)) <= 1.25 * sum(counts)
+    assert all(padded_frames(count) >= count for count in range(3000))
+    assert max(padded_frames(count) / count for count in range(513, 4000)) < 1.5
+
+
+@pytest.mark.parametrize("lengths", [[1], [64], [65], [300], [3, 130, 64]])
+def test_questions_are_read_in_parts_of_one_size(lengths):
+    """In order, without gaps, and every question has tokens in the last part."""
+    questions = [np.arange(length) + 1000 * row for row, length in enumerate(lengths)]
+    parts = parts_of(questions)
+    assert all(tokens.shape == (len(lengths), QUESTION_TOKENS) for tokens, _ in parts)
+    assert (parts[-1][1] > 0).all()
+    for row, ids in enumerate(questions):
+        read = np.concatenate([tokens[row, : counts[row]] for tokens, counts in parts])
+        np.testing.assert_array_equal(read, ids)
+
+
+@pytest.mark.parametrize("precision", ["compute", "int8"])
+@pytest.mark.parametrize("scope", ["video", "frame", "window"])
+def test_padded_frames_change_nothing(tiny_config, replace_config, make_batch, scope, precision):
+    """Logits and caches of a prompt of 3 frames padded to 8 equal those of 3 frames."""
+    config = replace_config(tiny_config, cross_attention={"v2v_scope": scope, "cache_dtype": precision})
+    batch, frames, c = make_batch(config, batch=1, frames=3, text=8), 3, config.merge.tokens_per_frame
+    params, model = {"params": init_params(config, jax.random.key(0))}, CrossLMM(config)
+    length, padded = batch.tokens.shape[1], 8
+    more = (padded - frames) * c
+    wide = Batch.create(
+        tokens=np.pad(batch.tokens, ((0, 0), (0, more + 5))),
+        visual_slots=np.concatenate([batch.visual_slots, length + np.arange(more)[None]], 1).astype(np.int32),
+        visible_frames=np.pad(batch.visible_frames.counts, ((0, 0), (0, more + 5))),
+        frames=np.pad(batch.frames, ((0, 0), (0, padded - frames), *[(0, 0)] * 3), constant_values=99),
+    )
+    wide = wide._replace(visible_frames=RowOrNone(wide.visible_frames.counts))
+    batch = batch._replace(visible_frames=AllOrNone(batch.visible_frames.counts))
+
+    @jax.jit
+    def answer(batch):
+        counts = np.array([length], np.int32)
+        visual = model.apply(params, batch.frames, method="encode")
+        logits, cache = model.apply(
+            params, visual, batch, counts, cache_size=64, cache_frames=10, method="prefill"
+        )
+        text = np.array([[5, 6, 7, 0]], np.int32)
+        return logits, cache, model.apply(params, cache, text, np.array([3], np.int32), method="extend")[0]
+
+    (logits, cache, following), (expected, of_whole, then) = answer(wide), answer(batch)
+    np.testing.assert_allclose(logits, expected, atol=2e-5)
+    np.testing.assert_allclose(following, then, atol=2e-5)
+    for kv, whole in zip(cache.t2v, of_whole.t2v, strict=True):
+        assert kv.keys.shape[1] == 10
+        if precision == "int8":
+            np.testing.assert_allclose(kv.key_scale, whole.key_scale, rtol=1e-5)
+            np.testing.assert_allclose(kv.value_scale, whole.value_scale, rtol=1e-5)
+
+
+def test_shapes_of_prompts():
+    shape = prompt_shape(200, 30, tokens_per_frame=9, usual_text=32)
+    assert (shape.frames, shape.text, shape.cache_frames) == (256, 32, 256)
+    assert prompt_shape(100, 70, tokens_per_frame=9, usual_text=32).text == 128
+    assert prompt_shape(600, 30, tokens_per_frame=9, usual_text=32).cache_frames == 768
+    sizes = {prompt_shape(n, 30, tokens_per_frame=9, usual_text=32).frames for n in range(1, 513)}
+    assert sizes == set(FRAME_SIZES)

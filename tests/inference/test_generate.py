@@ -6,14 +6,21 @@ import numpy as np
 import pytest
 
 from crosslmm_jax.batch import Batch
-from crosslmm_jax.inference.generate import Sampling, draw, generate, start
-from crosslmm_jax.model import CrossLMM, init_params
+from crosslmm_jax.inference.generate import RowSettings, Sampling, generate, start
+from crosslmm_jax.model import CrossLMM, KVCache, init_params
 
 
 def frequencies(logits, sampling: Sampling, *, vocab_size: int, count: int = 4000) -> np.ndarray:
-    rows = jnp.tile(jnp.asarray(logits)[None], (count, 1))
-    drawn = draw(rows, jax.random.key(0), sampling, vocab_size=vocab_size)
+    many = jnp.tile(jnp.asarray(logits)[None], (count, 1))
+    rows = RowSettings.joined([RowSettings.of(sampling, seed=seed) for seed in range(count)])
+    drawn = draw(many, rows, vocab_size)
     return np.bincount(np.asarray(drawn), minlength=len(logits)) / count
+
+
+def draw(logits, rows: RowSettings, vocab_size: int):
+    """The first token of each row."""
+    none = jnp.zeros(len(logits), jnp.int32)
+    return start(logits, KVCache((), (), none, none, None), rows, none, vocab_size=vocab_size).token
 
 
 def test_draw_follows_temperature_and_top_p():
@@ -43,9 +50,8 @@ def test_rows_beyond_the_tokenizer_are_never_drawn():
 
 def test_the_most_probable_token_is_found_without_ordering_the_vocabulary():
     """Temperature is no constant of the program, so both ways are in it; one of them runs."""
-    jaxpr = jax.make_jaxpr(lambda x, t: draw(x, jax.random.key(0), Sampling(t), vocab_size=90))(
-        jnp.zeros((2, 100)), 0.0
-    )
+    rows = RowSettings.joined([RowSettings.of()] * 2)
+    jaxpr = jax.make_jaxpr(lambda x, rows: draw(x, rows, 90))(jnp.zeros((2, 100)), rows)
     (cond,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "cond")
     assert "sort" not in str([eqn for eqn in jaxpr.eqns if eqn is not cond])
     assert sorted("sort" in str(branch) for branch in cond.params["branches"]) == [False, True]
@@ -77,30 +83,44 @@ def test_generation_equals_the_full_forward_and_stops(tiny_config, replace_confi
     counts = np.array([batch.tokens.shape[1]], np.int32)
     arguments = {"vocab_size": tiny_config.decoder.vocab_size}
 
-    def begin(end: int):
-        logits, cache = model.apply(
-            {"params": params}, visual, batch, counts, cache_size=32, method="prefill"
-        )
-        of_text = cache._replace(t2v=None)
-        return start(logits, of_text, jax.random.key(0), Sampling(), end=end, **arguments), cache.t2v
+    prefill = jax.jit(
+        lambda: model.apply({"params": params}, visual, batch, counts, cache_size=32, method="prefill")
+    )
 
-    def run(state, t2v, limit: int, end: int):
-        tokens, made, state = generate(
-            model, params, t2v, state, jnp.int32(limit), Sampling(), steps=4, end=end, **arguments
-        )
-        return tokens[0, : made[0]].tolist(), state
+    def begin(rows: RowSettings):
+        logits, cache = prefill()
+        return start(logits, cache._replace(t2v=None), rows, jnp.zeros(1, jnp.int32), **arguments), cache.t2v
 
-    absent = -1
-    state, t2v = begin(absent)
-    first, state = run(state, t2v, 4, absent)
-    second, state = run(state, t2v, 3, absent)
-    assert first + second == expected
+    def run(state, t2v, rows: RowSettings):
+        tokens, ended, state = generate(model, params, t2v, state, rows, steps=4, **arguments)
+        return tokens[0, tokens[0] >= 0].tolist(), bool(ended[0]), state
+
+    rows = RowSettings.of(limit=7)
+    state, t2v = begin(rows)
+    first, _, state = run(state, t2v, rows)
+    second, ended, state = run(state, t2v, rows)
+    assert first + second == expected and len(second) == 3 and not ended
+    assert run(state, t2v, rows)[0] == []
     end = next(token for token in expected if token != expected[0])
-    state, t2v = begin(end)
-    tokens, state = run(state, t2v, 4, end)
-    assert tokens == expected[: expected.index(end)][:4]
+    rows = RowSettings.of(limit=7, ends=(99999, end))
+    state, t2v = begin(rows)
+    tokens, ended, state = run(state, t2v, rows)
+    assert tokens == expected[: expected.index(end)][:4] and ended == (expected.index(end) < 5)
     programs = generate._cache_size()
     for limit in (1, 2, 3):
-        state, t2v = begin(absent)
-        run(state, t2v, limit, absent)
+        rows = RowSettings.of(limit=limit)
+        assert len(run(*begin(rows), rows)[0]) == limit
     assert generate._cache_size() == programs
+
+
+def test_a_row_draws_the_same_beside_any_neighbours():
+    """Its own seed, temperature and count decide."""
+    logits = jax.random.normal(jax.random.key(0), (1, 50))
+    row = RowSettings.of(Sampling(1.0, 0.9), seed=5)
+    alone = int(draw(logits, row, 50)[0])
+    others = [RowSettings.of(Sampling(t, p), seed=s) for t, p, s in ((0.0, 1.0, 1), (2.0, 0.5, 5))]
+    together = draw(jnp.tile(logits, (3, 1)), RowSettings.joined([others[0], row, others[1]]), 50)
+    assert int(together[1]) == alone
+    assert int(together[0]) == int(logits.argmax())
+    draws = {int(draw(logits, RowSettings.of(Sampling(2.0), seed=seed), 50)[0]) for seed in range(20)}
+    assert len(draws) > 5

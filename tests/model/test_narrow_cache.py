@@ -11,7 +11,7 @@ import pytest
 from crosslmm_jax import presets
 from crosslmm_jax.batch import VisibleFrames
 from crosslmm_jax.config import MeshConfig, ModelConfig
-from crosslmm_jax.inference.generate import Sampling, generate, start
+from crosslmm_jax.inference.generate import RowSettings, generate, start
 from crosslmm_jax.model import CrossLMM, init_params
 from crosslmm_jax.model.dual_cross_attention import KeysValues, compress, cross_attend
 from crosslmm_jax.model.quantisation.quantise import largest
@@ -144,12 +144,11 @@ def test_greedy_answers_are_those_of_one_step_after_another(
         expected.append(np.asarray(token))
         logits, at = model.apply(params, at, token[:, None], np.ones(2, np.int32), method="extend")
     first, cache = model.apply(params, cache, expected[0][:, None], np.ones(2, np.int32), method="extend")
-    arguments = {"vocab_size": config.decoder.vocab_size, "end": -1}
-    state = start(first, cache._replace(t2v=None), jax.random.key(0), Sampling(), **arguments)
-    tokens, counts, _ = generate(
-        model, params["params"], t2v, state, jnp.int32(5), Sampling(), steps=8, **arguments
-    )
-    assert counts.tolist() == [5, 5]
+    arguments = {"vocab_size": config.decoder.vocab_size}
+    rows = RowSettings.joined([RowSettings.of(limit=5)] * 2)
+    state = start(first, cache._replace(t2v=None), rows, jnp.zeros(2, jnp.int32), **arguments)
+    tokens, _, _ = generate(model, params["params"], t2v, state, rows, steps=8, **arguments)
+    assert (tokens >= 0).sum(axis=1).tolist() == [5, 5]
     np.testing.assert_array_equal(tokens[:, :5], np.stack(expected[1:], axis=1))
     assert len({tuple(column) for column in expected}) > 1
 

@@ -1,13 +1,8 @@
 """Collates rows of different lengths into one batch of static shapes.
 
-A row of a batch holds, in this order:
-
-1. its text tokens and the runs of its media, laid out by `text/layout.py`
-2. the slots of padded frames
-3. padded text
-
-With F frames, C compact tokens per frame and a text bucket, T = text bucket + F * C for any rows, so a few
-pairs (F, text bucket) are all the shapes that are ever compiled.
+Rows are laid out and padded by `text/layout.py`. With F frames, C compact tokens per frame and a text
+bucket, T = text bucket + F * C for any rows, so a few pairs (F, text bucket) are all the shapes that are ever
+compiled.
 """
 
 from collections.abc import Sequence
@@ -17,7 +12,7 @@ import numpy as np
 from crosslmm_jax.batch import Batch
 from crosslmm_jax.data.loading.example import Example
 from crosslmm_jax.data.media import stack_clips
-from crosslmm_jax.data.text import lay_out
+from crosslmm_jax.data.text import lay_out, pad_rows
 from crosslmm_jax.errors import UserError
 
 
@@ -45,11 +40,7 @@ def collate(
     Raises:
         UserError: a row has more frames or text than the batch holds.
     """
-    batch, length = len(examples), num_text + num_frames * tokens_per_frame
-    tokens = np.full((batch, length), pad_id, np.int32)
-    visual_slots = np.zeros((batch, num_frames * tokens_per_frame), np.int32)
-    visible_frames = np.zeros((batch, length), np.int32)
-    loss_mask = np.zeros((batch, length), np.float32)
+    batch, layouts = len(examples), []
     frames = np.zeros((batch, num_frames, image_size, image_size, 3), np.uint8)
     frame_times = np.zeros((batch, num_frames), np.float32)
     for row, example in enumerate(examples):
@@ -60,17 +51,16 @@ def collate(
                 f" {num_frames} of its bucket; run `crosslmm data index` again"
             )
         counts = [len(clip.frames) for clip in example.clips]
-        layout = lay_out(example.sequence, counts, tokens_per_frame=tokens_per_frame, placeholder=placeholder)
-        end = len(layout.tokens)
-        padded_slots = np.arange(end, end + (num_frames - valid) * tokens_per_frame)
-        tokens[row, :end] = layout.tokens
-        tokens[row, padded_slots] = placeholder
-        visual_slots[row] = np.concatenate([np.flatnonzero(layout.visual), padded_slots])
-        visible_frames[row, :end] = layout.visible_frames
-        loss_mask[row, :end] = layout.targets
+        layouts.append(
+            lay_out(example.sequence, counts, tokens_per_frame=tokens_per_frame, placeholder=placeholder)
+        )
         frames[row, :valid], frame_times[row, :valid] = stack_clips(example.clips, image_size)
+    rows = pad_rows(
+        layouts, num_frames=num_frames, num_text=num_text, tokens_per_frame=tokens_per_frame, pad=pad_id,
+        placeholder=placeholder,
+    )  # fmt: skip
     return Batch.create(
-        tokens=tokens, visual_slots=visual_slots, visible_frames=visible_frames, frames=frames,
-        frame_times=frame_times, loss_mask=loss_mask,
+        tokens=rows.tokens, visual_slots=rows.visual_slots, visible_frames=rows.visible_frames,
+        frames=frames, frame_times=frame_times, loss_mask=rows.targets.astype(np.float32),
         row_index=np.array([example.row_index for example in examples], np.int32),
     )  # fmt: skip

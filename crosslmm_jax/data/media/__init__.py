@@ -23,12 +23,19 @@ from crosslmm_jax.data.media.array_record import (
 )
 from crosslmm_jax.data.media.frame_sampling import count_frames
 from crosslmm_jax.data.media.frames_folder import list_pictures
-from crosslmm_jax.data.media.image import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Clip, is_image, stack_clips
+from crosslmm_jax.data.media.image import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Clip,
+    is_image,
+    stack_clips,
+)
 from crosslmm_jax.data.media.locate import (
     DEADLINE_S,
     Media,
     PathOrMedia,
     direct_reference,
+    from_bytes,
     kind_of,
     open_file,
     open_media,
@@ -42,8 +49,8 @@ from crosslmm_jax.data.media.video import VideoInfo, import_readers, probe, read
 
 __all__ = [
     "Clip", "DEADLINE_S", "FRAMES_PREFIX", "IMAGE_SUFFIXES", "Media", "PathOrMedia", "VIDEO_SUFFIXES",
-    "VideoInfo", "count_frames", "direct_reference", "import_readers", "is_image", "is_record_file",
-    "list_pictures", "kind_of", "mean_record_size", "open_file", "open_media", "parse_example", "probe",
-    "read_frames", "read_member", "read_record", "resolve_path", "size_of", "tar_member",
-    "split_reference", "stack_clips", "suffix_by_content", "value_member", "walk_tar",
+    "VideoInfo", "count_frames", "direct_reference", "from_bytes", "import_readers", "is_image",
+    "is_record_file", "kind_of", "list_pictures", "mean_record_size", "open_file", "open_media",
+    "parse_example", "probe", "read_frames", "read_member", "read_record", "resolve_path", "size_of",
+    "split_reference", "stack_clips", "suffix_by_content", "tar_member", "value_member", "walk_tar",
 ]  # fmt: skip

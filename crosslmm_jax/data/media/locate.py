@@ -79,6 +79,13 @@ def open_media(root: str, reference: str, *, allow_outside: bool = False) -> Med
     return Media(path, member_name(member), offset, length)
 
 
+def from_bytes(data: bytes) -> Media:
+    """The content of a picture or video file as a medium. Raises DataError ("empty") where there is none."""
+    if not data:
+        raise DataError("bytes", "empty", "cannot be decoded (holds no bytes); send the whole file")
+    return Media("bytes", f"medium{suffix_by_content(data)}", data=data)
+
+
 def split_reference(reference: str) -> tuple[str, str | None]:
     """The file of a reference, and the member in it or None. A file's name may contain "::" too."""
     file, mark, member = reference.partition("::")
@@ -233,6 +240,8 @@ def kind_of(path: PathOrMedia) -> Literal["file", "folder"]:
     Raises:
         DataError: "missing", "empty", or "not_a_file" for pipes, sockets and devices.
     """
+    if isinstance(path, Media) and path.data:
+        return "file"
     try:
         found = os.stat(path.path if isinstance(path, Media) else path)
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:

@@ -11,7 +11,7 @@ Folders of pictures and still images are read by the same functions.
 import contextlib
 import dataclasses
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +29,10 @@ from crosslmm_jax.errors import DataError
 if TYPE_CHECKING:
     from av import VideoFrame
     from av.video.stream import VideoStream
+
+# Called with the array of all frames of a clip, uint8[F, R, R, 3], and how many of them are there. A file
+# that is read again starts with another array. The clip that is returned has the last one.
+OnFrames = Callable[[np.ndarray, int], None]
 
 _LOST_TAIL = 3  # this many frames at the end may fail to decode; with more the file counts as damaged
 _EXIF_ROTATION = {3: 180, 4: 180, 5: 270, 6: 270, 7: 90, 8: 90}  # degrees anticlockwise
@@ -153,6 +157,7 @@ def read_frames(
     num_threads: int = 1,
     resampling: Resampling = "bicubic",
     deadline_s: float | None = DEADLINE_S,
+    on_frames: OnFrames | None = None,
 ) -> Clip:
     """Reads the frames that `sampling` chooses, each resized to `size` x `size` by PIL.
 
@@ -165,6 +170,7 @@ def read_frames(
         num_threads: threads of the decoder; 0 lets ffmpeg choose.
         resampling: filter of the resizing.
         deadline_s: fail after this many seconds without a packet or picture; None for no limit.
+        on_frames: told while a video is decoded, so that work on its first frames can begin.
 
     Raises:
         DataError: the file is missing, damaged or stalls, or it holds no video or no frame within the bounds.
@@ -198,7 +204,10 @@ def read_frames(
                         at_start, index, wanted=wanted, whole_gops=whole_gops, shortcuts=shortcuts,
                         deadline=deadline,
                     )  # fmt: skip
-                    images = _take_wanted(frames, index, wanted=wanted, to_square=to_square, exact=shortcuts)
+                    images = _take_wanted(
+                        frames, index, wanted=wanted, to_square=to_square, exact=shortcuts,
+                        on_frames=None if chosen.repeated else on_frames,
+                    )  # fmt: skip
                 if images is not None:
                     return chosen.clip(images)
     raise DataError(path, "truncated", DAMAGED)
@@ -220,9 +229,14 @@ class _ChosenFrames:
     seconds: np.ndarray
     duration: float
 
+    @property
+    def repeated(self) -> bool:
+        """Whether the clip has a frame twice."""
+        return len(self.repeats) > len(self.frames)
+
     def clip(self, images: np.ndarray) -> Clip:
         """The clip made of the images uint8[n, R, R, 3] of `frames`."""
-        if len(self.repeats) > len(images):  # without repeats indexing would only copy, and images are large
+        if self.repeated:  # without repeats indexing would only copy, and images are large
             images = images[self.repeats]
         return Clip(images, self.seconds, self.duration)
 
@@ -259,7 +273,7 @@ def _choose(
 
 def _take_wanted(
     frames: "Iterator[VideoFrame]", index: PacketIndex, *, wanted: np.ndarray, to_square: "_ToSquare",
-    exact: bool,
+    exact: bool, on_frames: OnFrames | None,
 ) -> np.ndarray | None:  # fmt: skip
     """uint8[n, R, R, 3] of the `wanted` packets (positions, ascending in time), or None if one is lost.
 
@@ -279,6 +293,8 @@ def _take_wanted(
                 if exact and (targets[first] != time or frame.is_corrupt):
                     return None
                 images[first:done] = to_square(frame)
+                if on_frames is not None:
+                    on_frames(images, done)
             if done == len(targets):
                 return images
     tail = np.sort(index.times[index.shown])[-_LOST_TAIL - 1 :]

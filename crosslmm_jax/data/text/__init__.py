@@ -12,20 +12,21 @@ from crosslmm_jax.data.text.chat import (
     TokenSequence,
     check_question,
     count_tokens,
+    further_media,
+    media_prefix,
     next_question,
     plain_sequence,
     question_suffix,
     tokenise,
-    video_prefix,
 )
-from crosslmm_jax.data.text.layout import Layout, lay_out
+from crosslmm_jax.data.text.layout import Layout, lay_out, pad_rows
 from crosslmm_jax.data.text.time_instruction import ClipMeta, most_time_tokens, time_text, wording_tokens
 from crosslmm_jax.data.text.tokenizer import PAD_TOKEN, Tokenizer, load_tokenizer
 from crosslmm_jax.data.text.turns import Turn, check_placeholders, parse_turns, writable
 
 __all__ = [
-    "ClipMeta", "Layout", "lay_out", "DEFAULT_SYSTEM_PROMPT", "MEDIUM", "PAD_TOKEN", "TokenSequence",
-    "Tokenizer", "Turn", "check_placeholders", "check_question", "count_tokens", "load_tokenizer",
-    "most_time_tokens", "next_question", "parse_turns", "plain_sequence", "question_suffix", "time_text",
-    "tokenise", "video_prefix", "wording_tokens", "writable",
+    "ClipMeta", "DEFAULT_SYSTEM_PROMPT", "Layout", "MEDIUM", "PAD_TOKEN", "TokenSequence", "Tokenizer",
+    "Turn", "check_placeholders", "check_question", "count_tokens", "further_media", "lay_out",
+    "load_tokenizer", "media_prefix", "most_time_tokens", "next_question", "pad_rows", "parse_turns",
+    "plain_sequence", "question_suffix", "time_text", "tokenise", "wording_tokens", "writable",
 ]  # fmt: skip

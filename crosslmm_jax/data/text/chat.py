@@ -43,6 +43,16 @@ class TokenSequence:
     targets: np.ndarray
     dropped_turns: int = 0
 
+    @classmethod
+    def of_text(cls, ids: Sequence[int]) -> "TokenSequence":
+        """Text that is no target."""
+        return cls(np.array(ids, np.int32), np.zeros(len(ids), bool))
+
+    def followed_by(self, other: "TokenSequence") -> "TokenSequence":
+        """This and then `other`, both complete."""
+        ids, targets = ((self.ids, other.ids), (self.targets, other.targets))
+        return TokenSequence(np.concatenate(ids), np.concatenate(targets))
+
     @property
     def num_media(self) -> int:
         """Number of images and videos."""
@@ -69,6 +79,13 @@ class _Builder:
         self.add([MEDIUM])
         if time is not None:
             self.add(tokenizer.encode_plain(f"\n{time}\n"))
+
+    def add_media(self, times: Sequence[str | None], tokenizer: Tokenizer) -> None:
+        """Several media in a row, on a line each."""
+        for number, time in enumerate(times):
+            if number:
+                self.add(tokenizer.encode_plain("\n"))
+            self.add_medium(time, tokenizer)
 
     def finish(self) -> TokenSequence:
         if self.targets:
@@ -230,38 +247,57 @@ def check_question(question: str) -> str:
     return question.strip()
 
 
-def video_prefix(
-    tokenizer: Tokenizer, *, system_prompt: str = DEFAULT_SYSTEM_PROMPT, time_text: str | None = None
+def media_prefix(
+    tokenizer: Tokenizer, times: Sequence[str | None], *, system_prompt: str = DEFAULT_SYSTEM_PROMPT
 ) -> TokenSequence:
-    """The prompt up to the video and its time instruction: the same for every question, so prefilled once.
+    """The prompt up to its media and their time instructions: the same for every question, so prefilled once.
 
     Args:
         tokenizer: gives the ids.
+        times: one entry per medium: its time instruction (`time_instruction.time_text`) or None.
         system_prompt: as in training.
-        time_text: the time instruction, from `time_instruction.time_text`.
     """
     builder = _Builder()
     _add_turn(builder, Turn("system", system_prompt), tokenizer, whole_turn=False, times=iter(()))
     builder.add([tokenizer.im_start, *tokenizer.encode_plain("user\n")])
-    builder.add_medium(time_text, tokenizer)
+    builder.add_media(times, tokenizer)
     return builder.finish()
 
 
-def question_suffix(question: str, tokenizer: Tokenizer) -> TokenSequence:
-    """The continuation of `video_prefix`: the first question, and the header of its answer."""
-    return _question(question, tokenizer, opening=[], before="\n")
+def question_suffix(question: str, tokenizer: Tokenizer, *, answer_prefix: str = "") -> TokenSequence:
+    """The continuation of `media_prefix`: the first question, and the header of its answer."""
+    return _question(question, tokenizer, before="\n", answer_prefix=answer_prefix)
 
 
-def next_question(question: str, tokenizer: Tokenizer) -> TokenSequence:
+def further_media(tokenizer: Tokenizer, times: Sequence[str | None], *, answered: bool) -> TokenSequence:
+    """Media that come later in a conversation, before `question_suffix`.
+
+    Args:
+        tokenizer: gives the ids.
+        times: one entry per medium, as of `media_prefix`.
+        answered: they come with a question after an answer; False: after media of the same turn.
+    """
+    builder = _Builder()
+    if answered:
+        builder.add([tokenizer.im_end, *tokenizer.encode_plain("\n"), tokenizer.im_start])
+    builder.add(tokenizer.encode_plain("user\n" if answered else "\n"))
+    builder.add_media(times, tokenizer)
+    return builder.finish()
+
+
+def next_question(question: str, tokenizer: Tokenizer, *, answer_prefix: str = "") -> TokenSequence:
     """The continuation of an answer: its end, the next question, and the header of the next answer."""
     opening = [tokenizer.im_end, *tokenizer.encode_plain("\n"), tokenizer.im_start]
-    return _question(question, tokenizer, opening=opening, before="user\n")
+    return _question(question, tokenizer, opening, before="user\n", answer_prefix=answer_prefix)
 
 
-def _question(question: str, tokenizer: Tokenizer, *, opening: Sequence[int], before: str) -> TokenSequence:
+def _question(
+    question: str, tokenizer: Tokenizer, opening: Sequence[int] = (), *, before: str, answer_prefix: str
+) -> TokenSequence:
     """A question without media: `<image>` and `<video>` in it stay plain text."""
     builder = _Builder()
     builder.add([*opening, *tokenizer.encode_plain(before + check_question(question)), tokenizer.im_end])
     builder.add(tokenizer.encode_plain("\n"))
     builder.add([tokenizer.im_start, *tokenizer.encode_plain("assistant\n")])
+    builder.add(tokenizer.encode_plain(answer_prefix))
     return builder.finish()

@@ -6,7 +6,7 @@ Special tokens are inserted by their ids.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,10 @@ class Tokenizer:
                 f"{self.folder}: the tokenizer has no token {text}; use that of a Qwen2.5 chat model"
             )
         return ids[text]
+
+    def ids_of(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """Ids of special tokens. Raises UserError if one is missing."""
+        return tuple(self._special_id(text) for text in texts)
 
     @property
     def vocab_size(self) -> int:

@@ -12,11 +12,11 @@ from crosslmm_jax.config import TimeInstruction
 from crosslmm_jax.data.text.chat import (
     MEDIUM,
     TokenSequence,
+    media_prefix,
     next_question,
     plain_sequence,
     question_suffix,
     tokenise,
-    video_prefix,
 )
 from crosslmm_jax.data.text.time_instruction import ClipMeta, time_text
 from crosslmm_jax.data.text.tokenizer import Tokenizer
@@ -109,7 +109,7 @@ def test_prefix_and_suffixes_join_to_what_training_sees(any_tokenizer: Tokenizer
     history = [(QUESTION, "square")]
     assert whole_prompt("And blue?", any_tokenizer, history=history).ids.tolist() == trained
     pieces = [
-        video_prefix(any_tokenizer).ids.tolist(),
+        media_prefix(any_tokenizer, [None]).ids.tolist(),
         question_suffix(QUESTION, any_tokenizer).ids.tolist(),
         any_tokenizer.encode_plain("square"),
         next_question("And blue?", any_tokenizer).ids.tolist(),
@@ -194,7 +194,7 @@ def test_time_instructions_in_training_equal_those_of_inference(
     time = time_text(CLIP, kind)
     asked = whole_prompt("And blue?", any_tokenizer, history=[(QUESTION, "square")], time_text=time)
     assert asked.ids.tolist() == trained
-    prefix = video_prefix(any_tokenizer, time_text=time).ids.tolist()
+    prefix = media_prefix(any_tokenizer, [time]).ids.tolist()
     assert trained[: len(prefix)] == prefix and prefix.count(MEDIUM) == 1
     text = any_tokenizer.decode(trained[trained.index(MEDIUM) + 1 :])
     assert text.startswith(f"\n{time}\n\n{QUESTION}" if time else f"\n{QUESTION}")

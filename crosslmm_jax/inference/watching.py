@@ -1,0 +1,124 @@
+"""From media to what the model reads: decoded on the host, and encoded while they are decoded."""
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from jaxtyping import PyTree
+
+from crosslmm_jax.config import SamplingConfig
+from crosslmm_jax.data.media import Clip, Media, from_bytes, read_frames
+from crosslmm_jax.data.text import ClipMeta, time_text
+from crosslmm_jax.errors import UserError
+from crosslmm_jax.inference.compiled import Compiled
+from crosslmm_jax.inference.shapes import frames_at_once, padded_frames
+from crosslmm_jax.model import Visual
+from crosslmm_jax.model_folder import Processor
+
+
+class Medium(NamedTuple):
+    """A video, a picture or a folder of frames, or a part of a video."""
+
+    source: str | os.PathLike[str] | bytes | Media  # bytes: the content of a file
+    start: float | None = None  # seconds
+    end: float | None = None  # seconds
+
+    def __str__(self) -> str:
+        return "bytes" if isinstance(self.source, bytes) else str(self.source)
+
+
+AnyMedium: TypeAlias = str | os.PathLike[str] | bytes | Media | Medium
+AnyMedia: TypeAlias = AnyMedium | Sequence[AnyMedium]
+
+
+def media_of(media: AnyMedia) -> tuple[Medium, ...]:
+    """One medium or several as a tuple. Raises UserError for none, and for bounds that hold no time."""
+    alone = isinstance(media, str | bytes | os.PathLike | Media | Medium)
+    several = [media] if alone else list(media)  # type: ignore[arg-type]
+    if not several:
+        raise UserError("no video or picture is given; give at least one")
+    found = tuple(medium if isinstance(medium, Medium) else Medium(medium) for medium in several)
+    for medium in found:
+        start, end = medium.start or 0.0, np.inf if medium.end is None else medium.end
+        if not 0 <= start < end:
+            raise UserError(f"{medium}: start {start} and end {end} seconds; 0 <= start < end must hold")
+    return found
+
+
+def sampling_of(processor: Processor, frames: int | None) -> SamplingConfig:
+    """How frames are chosen: `frames` spread over the video, or None as in training."""
+    if frames is None:
+        return processor.sampling
+    if frames < 1:
+        raise UserError(f"--frames is {frames}; it must be 1 or more")
+    return SamplingConfig(policy="uniform", frames=frames)
+
+
+def time_texts(clips: Sequence[Clip], processor: Processor) -> list[str | None]:
+    """The time instruction of each medium, or None."""
+    metas = (ClipMeta(len(clip.frames), clip.duration, clip.times.tolist()) for clip in clips)
+    return [time_text(meta, processor.time_instruction) for meta in metas]
+
+
+def read_clip(
+    medium: Medium, sampling: SamplingConfig, processor: Processor, *, encoding: "Encoding | None" = None,
+    num_threads: int = 0,
+) -> Clip:  # fmt: skip
+    """Decodes a medium.
+
+    Args:
+        medium: what to read.
+        sampling: how frames are chosen.
+        processor: size and filter of frames.
+        encoding: is given frames as soon as they are decoded.
+        num_threads: of the decoder; 0: as many as there are cores.
+
+    Raises:
+        DataError: the medium is missing, damaged, or has no frame within its bounds.
+    """
+    source = from_bytes(medium.source) if isinstance(medium.source, bytes) else medium.source
+    bounds = None
+    if medium.start is not None or medium.end is not None:
+        bounds = (medium.start or 0.0, np.inf if medium.end is None else medium.end)
+    return read_frames(
+        source, sampling, size=processor.image_size, bounds=bounds, num_threads=num_threads,
+        resampling=processor.resampling, deadline_s=None, on_frames=encoding and encoding.add,
+    )  # fmt: skip
+
+
+class Encoding:
+    """The frames of one row of a prompt on their way through the encoder, some at a time."""
+
+    def __init__(self, compiled: Compiled, params: PyTree, *, most_frames: int = 0) -> None:
+        """Encodes with these programs and parameters; `most_frames` are those of the longest row."""
+        self._compiled, self._params, self._most = compiled, params, most_frames
+        self._frames: np.ndarray | None = None
+        self._parts: list[Visual] = []
+
+    def add(self, frames: np.ndarray, count: int) -> None:
+        """Encodes what is complete of uint8[F, R, R, 3], of which `count` are there. Does not wait."""
+        if frames is not self._frames:
+            self._frames, self._parts = frames, []
+        size = frames_at_once(max(len(frames), self._most))
+        while (len(self._parts) + 1) * size <= count:
+            begin = len(self._parts) * size
+            self._parts.append(self._compiled.encode(self._params, frames[None, begin : begin + size]))
+
+    def finish(self, frames: np.ndarray) -> tuple[Visual, ...]:
+        """The tokens of all frames uint8[F, R, R, 3] in parts, padded to a size of `shapes`."""
+        self.add(frames, len(frames))
+        longest = max(len(frames), self._most)
+        size, done = frames_at_once(longest), len(self._parts)
+        shape = (1, size, *frames.shape[1:])
+        if done * size < len(frames):
+            last = np.zeros(shape, np.uint8)
+            last[0, : len(frames) - done * size] = frames[done * size :]
+            self._parts.append(self._compiled.encode(self._params, last))
+        missing = padded_frames(longest) // size - len(self._parts)
+        return (*self._parts, *[self._compiled.blank(self._params, shape)] * missing)
+
+
+def stacked(clips: Sequence[Clip]) -> np.ndarray:
+    """uint8[F, R, R, 3] of all clips; of one clip its own array."""
+    return clips[0].frames if len(clips) == 1 else np.concatenate([clip.frames for clip in clips])
