@@ -109,6 +109,17 @@ def _option_words(assignment: str) -> list[str]:
     return [option_of(name), *(str(item) for item in (value if isinstance(value, list) else [value]))]
 
 
+def check_output(option: str, path: str | None) -> None:
+    """Raises a UserError for an output that cannot be written, before long work begins."""
+    if path in (None, "-"):
+        return
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"{option} {path}: the folder {folder} does not exist; create it or name another")
+    if Path(path).is_dir():
+        raise UserError(f"{option} {path}: this is a folder; name a file")
+
+
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Adds `--json`, for `write_json`."""
     parser.add_argument("--json", metavar="-|PATH", help="write JSON to a file, or - for only JSON on stdout")
@@ -116,12 +127,12 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 def write_json(target: str, payload: object) -> None:
     """Prints `payload` when `target` is "-", else writes it to that file."""
-    text = json.dumps(payload, indent=2)
+    text = json.dumps(payload, indent=2, ensure_ascii=False)
     if target == "-":
         print(text)
         return
     try:
-        Path(target).write_text(text + "\n")
+        Path(target).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--json {target}: {reason}; give a file in a folder that can be written") from error

@@ -10,6 +10,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Literal, NamedTuple, Unpack
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
@@ -109,13 +110,14 @@ class VideoModel:
         self.ends = tokenizer.ids_of(processor.end_tokens)
         self.seconds = seconds or {}  # that `load` took, by part
 
-    def watch(self, media: AnyMedia, frames: int | None = None) -> "Video":
+    def watch(self, media: AnyMedia, frames: int | None = None, *, timed: bool = False) -> "Video":
         """Decodes and encodes a video, a picture, or several. Each question then costs only its own tokens.
 
         Args:
           media: a path, the bytes of a file, a folder of frames, or a `Medium` with start and end; or a list
             of these, which the model sees in this order.
           frames: number of frames to read of each video; None: as in training.
+          timed: wait for each phase, so that `Video.seconds` has its time.
 
         Raises:
           UserError: a medium is missing or damaged, or the decoder has too few positions for the frames.
@@ -124,7 +126,8 @@ class VideoModel:
         # Frames of one video go to the encoder while later ones are decoded.
         encoding = Encoding(self.compiled, self.params) if len(media_of(media)) == 1 else None
         clips = self.read(media, frames, encoding=encoding)
-        return Video(self, clips, encoding=encoding, decode_s=time.perf_counter() - begun)
+        seconds = {"decode": time.perf_counter() - begun} if timed else None
+        return Video(self, clips, encoding=encoding, seconds=seconds)
 
     def warm_up(self, most_frames: int = FRAME_SIZES[-1]) -> None:
         """Compiles, or reads from disk, all programs for videos of up to `most_frames` frames.
@@ -137,12 +140,21 @@ class VideoModel:
             self.watch_frames(frames, np.zeros(size, np.float32), 0.0).ask("?", max_new_tokens=1)
 
     def read(
-        self, media: AnyMedia, frames: int | None = None, *, encoding: Encoding | None = None
-    ) -> tuple[Clip, ...]:
-        """Decodes media, as `watch` does; `encoding` is given frames as soon as they are there."""
+        self, media: AnyMedia, frames: int | None = None, *, encoding: Encoding | None = None,
+        num_threads: int = 0,
+    ) -> tuple[Clip, ...]:  # fmt: skip
+        """Decodes media, as `watch` does.
+
+        Args:
+          media: as of `watch`.
+          frames: likewise.
+          encoding: is given frames as soon as they are decoded.
+          num_threads: of the decoder; 0: as many as there are cores.
+        """
         given, sampling = media_of(media), sampling_of(self.processor, frames)
         self.check_frames(sampling.most_frames, option=True)
-        return tuple(read_clip(medium, sampling, self.processor, encoding=encoding) for medium in given)
+        same = {"encoding": encoding, "num_threads": num_threads}
+        return tuple(read_clip(medium, sampling, self.processor, **same) for medium in given)
 
     def watch_frames(self, frames: np.ndarray, times: np.ndarray, duration: float) -> "Video":
         """Like `watch`, for frames that were decoded elsewhere.
@@ -165,13 +177,39 @@ class VideoModel:
             given = f"--frames is {frames}" if option else f"the media have {frames} frames"
             raise UserError(f"{given}; this model has positions for {limit} at most")
 
+    def with_room(self, cache: KVCache, tokens: int) -> KVCache:
+        """`cache` with room for so many tokens per row, the padding of a question included."""
+        return self.compiled.resize(cache, grown(cache.size, tokens)) if tokens > cache.size else cache
+
+    def check_positions(self, cached: int, asked: int, room: int) -> None:
+        """Raises a UserError unless there are positions for `asked` and `room` tokens after `cached`."""
+        limit = self.config.decoder.max_positions
+        if cached + asked + room > limit:
+            raise UserError(
+                f"the conversation has {cached} tokens, the question {asked} and the answer up to {room};"
+                f" this model has {limit} positions: ask a shorter question, lower --max-new-tokens, or read"
+                " fewer --frames"
+            )
+
     def prefix(
-        self, prompt: TokenSequence, clips: Sequence[Clip], encoding: Encoding | None = None
-    ) -> Prefix:
-        """Encodes what `encoding` has not, and runs a prompt that ends with a medium; see `prefill`."""
+        self, prompt: TokenSequence, clips: Sequence[Clip], encoding: Encoding | None = None,
+        seconds: dict[str, float] | None = None,
+    ) -> Prefix:  # fmt: skip
+        """Encodes what `encoding` has not, and runs a prompt that ends with a medium; see `prefill`.
+
+        With `seconds`, waits for both and adds their times to it.
+        """
+        begun = time.perf_counter()
         self.check_frames(sum(len(clip.frames) for clip in clips))
         parts = (encoding or Encoding(self.compiled, self.params)).finish(stacked(clips))
-        return self.prefill([prompt], [clips], [parts])
+        if seconds is not None:
+            jax.block_until_ready(parts)
+            seconds["encode"], begun = time.perf_counter() - begun, time.perf_counter()
+        prefix = self.prefill([prompt], [clips], [parts])
+        if seconds is not None:
+            jax.block_until_ready(prefix.cache)
+            seconds["prefill"] = time.perf_counter() - begun
+        return prefix
 
     def prefill(
         self, prompts: Sequence[TokenSequence], clips: Sequence[Sequence[Clip]],
@@ -233,25 +271,16 @@ class VideoModel:
         Raises:
           UserError: a question and its answer need more positions than the decoder has.
         """
-        limit, each = self.config.decoder.max_positions, len(questions) // len(prefix.lengths)
-        needed = 0
+        each, needed = len(questions) // len(prefix.lengths), 0
         for number, (question, option) in enumerate(zip(questions, options, strict=True)):
-            cached, asked, room = prefix.lengths[number // each], len(question.ids), option.max_new_tokens
-            if cached + asked + room > limit:
-                raise UserError(
-                    f"the conversation has {cached} tokens, the question {asked} and the answer up to {room};"
-                    f" this model has {limit} positions: ask a shorter question, lower --max-new-tokens, or"
-                    " read fewer --frames"
-                )
+            cached, asked = prefix.lengths[number // each], len(question.ids)
+            self.check_positions(cached, asked, option.max_new_tokens)
             # Padding of a question is written too, and overwritten by what comes next.
-            needed = max(needed, cached + asked + room + QUESTION_TOKENS)
-        cache = prefix.cache
-        if needed > cache.size:
-            cache = self.compiled.resize(cache, grown(cache.size, needed))
+            needed = max(needed, cached + asked + option.max_new_tokens + QUESTION_TOKENS)
+        ids, cache = [question.ids for question in questions], self.with_room(prefix.cache, needed)
         return replies(
-            self.compiled, self.params, cache, [question.ids for question in questions], options,
-            tokenizer=self.tokenizer, ends=self.ends,
-        )  # fmt: skip
+            self.compiled, self.params, cache, ids, options, tokenizer=self.tokenizer, ends=self.ends
+        )
 
 
 class Video:
@@ -260,22 +289,23 @@ class Video:
     Attributes:
       model: the model that watched.
       clips: the decoded media.
-      decode_s: seconds from the file to its last frame. Encoding and prefill go on after it.
+      seconds: of "decode" (the file to its last frame), "encode" (what was not encoded meanwhile) and
+        "prefill", if `watch` was asked to time them.
       prompt: up to the question.
       prefix: the same in the caches.
     """
 
     def __init__(
         self, model: VideoModel, clips: Sequence[Clip], *, encoding: Encoding | None = None,
-        decode_s: float = 0.0,
+        seconds: dict[str, float] | None = None,
     ) -> None:  # fmt: skip
         """Encodes what `encoding` has not, and prefills the prompt up to the question."""
         self.model = model
         self.clips = tuple(clips)
-        self.decode_s = decode_s
+        self.seconds = seconds or {}
         times, system_prompt = time_texts(clips, model.processor), model.processor.system_prompt
         self.prompt = media_prefix(model.tokenizer, times, system_prompt=system_prompt)
-        self.prefix = model.prefix(self.prompt, self.clips, encoding)
+        self.prefix = model.prefix(self.prompt, self.clips, encoding, seconds)
 
     @property
     def frames(self) -> np.ndarray:

@@ -1,16 +1,25 @@
-"""`crosslmm ask` and `crosslmm chat`: what they print and write."""
+"""`crosslmm ask` and `crosslmm chat`."""
 
 import json
+import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from crosslmm_jax.config import Precision
 from crosslmm_jax.data.text import check_question
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.inference.assistant import Answer
 from crosslmm_jax.inference.figure import draw_attention
-from crosslmm_jax.inference.generate import Sampling
 from crosslmm_jax.inference.load import load
+from crosslmm_jax.inference.many import Item, answer_many
+from crosslmm_jax.inference.replies import AnswerOptions, Options
+from crosslmm_jax.inference.watching import AnyMedia, Medium
+from crosslmm_jax.utils import Progress, atomic_write
 
 
 def ask(
@@ -20,14 +29,11 @@ def ask(
     *,
     frames: int | None,
     precision: Precision | None,
-    json_path: str | None,
     attention_path: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-) -> None:
-    """Prints the answer to one question.
+    options: Options,
+    started: float | None = None,
+) -> dict[str, object]:
+    """Answers one question.
 
     Args:
       model: MODEL folder.
@@ -35,34 +41,34 @@ def ask(
       question: the question.
       frames: number of frames to read; None: as in training.
       precision: see `load`.
-      json_path: a path writes the answer as JSON there too; "-" prints JSON instead of the answer.
       attention_path: PNG file to draw the answer's T2V attention in.
-      max_new_tokens: longest answer, tokens.
-      temperature: of sampling; 0 is greedy.
-      top_p: of sampling.
-      seed: of sampling.
+      options: fields of `AnswerOptions`.
+      started: when the process started, by `time.perf_counter`: the report then has `timings`. Encoding and
+        prefill are waited for one by one, which takes a little longer.
+
+    Returns:
+      The report that `crosslmm ask --json` writes.
 
     Raises:
-      UserError: an input cannot be read, an output cannot be written, or an option is out of range.
+      UserError: an input cannot be read, the figure cannot be written, or an option is out of range.
     """
     check_question(question)
-    for option, path in (("--json", json_path), ("--attention", attention_path)):
-        _check_output(option, path)
+    AnswerOptions(**options)
+    begun = time.perf_counter()
     loaded = load(model, precision)
     if attention_path is not None and "t2v" not in loaded.config.cross_attention.directions:
         raise UserError(
             f"--attention {attention_path}: {model} has no T2V, so there is no attention to draw; leave the"
             " option out"
         )
-    watched = loaded.watch(video, frames=frames)
-    sampling = Sampling(temperature, top_p)
-    answer = watched.answer(question, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
+    watched = loaded.watch(video, frames=frames, timed=started is not None)
+    answer = watched.answer(question, **options)
     if attention_path is not None:
         maps = watched.attention(question)
         draw_attention(
             attention_path, watched.frames, watched.frame_times, maps, title=f"{question} {answer.text}"
         )
-    report = {
+    report: dict[str, object] = {
         "question": question,
         "answer": answer.text,
         "video": str(video),
@@ -70,34 +76,29 @@ def ask(
         "tokens": answer.num_tokens,
         "seconds": round(answer.seconds, 3),
         "tokens_per_second": round(answer.tokens_per_second, 2),
+        "finish_reason": answer.finish_reason,
     }
-    if json_path != "-":
-        print(answer.text)
-    if json_path is not None:
-        _write_json(json_path, report)
+    if started is not None:
+        seconds = {"imports": begun - started, **loaded.seconds, **watched.seconds}
+        seconds |= {"first_token": answer.first_token_s, "answer": answer.seconds}
+        waited = ("imports", "load", "decode", "encode", "prefill", "answer")
+        seconds["total"] = sum(seconds[phase] for phase in waited)
+        report["timings"] = {phase: round(value, 4) for phase, value in seconds.items()}
+    return report
 
 
 def chat(
-    model: str,
-    video: str,
-    *,
-    frames: int | None,
-    precision: Precision | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
+    model: str, video: str, *, frames: int | None, precision: Precision | None, options: Options
 ) -> None:
     """Reads questions line by line and streams answers, until an empty line or the end of the input.
 
     Arguments as for `ask`.
     """
+    AnswerOptions(**options)
     watched = load(model, precision).watch(video, frames=frames)
-    conversation = watched.chat(
-        max_new_tokens=max_new_tokens, sampling=Sampling(temperature, top_p), seed=seed
-    )
+    conversation = watched.chat(**options)
     if sys.stdin.isatty():
-        print(f"{len(watched.frames)} frames read. Ask a question; an empty line ends the chat.")
+        print(f"{len(watched.frame_times)} frames read. Ask a question; an empty line ends the chat.")
     while (question := _read_question()).strip():
         for piece in conversation.ask(question):
             print(piece, end="", flush=True)
@@ -111,23 +112,145 @@ def _read_question() -> str:
         return ""
 
 
-def _check_output(option: str, path: str | None) -> None:
-    """Raises a UserError for an output that cannot be written, before the model is loaded."""
-    if path in (None, "-"):
-        return
-    folder = Path(path).absolute().parent
-    if not folder.is_dir():
-        raise UserError(f"{option} {path}: the folder {folder} does not exist; create it or name another")
-    if Path(path).is_dir():
-        raise UserError(f"{option} {path}: this is a folder; name a file")
+def ask_many(
+    model: str,
+    questions: str,
+    out: str,
+    *,
+    media_root: str = "",
+    frames: int | None = None,
+    precision: Precision | None = None,
+    videos_at_once: int | None = None,
+    options: Options | None = None,
+    quiet: bool = False,
+) -> str:
+    """Answers the questions of a JSONL file.
+
+    A line of `questions` is {"video": path or list of paths, "question": text}. It may have "start" and "end"
+    in seconds, and fields of `AnswerOptions` but for `sampling`. A line of `out` has all keys of a line of
+    `questions`, its number "line" from 1 on, and "response", "tokens" and "finish_reason", or "error".
+
+    The same command continues after a stop: lines of `out` are kept if they answer the same line, and those
+    with an error are tried again. Neighbouring lines with the same video share it.
+
+    Args:
+      model: MODEL folder.
+      questions: JSONL file to read.
+      out: JSONL file to write.
+      media_root: folder that paths start from.
+      frames: of each video; None: as in training.
+      precision: see `load`.
+      videos_at_once: see `answer_many`.
+      options: fields of `AnswerOptions`, where a line has none.
+      quiet: show no progress on stderr.
+
+    Returns:
+      A line that says what was written.
+
+    Raises:
+      UserError: a file cannot be read or written, or a line is not as above.
+    """
+    lines = [_Line(number, row, questions) for number, row in _rows(questions)]
+    given = [line.item(media_root, options or {}) for line in lines]
+    done = _answered(Path(out), lines)
+    left = [place for place in range(len(lines)) if lines[place].number not in done]
+    errors = 0
+    if left:
+        loaded, writes = load(model, precision), jax.process_index() == 0
+        with (
+            open(out if writes else os.devnull, "a", encoding="utf-8") as file,
+            Progress("ask", unit="questions", total=len(lines), done=len(done), quiet=quiet) as progress,
+        ):
+            items = (given[place] for place in left)
+            for number, answer in answer_many(loaded, items, frames=frames, videos_at_once=videos_at_once):
+                errors += isinstance(answer, UserError)
+                file.write(lines[left[number]].answered(answer))
+                file.flush()
+                progress.update(progress.done + 1, f"{errors} errors")
+    again = "; the same command tries those with an error again" if errors else ""
+    return f"{len(lines) - errors} answers and {errors} errors in {out}{again}"
 
 
-def _write_json(path: str, value: Mapping[str, object]) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    if path == "-":
-        print(text)
-        return
+class _Line:
+    """One line of a file of questions."""
+
+    def __init__(self, number: int, row: dict[str, Any], path: str) -> None:
+        """Raises UserError when a field is missing or of the wrong type."""
+        self.number, self.row, self.where = number, row, f"{path}, line {number}"
+        video = row.get("video")
+        paths = [video] if isinstance(video, str) else video
+        if not isinstance(paths, list) or not paths or not all(isinstance(p, str) and p for p in paths):
+            raise UserError(f'{self.where}: "video" must be a path or a list of paths')
+        if not isinstance(row.get("question"), str) or not row["question"].strip():
+            raise UserError(f'{self.where}: "question" must be a text that is not empty')
+        for field in _WRITTEN:
+            if field in row:
+                raise UserError(f'{self.where}: "{field}" is a key of the answers; give it another name')
+        for field in ("start", "end"):
+            if not isinstance(row.get(field), int | float | None) or isinstance(row.get(field), bool):
+                raise UserError(f'{self.where}: "{field}" must be a number of seconds')
+        self._paths = paths
+
+    def item(self, media_root: str, options: Options) -> Item:
+        """The question, with `options` where the line has none of its own."""
+        media: list[AnyMedia] = [
+            Medium(os.path.join(media_root, path), self.row.get("start"), self.row.get("end"))
+            for path in self._paths
+        ]
+        own: Any = {name: self.row[name] for name in _OWN_OPTIONS if name in self.row}
+        try:
+            return Item(media, self.row["question"], AnswerOptions(**options | own))  # type: ignore[arg-type]
+        except (TypeError, UserError) as error:
+            raise UserError(f"{self.where}: {error}") from error
+
+    def answered(self, answer: Answer | UserError) -> str:
+        """The line of the output."""
+        result = (
+            {"error": str(answer)}
+            if isinstance(answer, UserError)
+            else {
+                "response": answer.text,
+                "tokens": answer.num_tokens,
+                "finish_reason": answer.finish_reason,
+            }  # fmt: skip
+        )
+        return json.dumps({"line": self.number, **self.row, **result}, ensure_ascii=False) + "\n"
+
+
+_WRITTEN = ("line", "response", "tokens", "finish_reason", "error")
+_OWN_OPTIONS = ("max_new_tokens", "seed", "stop", "answer_prefix")
+
+
+def _rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and object of each line that is not blank."""
     try:
-        Path(path).write_text(text + "\n")
-    except OSError as error:
-        raise UserError(f"--json {path}: {error.strerror}; name a file that can be written") from error
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--questions {path}: cannot be read ({error}); give a JSONL file") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not valid JSON ({error}); correct the line") from error
+        if not isinstance(row, dict):
+            raise UserError(f'{path}, line {number}: write an object, {{"video": ..., "question": ...}}')
+        yield number, row
+
+
+def _answered(out: Path, lines: list[_Line]) -> set[int]:
+    """Numbers of the lines that `out` answers already. Everything else is taken out of `out`."""
+    if not out.exists():
+        return set()
+    by_number, kept = {line.number: line for line in lines}, {}
+    for text in out.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row: Mapping[str, Any] = json.loads(text)
+            line = by_number[row["line"]]
+        except (ValueError, KeyError, TypeError):
+            continue  # the line at which the last run was stopped, or one that is no longer asked
+        if "response" in row and all(row.get(key) == value for key, value in line.row.items()):
+            kept[line.number] = text + "\n"
+    atomic_write(out, "".join(kept.values()).encode())
+    return set(kept)

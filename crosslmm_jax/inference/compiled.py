@@ -98,6 +98,17 @@ class Compiled:
         with jax.set_mesh(self.mesh):
             return generate(self.model, params, t2v, state, rows, steps=steps, vocab_size=vocab_size)
 
+    def score(
+        self, params: PyTree, t2v: VideoCache | None, cache: KVCache, tokens: np.ndarray, targets: np.ndarray,
+        *, vocab_size: int,
+    ) -> Float[Array, "b t"]:  # fmt: skip
+        """Log-probabilities of `targets` after what `cache` holds; see `CrossLMM.score`.
+
+        The one row of `cache` serves all rows of `tokens`.
+        """
+        with jax.set_mesh(self.mesh):
+            return _score(self.model, params, t2v, cache, tokens, targets, vocab_size=vocab_size)
+
     def observe(self, params: PyTree, cache: KVCache, ids: np.ndarray) -> Float[Array, "x b f p"]:
         """T2V attention of the last token of `ids`, which follow what `cache` holds."""
         *before, (tokens, counts) = parts_of([ids])
@@ -159,6 +170,16 @@ def _extend(
     none = jnp.zeros(len(tokens), jnp.int32)
     state = start(logits, cache._replace(t2v=None), rows, none, vocab_size=vocab_size)
     return *everywhere(model, state.token, logits), state
+
+
+@functools.partial(jax.jit, static_argnames=("model", "vocab_size"))
+def _score(
+    model: CrossLMM, params: PyTree, t2v: VideoCache | None, cache: KVCache, tokens: Array, targets: Array,
+    *, vocab_size: int,
+) -> Float[Array, "b t"]:  # fmt: skip
+    cache = cache.repeated(len(tokens))._replace(t2v=t2v)
+    scores = apply(model, params, CrossLMM.score, cache, tokens, targets, vocab_size=vocab_size)
+    return everywhere(model, scores)[0]
 
 
 @functools.partial(jax.jit, static_argnames="model")

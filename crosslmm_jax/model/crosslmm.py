@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
@@ -124,6 +125,22 @@ class CrossLMM(nn.Module):
         keys, values, _ = zip(*outputs, strict=True)
         cache = cache._replace(keys=keys, values=values, num_tokens=cache.num_tokens + counts)
         return self.decoder.logits(gather_tokens(hidden, (counts - 1)[:, None]))[:, 0], cache
+
+    def score(
+        self, cache: KVCache, tokens: Int[Array, "b t"], targets: Int[Array, "b t"], *, vocab_size: int
+    ) -> Float[Array, "b t"]:
+        """float32 log-probability of each of `targets` after the cache and `tokens` up to the same place.
+
+        Args:
+          cache: as of `extend`; it needs room for T more tokens per row.
+          tokens: int32, padded at the end.
+          targets: int32; what is returned for a target after padding has no meaning.
+          vocab_size: tokens among which probabilities are shared out; logits beyond them are left out.
+        """
+        hidden, _ = self.decoder.extend(tokens, cache, self.dual_cross_attention)
+        logits = self.decoder.logits(hidden[:, : tokens.shape[1]])[..., :vocab_size]
+        of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return of_target - jax.nn.logsumexp(logits, axis=-1)
 
     def observe(
         self, cache: KVCache, tokens: Int[Array, "b t"], counts: Int[Array, " b"]

@@ -10,6 +10,7 @@ import pytest
 from prompts import whole_prompt
 
 from crosslmm_jax.batch import Batch
+from crosslmm_jax.cli import main
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.media.video import read_frames
 from crosslmm_jax.data.text.chat import question_suffix
@@ -18,8 +19,8 @@ from crosslmm_jax.data.text.time_instruction import ClipMeta, time_text
 from crosslmm_jax.demo.synthetic import write_dataset
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.inference import Sampling, VideoModel, load
-from crosslmm_jax.inference.commands import ask, chat
+from crosslmm_jax.inference import Medium, Sampling, VideoModel, load
+from crosslmm_jax.inference.commands import ask
 from crosslmm_jax.model import CrossLMM, init_params
 from crosslmm_jax.model_folder import save_model_folder
 
@@ -108,6 +109,83 @@ def test_a_long_conversation_outgrows_its_cache(model, clip):
 
 
 @pytest.mark.slow
+def test_a_conversation_takes_further_media_and_another_answer(model, clip, tmp_path):
+    """Two clips and a picture; answers equal those of a conversation that had them from the start."""
+    from PIL import Image
+
+    picture = tmp_path / "a.png"
+    Image.fromarray(model.watch(clip).frames[1]).resize((40, 24)).save(picture)
+    conversation = model.watch(clip).chat(max_new_tokens=4)
+    first = "".join(conversation.ask("What shape is the red object?"))
+    second = "".join(conversation.ask("And here?", [Medium(clip, start=0.5), picture.read_bytes()]))
+    assert conversation.last is not None and conversation.last.text == second
+    assert len(conversation._said.clips) == 3
+    assert "".join(conversation.regenerate()) == second  # greedy
+    third = "".join(conversation.ask("And what was first?"))
+    assert conversation._said.prompt.num_media == 3
+
+    together = model.watch([clip, Medium(clip, start=0.5), picture])
+    assert len(together.frame_times) == 9 and together.prompt.num_media == 3
+    other = model.watch(clip).chat(max_new_tokens=4)
+    assert "".join(other.ask("What shape is the red object?")) == first
+    clips = model.read([Medium(clip, start=0.5), picture])
+    assert [len(read.frames) for read in clips] == [4, 1]
+    assert "".join(other.ask("And here?", [Medium(clip, start=0.5), picture])) == second
+    assert "".join(other.ask("And what was first?")) == third
+
+
+@pytest.mark.slow
+def test_a_failed_answer_leaves_the_conversation_as_it_was(model, clip):
+    conversation = model.watch(clip).chat(max_new_tokens=6)
+    with pytest.raises(UserError, match="ask a question first"):
+        next(conversation.regenerate())
+    "".join(conversation.ask("What shape is the red object?"))
+    said, last = conversation._said, conversation.last
+    with pytest.raises(UserError, match="positions"):
+        "".join(conversation.ask("word " * 3000))
+    with pytest.raises(UserError, match="missing"):
+        "".join(conversation.ask("And here?", "missing.mp4"))
+    stopped = conversation.ask("And the blue one?")
+    next(stopped)
+    stopped.close()
+    assert conversation._said is said and conversation.last is last
+    expected = "".join(conversation.ask("And the blue one?"))
+    other = model.watch(clip).chat(max_new_tokens=6)
+    "".join(other.ask("What shape is the red object?"))
+    assert "".join(other.ask("And the blue one?")) == expected
+
+
+@pytest.mark.slow
+def test_answers_end_at_stop_texts_and_at_the_limit(model, clip):
+    video, question = model.watch(clip), "What shape is the red object?"
+    whole = video.answer(question, max_new_tokens=24)
+    assert whole.finish_reason == "length" and whole.num_tokens == 24
+    stop = whole.text[5:8]
+    cut = video.answer(question, max_new_tokens=24, stop=["not in it", stop])
+    assert cut.text == whole.text[: whole.text.index(stop)] and cut.finish_reason == "stop"
+    assert cut.num_tokens < 24
+    conversation = video.chat(max_new_tokens=24, stop=stop)
+    pieces = list(conversation.ask(question))
+    assert "".join(pieces) == cut.text
+    kept = conversation._said.prompt.ids[-cut.num_tokens :].tolist() if cut.num_tokens else []
+    assert cut.text.startswith(model.tokenizer.decode(kept))
+    begun = video.answer(question, max_new_tokens=20, answer_prefix=whole.text[:4])
+    assert begun.num_tokens == 20 and isinstance(begun.text, str)
+
+
+@pytest.mark.slow
+def test_every_end_token_ends_an_answer(model, clip, monkeypatch):
+    video, question = model.watch(clip), "What shape is the red object?"
+    conversation = video.chat(max_new_tokens=12)
+    "".join(conversation.ask(question))
+    ids = conversation._said.prompt.ids[-12:].tolist()
+    assert set(model.ends) == {model.tokenizer.im_end, model.tokenizer.pad}
+    monkeypatch.setattr(model, "ends", (*model.ends, ids[3]))
+    answer = video.answer(question, max_new_tokens=12)
+    assert answer.finish_reason == "stop" and answer.num_tokens <= 3
+
+
+@pytest.mark.slow
 def test_sampling_repeats_with_its_seed(model, clip):
     video = model.watch(clip, frames=2)
     assert video.frames.shape == (2, 32, 32, 3)
@@ -141,53 +219,65 @@ def test_a_trained_model_is_asked_in_8_bits(model, model_folder, clip, precision
     assert video.ask(question, max_new_tokens=5) == video.ask(question, max_new_tokens=5)
 
 
+def crosslmm(*words: object) -> int:
+    return main(["--debug", *map(str, words)])
+
+
 @pytest.mark.slow
 def test_commands(model_folder, clip, tmp_path, capsys, monkeypatch):
-    options = {
-        "frames": None, "precision": "int8", "max_new_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": 0,
-    }  # fmt: skip
-    ask(
-        str(model_folder),
-        str(clip),
-        "What?",
-        json_path="-",
-        attention_path=str(tmp_path / "a.png"),
-        **options,
-    )
+    options = ["--precision", "int8", "--max-new-tokens", 3]
+    figure = tmp_path / "a.png"
+    assert not crosslmm("ask", model_folder, clip, "What?", "--json", "-", "--attention", figure, *options)
     report = json.loads(capsys.readouterr().out)
     assert report["question"] == "What?" and len(report["frame_times"]) == 4
-    assert report["tokens_per_second"] > 0
-    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert report["tokens_per_second"] > 0 and report["tokens"] <= 3
+    assert "timings" not in report
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    assert not crosslmm("ask", model_folder, clip, "What?", "--json", "-", "--timings", *options)
+    again = json.loads(capsys.readouterr().out)
+    assert again["answer"] == report["answer"]
+    timings = again["timings"]
+    phases = ["imports", "load", "decode", "encode", "prefill", "answer"]
+    assert timings["total"] == pytest.approx(sum(timings[phase] for phase in phases), abs=1e-3)
+    assert 0 < timings["first_token"] <= timings["answer"]
+    assert 0 < timings["tokenizer"] and 0 < timings["weights"] <= timings["load"]
     lines = iter(["What shape is the red object?", "And the blue one?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    chat(str(model_folder), str(clip), **options)
+    assert not crosslmm("chat", model_folder, clip, *options)
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"question": "  "}, "question"),
-        ({"frames": 0}, "--frames"),
-        ({"frames": 100000}, "--frames"),
-        ({"max_new_tokens": 0}, "--max-new-tokens"),
-        ({"max_new_tokens": 5000}, "positions"),
-        ({"top_p": 0.0}, "--top-p"),
-        ({"video": "missing.mp4"}, "missing.mp4"),
-        ({"model": "missing"}, "missing"),
-        ({"json_path": "no/such/folder.json"}, "--json"),
-        ({"attention_path": "no/such/folder.png"}, "--attention"),
+        (["", "clip", "  "], "question"),
+        (["", "clip", "What?", "--frames", 0], "--frames"),
+        (["", "clip", "What?", "--frames", 100000], "--frames"),
+        (["", "clip", "What?", "--max-new-tokens", 0], "--max-new-tokens"),
+        (["", "clip", "What?", "--max-new-tokens", 5000], "positions"),
+        (["", "clip", "What?", "--top-p", 0.0], "--top-p"),
+        (["", "clip", "What?", "--temperature", "nan"], "--temperature"),
+        (["", "clip", "What?", "--stop", ""], "stop"),
+        (["", "missing.mp4", "What?"], "missing.mp4"),
+        (["missing", "clip", "What?"], "missing"),
+        (["", "clip", "What?", "--json", "no/such/folder.json"], "--json"),
+        (["", "clip", "What?", "--attention", "no/such/folder.png"], "--attention"),
+        (["", "clip"], "VIDEO and QUESTION, or --questions and --out"),
+        (["", "clip", "What?", "--out", "a.jsonl"], "belong to --questions"),
+        (["", "--questions", "a.jsonl"], "needs --out"),
+        (["", "clip", "--questions", "a.jsonl", "--out", "b.jsonl"], "leave VIDEO out"),
+        (["", "--questions", "a.jsonl", "--out", "b.jsonl", "--timings"], "leave --timings out"),
+        (["", "--questions", "missing.jsonl", "--out", "b.jsonl"], "missing.jsonl: cannot be read"),
     ],
 )
-def test_bad_input_is_one_clear_error(model_folder, clip, change, message):
-    arguments = {
-        "model": str(model_folder), "video": str(clip), "question": "What?", "frames": None,
-        "precision": None, "json_path": None, "attention_path": None, "max_new_tokens": 3,
-        "temperature": 0.0, "top_p": 1.0, "seed": 0,
-    } | change  # fmt: skip
-    with pytest.raises(UserError, match=message) as error:
-        ask(**arguments)
-    assert "\n" not in str(error.value)
+def test_bad_input_is_one_clear_error(model_folder, clip, change, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [
+        {"": model_folder, "clip": clip}.get(word, word) if i < 2 else word for i, word in enumerate(change)
+    ]
+    assert main(["ask", *map(str, words)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -208,8 +298,8 @@ def test_attention_without_t2v_is_refused_before_the_video_is_read(model_folder,
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"--attention a\.png: .*model has no T2V"):
         ask(
-            str(folder), "missing.mp4", "What?", frames=None, precision=None, json_path=None,
-            attention_path="a.png", max_new_tokens=3, temperature=0.0, top_p=1.0, seed=0,
+            str(folder), "missing.mp4", "What?", frames=None, precision=None, attention_path="a.png",
+            options={},
         )  # fmt: skip
 
 

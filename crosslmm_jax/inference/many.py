@@ -1,0 +1,176 @@
+"""Many questions about many videos: each video decoded and encoded once, questions answered together."""
+
+import collections
+import itertools
+import os
+import time
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from crosslmm_jax.data.media import Clip
+from crosslmm_jax.data.text import TokenSequence, media_prefix, question_suffix
+from crosslmm_jax.errors import UserError
+from crosslmm_jax.inference.assistant import Answer, Prefix, VideoModel
+from crosslmm_jax.inference.replies import AnswerOptions
+from crosslmm_jax.inference.watching import AnyMedia, Encoding, media_of, stacked, time_texts
+
+MOST_ROWS = 32  # questions that are answered together
+MOST_AHEAD = 16  # videos that are decoded ahead of the one that is encoded
+
+
+class Item(NamedTuple):
+    """A question about media, with options of its own."""
+
+    media: AnyMedia
+    question: str
+    options: AnswerOptions = AnswerOptions()
+
+
+class _Watched(NamedTuple):
+    """A decoded video with its questions: (number of the item, item)."""
+
+    clips: tuple[Clip, ...]
+    items: list[tuple[int, Item]]
+
+
+def answer_many(
+    model: VideoModel, items: Iterable[Item], *, frames: int | None = None, videos_at_once: int | None = None
+) -> Iterator[tuple[int, Answer | UserError]]:
+    """Answers questions in any order of completion.
+
+    Neighbouring questions about the same media (equal paths and bounds) share one decoding, one encoding and
+    one video KV cache. Videos of a batch are divided among the devices. An answer does not depend on the
+    other questions.
+
+    Args:
+        model: the model.
+        items: read as needed, some videos ahead.
+        frames: of each video; None: as in training.
+        videos_at_once: videos of a batch; None: one for each group of devices that holds the model.
+
+    Yields:
+        The number of an item, and its answer, or the error that its media or question have.
+    """
+    count = videos_at_once or int(model.compiled.mesh.shape["data"])
+    with ThreadPoolExecutor(min(MOST_AHEAD, os.cpu_count() or 1)) as pool:
+        batch: list[_Watched] = []
+        for group, clips in _decoded(model, items, pool, frames):
+            if isinstance(clips, UserError):
+                yield from ((number, clips) for number, _ in group)
+                continue
+            batch.append(_Watched(clips, group))
+            if len(batch) == count:
+                yield from _answer_batch(model, batch)
+                batch = []
+        if batch:
+            yield from _answer_batch(model, batch)
+
+
+def _decoded(
+    model: VideoModel, items: Iterable[Item], pool: ThreadPoolExecutor, frames: int | None
+) -> Iterator[tuple[list[tuple[int, Item]], tuple[Clip, ...] | UserError]]:
+    """Groups of questions about the same media with their clips, decoded ahead in threads."""
+    waiting: collections.deque[tuple[list[tuple[int, Item]], Future[tuple[Clip, ...]]]] = collections.deque()
+
+    def collect() -> tuple[list[tuple[int, Item]], tuple[Clip, ...] | UserError]:
+        group, future = waiting.popleft()
+        try:
+            return group, future.result()
+        except UserError as error:
+            return group, error
+
+    for _, grouped in itertools.groupby(enumerate(items), key=lambda numbered: _key(numbered[1].media)):
+        group = list(grouped)
+        waiting.append((group, pool.submit(model.read, group[0][1].media, frames, num_threads=1)))
+        if len(waiting) > MOST_AHEAD:
+            yield collect()
+    while waiting:
+        yield collect()
+
+
+def _key(media: AnyMedia) -> Hashable:
+    """Equal for media that are the same files, or the same bytes object."""
+    several = media_of(media)
+    return tuple(
+        (id(medium.source) if isinstance(medium.source, bytes) else str(medium.source), medium[1:])
+        for medium in several
+    )
+
+
+def _answer_batch(model: VideoModel, batch: Sequence[_Watched]) -> Iterator[tuple[int, Answer | UserError]]:
+    """Prefills some videos together and answers their questions, as many of each video in every round."""
+    try:
+        prefix = _prefix(model, [watched.clips for watched in batch])
+    except UserError as error:
+        if len(batch) > 1:  # one of them has too many frames: each for itself
+            for watched in batch:
+                yield from _answer_batch(model, [watched])
+            return
+        yield from ((number, error) for number, _ in batch[0].items)
+        return
+    questions = []
+    for row, watched in enumerate(batch):
+        asked, refused = _checked(model, watched.items, prefix.lengths[row])
+        yield from refused
+        questions.append(asked)
+    most = max(len(asked) for asked in questions)
+    if not most:
+        return
+    each = min(1 << (most - 1).bit_length(), max(1, MOST_ROWS // len(batch)))
+    for begin in range(0, most, each):
+        yield from _answer_round(model, prefix, [asked[begin : begin + each] for asked in questions], each)
+
+
+def _prefix(model: VideoModel, clips: Sequence[tuple[Clip, ...]]) -> Prefix:
+    """The prompts of some videos up to their questions."""
+    frames = [stacked(of_video) for of_video in clips]
+    most = max(map(len, frames))
+    model.check_frames(most)
+    encodings = [Encoding(model.compiled, model.params, most_frames=most) for _ in clips]
+    parts = [encoding.finish(of_video) for encoding, of_video in zip(encodings, frames, strict=True)]
+    prompts = [
+        media_prefix(
+            model.tokenizer,
+            time_texts(of_video, model.processor),
+            system_prompt=model.processor.system_prompt,
+        )
+        for of_video in clips
+    ]
+    return model.prefill(prompts, clips, parts)
+
+
+class _Asked(NamedTuple):
+    """A question as tokens."""
+
+    number: int  # of the item
+    suffix: TokenSequence
+    options: AnswerOptions
+
+
+def _checked(
+    model: VideoModel, items: Sequence[tuple[int, Item]], cached: int
+) -> tuple[list[_Asked], list[tuple[int, UserError]]]:
+    """Questions that can be answered after `cached` tokens, and errors of the others."""
+    good, refused = [], []
+    for number, item in items:
+        try:
+            prefix = item.options.answer_prefix
+            suffix = question_suffix(item.question, model.tokenizer, answer_prefix=prefix)
+            model.check_positions(cached, len(suffix.ids), item.options.max_new_tokens)
+            good.append(_Asked(number, suffix, item.options))
+        except UserError as error:
+            refused.append((number, error))
+    return good, refused
+
+
+def _answer_round(
+    model: VideoModel, prefix: Prefix, questions: Sequence[Sequence[_Asked]], each: int
+) -> Iterator[tuple[int, Answer]]:
+    """Answers up to `each` questions of every video together. Rows without a question repeat one."""
+    begun, some = time.perf_counter(), next(asked[0] for asked in questions if asked)
+    rows = [asked[i] if i < len(asked) else None for asked in questions for i in range(each)]
+    filled = [row or some._replace(options=AnswerOptions(max_new_tokens=1)) for row in rows]
+    steps = model.begin(prefix, [row.suffix for row in filled], [row.options for row in filled])
+    *_, grown = steps
+    yield from ((row.number, Answer.of(reply, begun)) for row, reply in zip(rows, grown, strict=True) if row)

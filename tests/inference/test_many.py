@@ -1,0 +1,189 @@
+"""Many questions: each answer as if asked alone, each video decoded and encoded once; scores of options."""
+
+import json
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+
+from crosslmm_jax.cli import main
+from crosslmm_jax.config import SamplingConfig
+from crosslmm_jax.data.text import question_suffix
+from crosslmm_jax.demo.synthetic import write_dataset
+from crosslmm_jax.demo.tokenizer import write_default_tokenizer
+from crosslmm_jax.errors import UserError
+from crosslmm_jax.inference import Item, Medium, Sampling, answer_many, load, score_options
+from crosslmm_jax.inference import many as many_module
+from crosslmm_jax.inference.compiled import Compiled
+from crosslmm_jax.inference.replies import AnswerOptions
+from crosslmm_jax.model import init_params
+from crosslmm_jax.model_folder import save_model_folder
+
+QUESTIONS = (
+    "What shape is the red object?",
+    "And?",
+    "Which colour has the circle, and which the square?",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from crosslmm_jax import presets
+
+    folder, config = tmp_path_factory.mktemp("many"), presets.tiny()
+    write_default_tokenizer(folder / "tokenizer")
+    save_model_folder(
+        folder / "model", config=config, params=init_params(config, jax.random.key(1)),
+        tokenizer_folder=folder / "tokenizer", sampling=SamplingConfig(frames=4), system_prompt="Be brief.",
+    )  # fmt: skip
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("clips"), num_train=4, num_heldout=4, seed=0).heldout_videos
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load(folder)
+
+
+def options_of(number: int) -> AnswerOptions:
+    """Other lengths, sampling, seeds and stop texts in each row."""
+    sampling = Sampling(1.5, 0.9) if number % 2 else Sampling()
+    stop = ("e",) if number % 3 == 2 else ()
+    return AnswerOptions(max_new_tokens=3 + 4 * number, sampling=sampling, seed=number, stop=stop)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("videos_at_once", [1, 3])
+def test_answers_equal_those_of_single_questions(model, clips, videos_at_once):
+    items = [
+        Item(clip if number < 2 else Medium(clip, end=1.0), question, options_of((number + place) % 5))
+        for number, clip in enumerate(clips[:3])
+        for place, question in enumerate(QUESTIONS[: number + 1])
+    ]
+    got = dict(answer_many(model, items, videos_at_once=videos_at_once))
+    assert sorted(got) == list(range(len(items)))
+    for number, item in enumerate(items):
+        option = item.options
+        alone = model.watch(item.media).answer(
+            item.question, max_new_tokens=option.max_new_tokens, sampling=option.sampling, seed=option.seed,
+            stop=option.stop,
+        )  # fmt: skip
+        assert (got[number].text, got[number].num_tokens) == (alone.text, alone.num_tokens), item
+        assert got[number].finish_reason == alone.finish_reason
+
+
+@pytest.mark.slow
+def test_ten_questions_decode_and_encode_once(model, clips, monkeypatch):
+    counts: Counter[str] = Counter()
+
+    def counting(name, function):
+        def counted(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    model.watch(clips[0])  # the blank frames of padding are encoded once per model
+    monkeypatch.setattr(type(model), "read", counting("decode", type(model).read))
+    for name in ("encode", "prefill", "read"):
+        monkeypatch.setattr(Compiled, name, counting(name, getattr(Compiled, name)))
+    monkeypatch.setattr(many_module, "MOST_ROWS", 8)
+    items = [Item(clips[0], f"Question {number}?", AnswerOptions(max_new_tokens=2)) for number in range(10)]
+    assert len(dict(answer_many(model, items))) == 10
+    assert counts == {"decode": 1, "encode": 1, "prefill": 1, "read": 2}
+
+
+@pytest.mark.slow
+def test_an_error_belongs_to_its_question(model, clips):
+    short = AnswerOptions(max_new_tokens=2)
+    items = [
+        Item("missing.mp4", "What?", short), Item(clips[0], "What?", short), Item(clips[0], " ", short),
+        Item(clips[0], "What?", AnswerOptions(max_new_tokens=4000)), Item(clips[1], "What?", short),
+    ]  # fmt: skip
+    got = dict(answer_many(model, items, videos_at_once=2))
+    assert [isinstance(got[number], UserError) for number in range(5)] == [True, False, True, True, False]
+    assert "missing.mp4" in str(got[0]) and "question" in str(got[2]) and "positions" in str(got[3])
+
+
+@pytest.mark.slow
+def test_scores_are_log_probabilities_of_the_options(model, clips):
+    """Against one forward pass per option."""
+    video, question = model.watch(clips[0]), QUESTIONS[0]
+    options = ["red", "a blue square", "B"]
+    scores = score_options(video, question, options, answer_prefix="It is ")
+    asked = question_suffix(question, model.tokenizer, answer_prefix="It is ").ids
+    size = model.tokenizer.vocab_size
+    for option, score in zip(options, scores, strict=True):
+        expected, ids = 0.0, asked
+        for token in model.tokenizer.encode_plain(option):
+            rows = AnswerOptions(max_new_tokens=1).row(model.ends)
+            cache = video.prefix.cache
+            _, logits, _ = model.compiled.read(model.params, cache, [ids], rows, vocab_size=size)
+            logits = np.asarray(logits, np.float64)[0, :size]
+            expected += logits[token] - np.logaddexp.reduce(logits)
+            ids = np.append(ids, np.int32(token))
+        assert score == pytest.approx(expected, abs=1e-4)
+    letters = score_options(video, question, ["A", "B"], answer_prefix="It is ")
+    assert letters[1] == pytest.approx(scores[2], abs=1e-5)
+    for wrong in ([], ["a", ""]):
+        with pytest.raises(UserError, match="options are"):
+            score_options(video, question, wrong)
+
+
+@pytest.mark.slow
+def test_a_file_of_questions_is_answered_and_resumed(folder, clips, tmp_path, capsys, monkeypatch):
+    rows = [
+        {"id": "a", "video": clips[0].name, "question": QUESTIONS[0], "max_new_tokens": 3},
+        {"id": "b", "video": "missing.mp4", "question": "What?"},
+        {"id": "c", "video": [clips[0].name, clips[1].name], "question": "Ünd?", "start": 0.0, "end": 1.0},
+    ]
+    questions, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    questions.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    words = ["ask", str(folder), "--questions", str(questions), "--out", str(out)]
+    words += ["--media-root", str(clips[0].parent), "--max-new-tokens", "2"]
+    assert main(words) == 0
+    assert "2 answers and 1 errors" in capsys.readouterr().out
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [answer["line"] for answer in answers] == [1, 2, 3]
+    assert answers[0]["tokens"] == 3 and answers[2]["tokens"] == 2 and answers[2]["id"] == "c"
+    assert "missing.mp4" in answers[1]["error"] and "response" not in answers[1]
+    # Stopped in the middle of the last line; the missing video has come; the first answer is not made again.
+    first = out.read_text().splitlines()[0]
+    marked = json.dumps(json.loads(first) | {"response": "kept"})
+    out.write_text(marked + "\n" + json.dumps(answers[2])[:40])
+    rows[1]["video"] = clips[1].name
+    questions.write_text("\n".join(json.dumps(row) for row in rows))
+    assert main(words) == 0
+    assert "3 answers and 0 errors" in capsys.readouterr().out
+    again = {row["line"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert again[1]["response"] == "kept" and again[3] == answers[2] and again[2]["tokens"] == 2
+    monkeypatch.setattr("crosslmm_jax.inference.commands.load", lambda *_: pytest.fail("nothing is left"))
+    assert main(words) == 0
+
+
+@pytest.mark.parametrize(
+    "line,message",
+    [
+        ("{", "line 1: not valid JSON"),
+        ("[1]", "line 1: write an object"),
+        ('{"question": "a"}', 'line 1: "video" must be'),
+        ('{"video": "a.mp4"}', 'line 1: "question" must be'),
+        ('{"video": [], "question": "a"}', '"video" must be'),
+        ('{"video": "a", "question": "a", "start": "1"}', '"start" must be a number'),
+        ('{"video": "a", "question": "a", "response": ""}', '"response" is a key of the answers'),
+        ('{"video": "a", "question": "a", "max_new_tokens": 0}', "line 1: --max-new-tokens is 0"),
+        ('{"video": "a", "question": "a", "max_new_tokens": "b"}', "line 1: "),
+    ],
+)
+def test_a_wrong_line_is_named(folder, tmp_path, capsys, line, message):
+    (tmp_path / "q.jsonl").write_text(line)
+    words = ["ask", folder, "--questions", tmp_path / "q.jsonl", "--out", tmp_path / "a.jsonl"]
+    assert main([str(word) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "a.jsonl").exists()
