@@ -8,10 +8,14 @@
 Folders of pictures and still images are read by the same functions.
 """
 
+import collections
 import contextlib
 import dataclasses
 import importlib
+import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 # that is read again starts with another array. The clip that is returned has the last one.
 OnFrames = Callable[[np.ndarray, int], None]
 
+_RESIZING_THREADS = 8  # at most; decoding keeps no more busy
 _LOST_TAIL = 3  # this many frames at the end may fail to decode; with more the file counts as damaged
 _EXIF_ROTATION = {3: 180, 4: 180, 5: 270, 6: 270, 7: 90, 8: 90}  # degrees anticlockwise
 _ORIENTATION = 0x0112  # number of the field in the EXIF data
@@ -167,7 +172,7 @@ def read_frames(
         sampling: the rule that chooses frames.
         size: R, pixels of each side. The aspect ratio is not kept, as in SigLIP.
         bounds: (start, end) in seconds of the part to read; None for the whole video.
-        num_threads: threads of the decoder; 0 lets ffmpeg choose.
+        num_threads: threads of the decoder, and at most as many that resize; 0: as many as there are cores.
         resampling: filter of the resizing.
         deadline_s: fail after this many seconds without a packet or picture; None for no limit.
         on_frames: told while a video is decoded, so that work on its first frames can begin.
@@ -187,7 +192,7 @@ def read_frames(
         return chosen.clip(images)
     if holds_image(path):
         return read_image(path, size, resampling)
-    to_square = _ToSquare(size, resampling, path)
+    to_square = _ToSquare(size, resampling, path, num_threads)
     for shortcuts in (True, False):  # without shortcuts if they do not find every frame
         with open_indexed(path, deadline, num_threads, use_tables=shortcuts) as (stream, index):
             shown = np.flatnonzero(index.shown)
@@ -282,7 +287,7 @@ def _take_wanted(
     images = np.empty((len(wanted), to_square.size, to_square.size, 3), np.uint8)
     targets = index.times[wanted].tolist()
     done, last = 0, None
-    with contextlib.suppress(SeekError):
+    with to_square.into(images, on_frames) as put, contextlib.suppress(SeekError):
         for number, frame in enumerate(frames):
             time = number if index.untimed else frame.pts
             last = frame
@@ -292,9 +297,7 @@ def _take_wanted(
             if done > first:
                 if exact and (targets[first] != time or frame.is_corrupt):
                     return None
-                images[first:done] = to_square(frame)
-                if on_frames is not None:
-                    on_frames(images, done)
+                put(frame, first, done)
             if done == len(targets):
                 return images
     tail = np.sort(index.times[index.shown])[-_LOST_TAIL - 1 :]
@@ -304,23 +307,63 @@ def _take_wanted(
     return images
 
 
+# (frame, first, end): the frame becomes images `first` to `end`.
+Put = Callable[["VideoFrame", int, int], None]
+
+
 class _ToSquare:
-    """Converts video frames to uint8[size, size, 3]; keeps ffmpeg's converter between frames."""
+    """Converts video frames to uint8[size, size, 3], in several threads or in the caller's."""
 
-    def __init__(self, size: int, resampling: Resampling, path: PathOrMedia) -> None:
-        from av.video.reformatter import VideoReformatter
-
+    def __init__(self, size: int, resampling: Resampling, path: PathOrMedia, num_threads: int) -> None:
+        """`num_threads` as of `read_frames`."""
         self.size = size
         self.path = path
         self._resampling: Resampling = resampling
-        self._reformatter = VideoReformatter()
+        self._threads = min(num_threads or os.cpu_count() or 1, _RESIZING_THREADS)
+        self._of_thread = threading.local()  # ffmpeg's converter, kept between frames
+
+    @contextlib.contextmanager
+    def into(self, images: np.ndarray, on_frames: OnFrames | None) -> Iterator[Put]:
+        """Gives a function that fills `images`. When the block ends, all of them are there."""
+        tell = on_frames or (lambda images, count: None)
+        waiting: collections.deque[tuple[int, Future[None]]] = collections.deque()
+
+        def fill(frame: "VideoFrame", first: int, end: int) -> None:
+            images[first:end] = self(frame)
+
+        def collect() -> None:
+            end, future = waiting.popleft()
+            future.result()
+            tell(images, end)
+
+        def put_now(frame: "VideoFrame", first: int, end: int) -> None:
+            fill(frame, first, end)
+            tell(images, end)
+
+        def put(frame: "VideoFrame", first: int, end: int) -> None:
+            waiting.append((end, pool.submit(fill, frame, first, end)))
+            # Decoded frames are large: few of them wait.
+            while waiting and (len(waiting) > 2 * self._threads or waiting[0][1].done()):
+                collect()
+
+        if self._threads == 1:
+            yield put_now
+            return
+        with ThreadPoolExecutor(self._threads) as pool:
+            yield put
+            while waiting:
+                collect()
 
     def __call__(self, frame: "VideoFrame") -> np.ndarray:
         """The frame rotated as its metadata says, and resized."""
         from PIL import Image
 
         check_pixels(self.path, frame.width, frame.height)
-        pixels = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        if not hasattr(self._of_thread, "reformatter"):
+            from av.video.reformatter import VideoReformatter
+
+            self._of_thread.reformatter = VideoReformatter()
+        pixels = self._of_thread.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
         turns = _quarter_turns(frame)
         if turns:
             pixels = np.ascontiguousarray(np.rot90(pixels, turns))

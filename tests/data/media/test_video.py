@@ -241,7 +241,7 @@ def test_real_clips() -> None:
 @pytest.mark.parametrize("shape", [(64, 48), (50, 98), (322, 242)])
 def test_the_kept_converter_gives_the_same_pixels(tmp_path: Path, codec: str, shape: tuple[int, int]) -> None:
     path = write_video(tmp_path / "a.mkv", 5, codec=codec, width=shape[0], height=shape[1])
-    to_square = video._ToSquare(SIZE, "bicubic", path)
+    to_square = video._ToSquare(SIZE, "bicubic", path, 1)
     expected, _ = decode_all(path)
     with av.open(str(path)) as container:
         squares = [to_square(frame) for frame in container.decode(video=0)]
@@ -255,3 +255,22 @@ def test_probe_tells_what_the_file_is_like(tmp_path: Path) -> None:
     assert info.keyframe_spacing == pytest.approx(12 / 25)
     assert probe(write_video(tmp_path / "b.webm", 5, codec="libvpx-vp9")).codec == "vp9"
     assert probe(write_video(tmp_path / "c.mkv", 1)).duration == pytest.approx(1 / 25, abs=2e-3)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_frames_are_told_in_order_once_they_are_there(tmp_path: Path, threads: int) -> None:
+    path, told = write_video(tmp_path / "a.mp4", 30), []
+    given: list[np.ndarray] = []
+
+    def on_frames(frames: np.ndarray, count: int) -> None:
+        told.append(count)
+        given.append(frames[:count].copy())
+
+    clip = read_frames(
+        path, SamplingConfig(frames=12), size=SIZE, num_threads=threads, on_frames=on_frames
+    )  # fmt: skip
+    assert told == list(range(1, 13))
+    for frames in given:
+        np.testing.assert_array_equal(frames, clip.frames[: len(frames)])
+    repeated = read_frames(path, SamplingConfig(frames=60), size=SIZE, on_frames=on_frames)
+    assert len(repeated.frames) == 60 and len(told) == 12
