@@ -1,6 +1,6 @@
 """Reads and writes safetensors files one tensor, or one layer of a stacked tensor, at a time.
 
-Whole tensors and layers are read and written by position instead of mapping the file, because a mapped file
+Whole rows of tensors are read and written by position instead of mapping the file, because a mapped file
 counts as resident memory. The library's `save_file` wants all tensors of a file at once.
 """
 
@@ -116,30 +116,63 @@ class Reader:
     def read(self, name: str, row: int | None = None) -> np.ndarray:
         """The tensor `name`, or its part `row` along the first axis."""
         entry = self.entries[name]
-        shape, begin = entry.shape, entry.begin
-        if row is not None:
-            shape = shape[1:]
-            begin += row * math.prod(shape) * jnp.dtype(entry.dtype).itemsize
-        value = np.empty(shape, jnp.dtype(entry.dtype))
-        view = _bytes(value)
-        self._file.seek(begin)
-        done = 0
-        while done < len(view):
-            count = self._file.readinto(view[done:])
-            if not count:
-                raise UserError(f"{self.path}: ended inside {name}; copy it again")
-            done += count
-        return value
+        if row is None:
+            return self.read_part(name, tuple(slice(0, size) for size in entry.shape))
+        rest = tuple(slice(0, size) for size in entry.shape[1:])
+        return self.read_part(name, (slice(row, row + 1), *rest))[0]
 
     def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """The part of the tensor `name` at `index`, one slice per axis. Nothing else is read."""
         entry = self.entries[name]
         bounds = zip(index, entry.shape, strict=True)
-        if all(part.indices(size) == (0, size, 1) for part, size in bounds):
-            return self.read(name)
-        # Mapped, because a slice of an inner axis is many short runs of bytes. The copy ends the mapping.
-        mapped = np.memmap(self._file, jnp.dtype(entry.dtype), "r", entry.begin, entry.shape)
-        return np.array(mapped[index])
+        value = np.empty([len(range(size)[part]) for part, size in bounds], jnp.dtype(entry.dtype))
+        self.read_into(value, name, index)
+        return value
+
+    def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
+        """Reads the part of the tensor `name` at `index` into `out`, cast to its dtype.
+
+        Several threads may read at once.
+
+        Args:
+          out: contiguous, of the shape of the part.
+          name: the tensor.
+          index: one slice per axis, without steps.
+
+        Raises:
+          UserError: the file has become shorter.
+        """
+        entry = self.entries[name]
+        dtype = jnp.dtype(entry.dtype)
+        bounds = [part.indices(size) for part, size in zip(index, entry.shape, strict=True)]
+        whole = [bound == (0, size, 1) for bound, size in zip(bounds, entry.shape, strict=True)]
+        if all(whole[1:]):  # one run of bytes
+            row_bytes = math.prod(entry.shape[1:]) * dtype.itemsize
+            begin = entry.begin + (bounds[0][0] * row_bytes if bounds else 0)
+            value = out if out.dtype == dtype else np.empty(out.shape, dtype)
+            self._read_bytes(_bytes(value), begin, name)
+            if value is not out:
+                np.copyto(out, value, casting="unsafe")
+            return
+        if os.fstat(self._file.fileno()).st_size < entry.begin + entry.nbytes:
+            raise self._ended_inside(name)
+        # Mapped, because a slice of an inner axis is many short runs of bytes. numpy copies integers faster
+        # than bfloat16, and without holding up other threads.
+        mapped = np.memmap(self._file, f"u{dtype.itemsize}", "r", entry.begin, entry.shape)[index]
+        if out.dtype == dtype:
+            np.copyto(out.view(mapped.dtype), mapped)
+        else:
+            np.copyto(out, np.ascontiguousarray(mapped).view(dtype), casting="unsafe")
+
+    def _read_bytes(self, view: memoryview, begin: int, name: str) -> None:
+        while view:
+            count = os.preadv(self._file.fileno(), [view], begin)
+            if not count:
+                raise self._ended_inside(name)
+            view, begin = view[count:], begin + count
+
+    def _ended_inside(self, name: str) -> UserError:
+        return UserError(f"{self.path}: ended inside {name}; copy it again")
 
     def close(self) -> None:
         """Closes the file."""

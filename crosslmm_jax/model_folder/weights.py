@@ -1,12 +1,15 @@
 """Weights in a folder: one safetensors file, or numbered shards and an index.
 
-Tensors are read and written one at a time, so that a host never holds more than one of them.
+Tensors are written one at a time, so that a host never holds more than one of them, and read a few at a time.
 """
 
+import collections
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,9 @@ from crosslmm_jax.model_folder.safetensors_file import FLOATS, Reader, Shape, Wr
 MAX_SHARD_BYTES = 4 * 10**9
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+HOST_BYTES = 2 * 2**30  # of weights between file and devices; a larger tensor is read alone
+PIECE_BYTES = 16 * 2**20  # what a thread reads at once
+_Part = tuple[tuple[int, int], ...]  # where a part begins and ends, per axis
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -243,6 +249,9 @@ def read_weights(
 ) -> dict[str, Any]:
     """The parameters in `folder`, each read straight into its shards.
 
+    Threads read and cast, a few tensors at a time, while earlier ones move to the devices. A process reads
+    what its own devices hold, and holds at most HOST_BYTES of it, or one tensor.
+
     Args:
       folder: holds `model.safetensors`, or shards and their index.
       shapes: parameter path -> shape of all that must be there.
@@ -250,32 +259,106 @@ def read_weights(
       dtype: of the result; None keeps that of the files.
 
     Raises:
-      UserError: as `open_weights`.
+      UserError: as `open_weights`; or a file became shorter.
     """
     flat_shardings = {} if shardings is None else flatten(shardings)
-    with open_weights(folder, shapes) as readers:
-        flat = {
-            name: _read_sharded(readers[name], name, sharding=flat_shardings.get(name), dtype=dtype)
-            for name in shapes
-        }
-    return unflatten(flat)
+    arrays: dict[str, jax.Array] = {}
+    reading: collections.deque[_Reading] = collections.deque()
+    moving: collections.deque[_Reading] = collections.deque()
+    with open_weights(folder, shapes) as readers, ThreadPoolExecutor(_num_threads()) as pool:
+
+        def move() -> None:
+            done = reading.popleft()
+            arrays[done.name] = done.array()
+            moving.append(done)
+
+        try:
+            for name in sorted(shapes, key=lambda name: (str(readers[name].path), _begin(readers, name))):
+                tensor = _Reading(readers[name], name, flat_shardings.get(name), dtype)
+                while (reading or moving) and tensor.nbytes + _held(reading, moving) > HOST_BYTES:
+                    if moving:
+                        jax.block_until_ready(arrays[moving.popleft().name])
+                    else:
+                        move()
+                tensor.start(pool)
+                reading.append(tensor)
+            while reading:
+                move()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return unflatten({name: arrays[name] for name in shapes})
 
 
-def _read_sharded(
-    reader: Reader, name: str, *, sharding: jax.sharding.Sharding | None, dtype: str | None
-) -> jax.Array:
-    """The tensor `name` on its devices. Only the parts that this process holds are read."""
-    entry = reader.entries[name]
-    target = jnp.dtype(dtype or entry.dtype)
-    if sharding is None:
-        return jax.device_put(np.asarray(reader.read(name), dtype=target))
-    parts: dict[str, np.ndarray] = {}
+def _begin(readers: Mapping[str, Reader], name: str) -> int:
+    return readers[name].entries[name].begin
 
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        key = str(index)  # devices that hold the same part read it once
-        if key not in parts:
-            value = reader.read(name) if index is None else reader.read_part(name, index)
-            parts[key] = np.asarray(value, dtype=target)
-        return parts[key]
 
-    return jax.make_array_from_callback(entry.shape, sharding, part)
+def _held(*queues: Iterable["_Reading"]) -> int:
+    return sum(tensor.nbytes for queue in queues for tensor in queue)
+
+
+def _num_threads() -> int:
+    """As many as there are processors, and at least 8: a thread also waits for its disk."""
+    return min(32, max(8, os.cpu_count() or 1))
+
+
+class _Reading:
+    """A tensor on the way from its file to the devices: one buffer for each part that this process holds."""
+
+    def __init__(
+        self, reader: Reader, name: str, sharding: jax.sharding.Sharding | None, dtype: str | None
+    ) -> None:
+        entry = reader.entries[name]
+        self.name, self._reader, self._shape, self._sharding = name, reader, entry.shape, sharding
+        self._dtype = jnp.dtype(dtype or entry.dtype)
+        indices = [tuple(slice(0, size) for size in entry.shape)]
+        if sharding is not None:
+            indices = sharding.addressable_devices_indices_map(entry.shape).values()
+        bounds = [_bounds(index, entry.shape) for index in indices]
+        self._parts = list(dict.fromkeys(bounds))  # devices that hold the same part read it once
+        self.nbytes = self._dtype.itemsize * sum(
+            math.prod(stop - start for start, stop in part) for part in self._parts
+        )
+        self._buffers: dict[_Part, np.ndarray] = {}
+        self._futures: list[Future[None]] = []
+
+    def start(self, pool: ThreadPoolExecutor) -> None:
+        """Lets the threads read all parts, in pieces of whole rows of about PIECE_BYTES."""
+        for part in self._parts:
+            shape = [stop - start for start, stop in part]
+            buffer = self._buffers[part] = _aligned(shape, self._dtype)
+            rows = shape[0] if shape else 1
+            step = max(1, rows * PIECE_BYTES // max(1, buffer.nbytes))
+            for row in range(0, rows if buffer.size else 0, step):
+                self._futures.append(pool.submit(self._read, part, row, min(row + step, rows)))
+
+    def _read(self, part: _Part, begin: int, end: int) -> None:
+        index, buffer = tuple(slice(*bounds) for bounds in part), self._buffers[part]
+        if part:
+            first = part[0][0]
+            index, buffer = (slice(first + begin, first + end), *index[1:]), buffer[begin:end]
+        self._reader.read_into(buffer, self.name, index)
+
+    def array(self) -> jax.Array:
+        """The tensor on its devices, or on its way there. Waits for the threads; raises what they raised."""
+        for future in self._futures:
+            future.result()
+        if self._sharding is None:
+            return jax.device_put(self._buffers[self._parts[0]])
+        return jax.make_array_from_callback(
+            self._shape, self._sharding, lambda index: self._buffers[_bounds(index, self._shape)]
+        )
+
+
+def _bounds(index: tuple[slice, ...], shape: Shape) -> _Part:
+    return tuple((part.start or 0, size if part.stop is None else part.stop)
+                 for part, size in zip(index, shape, strict=True))  # fmt: skip
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array at a multiple of 64 bytes: a CPU device uses it as it is, without a copy."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + nbytes].view(dtype).reshape(shape)

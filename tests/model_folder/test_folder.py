@@ -1,9 +1,13 @@
 """The MODEL folder: what is written is read back, and every defect is named."""
 
+import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +170,99 @@ def test_sharded_in_and_out(tmp_path, written, params, tokenizer) -> None:
     save(tmp_path / "again", sharded, tokenizer)
     first, second = ((folder / weights.SINGLE_FILE).read_bytes() for folder in (written, tmp_path / "again"))
     assert first == second
+
+
+@pytest.fixture
+def pieces(monkeypatch) -> list[tuple[str, int]]:
+    """Name and bytes of every piece that `read_weights` reads, in pieces of a few rows."""
+    found, read_into = [], Reader.read_into
+
+    def recorded(self, out, name, index) -> None:
+        found.append((name, out.nbytes))
+        read_into(self, out, name, index)
+
+    monkeypatch.setattr(Reader, "read_into", recorded)
+    monkeypatch.setattr(weights, "PIECE_BYTES", 4096)
+    return found
+
+
+def test_every_byte_is_read_once_whatever_the_mesh(written, params, pieces) -> None:
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    meshes = (MeshConfig(data=1, fsdp=4, tensor=2), MeshConfig(data=8), MeshConfig(data=1, tensor=8))
+    for config in (None, *meshes):
+        pieces.clear()
+        shardings = config and param_shardings(logical_axes(tiny()), params, make_mesh(config))
+        assert_equal(load_weights(written, tiny(), shardings=shardings), params)
+        assert sum(nbytes for _, nbytes in pieces) == total, config
+        assert len(pieces) > 2 * len(jax.tree.leaves(params)), "large tensors in pieces"
+
+
+def test_a_process_reads_what_its_devices_hold(written, params, pieces) -> None:
+    name = "decoder.embedding"
+    shape = params["decoder"]["embedding"].shape
+    rows = slice(shape[0] // 2, shape[0])  # one of two processes
+
+    class Half:
+        def addressable_devices_indices_map(self, shape):
+            return {0: (rows, slice(0, shape[1] // 2)), 1: (rows, slice(shape[1] // 2, None)),
+                    2: (rows, slice(0, shape[1] // 2))}  # fmt: skip
+
+    with weights.open_weights(written, shapes_of(params)) as readers, ThreadPoolExecutor(4) as pool:
+        tensor = weights._Reading(readers[name], name, Half(), "bfloat16")
+        tensor.start(pool)
+        for future in tensor._futures:
+            future.result()
+    expected = params["decoder"]["embedding"][rows].astype(jnp.bfloat16)
+    assert sum(nbytes for _, nbytes in pieces) == tensor.nbytes == expected.nbytes
+    np.testing.assert_array_equal(np.concatenate(list(tensor._buffers.values()), axis=1), expected)
+
+
+def test_threads_read_at_once_and_hold_a_bounded_part(written, params, pieces, monkeypatch) -> None:
+    monkeypatch.setattr(weights, "HOST_BYTES", 300_000)
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert largest < 300_000 < sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2
+    together, first = threading.Barrier(2), itertools.count()
+    held, most = 0, 0
+    read_into, start, array = Reader.read_into, weights._Reading.start, weights._Reading.array
+
+    def meeting(self, *args) -> None:
+        if next(first) < 2:
+            together.wait(60)  # breaks, and fails, if one thread reads after the other
+        read_into(self, *args)
+
+    def starting(self, pool) -> None:
+        nonlocal held, most
+        held += self.nbytes
+        most = max(held, most)
+        start(self, pool)
+
+    def moving(self):
+        nonlocal held
+        held -= self.nbytes
+        return array(self)
+
+    monkeypatch.setattr(Reader, "read_into", meeting)
+    monkeypatch.setattr(weights._Reading, "start", starting)
+    monkeypatch.setattr(weights._Reading, "array", moving)
+    assert_equal(load_weights(written, tiny()), params)
+    assert held == 0 and largest < most <= 300_000
+
+
+@pytest.mark.parametrize("tensor", [1, 8])
+def test_a_file_that_ends_while_it_is_read(copied, params, monkeypatch, tensor: int) -> None:
+    mesh = make_mesh(MeshConfig(data=1, tensor=tensor), jax.devices()[:tensor])
+    shardings = param_shardings(logical_axes(tiny()), params, mesh)
+    path, open_weights = copied / "model.safetensors", weights.open_weights
+
+    @contextlib.contextmanager
+    def shortened(folder, shapes):
+        with open_weights(folder, shapes) as readers:
+            os.truncate(path, path.stat().st_size // 2)
+            yield readers
+
+    monkeypatch.setattr(weights, "open_weights", shortened)
+    with pytest.raises(UserError, match=r"model\.safetensors: ended inside [\w.]+; copy it again"):
+        load_weights(copied, tiny(), shardings=shardings)
 
 
 def test_all_defects_in_one_message(tmp_path, params) -> None:
