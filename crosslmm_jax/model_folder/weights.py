@@ -312,10 +312,8 @@ class _Reading:
         entry = reader.entries[name]
         self.name, self._reader, self._shape, self._sharding = name, reader, entry.shape, sharding
         self._dtype = jnp.dtype(dtype or entry.dtype)
-        indices = [tuple(slice(0, size) for size in entry.shape)]
-        if sharding is not None:
-            indices = sharding.addressable_devices_indices_map(entry.shape).values()
-        bounds = [_bounds(index, entry.shape) for index in indices]
+        held = {} if sharding is None else sharding.addressable_devices_indices_map(entry.shape)
+        bounds = [_bounds(index, entry.shape) for index in held.values()] or [_bounds(None, entry.shape)]
         self._parts = list(dict.fromkeys(bounds))  # devices that hold the same part read it once
         self.nbytes = self._dtype.itemsize * sum(
             math.prod(stop - start for start, stop in part) for part in self._parts
@@ -351,9 +349,12 @@ class _Reading:
         )
 
 
-def _bounds(index: tuple[slice, ...], shape: Shape) -> _Part:
-    return tuple((part.start or 0, size if part.stop is None else part.stop)
-                 for part, size in zip(index, shape, strict=True))  # fmt: skip
+def _bounds(index: Sequence[Any] | None, shape: Shape) -> _Part:
+    """`index` as jax gives it, one slice per axis or None for all, with its ends."""
+    if index is None:
+        return tuple((0, size) for size in shape)
+    ends = (part.indices(size) for part, size in zip(index, shape, strict=True))
+    return tuple((start, stop) for start, stop, _ in ends)
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

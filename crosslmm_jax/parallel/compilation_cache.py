@@ -60,7 +60,8 @@ def use() -> None:
     import jax
 
     config = jax.config
-    if config.jax_compilation_cache_dir is not None or not config.jax_enable_compilation_cache:
+    folder, switch = (getattr(config, name.lower()) for name in (FOLDER, SWITCH))
+    if folder is not None or not switch:
         return
     if folder := _usable_folder(os.environ):
         config.update(FOLDER.lower(), str(folder))

@@ -118,7 +118,7 @@ def declare(module: nn.Module, table: WeightTable) -> Params:
     return {name: _declare(module, name, entry) for name, entry in table.items()}
 
 
-def _declare(module: nn.Module, name: str, entry: "Weight | WeightTable") -> Array | Params:
+def _declare(module: nn.Module, name: str, entry: "Weight | WeightTable") -> PyTree[Array]:
     if not module.has_variable("params", name):  # Linen makes it, or says what is missing
         return module.param(name, partial(_initialise, entry))
     # `module.param` would check shapes by tracing all initialisers: most of the time that tracing a program
@@ -128,7 +128,7 @@ def _declare(module: nn.Module, name: str, entry: "Weight | WeightTable") -> Arr
     return value
 
 
-def _check_shapes(entry: "Weight | WeightTable", value: Array | Params, path: tuple[str, ...]) -> None:
+def _check_shapes(entry: "Weight | WeightTable", value: PyTree[Array], path: tuple[str, ...]) -> None:
     if isinstance(entry, Weight):
         if jnp.shape(value) != entry.shape:
             raise ValueError(
