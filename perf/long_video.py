@@ -7,7 +7,8 @@ the whole video is quadratic too. All else is linear.
 from collections.abc import Sequence
 
 from crosslmm_jax.cli.profile import add_v2v_scope, requests_of
-from crosslmm_jax.profiling import Record, Request, prefill
+from crosslmm_jax.profiling import Record, Request
+from crosslmm_jax.profiling.tasks import prefill
 from perf import figure_long_video
 from perf.measure import PRESENTATION as WITH_BARS
 from perf.measure import measure, measuring_parser

@@ -24,14 +24,13 @@ from crosslmm_jax.profiling import (
     Request,
     Row,
     check_counts,
-    encoder,
     flops,
     run_cases,
     timing,
-    train,
 )
 from crosslmm_jax.profiling.cases import Compiled, Lowered
 from crosslmm_jax.profiling.inputs import config_of, frames_shape, num_bytes, param_shapes, random_params
+from crosslmm_jax.profiling.tasks import encoder, train
 from crosslmm_jax.train import random_state
 from perf.measure import measure, measuring_parser
 

@@ -63,7 +63,7 @@ MAY_IMPORT_AT_TOP = {"data": {"av", "grain"}, "cli": set()}
 STANDS_ALONE = PACKAGE / "convert" / "torch_reference.py"
 OPTIONAL = {"torch"}  # needed by some commands only, and asked for with the extra that brings it
 # Arrays in, arrays out: these work where nothing that reads files is installed.
-ARRAY_MODULES = ("model", "parallel", "train.step", "profiling.params", "profiling.prefill")
+ARRAY_MODULES = ("model", "parallel", "train.step", "profiling.params", "profiling.tasks.prefill")
 
 
 def parse(path: Path) -> ast.Module:

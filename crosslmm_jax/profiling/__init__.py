@@ -1,10 +1,10 @@
-"""What users measure: parameters, FLOPs, memory, and the time of prefill, decode, train step and encoder.
+"""What users measure: parameters, FLOPs, memory, the time of prefill, decode, train step, encoder, answer.
 
 | file | holds |
 |---|---|
 | `params.py` | parameters by part and by stage |
 | `flops.py` | FLOPs of each part, counted from the sizes |
-| `prefill.py`, `decode.py`, `train.py`, `encoder.py` | one task each: `run(record)` measures its programs |
+| `tasks/` | one module for each task, whose `run(record)` measures |
 | `inputs.py` | random weights and prompts at real size |
 | `cases.py` | compiles a list of programs and measures one after the other |
 | `timing.py`, `memory.py` | clocks, rates of the device, peak memory |
@@ -21,9 +21,11 @@ from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.record import Record, Request, Row, check_counts
 from crosslmm_jax.profiling.report import Report
 from crosslmm_jax.profiling.suite import Outputs, Presentation, profile, requests_for, write_report
+from crosslmm_jax.profiling.tasks import ask
+from crosslmm_jax.profiling.tasks.ask import AskRequest
 
 __all__ = [
-    "Case", "Outputs", "Presentation", "Record", "Report", "Request", "Row", "check_counts", "figure",
-    "flops", "inputs", "memory", "params", "profile", "report", "requests_for", "run_cases", "timing",
-    "write_report",
+    "AskRequest", "Case", "Outputs", "Presentation", "Record", "Report", "Request", "Row", "ask",
+    "check_counts", "figure", "flops", "inputs", "memory", "params", "profile", "report", "requests_for",
+    "run_cases", "timing", "write_report",
 ]  # fmt: skip

@@ -42,6 +42,7 @@ class Request:
     compile_jobs: int = 1  # programs compiled at the same time
     trace: str | None = None  # folder for a profile of one call of each case
     preallocate: bool = False  # take the device's memory at once: for temporaries that fill half of it
+    users_allocator: bool = False  # memory as jax takes it for a user, in place of one with a high-water mark
 
     def __post_init__(self) -> None:
         check_counts("--frames", self.frames)

@@ -39,7 +39,7 @@ _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 class Outputs(NamedTuple):
     """Files that a report is written to; None: not written."""
 
-    json: str | None = None
+    json: str | None = None  # "-": printed in place of the page
     markdown: str | None = None
     figure: str | None = None
 
@@ -110,7 +110,11 @@ def profile(
         if report["matmul_tflops"] is None:
             report["matmul_tflops"] = found["facts"].get("matmul_tflops")
         write_report(report, outputs, presentation)
-    print(presentation.page(report))
+    print(
+        json.dumps(presentation.fields(report), indent=1)
+        if outputs.json == "-"
+        else presentation.page(report)
+    )
     return report
 
 
@@ -118,10 +122,9 @@ def _measure(request: Request, timeout: float | None) -> Row:
     """The record of the process that measures one system."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    preallocate = str(request.preallocate).lower()
-    environment = {
-        **ALLOCATOR, "XLA_PYTHON_CLIENT_PREALLOCATE": preallocate, **os.environ, "PYTHONPATH": path,
-    }  # fmt: skip
+    preallocate = {"XLA_PYTHON_CLIENT_PREALLOCATE": str(request.preallocate).lower()}
+    allocator = {} if request.users_allocator else ALLOCATOR | preallocate
+    environment = {**allocator, **os.environ, "PYTHONPATH": path}
     xla_flags.apply(environment)
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
@@ -129,7 +132,7 @@ def _measure(request: Request, timeout: float | None) -> Row:
         failure = None
         try:
             code = subprocess.run(
-                command, env=environment, timeout=timeout, check=False, preexec_fn=_end_with_parent
+                command, env=environment, timeout=timeout, check=False, preexec_fn=end_with_parent
             ).returncode
             if code not in (0, 1):  # 1: the record says why
                 failure = f"{request.system}: the measuring process ended with exit code {code}"
@@ -145,8 +148,11 @@ def _measure(request: Request, timeout: float | None) -> Row:
     return found
 
 
-def _end_with_parent() -> None:
-    """Has Linux kill this process when its parent ends in any way; else it would keep the device."""
+def end_with_parent() -> None:
+    """For `preexec_fn`: has Linux kill this process when its parent ends in any way.
+
+    Else it would keep the device.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -166,7 +172,7 @@ def write_report(report: Report, outputs: Outputs, presentation: Presentation) -
     target = None
     try:
         for target, text in texts.items():
-            if target is not None:
+            if target is not None and target != "-":
                 Path(target).write_text(text + "\n")
         target = outputs.figure
         if target is not None and report["rows"]:

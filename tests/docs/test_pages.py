@@ -38,6 +38,7 @@ NOT_RUN = {
     r"pytest .*|ruff .*|pyright": "`.ci/run` runs them",
     r"crosslmm demo": "`.ci/run` runs it with --quick; tests/demo runs it",
     r"crosslmm profile .*--preset crosslmm_.*": "needs an accelerator; tests/profiling runs tiny",
+    r"crosslmm profile ask .*": "tests/profiling runs it",
     r"crosslmm convert from-hf --llava .*": "tests/convert reads every layout of LLaVA",
     r"crosslmm convert from-hf .*--preset crosslmm_.*": "needs the real weights",
     r"crosslmm data index .*--tokenizer models/0\.5b": "needs the real weights",

@@ -17,8 +17,8 @@ from crosslmm_jax.model.dual_cross_attention import KeysValues, compress, cross_
 from crosslmm_jax.model.quantisation.quantise import largest
 from crosslmm_jax.parallel.axis_rules import activation_rules
 from crosslmm_jax.parallel.mesh import make_mesh
-from crosslmm_jax.profiling import decode
 from crosslmm_jax.profiling.record import Request
+from crosslmm_jax.profiling.tasks import decode
 
 PRECISIONS = ("fp8", "int8")
 FRAMES, PATCHES = 4, 600  # together more keys than `blockwise` reads at once

@@ -11,8 +11,8 @@ import pytest
 from crosslmm_jax import presets
 from crosslmm_jax.config import MeshConfig, ModelConfig
 from crosslmm_jax.parallel.mesh import make_mesh
-from crosslmm_jax.profiling import prefill, train
 from crosslmm_jax.profiling.record import Request
+from crosslmm_jax.profiling.tasks import prefill, train
 
 FRAMES, TEXT = 64, 101  # the length of the text is prime, and so no product of other sizes
 SCOPES = ("encoder", "pool", "projector", "v2v", "t2v", "self_attention", "mlp", "head")

@@ -15,7 +15,7 @@ from crosslmm_jax import presets
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import CrossLMM, init_params
-from crosslmm_jax.profiling import decode, flops, memory, prefill, timing, worker
+from crosslmm_jax.profiling import flops, memory, timing, worker
 from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.inputs import (
     config_of,
@@ -27,6 +27,7 @@ from crosslmm_jax.profiling.inputs import (
     random_prompt,
 )
 from crosslmm_jax.profiling.record import Record, Request
+from crosslmm_jax.profiling.tasks import decode, prefill
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def measured(tmp_path: Path, task: str, system: str = "tiny", **options: Any) -> dict[str, Any]:
     path = tmp_path / "record.json"
     request = Request(
-        task=f"crosslmm_jax.profiling.{task}",
+        task=f"crosslmm_jax.profiling.tasks.{task}",
         system=system,
         **{"frames": (2,), "repeats": 2, "steps": 4, **options},
     )
@@ -263,10 +264,8 @@ def test_measuring_needs_no_reader_of_files() -> None:
     blocked = "; ".join(
         f"sys.modules[{name!r}] = None" for name in ("av", "grain", "tensorflow_datasets", "tyro")
     )
-    names = [
-        path.stem for path in (ROOT / "crosslmm_jax" / "profiling").glob("*.py") if path.stem != "__init__"
-    ]
-    modules = ", ".join(f"crosslmm_jax.profiling.{name}" for name in names)
+    paths = [path.relative_to(ROOT).with_suffix("") for path in ROOT.glob("crosslmm_jax/profiling/**/*.py")]
+    modules = ", ".join(".".join(path.parts) for path in paths if path.name != "__init__")
     result = subprocess.run(
         [sys.executable, "-c", f"import sys; {blocked}; import {modules}"],
         cwd=ROOT, capture_output=True, text=True,

@@ -15,7 +15,7 @@ from crosslmm_jax.cli.app import main
 from crosslmm_jax.cli.profile import MOVED_OPTIONS, MOVED_TASKS
 from crosslmm_jax.profiling import Outputs, Request, profile, report, suite
 
-PREFILL = "crosslmm_jax.profiling.prefill"
+PREFILL = "crosslmm_jax.profiling.tasks.prefill"
 
 
 def row(system: str, frames: int, ms: float, **fields: Any) -> dict[str, Any]:
@@ -130,6 +130,10 @@ MISTAKES = [
     (["train", "--preset", "tiny", "--v2v-scope", "frame"], "--v2v-scope with train: give it with prefill"),
     (["prefill", "--preset", "tiny", "--remat", "none"], "--remat with prefill: give it with train"),
     (["prefill", "--preset", "tiny", "--figure", "x.txt"], "--figure x.txt: end the name in .png"),
+    (["ask", "no/such", "clip.mp4"], "no/such: no such folder; name one that"),
+    (["ask", ".", "no.mp4"], "no.mp4: no such file; name a video"),
+    (["ask", ".", "no.mp4", "--frames", "0"], "--frames 0: give numbers of at least 1"),
+    (["ask", ".", "no.mp4", "--max-new-tokens", "0"], "--max-new-tokens 0: give a number of at least 1"),
     (["prefill", "--preset", "tiny", "--json", "no/such/x.json"], "no/such/x.json: No such file"),
 ]
 
