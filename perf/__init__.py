@@ -8,10 +8,12 @@
 | `bars.py`, `figure.py`, `figure_long_video.py` | bars, goals, the paper's numbers, figures |
 | `report.py` | the same for a report that was measured before |
 | `peers.py` | ours and peers of torch in one run |
+| `ask/` | from a file to an answer: new and warm processes, many questions, a peer, the input |
 | `attention.py` | the model's attentions one by one, with every backend |
 | `scaling.py` | several devices and one |
 | `long_video.py` | prefills up to what the device holds |
-| `precision.py`, `clips.py` | the errors of 8 bits, on frames of real videos |
+| `precision.py` | the errors of 8 bits, on frames of real videos |
+| `clips.py` | frames of videos, and clips that are made |
 | `decode_speed.py`, `decode_speed_files.py` | our video reader, decord and OpenCV |
 | `input_throughput.py` | frames per second of the input pipeline |
 

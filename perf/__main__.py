@@ -13,6 +13,7 @@ from crosslmm_jax.parallel import xla_flags
 
 COMMANDS = {
     "peers": "prefill or encoder of ours and of LLaVA-OneVision or SigLIP in torch",
+    "ask": "from a file to an answer: new and warm processes, many questions, LLaVA-OneVision, the loader",
     "attention": "the model's attentions one by one, with every backend",
     "long_video": "prefill over the number of frames, up to what the device holds, for each V2V scope",
     "scaling": "encoder and training step on several devices and on one",

@@ -15,6 +15,8 @@ ALL_COLUMNS = COLUMNS | {
     "products": "products", "cache": "T2V cache", "scales": "scales", "cosine_mean": "cosine",
     "cosine_min": "least cosine", "error_mean": "error", "error_max": "largest error", "rms": "rms",
     "kl_mean": "KL", "kl_max": "largest KL", "top1": "same top token",
+    "questions": "questions", "questions_per_second": "questions/s", "cpu_s": "CPU s", "gigabytes": "GB",
+    "open_s": "open s",
 }  # fmt: skip
 
 # The paper's numbers of its models, measured on H800 (figure 4: 7B; table 6: 2B).
@@ -115,6 +117,42 @@ def _most_frames(rows: list[Row]) -> float | None:
     return max((row["frames"] for row in whole), default=None)
 
 
+def _median_of(what: str, field: str = "ms", unit: float = 1e-3) -> Reading:
+    """Reads one field of the 2B model's row whose `what` begins so."""
+
+    def read(rows: list[Row]) -> float | None:
+        row = _row_of(rows, _2B, what)
+        return None if row is None else unit * row[field]
+
+    return read
+
+
+def _row_of(rows: list[Row], system: str, what: str) -> Row | None:
+    return next((row for row in rows if row["system"] == system and row["what"].startswith(what)), None)
+
+
+def _another_clip(rows: list[Row]) -> float | None:
+    """The slower of a clip of another length and another number of frames, each the first time."""
+    first = ("warm process, another clip", "warm process, fewer frames")
+    found = [row["ms"] for row in rows if row["system"] == _2B and row["what"] in first]
+    return 1e-3 * max(found) if len(found) == len(first) else None
+
+
+def _answer_speedup(rows: list[Row]) -> float | None:
+    """How many times faster 7B is from the file to the last token than LLaVA-OneVision, both warm."""
+    what = "warm process, the same clip"
+    ours, peer = _row_of(rows, _7B, what), _row_of(rows, "llava-onevision-7b", what)
+    same = ours and peer and (ours["tokens"], ours["frames"]) == (peer["tokens"], peer["frames"])
+    return peer["ms"] / ours["ms"] if ours and peer and same else None
+
+
+def _questions_speedup(rows: list[Row]) -> float | None:
+    """Questions per second together over one by one."""
+    together = _row_of(rows, _2B, "questions together")
+    alone = next((row for row in rows if (row["system"], row["what"]) == (_2B, "questions one by one")), None)
+    return alone["ms"] / together["ms"] if together and alone else None
+
+
 _2B, _7B = "crosslmm_2b", "crosslmm_7b"
 BARS = (
     Bar("prefill", "7B, 256 frames: faster than LLaVA-OneVision-7B", 2.0, 5, 8, "x", _speedup(256)),
@@ -136,6 +174,21 @@ BARS = (
         _efficiency("encode")),
     Bar("scaling", "2 devices against 1, same work on each: stage 2 step", None, 0.90, 0.97, "",
         _efficiency("train")),
+    Bar("ask", "2B, 256 frames: new process to the last of 64 tokens, programs on disk", None, 12, 8, "s",
+        _median_of("new process")),
+    Bar("ask", "2B, 256 frames: a further answer of 64 tokens", None, 0.25, 0.17, "s",
+        _median_of("further answer")),
+    Bar("ask", "2B, 256 frames: tokens per second of a further answer", None, 400, 470, "",
+        _median_of("further answer", "tokens_per_second", 1)),
+    Bar("ask", "2B: another clip or number of frames in a warm process, 64 tokens", None, 1.5, 0.8, "s",
+        _another_clip),
+    Bar("ask", "7B, 256 frames: file to the last token, faster than LLaVA-OneVision-7B", None, 4, 6, "x",
+        _answer_speedup),
+    Bar("ask", "2B: three questions per video, together against one by one", None, 3, 5, "x",
+        _questions_speedup),
+    Bar("ask", "data index of ten clips: CPU time", None, 20, 10, "s", _median_of("data index", "cpu_s", 1)),
+    Bar("ask", "start of the loader to the first batch on the device", None, 6, 4, "s",
+        _median_of("first batch")),
     Bar("long_video", "2B: frames in one forward pass", 256, 4096, 16384, "frames", _most_frames),
 )  # fmt: skip
 
@@ -155,12 +208,17 @@ def with_bars(report: Report) -> Row:
     return {**report, "bars": lines}
 
 
-def page(report: Report) -> str:
-    """The report as a page, with a table of the bars."""
+def page(report: Report, *, show: Callable[..., str] = markdown) -> str:
+    """The report as a page, with a table of the bars.
+
+    Args:
+      report: what to show.
+      show: takes the report, `columns` and `summary`, as `markdown` does.
+    """
     lines = with_bars(report)["bars"]
     head = ("what", "paper", "bar", "goal", "reading", "meets")
     summary = table(head, map(_cells, lines)) if lines else []
-    return markdown(report, columns=ALL_COLUMNS, summary=summary)
+    return show(report, columns=ALL_COLUMNS, summary=summary)
 
 
 def _cells(bar: Row) -> list[str]:

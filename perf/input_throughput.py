@@ -14,8 +14,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from crosslmm_jax.config import DataConfig, SamplingConfig
 from crosslmm_jax.data.index.build import build_index
 from crosslmm_jax.data.loading.dataset import Dataset
@@ -23,9 +21,10 @@ from crosslmm_jax.data.loading.loader import BatchIterator
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.profiling import Row
+from perf.clips import GOP, HEIGHT, RATE, WIDTH, write_clip
 from perf.command import parser_of
 
-VIDEOS, SECONDS, RATE, HEIGHT, WIDTH, GOP = 16, 20, 25, 360, 640, 50
+VIDEOS, SECONDS = 16, 20
 IMAGE_SIZE, BATCH, PREFETCH = 384, 4, 4
 FRAMES = (8, 64)  # per video
 WARM_STEPS = 20  # steps that compile, and those whose batches were fetched meanwhile
@@ -53,20 +52,8 @@ _TRAINING = """
 
 def write_set(folder: Path) -> None:
     """Writes VIDEOS h264 files of moving texture."""
-    import av
-
-    rng = np.random.default_rng(0)
     for number in range(VIDEOS):
-        texture = rng.integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8)
-        picture = np.kron(texture, np.ones((8, 8, 1), np.uint8))
-        with av.open(str(folder / f"{number}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=RATE)
-            stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
-            stream.options = {"preset": "veryfast", "g": str(GOP)}
-            for step in range(SECONDS * RATE):
-                frame = av.VideoFrame.from_ndarray(np.roll(picture, 2 * step, axis=1), format="rgb24")
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
+        write_clip(folder / f"{number}.mp4", seconds=SECONDS, seed=number)
 
 
 def index_set(folder: Path, media: Path) -> None:

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     if args.v2v_scope and args.task != "prefill":
         raise UserError(f"--v2v-scope with {args.task}: give it with prefill")
-    requests = requests_of(args, Request, f"crosslmm_jax.profiling.{args.task}")
+    requests = requests_of(args, Request, f"crosslmm_jax.profiling.tasks.{args.task}")
     for name in args.peer:
         check(name, args.task)
         need("torch")
@@ -78,7 +78,7 @@ def run(record: Record) -> None:
     name = request.system.removesuffix(COMPILED)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = get_preset({**OURS, **TINY}.get(name, "crosslmm_7b"))
-    record.add_facts(**_facts(device), **_matmul_rate(device))
+    record.add_facts(**facts(device))
     begin = time.perf_counter()
     model = make_peer(name, sizes, device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -99,11 +99,12 @@ def run(record: Record) -> None:
                 torch.cuda.empty_cache()
 
 
-def _facts(device: str) -> Row:
+def facts(device: str) -> Row:
+    """The device, and the rate of a matrix product on it."""
     import torch
 
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return {"device": name, "platform": "torch " + device}
+    return {"device": name, "platform": "torch " + device, **_matmul_rate(device)}
 
 
 def _matmul_rate(device: str) -> Row:
@@ -146,20 +147,40 @@ def text_fields(decoder: DecoderConfig) -> Row:
     }  # fmt: skip
 
 
-def make_peer(name: str, sizes: ModelConfig, device: str) -> PyTree:
-    """The torch model with random bfloat16 weights, made on the device."""
+def make_peer(
+    name: str,
+    sizes: ModelConfig,
+    device: str,
+    *,
+    video_token: int = VIDEO_TOKEN,
+    image_token: int = VIDEO_TOKEN + 1,
+    vocab_size: int | None = None,
+    attention: str = "sdpa",
+) -> PyTree:
+    """The torch model with random bfloat16 weights, made on the device.
+
+    Args:
+      name: of PEERS.
+      sizes: of our model of the same size.
+      device: of torch.
+      video_token: id of the placeholder of a video.
+      image_token: id of the placeholder of an image.
+      vocab_size: rows of the embedding; None: as ours.
+      attention: implementation, as transformers names it.
+    """
     import torch
     from transformers import AutoModel, AutoModelForImageTextToText, LlavaOnevisionConfig, SiglipVisionConfig
 
-    options = {"attn_implementation": "sdpa", "dtype": torch.bfloat16}
+    options = {"attn_implementation": attention, "dtype": torch.bfloat16}
     with torch.device(device):
         if name.startswith("siglip"):
             fields = {key: value for key, value in vision_fields(sizes).items() if key != "model_type"}
             model = AutoModel.from_config(SiglipVisionConfig(**fields), **options)
         else:
+            text = text_fields(sizes.decoder) | ({"vocab_size": vocab_size} if vocab_size else {})
             config = LlavaOnevisionConfig(
-                vision_config=vision_fields(sizes), text_config=text_fields(sizes.decoder),
-                video_token_index=VIDEO_TOKEN, image_token_index=VIDEO_TOKEN + 1, vision_feature_layer=-1,
+                vision_config=vision_fields(sizes), text_config=text, video_token_index=video_token,
+                image_token_index=image_token, vision_feature_layer=-1,
                 tie_word_embeddings=sizes.decoder.tie_embeddings,
             )  # fmt: skip
             model = AutoModelForImageTextToText.from_config(config, **options)

@@ -37,7 +37,7 @@ def test_each_command_says_what_it_takes(name: str, capsys: pytest.CaptureFixtur
 
 
 MISTAKES = [
-    (["fly"], "'fly' is unknown; choose one of peers, attention"),
+    (["fly"], "'fly' is unknown; choose one of peers, ask, attention"),
     (["attention", "--fly"], "unrecognized arguments: --fly; see `python -m perf attention --help`"),
     (["scaling", "--preset", "tiny", "--devices", "0"], "--devices 0: give numbers of at least 1"),
     (["attention", "--preset", "tiny", "--kv-splits", "0"], "--kv-splits 0: give numbers of at least 1"),
@@ -50,6 +50,8 @@ MISTAKES = [
     (["peers", "decode", "--preset", "tiny", "--peer", "siglip"], "invalid choice: 'decode'"),
     (["peers", "encoder", "--preset", "tiny", "--v2v-scope", "frame"], "give it with prefill"),
     (["precision", "--preset", "tiny", "--videos", "x", "--figure", "x.png"], "--figure with precision"),
+    (["ask", "--preset", "tiny"], "invalid choice: 'tiny'"),
+    (["ask", "--tiny", "--max-new-tokens", "0"], "--max-new-tokens 0: give a number of at least 1"),
     (["precision", "--preset", "tiny"], "the following arguments are required: --videos"),
     (["attention", "--preset", "tiny", "--videos", "x"], "unrecognized arguments: --videos x"),
 ]
@@ -115,8 +117,10 @@ def test_the_commands_that_are_written_down_are_understood(
                 assert run(words) == 0, line
     assert all(measured_here.values())
     assert reports and {request.task for request in asked} == {
-        *(f"crosslmm_jax.profiling.{task}" for task in TASKS),
+        *(f"crosslmm_jax.profiling.tasks.{task}" for task in TASKS),
         *(f"perf.{name}" for name in ("peers", "attention", "long_video", "scaling", "precision")),
+        *(f"perf.ask.{name}" for name in ("folder", "many", "inputs", "peer")),
+        "crosslmm_jax.profiling.tasks.ask",
     }
 
 
