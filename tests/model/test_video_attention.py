@@ -95,12 +95,13 @@ def test_the_model_and_its_cache_are_the_same_in_chunks(
     batch = make_batch(config, frames=7)
     model, counts = CrossLMM(config), np.full(2, batch.tokens.shape[1], np.int32)
 
+    visual = jax.jit(lambda p, frames: model.apply(p, frames, method="encode"))(params, batch.frames)
+
     def run():
-        visual = jax.jit(lambda frames: model.apply(params, frames, method="encode"))(batch.frames)
-        size = int(counts[0])
-        return jax.jit(lambda v: model.apply(params, v, batch, counts, cache_size=size, method="prefill"))(
-            visual
+        prefill = jax.jit(
+            lambda *inputs: model.apply(*inputs, batch, counts, cache_size=int(counts[0]), method="prefill")
         )
+        return prefill(params, visual)
 
     found = run()
     monkeypatch.setattr(video_attention, "MAX_WHOLE_KV_BYTES", 2**40)
@@ -172,13 +173,15 @@ def test_a_prefill_of_a_whole_video_asks_nothing_on_the_way(
     for visibility in (known, VisibleFrames):
         batch = batch._replace(visible_frames=visibility(visible))
 
-        def run(batch):
+        def run(params, batch):
             visual = model.apply(params, batch.frames, method="encode")
             size = int(counts[0])
             return model.apply(params, visual, batch, counts, cache_size=size, method="prefill")
 
-        assert ("stablehlo.case" in jax.jit(run).lower(batch).as_text()) == (visibility is VisibleFrames)
-        found[visibility] = [np.asarray(x, np.float32) for x in jax.tree.leaves(jax.jit(run)(batch))]
+        program = jax.jit(run).lower(params, batch)
+        assert ("stablehlo.case" in program.as_text()) == (visibility is VisibleFrames)
+        results = program.compile()(params, batch)
+        found[visibility] = [np.asarray(x, np.float32) for x in jax.tree.leaves(results)]
     for got, wanted in zip(*found.values(), strict=True):
         np.testing.assert_allclose(got, wanted, atol=3e-2)
 

@@ -54,6 +54,7 @@ def counted(function: Any, *shapes: Any) -> float:
     return cost["flops"]
 
 
+@functools.cache
 def counted_prefill(config: ModelConfig, work: Workload) -> float:
     batch = shapes_of(random_prompt(config, work))
     model = CrossLMM(config, stacked=False)
@@ -146,10 +147,14 @@ def test_doubling_frames(unrolled: None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scope", "curvature"), [("video", 1), ("frame", 0), ("window", 0)])
-def test_growth_with_frames(unrolled: None, scope: Any, curvature: int) -> None:
+@pytest.mark.parametrize(
+    ("scope", "curvature"),
+    [({}, 1), ({"v2v_scope": "frame"}, 0), ({"v2v_scope": "window", "v2v_window": 2}, 0)],
+    ids=["video", "frame", "window"],
+)
+def test_growth_with_frames(unrolled: None, scope: dict[str, Any], curvature: int) -> None:
     """V2V of a frame and of a window is linear in frames, of the whole video quadratic: counted both ways."""
-    config, neither = model_of(v2v_scope=scope, v2v_window=2, directions=("v2v",)), model_of(directions=())
+    config, neither = model_of(**scope, directions=("v2v",)), model_of(directions=())
     frames = (4, 8, 12)  # whole windows
 
     def bend(values: list[float]) -> float:

@@ -78,8 +78,11 @@ def test_log_sum_exp_and_its_gradient():
         out = jnp.einsum("btkgs,bskh->btkgh", jax.nn.softmax(scores), v)
         return jnp.sum(jnp.sin(jax.nn.logsumexp(scores, axis=-1))) + jnp.sum(out**2)
 
-    np.testing.assert_allclose(blockwise(q, k), plain(q, k), rtol=1e-5)
-    for mine, other in zip(jax.grad(blockwise, (0, 1))(q, k), jax.grad(plain, (0, 1))(q, k), strict=True):
+    (ours, ours_grads), (theirs, their_grads) = jax.jit(
+        lambda *arrays: [jax.value_and_grad(f, (0, 1))(*arrays) for f in (blockwise, plain)]
+    )(q, k)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    for mine, other in zip(ours_grads, their_grads, strict=True):
         np.testing.assert_allclose(mine, other, atol=2e-5)
 
 
@@ -89,10 +92,14 @@ def test_against_torch(backend):
     t = [torch.tensor(x, requires_grad=True) for x in (q, k, v)]
     tq, tk, tv = (x.transpose(1, 2) for x in t)
     theirs = torch.nn.functional.scaled_dot_product_attention(tq, tk, tv, is_causal=True, enable_gqa=True)
-    ours = attention(q, k, v, causal=True, backend=backend)
+
+    def loss(*arrays):
+        out = attention(*arrays, causal=True, backend=backend)
+        return jnp.sum(out**2), out
+
+    grads, ours = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
     np.testing.assert_allclose(ours, theirs.transpose(1, 2).detach(), atol=1e-5)
     theirs.square().sum().backward()
-    grads = jax.grad(lambda *a: jnp.sum(attention(*a, causal=True, backend=backend) ** 2), (0, 1, 2))(q, k, v)
     for mine, other in zip(grads, t, strict=True):
         assert other.grad is not None
         np.testing.assert_allclose(mine, other.grad, atol=1e-5)
@@ -102,13 +109,16 @@ def test_against_torch(backend):
 def test_a_query_that_reads_no_key_gets_exactly_zero(backend):
     q, k, v, _, stop = draw(7, batch=2, length=6, keys=9, heads=1, groups=2)
     stop[:, ::2] = 0
-    out = attention(q, k, v, kv_stop=stop, backend=backend)
-    assert np.all(np.asarray(out)[:, ::2] == 0)
-    assert np.all(np.any(np.asarray(out)[stop > 0] != 0, axis=(-1, -2)))
-    grads = jax.grad(
-        lambda q, k, v: jnp.sum(attention(q, k, v, kv_stop=stop * 0, backend=backend)), (0, 1, 2)
-    )
-    assert all(np.all(np.asarray(g) == 0) for g in grads(q, k, v))
+
+    def total(q, k, v, stop):
+        out = attention(q, k, v, kv_stop=stop, backend=backend)
+        return jnp.sum(out), out
+
+    graded = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))
+    out = np.asarray(graded(q, k, v, stop)[1])
+    assert np.all(out[:, ::2] == 0)
+    assert np.all(np.any(out[stop > 0] != 0, axis=(-1, -2)))
+    assert all(np.all(np.asarray(g) == 0) for g in graded(q, k, v, stop * 0)[0])
 
 
 def temporary_bytes(keys: int, *, backward: bool) -> int:
@@ -166,8 +176,8 @@ def test_odd_lengths_are_padded_only_for_gradients(monkeypatch, queries, keys, c
         return jnp.sum(jnp.sin(out)), out
 
     def run(backend, dtype):
-        graded = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
-        (_, out), grads = graded(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), backend, dtype)
+        graded = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True), static_argnums=(3, 4))
+        (_, out), grads = graded(q, k, v, backend, dtype)
         return [out, *grads]
 
     for got, expected in zip(run("cudnn", jnp.bfloat16), run("reference", jnp.float32), strict=True):

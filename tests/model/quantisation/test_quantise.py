@@ -65,9 +65,9 @@ def check_product(x: np.ndarray, w: np.ndarray, precision: str, got: np.ndarray,
 def operands(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     """Rows of very different magnitude, some zero, some with one huge number; columns likewise.
 
-    Their products stay within float32.
+    Their products stay within float32. Few shapes, since each is compiled.
     """
-    rows, inputs, outputs = (draw(st.integers(1, most)) for most in (5, 70, 9))
+    rows, inputs, outputs = draw(st.sampled_from([(1, 1, 1), (3, 17, 4), (5, 70, 9)]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     x = rng.standard_normal((rows, inputs)) * 10.0 ** rng.integers(-12, 11, (rows, 1))
     w = rng.standard_normal((inputs, outputs)) * 10.0 ** rng.integers(-12, 11, (1, outputs))
@@ -246,9 +246,10 @@ def test_gradients_are_refused(tiny_config, make_batch, precision: str) -> None:
         return CrossLMM(config).apply({"params": quantised | {part: values}}, batch, method="loss")[0]
 
     for part, name in (("encoder", "patch_bias"), ("projector", "b1"), ("projector", "w2_scale")):
+        gradient = jax.grad(lambda x, p=part, n=name: loss(p, quantised[p] | {n: x}))
         with pytest.raises(ConfigError, match="ModelConfig.visual_matmul is 'fp8' or 'int8'; it must be"):
-            jax.grad(lambda x, p=part, n=name: loss(p, quantised[p] | {n: x}))(quantised[part][name])
-    jax.grad(lambda x: loss("v2v", x))(quantised["v2v"])  # a frozen encoder needs no gradient
+            jax.eval_shape(gradient, quantised[part][name])
+    jax.eval_shape(jax.grad(lambda x: loss("v2v", x)), quantised["v2v"])  # a frozen encoder needs no gradient
 
 
 def test_parameters_stay_those_of_training(tiny_config) -> None:
