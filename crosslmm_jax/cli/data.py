@@ -82,10 +82,11 @@ def _natural(text: str) -> int:
 
 def _index(args: argparse.Namespace) -> None:
     from crosslmm_jax.data.index import build_index
-    from crosslmm_jax.demo import write_default_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         if args.tokenizer is None:
+            from crosslmm_jax.demo import write_default_tokenizer
+
             write_default_tokenizer(folder)
         report = build_index(
             args.mixture, args.out, tokenizer=args.tokenizer or folder, media_root=args.media_root,

@@ -5,7 +5,7 @@
 | config.json | `ModelConfig` |
 | processor.json | `Processor`: how frames and prompts are made |
 | model.safetensors | weights under our parameter names, joined by "."; or shards and an index |
-| tokenizer.json, ... | what `AutoTokenizer` reads |
+| tokenizer.json, tokenizer_config.json, ... | the tokenizer, also for `AutoTokenizer` |
 """
 
 import shutil
@@ -19,7 +19,7 @@ CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "processor.json"
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja",
+    "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def _open_dataset(config: ExperimentConfig) -> Dataset:
     dataset = Dataset(
         config.data, tokens_per_frame=model.merge.tokens_per_frame, image_size=model.vision.image_size
     )
-    num_tokens = len(dataset.tokenizer.hf_tokenizer)
+    num_tokens = dataset.tokenizer.vocab_size
     if num_tokens > model.decoder.vocab_size:
         raise ConfigError(
             f"DecoderConfig.vocab_size is {model.decoder.vocab_size}; it must be at least {num_tokens},"

@@ -7,9 +7,9 @@ workers          worker processes that end with their parent
 
 from crosslmm_jax.utils.atomic_folder import atomic_folder, atomic_write, cannot_write, is_vacant
 from crosslmm_jax.utils.progress import Progress
-from crosslmm_jax.utils.workers import end_with_parent, worker_pool
+from crosslmm_jax.utils.workers import end_with_parent, map_in_order
 
 __all__ = [
     "Progress", "atomic_folder", "atomic_write", "cannot_write", "end_with_parent", "is_vacant",
-    "worker_pool",
+    "map_in_order",
 ]  # fmt: skip

@@ -1,28 +1,78 @@
 """Worker processes that never outlive the process they work for."""
 
+import collections
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from crosslmm_jax.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+_FUNCTION: Callable[[Any], Any] | None = None  # what this worker process calls with each task
 
 
-def worker_pool(
-    workers: int, start: Callable[..., None] | None = None, *arguments: object
-) -> ProcessPoolExecutor:
-    """`workers` fresh processes. Each of them first calls `start(*arguments)`."""
-    return ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start,
-        initargs=(start, arguments),
-    )  # fmt: skip
+def map_in_order(
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    *,
+    workers: int,
+    spare: int = 1,
+    if_one_dies: str,
+) -> Iterator[Result]:
+    """Yields `function(task)` for each of `tasks`, in their order.
+
+    Args:
+        function: called with one task; each worker process gets one copy of it, which it keeps.
+        tasks: read as they are needed.
+        workers: most worker processes; no more are started than there are tasks. With 0, or for a single
+            task, this process does the work.
+        spare: tasks beyond one per worker that are read before the oldest result is taken.
+        if_one_dies: what a user should do when a worker process dies, for the message.
+
+    Raises:
+        UserError: a worker process died.
+    """
+    tasks = iter(tasks)
+    first = list(itertools.islice(tasks, 2))
+    tasks = itertools.chain(first, tasks)
+    if not workers or len(first) < 2:
+        yield from map(function, tasks)
+        return
+    # Such a pool starts a process only for a task that finds all others busy.
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start, initargs=(function,)
+    )
+    waiting: collections.deque[Future[Result]] = collections.deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(_call, task))
+            if len(waiting) >= workers + spare:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(f"a worker process died, perhaps out of memory; {if_one_dies}") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start(start: Callable[..., None] | None, arguments: tuple[object, ...]) -> None:
+def _start(function: Callable[[Any], Any]) -> None:
+    global _FUNCTION
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
-    if start is not None:
-        start(*arguments)
+    _FUNCTION = function
+
+
+def _call(task: Any) -> Any:
+    assert _FUNCTION is not None
+    return _FUNCTION(task)
 
 
 def end_with_parent() -> None:

@@ -1,11 +1,15 @@
 """The default tokenizer and a small synthetic set, made once for all tests of this room."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from lookalikes import write_lookalikes
 
 from crosslmm_jax.data.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import TokenizersBackend
 
 QWEN = Path(__file__).resolve().parents[3] / "shared" / "tokenizer" / "qwen2.5"
 
@@ -23,6 +27,14 @@ def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     if not QWEN.is_dir():
         pytest.skip("the real vocabulary is not here")
     return load_tokenizer(QWEN)
+
+
+@pytest.fixture(scope="session")
+def hf_tokenizer(any_tokenizer: Tokenizer) -> "TokenizersBackend":
+    """The same tokenizer, read by transformers."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(any_tokenizer.folder, local_files_only=True, fix_mistral_regex=False)
 
 
 @pytest.fixture(scope="session")

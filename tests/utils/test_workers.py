@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,20 @@ import pytest
 from crosslmm_jax.data.index import build_index
 from crosslmm_jax.demo.synthetic import write_dataset
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
-from crosslmm_jax.utils.workers import worker_pool
+from crosslmm_jax.errors import UserError
+from crosslmm_jax.utils.workers import map_in_order
 
 # Each prints the ids of its worker processes, then waits.
 POOL = """
 import os, time
-from crosslmm_jax.utils.workers import worker_pool
+from crosslmm_jax.utils.workers import map_in_order
+
+def process_id(_):
+    return os.getpid()
 
 if __name__ == "__main__":
-    print(worker_pool(1).submit(os.getpid).result(), flush=True)
+    results = map_in_order(process_id, range(9), workers=1, if_one_dies="")
+    print(next(results), flush=True)
     time.sleep(600)
 """
 TRAINING = """
@@ -41,10 +47,60 @@ if __name__ == "__main__":
 """
 
 
+class Work:
+    """Gives (process, task) after `task` tenths of a second; a task below 0 ends its process."""
+
+    def __init__(self) -> None:
+        self.copies = 0
+
+    def __reduce__(self) -> tuple[type["Work"], tuple[()]]:
+        self.copies += 1
+        return Work, ()
+
+    def __call__(self, task: int) -> tuple[int, int]:
+        if task < 0:
+            os._exit(1)
+        time.sleep(task / 10)
+        return os.getpid(), task
+
+
+def test_results_come_in_the_order_of_the_tasks_which_are_read_as_needed() -> None:
+    read = []
+
+    def tasks() -> Iterator[int]:
+        for task in (9, 0, 1, 0, 0, 1, 0, 0):
+            read.append(task)
+            yield task
+
+    work = Work()
+    results = map_in_order(work, tasks(), workers=2, spare=2, if_one_dies="")
+    assert read == []
+    first = next(results)
+    assert len(read) == 4, "one per worker, and two to spare"
+    found = [first, *results]
+    assert [task for _, task in found] == read
+    assert os.getpid() not in {process for process, _ in found}
+    assert work.copies == 2, "one for each process, not for each task"
+
+
+@pytest.mark.parametrize(("tasks", "workers"), [([], 4), ([0], 4), ([0, 0, 0], 0)])
+def test_no_process_is_started_for_one_task(tasks: list[int], workers: int) -> None:
+    found = list(map_in_order(Work(), tasks, workers=workers, if_one_dies=""))
+    assert found == [(os.getpid(), task) for task in tasks]
+
+
+def test_a_worker_that_dies_is_an_error_after_the_results_before_it() -> None:
+    results = map_in_order(Work(), [0, -1, 0], workers=1, spare=0, if_one_dies="take fewer")
+    assert next(results)[1] == 0
+    with pytest.raises(UserError, match="a worker process died, perhaps out of memory; take fewer"):
+        list(results)
+
+
 def test_ctrl_c_is_left_to_the_parent() -> None:
-    with worker_pool(1) as pool:
-        os.kill(pool.submit(os.getpid).result(), signal.SIGINT)
-        assert pool.submit(len, "alive").result() == 5
+    results = map_in_order(Work(), [0, 0, 0], workers=1, spare=0, if_one_dies="")
+    process = next(results)[0]
+    os.kill(process, signal.SIGINT)
+    assert [one for one, _ in results] == [process, process]
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,15 @@ new.
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +26,17 @@ from crosslmm_jax.data.annotations import DatasetSpec, Row, read_mixture, read_r
 from crosslmm_jax.data.index.probe import (
     COUNTED,
     PROBED,
+    Chunk,
     Found,
     Known,
     Prober,
     fingerprint,
-    probe_in_worker,
     row_hash,
-    start_worker,
 )
 from crosslmm_jax.data.index.table import BAD, META, ROW_GROUP, SCHEMA, VERSION, Record
-from crosslmm_jax.data.text import Tokenizer, load_tokenizer, wording_tokens
+from crosslmm_jax.data.text import Tokenizer, wording_tokens
 from crosslmm_jax.errors import Fault, UserError, list_counts
-from crosslmm_jax.utils import Progress, atomic_folder, is_vacant, worker_pool
+from crosslmm_jax.utils import Progress, atomic_folder, is_vacant, map_in_order
 
 _CHUNK = 64  # rows per task of a worker
 _TABLE_ROWS = 16 * ROW_GROUP  # rows per table
@@ -89,7 +86,8 @@ def build_index(
             good, or a worker process died. `out` is then unchanged.
     """
     specs = read_mixture(mixture, media_root=media_root)
-    loaded = load_tokenizer(tokenizer)
+    prober = Prober(tokenizer, allow_outside=allow_outside)
+    loaded = prober.tokenizer
     target = Path(os.path.realpath(out))  # a symbolic link stays one
     if not (target / META).exists() and not is_vacant(target):
         raise UserError(f"--out {out}: exists and is no index; name another folder")
@@ -100,15 +98,12 @@ def build_index(
         progress = Progress("index", unit="rows", quiet=quiet)
         items = (item for spec in specs for item in read_rows(spec, seed=seed, allow_outside=allow_outside))
         try:
-            with _probing(Prober(loaded, allow_outside=allow_outside), tokenizer, workers) as submit:
-                for found in _in_order(items, earlier, submit, ahead=2 * workers + 1):
-                    writer.add(found)
-                    progress.update(writer.seen, f"{sum(writer.bad.values())} bad")
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process died, perhaps out of memory; run the same command again with fewer"
-                " --workers: it resumes where it stopped"
-            ) from error
+            for found in map_in_order(
+                prober, _chunks(items, earlier), workers=workers, spare=workers + 1,
+                if_one_dies="run the same command again with fewer --workers: it resumes where it stopped",
+            ):  # fmt: skip
+                writer.add(found)
+                progress.update(writer.seen, f"{sum(writer.bad.values())} bad")
         finally:
             progress.close()
             writer.flush()
@@ -120,54 +115,11 @@ def build_index(
     return report
 
 
-Submit = Callable[[list[Row], Known], "Future[Found]"]
-
-
-@contextlib.contextmanager
-def _probing(prober: Prober, tokenizer: str, workers: int) -> Iterator[Submit]:
-    """Gives a function that probes rows, in this process or in workers."""
-    if not workers:
-
-        def here(rows: list[Row], known: Known) -> "Future[Found]":
-            future: Future[Found] = Future()
-            future.set_result(prober(rows, known))
-            return future
-
-        yield here
-        return
-    pool = worker_pool(workers, start_worker, tokenizer, prober.allow_outside)
-    try:
-        yield lambda rows, known: pool.submit(probe_in_worker, rows, known)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _in_order(
-    items: Iterator[Row | Fault], earlier: "_EarlierRows", submit: Submit, *, ahead: int
-) -> Iterator[Found]:
-    """Probes rows in chunks and yields the results in order, with up to `ahead` chunks in flight."""
-    waiting: collections.deque[tuple[Future[Found], list[Fault]]] = collections.deque()
-    rows: list[Row] = []
-    bad: list[Fault] = []
-
-    def collect() -> Found:
-        future, unread = waiting.popleft()
-        found = future.result()
-        return found._replace(bad=sorted([*unread, *found.bad], key=lambda entry: entry.row))
-
-    for item in items:
-        if isinstance(item, Fault):
-            bad.append(item)
-        else:
-            rows.append(item)
-        if len(rows) + len(bad) == _CHUNK:
-            waiting.append((submit(rows, earlier.find(rows)), bad))
-            rows, bad = [], []
-            if len(waiting) >= ahead:
-                yield collect()
-    waiting.append((submit(rows, earlier.find(rows)), bad))
-    while waiting:
-        yield collect()
+def _chunks(items: Iterator[Row | Fault], earlier: "_EarlierRows") -> Iterator[Chunk]:
+    """Rows in chunks, with what earlier passes know about them."""
+    while some := list(itertools.islice(items, _CHUNK)):
+        rows = [item for item in some if isinstance(item, Row)]
+        yield Chunk(rows, earlier.find(rows), [item for item in some if isinstance(item, Fault)])
 
 
 class _EarlierRows:

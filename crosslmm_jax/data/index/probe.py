@@ -2,12 +2,13 @@
 
 import collections
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from crosslmm_jax.data.annotations import Row
 from crosslmm_jax.data.index.table import Record, record_of
@@ -43,7 +44,7 @@ def row_hash(row: Row) -> int:
 
 def fingerprint(tokenizer: Tokenizer) -> str:
     """A hash of a tokenizer: its vocabulary, and how it splits a sample text."""
-    vocabulary = sorted(tokenizer.hf_tokenizer.get_vocab().items())
+    vocabulary = sorted(tokenizer.vocabulary().items())
     sample = tokenizer.encode_plain("The quick brown fox, 1234.5 s: Ünïcode 漢字\n\n  <image>")
     return hashlib.blake2b(json.dumps([vocabulary, sample]).encode(), digest_size=12).hexdigest()
 
@@ -62,12 +63,27 @@ def media_stamp(root: str, reference: str) -> int | None:
     return zlib.crc32(json.dumps([names, [[one.st_size, one.st_mtime_ns] for one in found]]).encode())
 
 
+class Chunk(NamedTuple):
+    """Some rows of a mixture, in order.
+
+    Attributes:
+        rows: rows to index.
+        known: earlier records of the same rows, by place in `rows`, the latest first. Token counts are None
+            where another tokenizer made them.
+        unread: faults of rows that could not be read.
+    """
+
+    rows: Sequence[Row]
+    known: Known
+    unread: Sequence[Fault] = ()
+
+
 class Found(NamedTuple):
     """What a probe of rows finds.
 
     Attributes:
         good: records of the good rows.
-        bad: faults of the others.
+        bad: faults of the others, in order.
         kept: earlier records of bad rows whose media are missing, for a pass that finds them again.
         reused: number of good rows that needed no new probe.
     """
@@ -81,24 +97,27 @@ class Found(NamedTuple):
 class Prober:
     """Makes records of the index from rows."""
 
-    def __init__(self, tokenizer: Tokenizer, *, allow_outside: bool = False) -> None:
-        """Counts tokens with `tokenizer`; `allow_outside`: media may lie outside their root."""
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer_folder: str, *, allow_outside: bool = False) -> None:
+        """Counts tokens with a tokenizer; `allow_outside`: media may lie outside their root."""
+        self.tokenizer_folder = tokenizer_folder
         self.allow_outside = allow_outside
         self._probes = collections.OrderedDict[tuple[str, str, bool], Record | Fault]()
 
-    def __call__(self, rows: Sequence[Row], known: Known) -> "Found":
-        """Probes rows.
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Read when it is needed first: in a worker, only if a row's tokens are not known."""
+        return load_tokenizer(self.tokenizer_folder)
 
-        Args:
-            rows: rows to index.
-            known: earlier records of the same rows, by place in `rows`, the latest first. Token counts are
-                None where another tokenizer made them.
-        """
-        good, bad, kept, reused = [], [], [], 0
-        for place, row in enumerate(rows):
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy in another process starts empty."""
+        return functools.partial(Prober, self.tokenizer_folder, allow_outside=self.allow_outside), ()
+
+    def __call__(self, chunk: Chunk) -> Found:
+        """Probes rows."""
+        good, bad, kept, reused = [], [*chunk.unread], [], 0
+        for place, row in enumerate(chunk.rows):
             record: Record = record_of(row) | {"row_hash": row_hash(row)}
-            records = known.get(place, ())
+            records = chunk.known.get(place, ())
             stamps = [media_stamp(row.root, name) for name in row.media] if records else []
             earlier = next((one for one in records if one["stamp"] == stamps), None)
             if earlier is not None:
@@ -120,7 +139,7 @@ class Prober:
                 record |= self._count(row)
             good.append(record)
             reused += earlier is not None
-        return Found(good, bad, kept, reused)
+        return Found(good, sorted(bad, key=lambda fault: fault.row), kept, reused)
 
     def _count(self, row: Row) -> Record:
         try:
@@ -198,18 +217,3 @@ def only_data_errors(root: str, reference: str) -> Iterator[None]:
         reason = f"{type(error).__name__}: {error}"
         detail = f"cannot be decoded ({reason}); replace the file"
         raise DataError(writable(path), "corrupt", writable(detail), reference) from error
-
-
-_PROBER: Prober | None = None  # of this worker process
-
-
-def start_worker(tokenizer_folder: str, allow_outside: bool) -> None:
-    """Prepares a worker process."""
-    global _PROBER
-    _PROBER = Prober(load_tokenizer(tokenizer_folder), allow_outside=allow_outside)
-
-
-def probe_in_worker(rows: Sequence[Row], known: Known) -> Found:
-    """`Prober.__call__` in a worker process."""
-    assert _PROBER is not None
-    return _PROBER(rows, known)

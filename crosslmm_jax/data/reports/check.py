@@ -3,19 +3,17 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.data.index import Index, RowStore, only_data_errors, open_index
+from crosslmm_jax.data.index import RowStore, only_data_errors, open_index
 from crosslmm_jax.data.media import DEADLINE_S, open_media, read_frames
-from crosslmm_jax.errors import DataError, Fault, UserError
-from crosslmm_jax.utils import Progress, worker_pool
+from crosslmm_jax.errors import DataError, Fault
+from crosslmm_jax.utils import Progress, map_in_order
 
 _SIZE = 32  # pixels: decoding can fail, resizing cannot
 _CHUNK = 64  # most rows per task of a worker; a medium that several of them share is read once
-_STORES: dict[tuple[str, str], RowStore] = {}  # (folder, digest) -> rows, in this process
 
 
 def check_index(
@@ -52,37 +50,29 @@ def check_index(
     progress = Progress("check", unit="rows", total=len(numbers), quiet=quiet)
     bad: list[Fault] = []
     done = 0
-    pool = worker_pool(workers) if workers else None
+    check = functools.partial(
+        _check_rows, RowStore(index), sampling=sampling, allow_outside=allow_outside, deadline_s=deadline_s
+    )
+    results = map_in_order(
+        check, chunks, workers=workers, spare=8 * workers, if_one_dies="check again with fewer --workers"
+    )
     try:
-        run = pool.map if pool else map
-        check = functools.partial(
-            _check_rows, index, sampling=sampling, allow_outside=allow_outside, deadline_s=deadline_s
-        )
-        for chunk, found in zip(chunks, run(check, chunks), strict=True):
+        for chunk, found in zip(chunks, results, strict=True):
             bad += found
             if on_bad_row is not None:
                 for row in found:
                     on_bad_row(row)
             done += len(chunk)
             progress.update(done, f"{len(bad)} bad")
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"{folder}: a worker process died, perhaps out of memory, after {done} of {len(numbers)}"
-            " rows; check again with fewer --workers"
-        ) from error
     finally:
         progress.close()
-        if pool:
-            pool.shutdown(cancel_futures=True)
     return len(numbers), bad
 
 
 def _check_rows(
-    index: Index, numbers: list[int], *, sampling: SamplingConfig, allow_outside: bool,
+    rows: RowStore, numbers: list[int], *, sampling: SamplingConfig, allow_outside: bool,
     deadline_s: float | None,
 ) -> list[Fault]:  # fmt: skip
-    store = _STORES.setdefault((index.folder, index.digest), RowStore(index))
-
     @functools.cache
     def fault_of(root: str, reference: str, bounds: tuple[float, float] | None) -> Fault | None:
         try:
@@ -95,7 +85,7 @@ def _check_rows(
 
     bad = []
     for number in numbers:
-        row = store[number]
+        row = rows[number]
         for reference in row.media:
             if (fault := fault_of(row.root, reference, row.bounds)) is not None:
                 bad.append(dataclasses.replace(row.fault(fault), row=number))

@@ -1,56 +1,76 @@
-"""The tokenizer of a MODEL folder.
+"""The tokenizer of a MODEL folder, read by the `tokenizers` library alone.
 
 `Tokenizer.encode_plain` encodes text and never produces a special token: a literal `<|im_end|>` stays text.
-Special tokens are inserted by their ids.
+Special tokens are inserted by their ids. Ids and texts are those of `AutoTokenizer`, whose import takes ten
+times as long as all of this.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosslmm_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
     from tokenizers import Tokenizer as BackendTokenizer
 
 PAD_TOKEN = "<|endoftext|>"
+_FILES = ("tokenizer.json", "tokenizer_config.json")
 _SHORT = 100  # characters; the ids of texts up to this length are cached
 _MOST_CACHED = 10_000  # texts
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer, and the ids of the special tokens of prompts."""
+    """Text to ids and back, and the ids of the special tokens of prompts.
 
-    def __init__(self, hf_tokenizer: Any, folder: str) -> None:
-        """Wraps `hf_tokenizer` of `folder`. Raises UserError if a special token is missing."""
-        self.hf_tokenizer = hf_tokenizer
+    A copy in another process reads the folder again, which is faster than to send the vocabulary.
+
+    Attributes:
+        folder: where it was read.
+        pad, im_start, im_end, video_pad: ids of special tokens.
+        vocab_size: one more than the highest id: the rows that the embedding needs at least.
+    """
+
+    def __init__(self, backend: "BackendTokenizer", folder: str, digest: str) -> None:
+        """Wraps `backend`, read from files of `folder` that have `digest`; see `load_tokenizer`.
+
+        Raises:
+            UserError: a special token is missing.
+        """
         self.folder = folder
+        self._digest = digest
+        self._backend = backend
+        self._plain = _without_added_tokens(backend)
+        self._added = {token.content: id for id, token in backend.get_added_tokens_decoder().items()}
         self.pad = self._special_id(PAD_TOKEN)
         self.im_start = self._special_id("<|im_start|>")
         self.im_end = self._special_id("<|im_end|>")
         self._special_id("<|image_pad|>")  # Qwen2.5 has it; a tokenizer without it is another family's
         self.video_pad = self._special_id("<|video_pad|>")
-        self._plain = _without_added_tokens(hf_tokenizer.backend_tokenizer)
+        self.vocab_size = 1 + max(_highest_id(self._plain), *self._added.values())
         self._cached: dict[str, list[int]] = {}
 
     def _special_id(self, text: str) -> int:
-        ids = self.hf_tokenizer.get_added_vocab()
-        if text not in ids:
+        if text not in self._added:
             raise UserError(
                 f"{self.folder}: the tokenizer has no token {text}; use that of a Qwen2.5 chat model"
             )
-        return ids[text]
+        return self._added[text]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_again, (os.path.abspath(self.folder), self._digest)
 
     def ids_of(self, texts: Sequence[str]) -> tuple[int, ...]:
         """Ids of special tokens. Raises UserError if one is missing."""
         return tuple(self._special_id(text) for text in texts)
 
-    @property
-    def vocab_size(self) -> int:
-        """One more than the highest id: the rows that the embedding needs at least."""
-        return max(self.hf_tokenizer.get_vocab().values()) + 1
+    def vocabulary(self) -> dict[str, int]:
+        """A new dict of all tokens to their ids, added ones too. It takes a while for a real vocabulary."""
+        return self._backend.get_vocab()
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of `text` without special tokens: a literal `<|im_end|>` becomes several tokens."""
@@ -63,46 +83,76 @@ class Tokenizer:
         return list(ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` without special tokens."""
-        return self.hf_tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a folder for `load_tokenizer`."""
-        self.hf_tokenizer.save_pretrained(os.fspath(folder))
+        """Text of `ids`, with added tokens such as `<tool_call>` but without special ones."""
+        return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
 
 
 def _without_added_tokens(backend: "BackendTokenizer") -> "BackendTokenizer":
-    """A copy that recognises no added token in text."""
+    """A tokenizer that recognises no added token in text. It shares the vocabulary of `backend`."""
     from tokenizers import Tokenizer as BackendTokenizer
 
-    description = json.loads(backend.to_str())
-    description["added_tokens"] = []
-    return BackendTokenizer.from_str(json.dumps(description))
+    plain = BackendTokenizer(backend.model)
+    plain.normalizer = backend.normalizer
+    plain.pre_tokenizer = backend.pre_tokenizer
+    return plain
+
+
+def _highest_id(backend: "BackendTokenizer") -> int:
+    """The highest id of a tokenizer without added tokens."""
+    size = backend.get_vocab_size()
+    if None in map(backend.id_to_token, range(size)):  # some ids are not used
+        return max(backend.get_vocab().values())
+    return size - 1
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
-    """Reads a tokenizer from `folder`, never from the network.
+    """Reads a tokenizer from `folder`.
 
     Raises:
         UserError: the folder or one of its files is missing or damaged, or it lacks a special token.
     """
+    from tokenizers import Tokenizer as BackendTokenizer
+
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"{path}: no such tokenizer folder; give a folder that holds tokenizer.json")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in _FILES:
         if not (path / name).is_file():
             raise UserError(f"{path}: {name} is missing; copy the whole folder again")
-    # Without this, transformers warns that torch is missing, which is not needed here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
     try:
-        # transformers does not know the model type in a MODEL folder's config.json. Without the last
-        # argument it would warn of an error in Mistral's tokenizers.
-        hf_tokenizer = AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, use_fast=True, fix_mistral_regex=False
-        )
+        content, config = ((path / name).read_bytes() for name in _FILES)
+        backend = BackendTokenizer.from_buffer(content)
+        backend.add_tokens(_tokens_of_config(json.loads(config), backend))
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: the tokenizer cannot be read ({reason}); copy the folder again") from error
-    return Tokenizer(hf_tokenizer, str(path))
+    digest = hashlib.blake2b(content + config, digest_size=12).hexdigest()
+    return Tokenizer(backend, str(path), digest)
+
+
+def _tokens_of_config(config: Mapping[str, Any], backend: "BackendTokenizer") -> list["AddedToken"]:
+    """Tokens that tokenizer_config.json adds to those of tokenizer.json, as transformers does."""
+    from tokenizers import AddedToken
+
+    present = backend.get_added_tokens_decoder().values()
+    described = {int(id): AddedToken(**token) for id, token in config.get("added_tokens_decoder", {}).items()}
+    found = [token for _, token in sorted(described.items()) if repr(token) not in set(map(repr, present))]
+    names = {token.content for token in [*present, *found]}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    special = [value for key, value in config.items() if key.endswith("_token")]
+    for value in [*special, *(extra.values() if isinstance(extra, dict) else extra)]:
+        text = value["content"] if isinstance(value, dict) else value
+        if isinstance(text, str) and text not in names:
+            names.add(text)
+            found.append(AddedToken(text, special=True))
+    return found
+
+
+def _load_again(folder: str, digest: str) -> Tokenizer:
+    """`load_tokenizer` for a copy in another process. Raises UserError if the files have changed."""
+    tokenizer = load_tokenizer(folder)
+    if tokenizer._digest != digest:
+        raise UserError(
+            f"{folder}: the tokenizer changed while it was in use; put the old files back, or start again"
+        )
+    return tokenizer

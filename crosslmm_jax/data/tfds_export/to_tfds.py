@@ -12,12 +12,11 @@ the files that a stopped run finished there.
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import yaml
@@ -32,7 +31,7 @@ from crosslmm_jax.data.tfds_export.shard_writer import (
     write_shard,
 )
 from crosslmm_jax.errors import Fault, UserError, list_counts
-from crosslmm_jax.utils import Progress, atomic_folder, is_vacant, worker_pool
+from crosslmm_jax.utils import Progress, atomic_folder, is_vacant, map_in_order
 
 SPLIT = "train"
 _MANIFEST = "to_tfds.json"  # what OUT was made from
@@ -156,25 +155,10 @@ def _write(planned: Iterator[Shard], work: Path, workers: int) -> Iterator[Shard
     """Writes the shards and yields their results in order; at most `workers` + 1 are in memory, as text."""
     for stale in work.glob("*-of-*"):  # of a run that was killed while it renamed its files
         stale.unlink()
-    if not workers:
-        yield from (write_shard(shard, str(work)) for shard in planned)
-        return
-    pool = worker_pool(workers)
-    waiting: collections.deque[Future[ShardResult]] = collections.deque()
-    try:
-        for shard in planned:
-            waiting.append(pool.submit(write_shard, shard, str(work)))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process died, perhaps out of memory; run the same command again with fewer"
-            " --workers: finished files are kept"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    yield from map_in_order(
+        functools.partial(write_shard, folder=str(work)), planned, workers=workers,
+        if_one_dies="run the same command again with fewer --workers: finished files are kept",
+    )  # fmt: skip
 
 
 def _finish(

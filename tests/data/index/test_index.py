@@ -76,7 +76,10 @@ def test_it_holds_every_row_and_what_a_probe_tells(synthetic: SyntheticSet, make
 
 
 @pytest.mark.slow
-def test_workers_make_the_same_index(videos: SyntheticSet, make_index) -> None:
+def test_workers_make_the_same_index(
+    videos: SyntheticSet, make_index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexing, "_CHUNK", 8)
     one, two = make_index(videos.train), make_index(videos.train, workers=2)
     assert open_index(one).digest == open_index(two).digest
     tables = [pq.read_table(folder / "rows-00000.parquet").drop_columns(["stamp"]) for folder in (one, two)]
@@ -130,11 +133,11 @@ def test_a_pass_that_was_stopped_goes_on(
     monkeypatch.setattr(indexing, "_TABLE_ROWS", 8)
     real, calls = probing.Prober.__call__, []
 
-    def failing(self, rows, known):
+    def failing(self, chunk):
         calls.append(1)
         if len(calls) == 6:
             raise KeyboardInterrupt
-        return real(self, rows, known)
+        return real(self, chunk)
 
     monkeypatch.setattr(probing.Prober, "__call__", failing)
     options = {"tokenizer": str(tokenizer_folder), "quiet": True}
@@ -205,8 +208,9 @@ def test_bad_rows_are_reported_one_a_line(
 
 @pytest.mark.slow
 def test_links_out_of_the_root_only_when_allowed(
-    videos: SyntheticSet, make_index, tokenizer_folder: Path, tmp_path: Path
+    videos: SyntheticSet, make_index, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(indexing, "_CHUNK", 8)  # several tasks, so that the worker below is started
     linked = videos.folder / "videos/train_00001.mp4"
     linked.rename(tmp_path / "elsewhere.mp4")
     linked.symlink_to(tmp_path / "elsewhere.mp4")

@@ -57,11 +57,11 @@ class Passes:
         """Runs a pass that is killed at a chunk."""
         real, made = probing.Prober.__call__, []
 
-        def failing(prober: probing.Prober, rows: Any, known: Any) -> Any:
+        def failing(prober: probing.Prober, chunk: probing.Chunk) -> Any:
             made.append(1)
             if len(made) == calls:
                 raise KeyboardInterrupt
-            return real(prober, rows, known)
+            return real(prober, chunk)
 
         with self.monkeypatch.context() as patch:
             patch.setattr(probing.Prober, "__call__", failing)

@@ -11,7 +11,7 @@ from lookalikes import write_image, write_video
 from crosslmm_jax.cli.app import main
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.index.build import build_index
-from crosslmm_jax.data.index.table import open_index
+from crosslmm_jax.data.index.table import RowStore, open_index
 from crosslmm_jax.data.media.locate import open_media
 from crosslmm_jax.data.reports import check
 from crosslmm_jax.data.reports.check import check_index
@@ -152,8 +152,8 @@ def test_a_medium_that_rows_share_is_checked_once(
 
     monkeypatch.setattr(check, "open_media", counted)
     found = check._check_rows(
-        open_index(str(index)), list(range(8)), sampling=SamplingConfig(frames=2), allow_outside=False,
-        deadline_s=None,
+        RowStore(open_index(str(index))), list(range(8)), sampling=SamplingConfig(frames=2),
+        allow_outside=False, deadline_s=None,
     )  # fmt: skip
     assert opened == [kept, kept, broken]
     assert [(row.row, row.reason) for row in found] == [(6, found[0].reason), (7, found[0].reason)]

@@ -1,7 +1,6 @@
 """`data check`: the message when a worker process dies, and the deadline for one file."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import pytest
@@ -12,17 +11,7 @@ from crosslmm_jax.data.loading import example as loader
 from crosslmm_jax.data.loading.dataset import Dataset
 from crosslmm_jax.data.reports import check
 from crosslmm_jax.demo.synthetic import write_dataset
-
-
-class DyingPool:
-    """Runs one chunk; then its worker dies."""
-
-    def map(self, function: Callable[[Any], Any], chunks: list[Any]) -> Iterator[Any]:
-        yield function(chunks[0])
-        raise BrokenProcessPool
-
-    def shutdown(self, **_: Any) -> None:
-        pass
+from crosslmm_jax.errors import UserError
 
 
 def test_faults_found_before_a_worker_died_are_printed(
@@ -31,13 +20,18 @@ def test_faults_found_before_a_worker_died_are_printed(
     videos = write_dataset(tmp_path / "set", num_train=8, num_heldout=4, seed=1)
     index = make_index(videos.train)
     (videos.folder / "videos/train_00000.mp4").write_text("no video")
-    monkeypatch.setattr(check, "worker_pool", lambda *_: DyingPool())
+
+    def dying(function: Callable[[Any], Any], chunks: list[Any], **options: Any) -> Iterator[Any]:
+        yield function(chunks[0])
+        raise UserError(f"a worker process died; {options['if_one_dies']}")
+
+    monkeypatch.setattr(check, "map_in_order", dying)
     assert main(["data", "check", str(index), "--workers", "1"]) == 2
     out, error = capsys.readouterr()
     assert [line.split("\t")[:2] for line in out.splitlines()] == [
         [f"row {n}", "wrong_type"] for n in range(4)
     ]
-    assert f"{index}: a worker process died" in error and "after 4 of 32 rows" in error
+    assert "a worker process died; check again with fewer --workers" in error
 
 
 def test_the_deadline_is_the_same_for_training_and_check(

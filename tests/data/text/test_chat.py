@@ -1,6 +1,6 @@
 """ChatML ids against the chat template, targets under every label rule, and the split for inference."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -27,24 +27,24 @@ QUESTION = "What shape is the red object?"
 WORDS = st.text("abc de.?", min_size=1, max_size=12).map(str.strip).filter(bool)
 
 
-def template_ids(tokenizer: Tokenizer, messages: list[dict[str, str]], **options: bool) -> list[int]:
-    text = tokenizer.hf_tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    return tokenizer.hf_tokenizer(text, add_special_tokens=False)["input_ids"]
+def template_ids(hf_tokenizer: Any, messages: list[dict[str, str]], **options: bool) -> list[int]:
+    text = hf_tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    return hf_tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(pairs=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3), system=st.none() | WORDS)
 def test_ids_are_those_of_the_chat_template(
-    any_tokenizer: Tokenizer, pairs: list[tuple[str, str]], system: str | None
+    any_tokenizer: Tokenizer, hf_tokenizer: Any, pairs: list[tuple[str, str]], system: str | None
 ) -> None:
     messages = [{"role": "system", "content": system}] if system else []
     for question, answer in pairs:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     turns = parse_turns(messages, where="row")
-    assert chat(turns, any_tokenizer).ids.tolist() == template_ids(any_tokenizer, messages)
+    assert chat(turns, any_tokenizer).ids.tolist() == template_ids(hf_tokenizer, messages)
     asked = chat(turns[:-1], any_tokenizer).ids.tolist() + answer_header(any_tokenizer)
-    assert asked == template_ids(any_tokenizer, messages[:-1], add_generation_prompt=True)
+    assert asked == template_ids(hf_tokenizer, messages[:-1], add_generation_prompt=True)
 
 
 def chat(
@@ -55,7 +55,7 @@ def chat(
 
 def text_of_targets(sequence: TokenSequence, tokenizer: Tokenizer) -> str:
     ids = sequence.ids[sequence.targets].tolist()
-    return tokenizer.hf_tokenizer.decode(ids, skip_special_tokens=False)
+    return tokenizer._backend.decode(ids, skip_special_tokens=False)
 
 
 @settings(max_examples=30, deadline=None)
