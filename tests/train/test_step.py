@@ -1,6 +1,7 @@
 """One training step: the same on any mesh and for any split, and frozen means frozen."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +10,39 @@ import pytest
 
 from crosslmm_jax.batch import AllOrNone, VisibleFrames
 from crosslmm_jax.config import MeshConfig
-from crosslmm_jax.model import CrossLMM, apply
-from crosslmm_jax.parallel import activation_rules, make_mesh, to_global
-from crosslmm_jax.train.state import random_state
+from crosslmm_jax.model import CrossLMM, apply, logical_axes
+from crosslmm_jax.parallel import activation_rules, make_mesh, param_shardings, to_global
+from crosslmm_jax.train.state import random_state, state_of_params
 from crosslmm_jax.train.step import compile_train_step, with_step_visibility
 
 
-def run(config, stage, mesh, batches):
-    """State and metrics of each step, on the host."""
-    state = random_state(config, stage, mesh, seed=3)
-    step, reports = compile_train_step(config, stage, mesh), []
-    with jax.set_mesh(mesh):
-        for batch in batches:
-            state, metrics = step(state, to_global(batch, mesh))
-            reports.append(jax.device_get(metrics))
-    return state, reports
+@pytest.fixture(scope="module")
+def random_start(micro_config, make_stage, one_device):
+    """A random state, on the host."""
+    return jax.device_get(random_state(micro_config, make_stage(), one_device, seed=3))
+
+
+@pytest.fixture(scope="module")
+def initial(random_start):
+    """The parameters that every run here starts from."""
+    return random_start.params
+
+
+@pytest.fixture(scope="module")
+def run(micro_config, initial):
+    """`run(stage, mesh, batches)`: state and metrics of each step, on the host; a step is compiled once."""
+    compiled = functools.cache(functools.partial(compile_train_step, micro_config))
+
+    def steps(stage, mesh, batches):
+        placed = jax.device_put(initial, param_shardings(logical_axes(micro_config), initial, mesh))
+        state, reports = state_of_params(placed, micro_config, stage, mesh), []
+        with jax.set_mesh(mesh):
+            for batch in batches:
+                state, metrics = compiled(stage, mesh)(state, to_global(batch, mesh))
+                reports.append(jax.device_get(metrics))
+        return state, reports
+
+    return steps
 
 
 def assert_close(actual, expected, atol: float) -> None:
@@ -44,9 +63,9 @@ def stage(make_stage):
 
 
 @pytest.fixture(scope="module")
-def reference(micro_config, stage, one_device, random_batches):
+def reference(run, stage, one_device, random_batches):
     """Three steps on one device."""
-    return run(micro_config, stage, one_device, random_batches)
+    return run(stage, one_device, random_batches)
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +79,8 @@ def random_batches(micro_config, make_batch):
 
 
 @pytest.mark.slow
-def test_first_loss_is_the_mean_over_all_targets(
-    micro_config, reference, random_batches, one_device, make_stage
-):
-    params = random_state(micro_config, make_stage(), one_device, seed=3).params
-    logits = CrossLMM(micro_config).apply({"params": params}, random_batches[0])
+def test_first_loss_is_the_mean_over_all_targets(micro_config, reference, random_batches, initial) -> None:
+    logits = jax.jit(CrossLMM(micro_config).apply)({"params": initial}, random_batches[0])
     log_p = jax.nn.log_softmax(np.asarray(logits, np.float64)[:, :-1])
     batch = random_batches[0]
     picked = np.take_along_axis(np.asarray(log_p), batch.tokens[:, 1:, None], axis=-1)[..., 0]
@@ -77,11 +93,10 @@ def test_first_loss_is_the_mean_over_all_targets(
 
 
 @pytest.mark.slow
-def test_training_changes_every_part(reference, micro_config, make_stage, one_device) -> None:
-    before = random_state(micro_config, make_stage(), one_device, seed=3).params
+def test_training_changes_every_part(reference, initial) -> None:
     for part, params in reference[0].params.items():
         moved = [
-            bool(jnp.any(a != b)) for a, b in zip(*map(jax.tree.leaves, (params, before[part])), strict=True)
+            bool(jnp.any(a != b)) for a, b in zip(*map(jax.tree.leaves, (params, initial[part])), strict=True)
         ]
         assert any(moved), part
 
@@ -104,16 +119,21 @@ def test_gates_are_reported(reference) -> None:
     ],
     ids=str,
 )
-def test_any_mesh_gives_the_same(mesh, reference, random_batches, micro_config, stage) -> None:
-    state, reports = run(micro_config, stage, make_mesh(mesh), random_batches)
+def test_any_mesh_gives_the_same(mesh, run, reference, random_batches, stage) -> None:
+    state, reports = run(stage, make_mesh(mesh), random_batches)
     assert_close(reports, reference[1], atol=1e-5)
     assert_close(state.params, reference[0].params, atol=2e-6)
 
 
+@pytest.fixture(scope="module")
+def spread(micro_config, make_stage):
+    """A random state on a mesh of three axes."""
+    return random_state(micro_config, make_stage(), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), seed=3)
+
+
 @pytest.mark.slow
-def test_moments_lie_with_their_parameters(micro_config, make_stage) -> None:
-    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    state = random_state(micro_config, make_stage(), mesh, seed=0)
+def test_moments_lie_with_their_parameters(spread) -> None:
+    state = spread
     shardings = {
         jax.tree_util.keystr(path): leaf.sharding.spec
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
@@ -128,67 +148,60 @@ def test_moments_lie_with_their_parameters(micro_config, make_stage) -> None:
 
 
 @pytest.mark.slow
-def test_random_state_is_the_same_on_any_mesh(micro_config, make_stage, one_device) -> None:
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    one, many = (random_state(micro_config, make_stage(), m, seed=1) for m in (one_device, mesh))
-    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (one, many)), strict=True))
+def test_random_state_is_the_same_on_any_mesh(spread, random_start) -> None:
+    pairs = zip(*map(jax.tree.leaves, (spread, random_start)), strict=True)
+    assert all(np.array_equal(many, one) for many, one in pairs)
 
 
 @pytest.mark.slow
-def test_microbatches_equal_the_whole_batch(
-    reference, random_batches, micro_config, stage, one_device
-) -> None:
+def test_microbatches_equal_the_whole_batch(run, reference, random_batches, stage, one_device) -> None:
     stage = dataclasses.replace(stage, microbatches=4)
-    state, reports = run(micro_config, stage, one_device, random_batches)
+    state, reports = run(stage, one_device, random_batches)
     assert_close(reports, reference[1], atol=1e-5)
     assert_close(state.params, reference[0].params, atol=2e-6)
 
 
 @pytest.mark.slow
-def test_frozen_parts_stay_bit_identical(random_batches, micro_config, make_stage, one_device) -> None:
+def test_frozen_parts_stay_bit_identical(run, random_batches, initial, make_stage, one_device) -> None:
     stage = make_stage(trainable=("projector", "v2v"), directions=("v2v",), warmup_ratio=0.0)
-    before = jax.device_get(random_state(micro_config, stage, one_device, seed=3).params)
-    state, reports = run(micro_config, stage, one_device, random_batches)
+    state, reports = run(stage, one_device, random_batches)
     assert set(reports[0]["gate"]) == {"v2v"}
     for part in ("encoder", "t2v", "decoder"):
-        pairs = zip(jax.tree.leaves(before[part]), jax.tree.leaves(state.params[part]), strict=True)
+        pairs = zip(jax.tree.leaves(initial[part]), jax.tree.leaves(state.params[part]), strict=True)
         assert all(np.array_equal(a, b) for a, b in pairs), part
     for part in ("projector", "v2v"):
-        pairs = zip(jax.tree.leaves(before[part]), jax.tree.leaves(state.params[part]), strict=True)
+        pairs = zip(jax.tree.leaves(initial[part]), jax.tree.leaves(state.params[part]), strict=True)
         assert any(not np.array_equal(a, b) for a, b in pairs), part
 
 
 @pytest.mark.slow
-def test_the_models_loss_is_the_steps(
-    reference, random_batches, micro_config, make_stage, one_device
-) -> None:
-    params = random_state(micro_config, make_stage(), one_device, seed=3).params
+def test_the_models_loss_is_the_steps(reference, random_batches, micro_config, initial, one_device) -> None:
     with jax.set_mesh(one_device):
         batch = to_global(random_batches[0], one_device)
         model = CrossLMM(micro_config, rules=activation_rules())
         loss_sum, weight = jax.jit(lambda params, batch: apply(model, params, CrossLMM.loss, batch))(
-            params, batch
+            initial, batch
         )
     assert float(loss_sum / weight) == pytest.approx(float(reference[1][0]["loss"]), rel=1e-5)
 
 
 @pytest.mark.slow
 def test_a_step_that_knows_all_or_none_equals_one_that_does_not(
-    micro_config, stage, one_device, make_batch
+    run, micro_config, stage, one_device, make_batch
 ) -> None:
     """Text before a video sees nothing, text after it all frames; a row may end with its video."""
-    frames, text = (3,) * 8, (10, 8, 5, 6, 7, 9, 1, 10)
-    batch = make_batch(micro_config, batch=8, frames=3, valid_frames=frames, valid_text=text)
-    assert set(np.unique(batch.visible_frames.counts)) == {0, 3}
+    frames, text = (4,) * 8, (10, 8, 5, 6, 7, 9, 1, 10)
+    batch = make_batch(micro_config, batch=8, frames=4, valid_frames=frames, valid_text=text)
+    assert set(np.unique(batch.visible_frames.counts)) == {0, 4}
     known = with_step_visibility(batch)
     assert type(known.visible_frames) is AllOrNone
-    (state, reports), (expected, asked) = (run(micro_config, stage, one_device, [b]) for b in (known, batch))
+    (state, reports), (expected, asked) = (run(stage, one_device, [b]) for b in (known, batch))
     assert_close(reports, asked, atol=1e-6)
     assert_close(state.params, expected.params, atol=1e-6)
     # Where it does not hold, the result is wrong.
-    padded = make_batch(micro_config, batch=8, frames=3, valid_frames=(1,) * 8)
+    padded = make_batch(micro_config, batch=8, frames=4, valid_frames=(1,) * 8)
     forced = padded._replace(visible_frames=AllOrNone(padded.visible_frames.counts))
-    wrong, right = (run(micro_config, stage, one_device, [b])[1][0] for b in (forced, padded))
+    wrong, right = (run(stage, one_device, [b])[1][0] for b in (forced, padded))
     assert abs(wrong["loss"] - right["loss"]) > 1e-4
 
 
