@@ -46,12 +46,13 @@ def test_the_models_compute_what_torch_computes(sources, tmp_path, make_batch, v
     tower = transformers.SiglipVisionModel.from_pretrained(getattr(sources, vision)).eval()
     pixels = torch.tensor(frames).permute(0, 3, 1, 2) / 127.5 - 1
     hidden = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
-    ours = SiglipEncoder(config.vision, "float32", "blockwise").apply({"params": params["encoder"]}, frames)
+    encode = jax.jit(SiglipEncoder(config.vision, "float32", "blockwise").apply)
+    ours = encode({"params": params["encoder"]}, frames)
     np.testing.assert_allclose(ours, hidden.detach(), atol=2e-5)
 
     model = transformers.Qwen2ForCausalLM.from_pretrained(getattr(sources, llm), dtype=torch.float32).eval()
     batch = make_batch(config, frames=0, text=9)
-    logits = CrossLMM(config).apply({"params": params}, batch)
+    logits = jax.jit(CrossLMM(config).apply)({"params": params}, batch)
     expected = model(torch.tensor(batch.tokens, dtype=torch.long)).logits
     np.testing.assert_allclose(logits, expected.detach(), atol=1e-4)
 

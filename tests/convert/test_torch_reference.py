@@ -181,18 +181,22 @@ def test_greedy_generation_is_the_same(tiny_config, tmp_path):
     arrays = {name: value.numpy().astype(np.int32) for name, value in batch.items() if name != "frames"}
     del arrays["text_slots"]
     prompt = Batch.create(**arrays)
-    visual = ours.apply({"params": params}, frames[None], method="encode")
     count = jnp.array([prompt.tokens.shape[1]])
-    logits, cache = ours.apply(
-        {"params": params}, visual, prompt, count, cache_size=64, method="prefill"
-    )  # fmt: skip
-    step = jax.jit(
-        lambda cache, token: ours.apply({"params": params}, cache, token, jnp.array([1]), method="extend")
-    )
+
+    @jax.jit
+    def start(params, frames, prompt):
+        visual = ours.apply({"params": params}, frames, method="encode")
+        return ours.apply({"params": params}, visual, prompt, count, cache_size=64, method="prefill")
+
+    @jax.jit
+    def step(params, cache, token):
+        return ours.apply({"params": params}, cache, token, jnp.array([1]), method="extend")
+
+    logits, cache = start(params, frames[None], prompt)
     tokens = []
     for _ in range(32):
         tokens.append(int(jnp.argmax(logits[0])))
-        logits, cache = step(cache, jnp.array([[tokens[-1]]]))
+        logits, cache = step(params, cache, jnp.array([[tokens[-1]]]))
     assert found == tokens and len(set(tokens)) > 1
     assert (
         model.generate(batch, max_new_tokens=32, stop_tokens=(tokens[3],))

@@ -1,6 +1,7 @@
 """What the whole model promises: gates, causality, placements, caches, padding, loss."""
 
 import dataclasses
+import functools
 import os
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from crosslmm_jax import presets
 from crosslmm_jax.batch import Batch, VisibleFrames
 from crosslmm_jax.model import CrossLMM, init_params
 from crosslmm_jax.model.dual_cross_attention import cross_attend, keys_values
@@ -17,9 +19,17 @@ from crosslmm_jax.model.layer_loops import Placement, scan_layers
 AS_USERS = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else None
 
 
-def logits_of(config, params, batch, compiler_options=None):
-    apply = jax.jit(CrossLMM(config).apply, compiler_options=compiler_options)
-    return np.asarray(apply({"params": params}, batch))
+@functools.cache
+def program(config, method="__call__", as_users=False, **options):
+    """The model's method as one program for all tests: parameters and inputs -> what it returns."""
+    return jax.jit(
+        lambda params, *inputs: CrossLMM(config).apply({"params": params}, *inputs, method=method, **options),
+        compiler_options=AS_USERS if as_users else None,
+    )
+
+
+def logits_of(config, params, batch, as_users=False):
+    return np.asarray(program(config, as_users=as_users)(params, batch))
 
 
 def random_norms(params, seed=5):
@@ -30,9 +40,10 @@ def random_norms(params, seed=5):
     return jax.tree.unflatten(tree, noisy)
 
 
-@pytest.fixture
-def params(tiny_config):
-    return random_norms(init_params(tiny_config, jax.random.key(0)))
+@pytest.fixture(scope="module")
+def params():
+    """Of the tiny model, to be read only."""
+    return random_norms(init_params(presets.tiny(), jax.random.key(0)))
 
 
 @pytest.mark.slow
@@ -41,7 +52,7 @@ def test_gates_at_zero_equal_the_model_without_cross_attention(tiny_config, repl
     without = replace_config(config, cross_attention={"directions": ()})
     params = init_params(config, jax.random.key(1))
     batch = make_batch(config)
-    of_both = (logits_of(c, params, batch, AS_USERS) for c in (config, without))
+    of_both = (logits_of(c, params, batch, as_users=True) for c in (config, without))
     assert np.array_equal(*of_both)
     opened = init_params(tiny_config, jax.random.key(1))
     assert not np.allclose(
@@ -117,21 +128,17 @@ def test_window_scope_equals_frame_by_frame(tiny_config, replace_config, make_ba
     frame = np.repeat(np.arange(frames), 4)
     visible = np.where(frame < valid[:, None], valid[:, None], 0).astype(np.int32)
     kv = keys_values(weights, tokens, config=config)
-    arguments = {"times": np.tile(frame, (2, 1)), "config": config}
-    ours = cross_attend(weights, x, kv, visible_frames=VisibleFrames(visible), scoped=True, **arguments)
+    attend = jax.jit(functools.partial(cross_attend, config=config), static_argnames="scoped")
+    times = np.tile(frame, (2, 1))
+    ours = attend(weights, x, kv, visible_frames=VisibleFrames(visible), times=times, scoped=True)
     for f in range(frames):
         low, high = max(0, f - window), f + window + 1
         part = jax.tree.map(lambda a, low=low, high=high: a[:, low:high], kv)
         count = np.clip(np.where(f < valid, np.minimum(high, valid) - low, 0), 0, None)
         seen = np.repeat(count[:, None], 4, axis=1).astype(np.int32)
         of_frame = slice(4 * f, 4 * f + 4)
-        one = cross_attend(
-            weights,
-            x[:, of_frame],
-            part,
-            visible_frames=VisibleFrames(seen),
-            times=arguments["times"][:, of_frame],
-            config=config,
+        one = attend(
+            weights, x[:, of_frame], part, visible_frames=VisibleFrames(seen), times=times[:, of_frame]
         )
         np.testing.assert_allclose(ours[:, of_frame], one, atol=1e-5)
 
@@ -215,8 +222,8 @@ def test_padding_to_a_larger_bucket_changes_nothing(tiny_config, make_batch, par
     large.tokens[:, :14] = small.tokens
     ours, padded = logits_of(tiny_config, params, small), logits_of(tiny_config, params, large)
     np.testing.assert_allclose(padded[:, :14], ours, atol=1e-5)
-    loss = jax.jit(lambda b: CrossLMM(tiny_config).apply({"params": params}, b, method="loss"))
-    np.testing.assert_allclose(loss(large), loss(small), rtol=1e-5)
+    loss = program(tiny_config, "loss")
+    np.testing.assert_allclose(loss(params, large), loss(params, small), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -225,26 +232,25 @@ def test_padding_to_a_larger_bucket_changes_nothing(tiny_config, make_batch, par
 def test_prefill_and_extend_equal_the_full_forward(tiny_config, replace_config, make_batch, rope, directions):
     """Rows of different length: a prefix at once, a chunk of text, then token by token."""
     config = replace_config(tiny_config, cross_attention={"cross_attn_rope": rope, "directions": directions})
-    params = {"params": random_norms(init_params(config, jax.random.key(0)))}
-    model = CrossLMM(config)
+    params = random_norms(init_params(config, jax.random.key(0)))
     full = make_batch(config, frames=3, text=14, valid_frames=(3, 2))
-    expected = np.asarray(model.apply(params, full))
-    visual = model.apply(params, full.frames, method="encode")
+    expected = logits_of(config, params, full)
+    visual = program(config, "encode")(params, full.frames)
     ends = np.array([3 + 3 + 2, 3 + 2 + 2], np.int32)  # valid prefix of each row
     prompt = make_batch(config, frames=3, text=7, valid_frames=(3, 2), valid_text=(5, 5))
     prompt = prompt._replace(tokens=full.tokens[:, : prompt.tokens.shape[1]])
-    logits, cache = model.apply(params, visual, prompt, ends, cache_size=32, method="prefill")
+    logits, cache = program(config, "prefill", cache_size=32)(params, visual, prompt, ends)
     rows = np.arange(2)
     np.testing.assert_allclose(logits, expected[rows, ends - 1], atol=1e-5)
-    extend = jax.jit(lambda c, t, n: model.apply(params, c, t, n, method="extend"))
+    extend = program(config, "extend")
     tokens = np.stack([full.tokens[b, ends[b] : ends[b] + 4] for b in rows])
     counts = np.array([4, 3], np.int32)
-    logits, cache = extend(cache, tokens, counts)
+    logits, cache = extend(params, cache, tokens, counts)
     at = ends + counts
     np.testing.assert_allclose(logits, expected[rows, at - 1], atol=1e-5)
     for _ in range(4):
         step = full.tokens[rows, at][:, None]
-        logits, cache = extend(cache, step, np.ones(2, np.int32))
+        logits, cache = extend(params, cache, step, np.ones(2, np.int32))
         at = at + 1
         np.testing.assert_allclose(logits, expected[rows, at - 1], atol=1e-5)
     assert np.array_equal(cache.num_tokens, at)
@@ -254,16 +260,14 @@ def test_prefill_and_extend_equal_the_full_forward(tiny_config, replace_config, 
 def test_text_after_a_cache_reads_the_video_by_t2v_alone(tiny_config, replace_config, make_batch):
     """A model without T2V ignores the video KV cache of one that has it."""
     without = replace_config(tiny_config, cross_attention={"directions": ("v2v",)})
-    params = {"params": init_params(tiny_config, jax.random.key(0))}
+    params = init_params(tiny_config, jax.random.key(0))
     prompt = make_batch(tiny_config, frames=3, text=7)
     length = np.full(2, prompt.tokens.shape[1], np.int32)
-    model = CrossLMM(tiny_config)
-    visual = model.apply(params, prompt.frames, method="encode")
-    _, cache = model.apply(params, visual, prompt, length, cache_size=32, method="prefill")
+    visual = program(tiny_config, "encode")(params, prompt.frames)
+    _, cache = program(tiny_config, "prefill", cache_size=32)(params, visual, prompt, length)
     words = np.ones((2, 1), np.int32), np.ones(2, np.int32)
     ignored, bare = (
-        CrossLMM(without).apply(params, given, *words, method="extend")[0]
-        for given in (cache, cache._replace(t2v=None))
+        program(without, "extend")(params, given, *words)[0] for given in (cache, cache._replace(t2v=None))
     )
     assert cache.t2v is not None
     np.testing.assert_array_equal(ignored, bare)
@@ -283,7 +287,7 @@ def test_loss_equals_cross_entropy_of_all_logits(tiny_config, make_batch, params
     def ours(params):
         return CrossLMM(tiny_config).apply({"params": params}, batch, method="loss")[0]
 
-    (a, da), (b, db) = jax.value_and_grad(plain)(params), jax.value_and_grad(ours)(params)
+    (a, da), (b, db) = jax.jit(lambda p: [jax.value_and_grad(f)(p) for f in (plain, ours)])(params)
     np.testing.assert_allclose(a, b, rtol=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), da, db)
 

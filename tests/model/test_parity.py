@@ -127,11 +127,8 @@ def test_qwen2_logits_and_gradients_equal_torch(tiny_config, replace_config, mak
     randomise(model)
     params = init_params(config, jax.random.key(0)) | {"decoder": qwen_params(model, decoder)}
     batch = make_batch(config, frames=0, text=11)
-    ours = CrossLMM(config).apply({"params": params}, batch)
-    theirs = model(torch.tensor(batch.tokens, dtype=torch.long)).logits
-    np.testing.assert_allclose(ours, theirs.detach(), atol=5e-5)
-
     batch = batch._replace(loss_mask=np.ones_like(batch.loss_mask))
+    theirs = model(torch.tensor(batch.tokens, dtype=torch.long)).logits
     loss = torch.nn.functional.cross_entropy(
         theirs[:, :-1].reshape(-1, decoder.vocab_size),
         torch.tensor(batch.tokens[:, 1:], dtype=torch.long).reshape(-1),
@@ -140,11 +137,12 @@ def test_qwen2_logits_and_gradients_equal_torch(tiny_config, replace_config, mak
     loss.backward()
 
     def our_loss(decoder_params):
-        return CrossLMM(config).apply({"params": params | {"decoder": decoder_params}}, batch, method="loss")[
-            0
-        ]
+        variables = {"params": params | {"decoder": decoder_params}}
+        loss = CrossLMM(config).apply(variables, batch, method="loss")[0]
+        return loss, CrossLMM(config).apply(variables, batch)
 
-    value, gradients = jax.value_and_grad(our_loss)(params["decoder"])
+    (value, ours), gradients = jax.jit(jax.value_and_grad(our_loss, has_aux=True))(params["decoder"])
+    np.testing.assert_allclose(ours, theirs.detach(), atol=5e-5)
     np.testing.assert_allclose(value, loss.detach(), rtol=1e-5)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -44,7 +44,6 @@ def on_one_device(chunks_of_two, make_batch):
         {"data": 1, "context": 8},
         {"data": 2, "context": 2, "tensor": 2},
         {"data": 1, "fsdp": 2, "context": 4},
-        {"data": 8},
         {"data": 1, "tensor": 8},
     ],
     ids=str,
