@@ -20,13 +20,14 @@ from crosslmm_jax.inference.commands import ask, ask_many, chat
 from crosslmm_jax.inference.figure import draw_frame
 from crosslmm_jax.inference.generate import Generation, RowSettings, Sampling, generate
 from crosslmm_jax.inference.load import load
-from crosslmm_jax.inference.many import Item, answer_many
+from crosslmm_jax.inference.many import Item, answer_many, answers_as_ready
 from crosslmm_jax.inference.replies import AnswerOptions, Options
 from crosslmm_jax.inference.scoring import score_options
 from crosslmm_jax.inference.watching import Medium
 
 __all__ = [
     "Answer", "AnswerOptions", "Chat", "Generation", "Item", "Medium", "Options", "RowSettings", "Sampling",
-    "Video", "VideoModel", "answer_many", "ask", "ask_many", "chat", "draw_frame", "generate", "load",
+    "Video", "VideoModel", "answer_many", "answers_as_ready", "ask", "ask_many", "chat", "draw_frame",
+    "generate", "load",
     "score_options",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.assistant import Answer
 from crosslmm_jax.inference.figure import draw_attention
 from crosslmm_jax.inference.load import load
-from crosslmm_jax.inference.many import Item, answer_many
+from crosslmm_jax.inference.many import Item, answers_as_ready
 from crosslmm_jax.inference.replies import AnswerOptions, Options
 from crosslmm_jax.inference.watching import AnyMedia, Medium
 from crosslmm_jax.utils import Progress, atomic_write
@@ -140,7 +140,7 @@ def ask_many(
       media_root: folder that paths start from.
       frames: of each video; None: as in training.
       precision: see `load`.
-      videos_at_once: see `answer_many`.
+      videos_at_once: see `answers_as_ready`.
       options: fields of `AnswerOptions`, where a line has none.
       quiet: show no progress on stderr.
 
@@ -162,7 +162,8 @@ def ask_many(
             Progress("ask", unit="questions", total=len(lines), done=len(done), quiet=quiet) as progress,
         ):
             items = (given[place] for place in left)
-            for number, answer in answer_many(loaded, items, frames=frames, videos_at_once=videos_at_once):
+            ready = answers_as_ready(loaded, items, frames=frames, videos_at_once=videos_at_once)
+            for number, answer in ready:
                 errors += isinstance(answer, UserError)
                 file.write(lines[left[number]].answered(answer))
                 file.flush()

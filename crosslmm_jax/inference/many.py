@@ -35,9 +35,31 @@ class _Watched(NamedTuple):
 
 
 def answer_many(
+    model: VideoModel, items: Sequence[Item | tuple], *, frames: int | None = None,
+    videos_at_once: int | None = None,
+) -> list[Answer | UserError]:  # fmt: skip
+    """Answers questions about many videos; see `answers_as_ready`.
+
+    Args:
+        model: the model.
+        items: (media, question) or (media, question, `AnswerOptions`) each.
+        frames: of each video; None: as in training.
+        videos_at_once: as of `answers_as_ready`.
+
+    Returns:
+        For each item its answer, or the error that its media or question have.
+    """
+    ready = answers_as_ready(
+        model, (Item(*item) for item in items), frames=frames, videos_at_once=videos_at_once
+    )
+    answers = dict(ready)
+    return [answers[number] for number in range(len(items))]
+
+
+def answers_as_ready(
     model: VideoModel, items: Iterable[Item], *, frames: int | None = None, videos_at_once: int | None = None
 ) -> Iterator[tuple[int, Answer | UserError]]:
-    """Answers questions in any order of completion.
+    """Answers questions, each as soon as it is there.
 
     Neighbouring questions about the same media (equal paths and bounds) share one decoding, one encoding and
     one video KV cache. Videos of a batch are divided among the devices. An answer does not depend on the

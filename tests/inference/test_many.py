@@ -13,7 +13,7 @@ from crosslmm_jax.data.text import question_suffix
 from crosslmm_jax.demo.synthetic import write_dataset
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.inference import Item, Medium, Sampling, answer_many, load, score_options
+from crosslmm_jax.inference import Item, Medium, Sampling, answer_many, answers_as_ready, load, score_options
 from crosslmm_jax.inference import many as many_module
 from crosslmm_jax.inference.compiled import Compiled
 from crosslmm_jax.inference.replies import AnswerOptions
@@ -65,7 +65,7 @@ def test_answers_equal_those_of_single_questions(model, clips, videos_at_once):
         for number, clip in enumerate(clips[:3])
         for place, question in enumerate(QUESTIONS[: number + 1])
     ]
-    got = dict(answer_many(model, items, videos_at_once=videos_at_once))
+    got = dict(answers_as_ready(model, items, videos_at_once=videos_at_once))
     assert sorted(got) == list(range(len(items)))
     for number, item in enumerate(items):
         option = item.options
@@ -94,7 +94,7 @@ def test_ten_questions_decode_and_encode_once(model, clips, monkeypatch):
         monkeypatch.setattr(Compiled, name, counting(name, getattr(Compiled, name)))
     monkeypatch.setattr(many_module, "MOST_ROWS", 8)
     items = [Item(clips[0], f"Question {number}?", AnswerOptions(max_new_tokens=2)) for number in range(10)]
-    assert len(dict(answer_many(model, items))) == 10
+    assert len(answer_many(model, items)) == 10
     assert counts == {"decode": 1, "encode": 1, "prefill": 1, "read": 2}
 
 
@@ -105,7 +105,7 @@ def test_an_error_belongs_to_its_question(model, clips):
         Item("missing.mp4", "What?", short), Item(clips[0], "What?", short), Item(clips[0], " ", short),
         Item(clips[0], "What?", AnswerOptions(max_new_tokens=4000)), Item(clips[1], "What?", short),
     ]  # fmt: skip
-    got = dict(answer_many(model, items, videos_at_once=2))
+    got = answer_many(model, [item[:3] for item in items], videos_at_once=2)
     assert [isinstance(got[number], UserError) for number in range(5)] == [True, False, True, True, False]
     assert "missing.mp4" in str(got[0]) and "question" in str(got[2]) and "positions" in str(got[3])
 
