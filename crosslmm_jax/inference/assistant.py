@@ -42,19 +42,18 @@ from crosslmm_jax.inference.shapes import (
     round_up,
 )
 from crosslmm_jax.inference.watching import (
+    RESERVED_POSITIONS,
     AnyMedia,
     Encoding,
+    check_frames,
     media_of,
-    read_clip,
-    sampling_of,
+    read_media,
     stacked,
     time_texts,
 )
 from crosslmm_jax.model import KVCache, Visual
 from crosslmm_jax.model_folder import Processor
 
-# Positions of the decoder that a video must not use: for questions and answers.
-RESERVED_POSITIONS = 256
 _TEXT_STEP = 32  # tokens; room for the text of a prompt is a multiple
 _USUAL_DURATION = 999.0  # seconds; the time instruction of a longer video may compile anew
 
@@ -151,10 +150,9 @@ class VideoModel:
           encoding: is given frames as soon as they are decoded.
           num_threads: of the decoder; 0: as many as there are cores.
         """
-        given, sampling = media_of(media), sampling_of(self.processor, frames)
-        self.check_frames(sampling.most_frames, option=True)
-        same = {"encoding": encoding, "num_threads": num_threads}
-        return tuple(read_clip(medium, sampling, self.processor, **same) for medium in given)
+        return read_media(
+            media, frames, self.config, self.processor, encoding=encoding, num_threads=num_threads
+        )
 
     def watch_frames(self, frames: np.ndarray, times: np.ndarray, duration: float) -> "Video":
         """Like `watch`, for frames that were decoded elsewhere.
@@ -168,14 +166,6 @@ class VideoModel:
           UserError: the decoder has too few positions for the frames.
         """
         return Video(self, [Clip(frames, times, duration)])
-
-    def check_frames(self, frames: int, *, option: bool = False) -> None:
-        """Raises a UserError if the decoder has too few positions for so many frames."""
-        positions = self.config.decoder.max_positions - RESERVED_POSITIONS
-        limit = positions // self.processor.tokens_per_frame
-        if frames > limit:
-            given = f"--frames is {frames}" if option else f"the media have {frames} frames"
-            raise UserError(f"{given}; this model has positions for {limit} at most")
 
     def with_room(self, cache: KVCache, tokens: int) -> KVCache:
         """`cache` with room for so many tokens per row, the padding of a question included."""
@@ -200,7 +190,7 @@ class VideoModel:
         With `seconds`, waits for both and adds their times to it.
         """
         begun = time.perf_counter()
-        self.check_frames(sum(len(clip.frames) for clip in clips))
+        check_frames(sum(len(clip.frames) for clip in clips), self.config)
         parts = (encoding or Encoding(self.compiled, self.params)).finish(stacked(clips))
         if seconds is not None:
             jax.block_until_ready(parts)

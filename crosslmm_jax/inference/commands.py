@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import jax
 from crosslmm_jax.config import Precision
 from crosslmm_jax.data.text import check_question
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.inference.assistant import Answer
+from crosslmm_jax.inference.assistant import Answer, Video
 from crosslmm_jax.inference.figure import draw_attention
-from crosslmm_jax.inference.load import load
+from crosslmm_jax.inference.load import load, model_folder
 from crosslmm_jax.inference.many import Item, answers_as_ready
 from crosslmm_jax.inference.replies import AnswerOptions, Options
-from crosslmm_jax.inference.watching import AnyMedia, Medium
+from crosslmm_jax.inference.watching import AnyMedia, Medium, read_media
+from crosslmm_jax.model_folder import load_model_config, load_processor
 from crosslmm_jax.utils import Progress, atomic_write
 
 
@@ -43,8 +45,9 @@ def ask(
       precision: see `load`.
       attention_path: PNG file to draw the answer's T2V attention in.
       options: fields of `AnswerOptions`.
-      started: when the process started, by `time.perf_counter`: the report then has `timings`. Encoding and
-        prefill are waited for one by one, which takes a little longer.
+      started: when the process started, by `time.perf_counter`: the report then has `timings`, and phases
+        are waited for one by one, which takes a little longer. The file is decoded while the model is loaded;
+        "decode" is what is left of it then.
 
     Returns:
       The report that `crosslmm ask --json` writes.
@@ -55,13 +58,20 @@ def ask(
     check_question(question)
     AnswerOptions(**options)
     begun = time.perf_counter()
-    loaded = load(model, precision)
-    if attention_path is not None and "t2v" not in loaded.config.cross_attention.directions:
+    folder = model_folder(model)
+    config, processor = load_model_config(folder), load_processor(folder)
+    if attention_path is not None and "t2v" not in config.cross_attention.directions:
         raise UserError(
             f"--attention {attention_path}: {model} has no T2V, so there is no attention to draw; leave the"
             " option out"
         )
-    watched = loaded.watch(video, frames=frames, timed=started is not None)
+    with ThreadPoolExecutor(1) as beside:  # the file is decoded while the weights are read
+        reading = beside.submit(read_media, video, frames, config, processor)
+        loaded = load(folder, precision)
+        waiting = time.perf_counter()
+        clips = reading.result()
+    seconds = None if started is None else {"decode": time.perf_counter() - waiting}
+    watched = Video(loaded, clips, seconds=seconds)
     answer = watched.answer(question, **options)
     if attention_path is not None:
         maps = watched.attention(question)
@@ -79,11 +89,11 @@ def ask(
         "finish_reason": answer.finish_reason,
     }
     if started is not None:
-        seconds = {"imports": begun - started, **loaded.seconds, **watched.seconds}
-        seconds |= {"first_token": answer.first_token_s, "answer": answer.seconds}
+        phases = {"imports": begun - started, **loaded.seconds, **watched.seconds}
+        phases |= {"first_token": answer.first_token_s, "answer": answer.seconds}
         waited = ("imports", "load", "decode", "encode", "prefill", "answer")
-        seconds["total"] = sum(seconds[phase] for phase in waited)
-        report["timings"] = {phase: round(value, 4) for phase, value in seconds.items()}
+        phases["total"] = sum(phases[phase] for phase in waited)
+        report["timings"] = {phase: round(value, 4) for phase, value in phases.items()}
     return report
 
 

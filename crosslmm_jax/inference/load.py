@@ -28,9 +28,7 @@ def load(folder: str | Path, precision: Precision | None = None) -> VideoModel:
     Raises:
       UserError: a file is missing or damaged, or the weights do not fit the config.
     """
-    begun, folder = time.perf_counter(), Path(folder)
-    if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
-        folder = folder / "model"
+    begun, folder = time.perf_counter(), model_folder(folder)
     config, processor = load_model_config(folder), load_processor(folder)
     if precision is not None:
         config = config.at_precision(precision)
@@ -51,6 +49,14 @@ def load(folder: str | Path, precision: Precision | None = None) -> VideoModel:
         )
     seconds = {"weights": weights_s, "tokenizer": tokenizer_s, "load": time.perf_counter() - begun}
     return VideoModel(config, params, tokenizer, processor, mesh, seconds)
+
+
+def model_folder(folder: str | Path) -> Path:
+    """`folder`, or the MODEL folder in it if it is a run's."""
+    folder = Path(folder)
+    if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
+        return folder / "model"
+    return folder
 
 
 def _read_tokenizer(folder: Path) -> tuple[Tokenizer, float]:

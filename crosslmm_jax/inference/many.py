@@ -13,7 +13,7 @@ from crosslmm_jax.data.text import TokenSequence, media_prefix, question_suffix
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.assistant import Answer, Prefix, VideoModel
 from crosslmm_jax.inference.replies import AnswerOptions
-from crosslmm_jax.inference.watching import AnyMedia, Encoding, media_of, stacked, time_texts
+from crosslmm_jax.inference.watching import AnyMedia, Encoding, check_frames, media_of, stacked, time_texts
 
 MOST_ROWS = 32  # questions that are answered together
 MOST_AHEAD = 16  # videos that are decoded ahead of the one that is encoded
@@ -148,7 +148,7 @@ def _prefix(model: VideoModel, clips: Sequence[tuple[Clip, ...]]) -> Prefix:
     """The prompts of some videos up to their questions."""
     frames = [stacked(of_video) for of_video in clips]
     most = max(map(len, frames))
-    model.check_frames(most)
+    check_frames(most, model.config)
     encodings = [Encoding(model.compiled, model.params, most_frames=most) for _ in clips]
     parts = [encoding.finish(of_video) for encoding, of_video in zip(encodings, frames, strict=True)]
     prompts = [

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import PyTree
 
-from crosslmm_jax.config import SamplingConfig
+from crosslmm_jax.config import ModelConfig, SamplingConfig
 from crosslmm_jax.data.media import Clip, Media, from_bytes, read_frames
 from crosslmm_jax.data.text import ClipMeta, time_text
 from crosslmm_jax.errors import UserError
@@ -15,6 +15,9 @@ from crosslmm_jax.inference.compiled import Compiled
 from crosslmm_jax.inference.shapes import frames_at_once, padded_frames
 from crosslmm_jax.model import Visual
 from crosslmm_jax.model_folder import Processor
+
+# Positions of the decoder that a video must not use: for questions and answers.
+RESERVED_POSITIONS = 256
 
 
 class Medium(NamedTuple):
@@ -61,22 +64,40 @@ def time_texts(clips: Sequence[Clip], processor: Processor) -> list[str | None]:
     return [time_text(meta, processor.time_instruction) for meta in metas]
 
 
-def read_clip(
-    medium: Medium, sampling: SamplingConfig, processor: Processor, *, encoding: "Encoding | None" = None,
-    num_threads: int = 0,
-) -> Clip:  # fmt: skip
-    """Decodes a medium.
+def check_frames(frames: int, config: ModelConfig, *, given: str = "the media have {} frames") -> None:
+    """Raises a UserError if the decoder has too few positions for so many frames."""
+    limit = (config.decoder.max_positions - RESERVED_POSITIONS) // config.merge.tokens_per_frame
+    if frames > limit:
+        raise UserError(f"{given.format(frames)}; this model has positions for {limit} at most")
+
+
+def read_media(
+    media: AnyMedia, frames: int | None, config: ModelConfig, processor: Processor, *,
+    encoding: "Encoding | None" = None, num_threads: int = 0,
+) -> tuple[Clip, ...]:  # fmt: skip
+    """Decodes media.
 
     Args:
-        medium: what to read.
-        sampling: how frames are chosen.
-        processor: size and filter of frames.
-        encoding: is given frames as soon as they are decoded.
+        media: a medium or several.
+        frames: of each video; None: as in training.
+        config: of the model that will see them.
+        processor: likewise.
+        encoding: is given the frames of the one medium as soon as they are decoded.
         num_threads: of the decoder; 0: as many as there are cores.
 
     Raises:
-        DataError: the medium is missing, damaged, or has no frame within its bounds.
+        UserError: a medium is missing or damaged, has no frame within its bounds, or more frames are wanted
+            than the decoder has positions for.
     """
+    sampling = sampling_of(processor, frames)
+    check_frames(sampling.most_frames, config, given="--frames is {}")
+    return tuple(_read_clip(medium, sampling, processor, encoding, num_threads) for medium in media_of(media))
+
+
+def _read_clip(
+    medium: Medium, sampling: SamplingConfig, processor: Processor, encoding: "Encoding | None",
+    num_threads: int,
+) -> Clip:  # fmt: skip
     source = from_bytes(medium.source) if isinstance(medium.source, bytes) else medium.source
     bounds = None
     if medium.start is not None or medium.end is not None:

@@ -34,6 +34,9 @@ SMALL_SCORE_BYTES = 32 * 2**20
 # A GPU or TPU spends its time reading keys when there are so few queries. Two matrix products and a softmax
 # then read them once, as long as the scores take no more than this many bytes.
 DECODE_QUERIES, DECODE_SCORE_BYTES = 8, 2**30
+# The tokens of a question after a KV cache read a range each, which cuDNN cannot express; the device would
+# stop to find that out. Up to so many bytes of scores, matrix products are faster.
+QUESTION_SCORE_BYTES = 2**26
 # With at least this many bytes of keys and values per row, split-K cuDNN is faster on a GPU. Milliseconds of
 # one query on one H200:
 #                             plain   cuDNN
@@ -61,7 +64,7 @@ def attention(
     | backend | platform | "auto" takes it for | what it cannot do |
     |---|---|---|---|
     | `reference` | all | scores up to 32 MiB, not on a GPU | long sequences: it holds all scores |
-    | `plain` | all | GPU, TPU: up to 8 queries | likewise |
+    | `plain` | all | GPU, TPU: up to 8 queries; GPU: scores up to 64 MiB of ranges per query | likewise |
     | `blockwise` | all | all that the others leave | - |
     | `cudnn` | GPU | all that it can do | float32, `kv_start`, head sizes that 8 does not divide |
     | `mosaic` | Hopper GPU | heads of 72 or 80, as SigLIP2's | grouped heads; ranges not known beforehand |
@@ -131,6 +134,8 @@ def _choose(
             return "cudnn"
         # Few queries: reading the keys is all the work, and matrix products do it once.
         if is_decode and score_bytes <= DECODE_SCORE_BYTES:
+            return "plain"
+        if kv_stop is not None and kv_stop.shape[1] > 1 and score_bytes <= QUESTION_SCORE_BYTES:
             return "plain"
         # cuDNN computes heads of 72 as if they had 128 columns.
         if fused and mosaic.is_applicable(q, k, kv_start, kv_stop, causal=causal, rules=rules, axes=axes):
