@@ -99,7 +99,7 @@ def together(model: "VideoModel", work: Work, frames: int) -> int:
 
     options = AnswerOptions(max_new_tokens=TOKENS)
     tokens = 0
-    for _, answer in answer_many(model, [Item(*asked, options) for asked in work], frames=frames):
+    for answer in answer_many(model, [Item(*asked, options) for asked in work], frames=frames):
         if isinstance(answer, UserError):
             raise answer
         tokens += answer.num_tokens
