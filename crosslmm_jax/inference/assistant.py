@@ -58,6 +58,15 @@ _TEXT_STEP = 32  # tokens; room for the text of a prompt is a multiple
 _USUAL_DURATION = 999.0  # seconds; the time instruction of a longer video may compile anew
 
 
+def usual_text(frames: int, tokenizer: Tokenizer, processor: Processor) -> int:
+    """Room for the text of a prompt about one video of so many frames, in tokens."""
+    size = padded_frames(frames)
+    meta = ClipMeta(size, _USUAL_DURATION, [_USUAL_DURATION] * size)
+    times = [time_text(meta, processor.time_instruction)]
+    prompt = media_prefix(tokenizer, times, system_prompt=processor.system_prompt)
+    return round_up(prompt.num_text_tokens, _TEXT_STEP)
+
+
 class Prefix(NamedTuple):
     """What comes before a question: a row per prompt."""
 
@@ -231,7 +240,10 @@ class VideoModel:
                 )
         frames, text = max(map(sum, counts)), max(prompt.num_text_tokens for prompt in prompts)
         shape = prompt_shape(
-            frames, text, tokens_per_frame=processor.tokens_per_frame, usual_text=self._usual_text(frames)
+            frames,
+            text,
+            tokens_per_frame=processor.tokens_per_frame,
+            usual_text=usual_text(frames, tokenizer, processor),
         )
         rows = pad_rows(
             layouts, num_frames=shape.frames, num_text=shape.text, pad=tokenizer.pad,
@@ -245,14 +257,6 @@ class VideoModel:
         lengths = tuple(len(layout.tokens) for layout in layouts)
         cache = self.compiled.prefill(self.params, parts, batch, np.array(lengths, np.int32), shape)
         return Prefix(cache, lengths)
-
-    def _usual_text(self, frames: int) -> int:
-        """Room for the text of a prompt about one video of so many frames."""
-        size = padded_frames(frames)
-        meta = ClipMeta(size, _USUAL_DURATION, [_USUAL_DURATION] * size)
-        times = [time_text(meta, self.processor.time_instruction)]
-        prompt = media_prefix(self.tokenizer, times, system_prompt=self.processor.system_prompt)
-        return round_up(prompt.num_text_tokens, _TEXT_STEP)
 
     def begin(self, prefix: Prefix, questions: Sequence[TokenSequence], options: Sequence[AnswerOptions]
     ) -> Generator[list[Reply], None, KVCache]:  # fmt: skip

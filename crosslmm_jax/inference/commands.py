@@ -67,7 +67,7 @@ def ask(
         )
     with ThreadPoolExecutor(1) as beside:  # the file is decoded while the weights are read
         reading = beside.submit(read_media, video, frames, config, processor)
-        loaded = load(folder, precision)
+        loaded = load(folder, precision, frames=lambda: sum(len(clip.frames) for clip in reading.result()))
         waiting = time.perf_counter()
         clips = reading.result()
     seconds = None if started is None else {"decode": time.perf_counter() - waiting}

@@ -5,18 +5,19 @@ over: a prefix is shared by all questions about it, and a failed answer leaves w
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from crosslmm_jax.batch import Batch
+from crosslmm_jax.batch import Batch, RowOrNone
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.inference.generate import Generation, RowSettings, everywhere, generate, start
-from crosslmm_jax.inference.shapes import QUESTION_TOKENS, PromptShape
+from crosslmm_jax.inference.shapes import QUESTION_TOKENS, STEPS, PromptShape
 from crosslmm_jax.model import CrossLMM, KVCache, VideoCache, Visual, apply
 from crosslmm_jax.parallel import activation_rules, program
 
@@ -37,6 +38,60 @@ class Compiled:
         self.model = CrossLMM(config, rules, stacked=False)
         self.mesh = mesh
         self._blank: dict[tuple[int, ...], Visual] = {}
+
+    def prepare(
+        self, params: PyTree, shape: PromptShape, *, frames_at_once: int, image_size: int, vocab_size: int
+    ) -> None:
+        """Compiles, or reads from disk, all programs that one video of `shape` needs, at the same time.
+
+        Needs shapes only, so it can run while the weights are read. On several devices nothing is done: the
+        layout of what a program returns is then not known before it is compiled.
+
+        Args:
+          params: the parameters, or their shapes.
+          shape: of the prompt.
+          frames_at_once: that the encoder takes.
+          image_size: R.
+          vocab_size: the tokenizer's.
+        """
+        if self.mesh.size > 1:
+            return
+        here = NamedSharding(self.mesh, PartitionSpec())
+
+        def shapes_of(tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
+
+        def compile_it(lowered_later: Callable[[], jax.stages.Lowered]) -> None:
+            with jax.set_mesh(self.mesh):
+                lowered_later().compile()
+
+        params, model, tokens = shapes_of(params), self.model, np.zeros((1, QUESTION_TOKENS), np.int32)
+        counts, rows = np.ones(1, np.int32), RowSettings.of()
+        length = shape.text + shape.frames * model.config.merge.tokens_per_frame
+        prompt, slots = np.zeros((1, length), np.int32), np.arange(length - shape.text, dtype=np.int32)[None]
+        batch = Batch.create(tokens=prompt, visual_slots=slots, visible_frames=prompt)
+        batch = batch._replace(visible_frames=RowOrNone(prompt))
+        frames = np.zeros((1, frames_at_once, image_size, image_size, 3), np.uint8)
+        encoding, prefilling = program(_encode), program(_prefill, "shape")
+        with ThreadPoolExecutor() as pool, jax.set_mesh(self.mesh):
+            # Tracing is python, one at a time; what follows runs in parallel.
+            compiled = [pool.submit(compile_it, lambda: encoding.lower(model, params, frames))]
+            part = shapes_of(encoding.eval_shape(model, params, frames))
+            prompts = ((part,) * (shape.frames // frames_at_once),), batch, counts
+            cache = shapes_of(prefilling.eval_shape(model, params, *prompts, shape=shape))
+            compiled += [
+                pool.submit(compile_it, lambda: prefilling.lower(model, params, *prompts, shape=shape))
+            ]
+            question = cache.t2v, cache._replace(t2v=None), tokens, counts, rows
+            *_, state = _extend.eval_shape(model, params, *question, vocab_size=vocab_size)
+            state, same = shapes_of(state), {"vocab_size": vocab_size}
+            compiled += [pool.submit(compile_it, lambda: _extend.lower(model, params, *question, **same))]
+            answer = cache.t2v, state, rows
+            compiled += [
+                pool.submit(compile_it, lambda: generate.lower(model, params, *answer, steps=STEPS, **same))
+            ]
+        for future in compiled:
+            future.result()
 
     def encode(self, params: PyTree, frames: np.ndarray) -> Visual:
         """uint8[B, f, R, R, 3], f frames of each video, to their compact and original tokens."""

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from crosslmm_jax.config import MeshConfig, ModelConfig
-from crosslmm_jax.model import init_params
+from crosslmm_jax.model import param_shapes
 from crosslmm_jax.parallel import make_mesh
 
 WEIGHT_SHARE = 0.7  # of a device's memory that weights may take; the rest is for videos and answers
@@ -28,6 +28,4 @@ def answering_mesh(config: ModelConfig) -> Mesh:
 
 
 def _weight_bytes(config: ModelConfig) -> int:
-    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    size = jax.numpy.dtype(config.compute_dtype).itemsize
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) * size
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(param_shapes(config)))

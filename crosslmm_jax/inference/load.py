@@ -1,29 +1,37 @@
 """From a MODEL folder to a model on the devices."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
-from crosslmm_jax.config import Precision
+from crosslmm_jax.config import ModelConfig, Precision
 from crosslmm_jax.data.text import Tokenizer, load_tokenizer
 from crosslmm_jax.errors import ConfigError
-from crosslmm_jax.inference.assistant import VideoModel
+from crosslmm_jax.inference.assistant import VideoModel, usual_text
+from crosslmm_jax.inference.compiled import Compiled
 from crosslmm_jax.inference.devices import answering_mesh
 from crosslmm_jax.inference.prepare import prepare_params
-from crosslmm_jax.model import init_params, logical_axes
-from crosslmm_jax.model_folder import load_model_config, load_processor, load_weights
+from crosslmm_jax.inference.shapes import frames_at_once, prompt_shape
+from crosslmm_jax.model import init_params, logical_axes, param_shapes
+from crosslmm_jax.model_folder import Processor, load_model_config, load_processor, load_weights
 from crosslmm_jax.parallel import param_shardings
 
 
-def load(folder: str | Path, precision: Precision | None = None) -> VideoModel:
+def load(
+    folder: str | Path, precision: Precision | None = None, *, frames: Callable[[], int] | None = None
+) -> VideoModel:
     """Loads a model onto all available devices; `answering_mesh` says how.
 
     Args:
       folder: a MODEL folder, or a run's folder with one in `model/`.
       precision: of the matrix products of encoder and projector, and of the video KV cache. None: as
         config.json says.
+      frames: waits for the number of frames of the first video, whose programs are then compiled or read from
+        disk beside the weights.
 
     Raises:
       UserError: a file is missing or damaged, or the weights do not fit the config.
@@ -32,23 +40,45 @@ def load(folder: str | Path, precision: Precision | None = None) -> VideoModel:
     config, processor = load_model_config(folder), load_processor(folder)
     if precision is not None:
         config = config.at_precision(precision)
-    with ThreadPoolExecutor(1) as beside:  # the tokenizer is read while the weights are
-        reading = beside.submit(_read_tokenizer, folder)
+    with ThreadPoolExecutor(2) as beside:  # tokenizer and programs are read while the weights are
+        reading, preparing = beside.submit(_read_tokenizer, folder), None
         mesh = answering_mesh(config)
-        shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+        if frames is not None:
+            preparing = beside.submit(
+                lambda: prepare_programs(config, mesh, reading.result()[0], processor, frames())
+            )
+        shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
         shardings = param_shardings(logical_axes(config), shapes, mesh)
         # Cast to the compute dtype once here instead of at every use.
         params = load_weights(folder, config, shardings=shardings, dtype=config.compute_dtype)
         params = jax.block_until_ready(prepare_params(params, config, mesh))
-        weights_s = time.perf_counter() - begun
-        tokenizer, tokenizer_s = reading.result()
+        seconds = {"weights": time.perf_counter() - begun}
+        tokenizer, seconds["tokenizer"] = reading.result()
+        if preparing is not None:
+            seconds["programs"] = preparing.result()
     if tokenizer.vocab_size > config.decoder.vocab_size:
         raise ConfigError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but DecoderConfig.vocab_size is"
             f" {config.decoder.vocab_size}; use the tokenizer that the model was trained with"
         )
-    seconds = {"weights": weights_s, "tokenizer": tokenizer_s, "load": time.perf_counter() - begun}
+    seconds["load"] = time.perf_counter() - begun
     return VideoModel(config, params, tokenizer, processor, mesh, seconds)
+
+
+def prepare_programs(
+    config: ModelConfig, mesh: Mesh, tokenizer: Tokenizer, processor: Processor, num_frames: int
+) -> float:
+    """Compiles, or reads from disk, the programs for a video of so many frames; returns the seconds."""
+    begun = time.perf_counter()
+    shape = prompt_shape(
+        num_frames, 0, tokens_per_frame=processor.tokens_per_frame,
+        usual_text=usual_text(num_frames, tokenizer, processor),
+    )  # fmt: skip
+    Compiled(config, mesh).prepare(
+        param_shapes(config), shape, frames_at_once=frames_at_once(num_frames),
+        image_size=processor.image_size, vocab_size=tokenizer.vocab_size,
+    )  # fmt: skip
+    return time.perf_counter() - begun
 
 
 def model_folder(folder: str | Path) -> Path:

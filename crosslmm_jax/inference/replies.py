@@ -12,10 +12,8 @@ from crosslmm_jax.data.text import Tokenizer
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.compiled import Compiled
 from crosslmm_jax.inference.generate import RowSettings, Sampling
+from crosslmm_jax.inference.shapes import STEPS
 from crosslmm_jax.model import KVCache
-
-# Tokens that are generated on the device before the host reads them; streaming shows this many at once.
-STEPS = 16
 
 
 class Options(TypedDict, total=False):

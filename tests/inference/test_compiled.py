@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from crosslmm_jax.batch import AllOrNone, Batch, RowOrNone
-from crosslmm_jax.config import SamplingConfig
+from crosslmm_jax.config import MeshConfig, SamplingConfig
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
-from crosslmm_jax.inference import load
+from crosslmm_jax.inference import VideoModel, load
 from crosslmm_jax.inference.compiled import parts_of
 from crosslmm_jax.inference.shapes import FRAME_SIZES, QUESTION_TOKENS, padded_frames, prompt_shape
 from crosslmm_jax.model import CrossLMM, init_params
 from crosslmm_jax.model_folder import save_model_folder
+from crosslmm_jax.parallel import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,11 @@ def model(tmp_path_factory):
         folder / "model", config=config, params=init_params(config, jax.random.key(0)),
         tokenizer_folder=folder / "tokenizer", sampling=SamplingConfig(frames=4), system_prompt="Be brief.",
     )  # fmt: skip
-    return load(folder / "model")
+    loaded = load(folder / "model")
+    device = jax.devices()[:1]
+    params = jax.device_put(jax.device_get(loaded.params), device[0])
+    mesh = make_mesh(MeshConfig(), device)
+    return VideoModel(config, params, loaded.tokenizer, loaded.processor, mesh)
 
 
 def video_of(model, count: int):
