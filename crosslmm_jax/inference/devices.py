@@ -1,15 +1,19 @@
-"""The device mesh of answering."""
+"""The device mesh of answering, and how much fits its devices."""
 
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from crosslmm_jax.config import MeshConfig, ModelConfig
-from crosslmm_jax.model import param_shapes
+from crosslmm_jax.inference.shapes import PromptShape
+from crosslmm_jax.model import DTYPES, param_shapes
 from crosslmm_jax.parallel import make_mesh
 
 WEIGHT_SHARE = 0.7  # of a device's memory that weights may take; the rest is for videos and answers
+CACHE_SHARE = 0.25  # of the memory beside the weights: what the caches of a batch of videos may take
+MOST_VIDEOS = 4  # of a batch, for each group of devices: more make generating hardly cheaper
 
 
 def answering_mesh(config: ModelConfig) -> Mesh:
@@ -18,13 +22,34 @@ def answering_mesh(config: ModelConfig) -> Mesh:
     The fewest devices that hold the weights together share them (`tensor`); groups of so many divide the
     videos (`data`). Devices that do not say how much memory they have count as large enough.
     """
-    count, limit = jax.device_count(), (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    tensor = 1
-    if limit is not None:
-        shares = (share for share in range(1, count + 1) if count % share == 0)
+    count, limit, tensor = jax.device_count(), _memory_limit(), 1
+    if limit is not None and count > 1:
         needed = _weight_bytes(config)
+        shares = (share for share in range(1, count + 1) if count % share == 0)
         tensor = next((share for share in shares if needed / share <= WEIGHT_SHARE * limit), count)
     return make_mesh(MeshConfig(data=-1, tensor=tensor))
+
+
+def videos_at_once(config: ModelConfig, mesh: Mesh, shape: PromptShape) -> int:
+    """Videos of `shape` whose questions are answered together: as many per group of devices as fit.
+
+    Devices that do not say how much memory they have take one each.
+    """
+    limit, groups, shares = _memory_limit(), int(mesh.shape["data"]), int(mesh.shape["tensor"])
+    if limit is None:
+        return groups
+    decoder, cross = config.decoder, config.cross_attention
+    per_token = 2 * decoder.num_kv_heads * decoder.head_dim
+    stored = DTYPES.get(cross.cache_dtype, jnp.dtype(config.compute_dtype)).itemsize
+    of_video = shape.cache_frames * config.vision.num_patches * len(config.cross_attention_layers) * stored
+    of_text = shape.cache_tokens * decoder.num_layers * jnp.dtype(config.compute_dtype).itemsize
+    room = CACHE_SHARE * (limit - _weight_bytes(config) / shares)
+    return groups * max(1, min(MOST_VIDEOS, int(room // (per_token * (of_video + of_text) / shares))))
+
+
+def _memory_limit() -> int | None:
+    """Bytes that the process may use on a device; None where it does not say."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def _weight_bytes(config: ModelConfig) -> int:

@@ -11,9 +11,19 @@ from typing import NamedTuple
 from crosslmm_jax.data.media import Clip
 from crosslmm_jax.data.text import TokenSequence, media_prefix, question_suffix
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.inference import devices
 from crosslmm_jax.inference.assistant import Answer, Prefix, VideoModel
 from crosslmm_jax.inference.replies import AnswerOptions
-from crosslmm_jax.inference.watching import AnyMedia, Encoding, check_frames, media_of, stacked, time_texts
+from crosslmm_jax.inference.shapes import prompt_shape
+from crosslmm_jax.inference.watching import (
+    AnyMedia,
+    Encoding,
+    check_frames,
+    media_of,
+    sampling_of,
+    stacked,
+    time_texts,
+)
 
 MOST_ROWS = 32  # questions that are answered together
 MOST_AHEAD = 16  # videos that are decoded ahead of the one that is encoded
@@ -69,12 +79,14 @@ def answers_as_ready(
         model: the model.
         items: read as needed, some videos ahead.
         frames: of each video; None: as in training.
-        videos_at_once: videos of a batch; None: one for each group of devices that holds the model.
+        videos_at_once: videos of a batch; None: as many as `devices.videos_at_once` says.
 
     Yields:
         The number of an item, and its answer, or the error that its media or question have.
     """
-    count = videos_at_once or int(model.compiled.mesh.shape["data"])
+    most = sampling_of(model.processor, frames).most_frames
+    shape = prompt_shape(most, 0, tokens_per_frame=model.processor.tokens_per_frame, usual_text=0)
+    count = videos_at_once or devices.videos_at_once(model.config, model.compiled.mesh, shape)
     with ThreadPoolExecutor(min(MOST_AHEAD, os.cpu_count() or 1)) as pool:
         batch: list[_Watched] = []
         for group, clips in _decoded(model, items, pool, frames):

@@ -119,9 +119,6 @@ def replies(
 ) -> Generator[list[Reply], None, KVCache]:
     """Answers one question per row together; yields the answers each time they have grown.
 
-    The device works ahead of the host: the next tokens are asked for before the last ones are read. For rows
-    that have finished there is nothing to do.
-
     Args:
         compiled: the programs.
         params: the parameters.
@@ -138,21 +135,17 @@ def replies(
     of_vocabulary = {"vocab_size": tokenizer.vocab_size}
     first, _, state = compiled.read(params, cache, questions, rows, **of_vocabulary)
     grown = [Reply(tokenizer, option) for option in options]
-    ahead = compiled.generate(params, cache.t2v, state, rows, steps=STEPS, **of_vocabulary)
     np.asarray(first)
     for reply in grown:
         reply.first_at = time.perf_counter()
-    while True:
-        tokens, ended, state = ahead
-        ahead = compiled.generate(params, cache.t2v, state, rows, steps=STEPS, **of_vocabulary)
+    while not all(reply.finish_reason for reply in grown):
+        tokens, ended, state = compiled.generate(params, cache.t2v, state, rows, steps=STEPS, **of_vocabulary)
         tokens, ended = np.asarray(tokens), np.asarray(ended)
         for row, reply in enumerate(grown):
             reply.add(tokens[row, tokens[row] >= 0].tolist(), ended=bool(ended[row]))
         going = np.array([reply.finish_reason is None for reply in grown])
         rows = rows._replace(limit=np.where(going, rows.limit, 0))  # nothing more after a stop text
         yield grown
-        if all(reply.finish_reason for reply in grown):
-            break
     lengths = [len(ids) + len(reply.ids) for ids, reply in zip(questions, grown, strict=True)]
     before = np.repeat(np.asarray(cache.num_tokens), len(questions) // len(cache.num_tokens))
-    return ahead[-1].cache._replace(num_tokens=(before + lengths).astype(np.int32), t2v=cache.t2v)
+    return state.cache._replace(num_tokens=(before + lengths).astype(np.int32), t2v=cache.t2v)
