@@ -25,7 +25,7 @@ def add_ask_and_chat(commands: Commands) -> None:
     ask.add_argument("video", metavar="VIDEO", nargs="?", help="a video, a picture or a folder of frames")
     ask.add_argument("question", metavar="QUESTION", nargs="?")
     add_json_option(ask)
-    ask.add_argument("--timings", action="store_true", help="say where the time went, from the process on")
+    ask.add_argument("--timings", action="store_true", help="say where the time went, from the start on")
     ask.add_argument("--attention", metavar="PNG", help="draw the frames and patches that the answer read")
     ask.add_argument("--questions", metavar="FILE.jsonl", help="answer these, in place of VIDEO and QUESTION")
     ask.add_argument("--out", metavar="FILE.jsonl", help="with --questions: where the answers go")

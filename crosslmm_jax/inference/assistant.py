@@ -80,8 +80,8 @@ class Answer:
 
     text: str
     num_tokens: int  # generated, without the end token
-    seconds: float  # from the question to the last token, with compilation if it is the first question
-    finish_reason: Literal["stop", "length"] = "stop"  # an end token or a stop text; `max_new_tokens`
+    seconds: float  # from the question to the last token, of all questions that were answered together
+    finish_reason: Literal["stop", "length"] = "stop"  # "length": `max_new_tokens` came before an end
     first_token_s: float = 0.0  # seconds from the question to the first token
 
     @property
@@ -116,7 +116,7 @@ class VideoModel:
         self.processor = processor
         self.compiled = Compiled(config, mesh)
         self.ends = tokenizer.ids_of(processor.end_tokens)
-        self.seconds = seconds or {}  # that `load` took, by part
+        self.seconds = seconds or {}  # of `load`, by part
 
     def watch(self, media: AnyMedia, frames: int | None = None, *, timed: bool = False) -> "Video":
         """Decodes and encodes a video, a picture, or several. Each question then costs only its own tokens.
@@ -140,7 +140,10 @@ class VideoModel:
     def warm_up(self, most_frames: int = FRAME_SIZES[-1]) -> None:
         """Compiles, or reads from disk, all programs for videos of up to `most_frames` frames.
 
-        Further videos and questions then compile nothing.
+        Further videos then compile nothing, if they are asked one question at a time.
+
+        Raises:
+          UserError: the decoder has too few positions for so many frames.
         """
         pixels = (self.processor.image_size,) * 2 + (3,)
         for size in (size for size in FRAME_SIZES if size <= padded_frames(most_frames)):
@@ -154,10 +157,13 @@ class VideoModel:
         """Decodes media, as `watch` does.
 
         Args:
-          media: as of `watch`.
+          media: as for `watch`.
           frames: likewise.
-          encoding: is given frames as soon as they are decoded.
+          encoding: is given the frames of the one medium as soon as they are decoded.
           num_threads: of the decoder; 0: as many as there are cores.
+
+        Raises:
+          UserError: as `watch`.
         """
         return read_media(
             media, frames, self.config, self.processor, encoding=encoding, num_threads=num_threads
@@ -194,7 +200,7 @@ class VideoModel:
         self, prompt: TokenSequence, clips: Sequence[Clip], encoding: Encoding | None = None,
         seconds: dict[str, float] | None = None,
     ) -> Prefix:  # fmt: skip
-        """Encodes what `encoding` has not, and runs a prompt that ends with a medium; see `prefill`.
+        """Encodes the frames that `encoding` has not encoded yet, and runs the prompt; see `prefill`.
 
         With `seconds`, waits for both and adds their times to it.
         """
@@ -285,15 +291,15 @@ class Video:
       clips: the decoded media.
       seconds: of "decode" (the file to its last frame), "encode" (what was not encoded meanwhile) and
         "prefill", if `watch` was asked to time them.
-      prompt: up to the question.
-      prefix: the same in the caches.
+      prompt: tokens up to the question, with a place for each medium.
+      prefix: KV caches of the same.
     """
 
     def __init__(
         self, model: VideoModel, clips: Sequence[Clip], *, encoding: Encoding | None = None,
         seconds: dict[str, float] | None = None,
     ) -> None:  # fmt: skip
-        """Encodes what `encoding` has not, and prefills the prompt up to the question."""
+        """Encodes the frames that `encoding` has not encoded yet, and prefills up to the question."""
         self.model = model
         self.clips = tuple(clips)
         self.seconds = seconds or {}
@@ -385,7 +391,7 @@ class Chat:
 
         Args:
           question: the question.
-          media: further media that come with it, as of `VideoModel.watch`. All media are then encoded again.
+          media: further media that come with it, as for `VideoModel.watch`. All media are then encoded again.
           frames: of each of these videos; None: as in training.
 
         Raises:

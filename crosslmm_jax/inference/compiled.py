@@ -1,7 +1,7 @@
 """The programs that answer questions, for the static shapes of `shapes`.
 
-Parameters have separate layers, as `separate_layers` makes them. No program but `generate` takes an argument
-over: a prefix is shared by all questions about it, and a failed answer leaves what was there.
+Parameters have separate layers, as `separate_layers` makes them. Only `generate` donates an argument. So all
+questions about a video share its prefix, and an answer that fails leaves it as it was.
 """
 
 import functools
@@ -50,7 +50,7 @@ class Compiled:
         Args:
           params: the parameters, or their shapes.
           shape: of the prompt.
-          frames_at_once: that the encoder takes.
+          frames_at_once: frames that the encoder takes at a time.
           image_size: R.
           vocab_size: the tokenizer's.
         """
@@ -99,7 +99,7 @@ class Compiled:
             return program(_encode)(self.model, params, frames)
 
     def blank(self, params: PyTree, shape: tuple[int, ...]) -> Visual:
-        """The tokens of black frames uint8[shape], which padding consists of."""
+        """The tokens of black frames uint8[shape], which serve as padding."""
         if shape not in self._blank:
             self._blank[shape] = self.encode(params, np.zeros(shape, np.uint8))
         return self._blank[shape]
@@ -149,7 +149,7 @@ class Compiled:
         self, params: PyTree, t2v: VideoCache | None, state: Generation, rows: RowSettings, *, steps: int,
         vocab_size: int,
     ) -> tuple[Int[Array, "b s"], Bool[Array, " b"], Generation]:  # fmt: skip
-        """Up to `steps` further tokens per row; see `generate.generate`. Takes `state` over."""
+        """Up to `steps` further tokens per row; see `generate.generate`. `state` is donated."""
         with jax.set_mesh(self.mesh):
             return generate(self.model, params, t2v, state, rows, steps=steps, vocab_size=vocab_size)
 
@@ -182,7 +182,7 @@ class Compiled:
 
 
 def parts_of(questions: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Questions in parts of QUESTION_TOKENS: int32[B, QUESTION_TOKENS] tokens, int32[B] how many count.
+    """Questions in parts: int32[B, QUESTION_TOKENS] tokens, and int32[B] how many of each row are real.
 
     Only the last part has tokens of every question, and it alone gives logits.
     """

@@ -129,7 +129,7 @@ def generate(
       params: its parameters.
       t2v: video KV cache (`KVCache.t2v`), read only and so not donated. With fewer rows than the state, each
         video is read by B / rows neighbouring rows.
-      state: where the last call stopped; reused.
+      state: where the last call stopped; donated.
       rows: settings of each row.
       steps: static, most tokens of this call.
       vocab_size: the tokenizer's.

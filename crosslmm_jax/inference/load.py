@@ -30,8 +30,8 @@ def load(
       folder: a MODEL folder, or a run's folder with one in `model/`.
       precision: of the matrix products of encoder and projector, and of the video KV cache. None: as
         config.json says.
-      frames: waits for the number of frames of the first video, whose programs are then compiled or read from
-        disk beside the weights.
+      frames: returns the number of frames of the first video once it is known. Its programs are then compiled
+        or read from disk while the weights are read.
 
     Raises:
       UserError: a file is missing or damaged, or the weights do not fit the config.

@@ -54,10 +54,10 @@ def answer_many(
         model: the model.
         items: (media, question) or (media, question, `AnswerOptions`) each.
         frames: of each video; None: as in training.
-        videos_at_once: as of `answers_as_ready`.
+        videos_at_once: as for `answers_as_ready`.
 
     Returns:
-        For each item its answer, or the error that its media or question have.
+        For each item its answer, or why its media or its question cannot be used.
     """
     ready = answers_as_ready(
         model, (Item(*item) for item in items), frames=frames, videos_at_once=videos_at_once
@@ -82,7 +82,7 @@ def answers_as_ready(
         videos_at_once: videos of a batch; None: as many as `devices.videos_at_once` says.
 
     Yields:
-        The number of an item, and its answer, or the error that its media or question have.
+        The number of an item; and its answer, or why its media or its question cannot be used.
     """
     most = sampling_of(model.processor, frames).most_frames
     shape = prompt_shape(most, 0, tokens_per_frame=model.processor.tokens_per_frame, usual_text=0)

@@ -35,7 +35,7 @@ class AnswerOptions:
         sampling: how tokens are drawn.
         seed: of sampling.
         stop: text or texts that end the answer, which does not contain them.
-        answer_prefix: text that the answer begins with, and that is not repeated in it.
+        answer_prefix: text that the answer continues; it is not repeated in the answer.
     """
 
     max_new_tokens: int = 128
@@ -70,7 +70,7 @@ class Reply:
     Attributes:
         ids: its tokens, without an end token.
         text: its text so far; what may still turn out to be a stop text is left out.
-        finish_reason: "stop" after an end token or a stop text, "length" at most tokens, None before.
+        finish_reason: "stop" after an end token or a stop text, "length" after `max_new_tokens`, None before.
         first_at: when the first token was there, by `time.perf_counter`.
     """
 

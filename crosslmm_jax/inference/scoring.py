@@ -19,14 +19,15 @@ def score_options(
 ) -> Float[np.ndarray, " n"]:
     """Log-probability of each option as the beginning of the answer: float64[n], the sum over its tokens.
 
-    Options of one token each, such as letters, cost one pass over the question. The others of all longer ones
-    are read together, in one further pass.
+    One pass over the question scores the first token of every option. The other tokens of longer options are
+    read together in a second pass.
 
     Args:
       video: what is asked about.
       question: the question.
       options: the answers to compare.
-      answer_prefix: text that comes before each of them.
+      answer_prefix: text that comes before each of them. It is encoded apart: a space after it belongs to the
+        options.
 
     Raises:
       UserError: the question or an option is empty, or they need too many positions.

@@ -5,7 +5,7 @@ leave the padding out exactly:
 
     frames    4, 32, 64, 128, 256, 384, 512, then multiples of 256: over 1 to 512 frames, 21% of padding
     encoder   16 frames at a time, 4 where there are no more: a clip is encoded while its file is decoded
-    caches    of 32, 256 or 512 frames: what decoding reads does not follow the frames so closely
+    caches    of 32, 256 or 512 frames: fewer sizes, because each has two programs, which read and generate
     question  64 tokens at a time
 
 These are 2 programs that encode, 7 that prefill, and 3 each that read a question and generate: 15.

@@ -21,7 +21,7 @@ RESERVED_POSITIONS = 256
 
 
 class Medium(NamedTuple):
-    """A video, a picture or a folder of frames, or a part of a video."""
+    """A picture, or a video or folder of frames: all of it, or from `start` to before `end`."""
 
     source: str | os.PathLike[str] | bytes | Media  # bytes: the content of a file
     start: float | None = None  # seconds
@@ -118,7 +118,7 @@ class Encoding:
         self._parts: list[Visual] = []
 
     def add(self, frames: np.ndarray, count: int) -> None:
-        """Encodes what is complete of uint8[F, R, R, 3], of which `count` are there. Does not wait."""
+        """Encodes what it can of uint8[F, R, R, 3], of which the first `count` are there. Does not wait."""
         if frames is not self._frames:
             self._frames, self._parts = frames, []
         size = frames_at_once(max(len(frames), self._most))

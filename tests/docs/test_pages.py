@@ -1,8 +1,9 @@
 """README, CONTRIBUTING, docs/ and examples/ against the code: commands run, links resolve, names exist.
 
 Every shell command of a page is run here, in a folder that holds what the pages name (a MODEL in `runs/demo`,
-a video `clip.mp4`, annotations, tiny Hugging Face sources), or it matches a line of NOT_RUN.
-Python blocks run too.
+a video `clip.mp4`, pictures, questions, annotations, tiny Hugging Face sources), or it matches a line of
+NOT_RUN.
+Python blocks run too, those of a page one after another.
 """
 
 import ast
@@ -241,6 +242,16 @@ def write_sources(folder: Path) -> None:
     transformers.Qwen2ForCausalLM(llm).save_pretrained(folder / "qwen2.5")
 
 
+def write_pictures(folder: Path) -> None:
+    """A photo, and a folder of frames."""
+    from PIL import Image
+
+    (folder / "frames").mkdir()
+    for number, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (48, 32), colour).save(folder / "frames" / f"{number}.png")
+    Image.new("RGB", (48, 32), "yellow").save(folder / "photo.jpg")
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     """A folder with what the pages name."""
@@ -265,6 +276,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) 
     for name, video in zip(("0001", "0002"), written.heldout_videos[1:], strict=False):
         (folder / "videos" / "kitchen").mkdir(parents=True, exist_ok=True)
         shutil.copy(video, folder / "videos" / "kitchen" / f"{name}.mp4")
+    asking = (ROOT / "docs" / "asking.md").read_text(encoding="utf-8")
+    (folder / "questions.jsonl").write_text(blocks(asking, "jsonl")[0])
+    write_pictures(folder)
     write_sources(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer_folder / name, folder / "qwen2.5")
@@ -278,7 +292,7 @@ def ordered(page: str) -> list[Command]:
 
 
 # In this order: what one page makes, the next may use.
-RUN = ["own_data.md", "conversion.md", "README.md", "profiling.md"]
+RUN = ["own_data.md", "conversion.md", "README.md", "asking.md", "profiling.md"]
 
 
 def test_no_page_with_commands_is_forgotten() -> None:
@@ -300,7 +314,11 @@ def test_commands_run(
         assert shown.strip() or words[0] == "train", command.line
         if words[0] == "ask" and words[-1] == "-":
             answer = json.loads(shown)
-            assert answer["question"] == "What is the man doing?" and isinstance(answer["answer"], str)
+            assert answer["question"] == words[3] and isinstance(answer["answer"], str)
+    if page == "asking.md":
+        answers = [json.loads(line) for line in (workplace / "answers.jsonl").read_text().splitlines()]
+        assert sorted(answer["line"] for answer in answers) == [1, 2, 3]
+        assert all("response" in answer for answer in answers), answers
 
 
 @pytest.mark.slow
@@ -320,24 +338,25 @@ def test_where_an_answer_looked_is_drawn(workplace: Path, monkeypatch: pytest.Mo
     assert (workplace / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
-def python_blocks() -> list[tuple[str, str]]:
-    return [
-        (page.name, block) for page in PAGES for block in blocks(page.read_text(encoding="utf-8"), "python")
-    ]
+def python_blocks() -> dict[str, list[str]]:
+    """The Python blocks of each page that has some."""
+    found = {page.name: blocks(page.read_text(encoding="utf-8"), "python") for page in PAGES}
+    return {page: of_page for page, of_page in found.items() if of_page}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "code"), python_blocks(), ids=[name for name, _ in python_blocks()])
+@pytest.mark.parametrize("page", python_blocks())
 def test_python_runs(
-    page: str, code: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """docs/conversion.md made `models/2b` in an earlier test."""
+    """The blocks of a page in order, in one namespace. docs/conversion.md made `models/2b` earlier."""
     monkeypatch.chdir(workplace)
-    if "models/2b" in code and not (workplace / "models" / "2b").is_dir():
-        pytest.fail("run the whole file: test_commands_run[conversion.md] makes models/2b")
     names: dict[str, object] = {}
-    exec(compile(code, page, "exec"), names)
-    assert bool(capsys.readouterr().out.strip()) == ("print(" in code)
+    for code in python_blocks()[page]:
+        if "models/2b" in code and not (workplace / "models" / "2b").is_dir():
+            pytest.fail("run the whole file: test_commands_run[conversion.md] makes models/2b")
+        exec(compile(code, page, "exec"), names)
+        assert bool(capsys.readouterr().out.strip()) == ("print(" in code)
     if page == "README.md":
         assert {"model", "video"} <= set(names)
     if page == "add_a_data_format.md":
@@ -364,7 +383,7 @@ def check_the_csv_format(workplace: Path) -> None:
 
 
 EXAMPLES = {
-    "ask_many_questions.py": "runs/demo clip.mp4 'Which shape is red?' 'Which shape is blue?' --frames 4",
+    "ask_many_questions.py": "runs/demo videos 'Which shape is red?' 'Which shape is blue?' --frames 4",
     "train_on_a_folder.py": "annotations.json videos --out runs/example --steps 1 --batch-size 8",
     "one_training_step.py": "",
 }

@@ -175,7 +175,8 @@ def read_frames(
         num_threads: threads of the decoder, and at most as many that resize; 0: as many as there are cores.
         resampling: filter of the resizing.
         deadline_s: fail after this many seconds without a packet or picture; None for no limit.
-        on_frames: told while a video is decoded, so that work on its first frames can begin.
+        on_frames: called while a video is decoded, so that work on its first frames can begin. Not called for
+            pictures and folders, or if a frame is chosen twice.
 
     Raises:
         DataError: the file is missing, damaged or stalls, or it holds no video or no frame within the bounds.

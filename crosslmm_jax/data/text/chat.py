@@ -45,11 +45,11 @@ class TokenSequence:
 
     @classmethod
     def of_text(cls, ids: Sequence[int]) -> "TokenSequence":
-        """Text that is no target."""
+        """Text without targets."""
         return cls(np.array(ids, np.int32), np.zeros(len(ids), bool))
 
     def followed_by(self, other: "TokenSequence") -> "TokenSequence":
-        """This and then `other`, both complete."""
+        """This and then `other`. Neither may have dropped turns."""
         ids, targets = ((self.ids, other.ids), (self.targets, other.targets))
         return TokenSequence(np.concatenate(ids), np.concatenate(targets))
 

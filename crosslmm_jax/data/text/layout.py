@@ -65,7 +65,7 @@ def pad_rows(
     layouts: Sequence[Layout], *, num_frames: int, num_text: int, tokens_per_frame: int, pad: int,
     placeholder: int,
 ) -> PaddedRows:  # fmt: skip
-    """Pads rows to `num_frames` frames and `num_text` tokens of text, which each of them must fit.
+    """Pads rows to `num_frames` frames and `num_text` tokens of text. No row may have more.
 
     A row holds its tokens, then the slots of padded frames, then padded text.
 
