@@ -382,7 +382,7 @@ class Chat:
         self.last: Answer | None = None
         self._model, self._options = video.model, options
         self._said = _Said(video.prefix, video.prompt, video.clips, answered=False)
-        self._before: tuple[_Said, str, AnyMedia | None] | None = None
+        self._before: tuple[_Said, str, tuple[Clip, ...], AnswerOptions] | None = None
 
     def ask(
         self, question: str, media: AnyMedia | None = None, *, frames: int | None = None

@@ -34,7 +34,7 @@ def ask(
     attention_path: str | None,
     options: Options,
     started: float | None = None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Answers one question.
 
     Args:
@@ -78,7 +78,7 @@ def ask(
         draw_attention(
             attention_path, watched.frames, watched.frame_times, maps, title=f"{question} {answer.text}"
         )
-    report: dict[str, object] = {
+    report: dict[str, Any] = {
         "question": question,
         "answer": answer.text,
         "video": str(video),

@@ -224,7 +224,7 @@ def _extend(
     logits, cache = apply(model, params, CrossLMM.extend, cache, tokens, counts)
     none = jnp.zeros(len(tokens), jnp.int32)
     state = start(logits, cache._replace(t2v=None), rows, none, vocab_size=vocab_size)
-    return *everywhere(model, state.token, logits), state
+    return everywhere(model, state.token), everywhere(model, logits), state
 
 
 @functools.partial(jax.jit, static_argnames=("model", "vocab_size"))
@@ -234,7 +234,7 @@ def _score(
 ) -> Float[Array, "b t"]:  # fmt: skip
     cache = cache.repeated(len(tokens))._replace(t2v=t2v)
     scores = apply(model, params, CrossLMM.score, cache, tokens, targets, vocab_size=vocab_size)
-    return everywhere(model, scores)[0]
+    return everywhere(model, scores)
 
 
 @functools.partial(jax.jit, static_argnames="model")

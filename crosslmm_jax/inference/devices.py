@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from crosslmm_jax.config import MeshConfig, ModelConfig
+from crosslmm_jax.inference.prepare import prepared_shapes
 from crosslmm_jax.inference.shapes import PromptShape
-from crosslmm_jax.model import DTYPES, param_shapes
+from crosslmm_jax.model import DTYPES
 from crosslmm_jax.parallel import make_mesh
 
 WEIGHT_SHARE = 0.7  # of a device's memory that weights may take; the rest is for videos and answers
@@ -53,4 +54,4 @@ def _memory_limit() -> int | None:
 
 
 def _weight_bytes(config: ModelConfig) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(param_shapes(config)))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(prepared_shapes(config)))

@@ -27,11 +27,11 @@ class RowSettings(NamedTuple):
     A row's draws depend on its own seed and on the number of tokens it has drawn, not on its neighbours.
     """
 
-    temperature: Float[Array, " b"]
-    top_p: Float[Array, " b"]
-    seed: Int[Array, " b"]  # uint32
-    limit: Int[Array, " b"]  # most tokens of the answer
-    ends: Int[Array, "b e"]  # tokens that end it, E = MAX_ENDS; -1 where there are fewer
+    temperature: Array | np.ndarray  # float32[B]
+    top_p: Array | np.ndarray  # float32[B]
+    seed: Array | np.ndarray  # uint32[B]
+    limit: Array | np.ndarray  # int32[B], most tokens of the answer
+    ends: Array | np.ndarray  # int32[B, E], tokens that end it, E = MAX_ENDS; -1 where there are fewer
 
     @classmethod
     def of(
@@ -69,7 +69,8 @@ def draw(logits: Float[Array, "b v"], rows: RowSettings, count: Int[Array, " b"]
 
     def by_probability() -> Array:
         keys = jax.vmap(lambda seed, count: jax.random.fold_in(jax.random.key(seed), count))(rows.seed, count)
-        drawn = jax.vmap(_draw_by_probability)(logits, keys, rows.temperature, rows.top_p)
+        settings = jnp.asarray(rows.temperature), jnp.asarray(rows.top_p)
+        drawn = jax.vmap(_draw_by_probability)(logits, keys, *settings)
         return jnp.where(rows.temperature > 0, drawn, greedy())
 
     def greedy() -> Array:
@@ -157,11 +158,11 @@ def generate(
 
     tokens = jnp.full((state.token.shape[0], steps), -1, jnp.int32)
     _, tokens, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), tokens, state))
-    return *everywhere(model, tokens, state.ended), state
+    return everywhere(model, tokens), everywhere(model, state.ended), state
 
 
-def everywhere(model: CrossLMM, *arrays: Array) -> tuple[Array, ...]:
-    """Arrays that every process can read."""
+def everywhere(model: CrossLMM, array: Array) -> Array:
+    """An array that every process can read."""
     if model.rules is None:
-        return arrays
-    return tuple(jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec()) for x in arrays)
+        return array
+    return jax.lax.with_sharding_constraint(array, jax.sharding.PartitionSpec())

@@ -14,9 +14,9 @@ from crosslmm_jax.errors import ConfigError
 from crosslmm_jax.inference.assistant import VideoModel, usual_text
 from crosslmm_jax.inference.compiled import Compiled
 from crosslmm_jax.inference.devices import answering_mesh
-from crosslmm_jax.inference.prepare import prepare_params
+from crosslmm_jax.inference.prepare import prepare_params, prepared_shapes
 from crosslmm_jax.inference.shapes import frames_at_once, prompt_shape
-from crosslmm_jax.model import init_params, logical_axes, param_shapes
+from crosslmm_jax.model import init_params, logical_axes
 from crosslmm_jax.model_folder import Processor, load_model_config, load_processor, load_weights
 from crosslmm_jax.parallel import param_shardings
 
@@ -75,7 +75,7 @@ def prepare_programs(
         usual_text=usual_text(num_frames, tokenizer, processor),
     )  # fmt: skip
     Compiled(config, mesh).prepare(
-        param_shapes(config), shape, frames_at_once=frames_at_once(num_frames),
+        prepared_shapes(config), shape, frames_at_once=frames_at_once(num_frames),
         image_size=processor.image_size, vocab_size=tokenizer.vocab_size,
     )  # fmt: skip
     return time.perf_counter() - begun

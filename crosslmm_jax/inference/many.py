@@ -8,6 +8,8 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
+
 from crosslmm_jax.data.media import Clip
 from crosslmm_jax.data.text import TokenSequence, media_prefix, question_suffix
 from crosslmm_jax.errors import UserError
@@ -38,10 +40,19 @@ class Item(NamedTuple):
 
 
 class _Watched(NamedTuple):
-    """A decoded video with its questions: (number of the item, item)."""
+    """A decoded video with its questions."""
 
     clips: tuple[Clip, ...]
-    items: list[tuple[int, Item]]
+    frames: np.ndarray  # uint8[F, R, R, 3], of all clips
+    encoding: Encoding
+    items: list[tuple[int, Item]]  # (number of the item, item)
+
+    @classmethod
+    def of(cls, model: VideoModel, clips: tuple[Clip, ...], items: list[tuple[int, Item]]) -> "_Watched":
+        """Sends the frames to the encoder, without waiting for it."""
+        frames, encoding = stacked(clips), Encoding(model.compiled, model.params)
+        encoding.add(frames, len(frames))
+        return cls(clips, frames, encoding, items)
 
 
 def answer_many(
@@ -59,10 +70,8 @@ def answer_many(
     Returns:
         For each item its answer, or why its media or its question cannot be used.
     """
-    ready = answers_as_ready(
-        model, (Item(*item) for item in items), frames=frames, videos_at_once=videos_at_once
-    )
-    answers = dict(ready)
+    each = [Item(*item) for item in items]  # type: ignore[arg-type]  # two or three of its fields
+    answers = dict(answers_as_ready(model, each, frames=frames, videos_at_once=videos_at_once))
     return [answers[number] for number in range(len(items))]
 
 
@@ -93,7 +102,7 @@ def answers_as_ready(
             if isinstance(clips, UserError):
                 yield from ((number, clips) for number, _ in group)
                 continue
-            batch.append(_Watched(clips, group))
+            batch.append(_Watched.of(model, clips, group))
             if len(batch) == count:
                 yield from _answer_batch(model, batch)
                 batch = []
@@ -135,7 +144,7 @@ def _key(media: AnyMedia) -> Hashable:
 def _answer_batch(model: VideoModel, batch: Sequence[_Watched]) -> Iterator[tuple[int, Answer | UserError]]:
     """Prefills some videos together and answers their questions, as many of each video in every round."""
     try:
-        prefix = _prefix(model, [watched.clips for watched in batch])
+        prefix = _prefix(model, batch)
     except UserError as error:
         if len(batch) > 1:  # one of them has too many frames: each for itself
             for watched in batch:
@@ -156,22 +165,17 @@ def _answer_batch(model: VideoModel, batch: Sequence[_Watched]) -> Iterator[tupl
         yield from _answer_round(model, prefix, [asked[begin : begin + each] for asked in questions], each)
 
 
-def _prefix(model: VideoModel, clips: Sequence[tuple[Clip, ...]]) -> Prefix:
+def _prefix(model: VideoModel, batch: Sequence[_Watched]) -> Prefix:
     """The prompts of some videos up to their questions."""
-    frames = [stacked(of_video) for of_video in clips]
-    most = max(map(len, frames))
+    most = max(len(watched.frames) for watched in batch)
     check_frames(most, model.config)
-    encodings = [Encoding(model.compiled, model.params, most_frames=most) for _ in clips]
-    parts = [encoding.finish(of_video) for encoding, of_video in zip(encodings, frames, strict=True)]
+    parts = [watched.encoding.finish(watched.frames, most) for watched in batch]
+    system_prompt = model.processor.system_prompt
     prompts = [
-        media_prefix(
-            model.tokenizer,
-            time_texts(of_video, model.processor),
-            system_prompt=model.processor.system_prompt,
-        )
-        for of_video in clips
+        media_prefix(model.tokenizer, time_texts(watched.clips, model.processor), system_prompt=system_prompt)
+        for watched in batch
     ]
-    return model.prefill(prompts, clips, parts)
+    return model.prefill(prompts, [watched.clips for watched in batch], parts)
 
 
 class _Asked(NamedTuple):

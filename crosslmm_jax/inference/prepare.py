@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.model import Params, quantise_params, quantised_axes, separate_layers
+from crosslmm_jax.model import Params, init_params, quantise_params, quantised_axes, separate_layers
 from crosslmm_jax.parallel import param_shardings
 
 QUANTISED = ("encoder", "projector")
@@ -26,6 +26,21 @@ def prepare_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
     if config.visual_matmul != "compute":
         params = {**params, **_quantised(params, config, mesh)}
     return separate_layers(params, consume=True)
+
+
+def prepared_shapes(config: ModelConfig) -> Params:
+    """Shapes and dtypes of what `prepare_params` makes of weights that were loaded in the compute dtype."""
+
+    def prepared() -> Params:
+        params = jax.tree.map(
+            lambda x: x.astype(config.compute_dtype), init_params(config, jax.random.key(0))
+        )
+        parts = {part: params[part] for part in QUANTISED}
+        if config.visual_matmul != "compute":
+            parts = quantise_params(parts, precision=config.visual_matmul)
+        return {**params, **parts}
+
+    return separate_layers(jax.eval_shape(prepared))
 
 
 def _quantised(params: Params, config: ModelConfig, mesh: Mesh) -> Params:

@@ -18,7 +18,7 @@ FRAME_SIZES = (4, 32, 64, 128, 256, 384, 512)
 CACHE_FRAME_SIZES = (32, 256, 512)
 FRAME_STEP = 256  # of sizes beyond these
 QUESTION_TOKENS = 64
-STEPS = 16  # tokens that are generated before the host reads them; streaming shows so many at once
+STEPS = 32  # tokens that are generated before the host reads them; streaming shows so many at once
 CACHE_ROOM = 1024  # tokens of questions and answers that a cache holds before it grows
 TOKEN_STEP = 256  # the size of a cache is a multiple
 

@@ -111,30 +111,38 @@ def _read_clip(
 class Encoding:
     """The frames of one row of a prompt on their way through the encoder, some at a time."""
 
-    def __init__(self, compiled: Compiled, params: PyTree, *, most_frames: int = 0) -> None:
-        """Encodes with these programs and parameters; `most_frames` are those of the longest row."""
-        self._compiled, self._params, self._most = compiled, params, most_frames
+    def __init__(self, compiled: Compiled, params: PyTree) -> None:
+        """Encodes with these programs and parameters."""
+        self._compiled, self._params = compiled, params
         self._frames: np.ndarray | None = None
+        self._size = 0  # frames of a part
         self._parts: list[Visual] = []
 
     def add(self, frames: np.ndarray, count: int) -> None:
         """Encodes what it can of uint8[F, R, R, 3], of which the first `count` are there. Does not wait."""
         if frames is not self._frames:
-            self._frames, self._parts = frames, []
-        size = frames_at_once(max(len(frames), self._most))
-        while (len(self._parts) + 1) * size <= count:
-            begin = len(self._parts) * size
-            self._parts.append(self._compiled.encode(self._params, frames[None, begin : begin + size]))
+            self._begin(frames, frames_at_once(len(frames)))
+        while (len(self._parts) + 1) * self._size <= count:
+            begin = len(self._parts) * self._size
+            self._parts.append(self._compiled.encode(self._params, frames[None, begin : begin + self._size]))
 
-    def finish(self, frames: np.ndarray) -> tuple[Visual, ...]:
-        """The tokens of all frames uint8[F, R, R, 3] in parts, padded to a size of `shapes`."""
+    def _begin(self, frames: np.ndarray, size: int) -> None:
+        self._frames, self._size, self._parts = frames, size, []
+
+    def finish(self, frames: np.ndarray, most_frames: int = 0) -> tuple[Visual, ...]:
+        """The tokens of all frames uint8[F, R, R, 3] in parts, padded to a size of `shapes`.
+
+        `most_frames` are those of the longest row of a batch, whose size this row then has too.
+        """
         self.add(frames, len(frames))
-        longest = max(len(frames), self._most)
-        size, done = frames_at_once(longest), len(self._parts)
+        longest = max(len(frames), most_frames)
+        if self._size != frames_at_once(longest):
+            self._begin(frames, frames_at_once(longest))
+        size, done = self._size, len(self._parts) * self._size
         shape = (1, size, *frames.shape[1:])
-        if done * size < len(frames):
+        if done < len(frames):
             last = np.zeros(shape, np.uint8)
-            last[0, : len(frames) - done * size] = frames[done * size :]
+            last[0, : len(frames) - done] = frames[done:]
             self._parts.append(self._compiled.encode(self._params, last))
         missing = padded_frames(longest) // size - len(self._parts)
         return (*self._parts, *[self._compiled.blank(self._params, shape)] * missing)

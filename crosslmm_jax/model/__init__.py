@@ -57,7 +57,6 @@ from crosslmm_jax.model.params.initialise import (
     copy_cross_attention,
     init_params,
     logical_axes,
-    param_shapes,
     quantised_axes,
 )
 from crosslmm_jax.model.params.tables import Params, has_own_dtype, is_decayed, separate_layers
@@ -68,7 +67,6 @@ from crosslmm_jax.model.qwen2 import mlp, self_attention
 __all__ = [
     "COPIED", "CrossLMM", "DTYPES", "KVCache", "KeysValues", "Params", "Pooler", "SiglipEncoder",
     "VideoCache", "Visual", "apply", "attention", "copy_cross_attention", "encoder_layer", "frame_chunk",
-    "has_own_dtype", "init_params", "is_decayed", "logical_axes", "logits_of", "mlp", "param_shapes",
-    "patchify",
+    "has_own_dtype", "init_params", "is_decayed", "logical_axes", "logits_of", "mlp", "patchify",
     "quantise_params", "quantised_axes", "rms_norm", "self_attention", "separate_layers",
 ]  # fmt: skip

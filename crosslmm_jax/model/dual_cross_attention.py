@@ -264,7 +264,8 @@ def cross_attend(
     same = {"visible_frames": limits, "config": config, "scoped": scoped, "rules": rules}
     if isinstance(source, KeysValues):
         by_video = q.reshape(source.keys.shape[0], -1, *q.shape[2:])
-        if len(by_video) < len(q):  # several questions about one video are one longer question to it
+        # Several questions about one video are one longer question to it.
+        if limits is not None and len(by_video) < len(q):
             same["visible_frames"] = limits.reshape(len(by_video), -1)[:, :1]
         out = attend(_scaled(by_video, source.key_scale), source, **same)
         out = _scaled(out, source.value_scale).reshape(q.shape)

@@ -21,7 +21,7 @@ from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import PARTS, ModelConfig
 from crosslmm_jax.config_io import apply_overrides
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.model import param_shapes
+from crosslmm_jax.model import has_own_dtype, init_params, quantise_params, separate_layers
 from crosslmm_jax.presets import get_preset
 from crosslmm_jax.profiling.flops import Workload
 from crosslmm_jax.profiling.record import Request
@@ -68,6 +68,29 @@ def with_scopes(config: ModelConfig, scopes: Sequence[str]) -> list[ModelConfig]
 def precision_of(config: ModelConfig) -> str:
     """The word for it in a row: the compute dtype, or the 8-bit type of `ModelConfig.at_precision`."""
     return config.compute_dtype if config.visual_matmul == "compute" else config.visual_matmul
+
+
+def param_shapes(config: ModelConfig, parts: Collection[str] = PARTS, *, stacked: bool = False) -> PyTree:
+    """Shapes and dtypes of inference weights: matrices in the compute dtype, norms and gates in float32.
+
+    With `visual_matmul`, matrices of encoder and projector are in 8 bits and their scales in float32.
+
+    Args:
+      config: the model configuration.
+      parts: the parts to include.
+      stacked: one array for all layers, as in training; else one per layer, as in inference.
+    """
+    abstract = jax.eval_shape(
+        lambda: quantise_params(init_params(config, jax.random.key(0)), config.visual_matmul)
+    )
+    abstract = abstract if stacked else separate_layers(abstract)
+    abstract = {part: abstract[part] for part in parts}
+
+    def stored(path: KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        keeps = has_own_dtype(_name(path), leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if keeps else jnp.dtype(config.compute_dtype))
+
+    return jax.tree_util.tree_map_with_path(stored, abstract)
 
 
 def random_params(config: ModelConfig, parts: Collection[str] = PARTS, *, stacked: bool = False) -> PyTree:

@@ -12,10 +12,12 @@ from crosslmm_jax.config import MeshConfig, SamplingConfig
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.inference import VideoModel, load
 from crosslmm_jax.inference.compiled import parts_of
+from crosslmm_jax.inference.load import prepare_programs
+from crosslmm_jax.inference.prepare import prepare_params
 from crosslmm_jax.inference.shapes import FRAME_SIZES, QUESTION_TOKENS, padded_frames, prompt_shape
-from crosslmm_jax.model import CrossLMM, init_params
+from crosslmm_jax.model import CrossLMM, init_params, logical_axes
 from crosslmm_jax.model_folder import save_model_folder
-from crosslmm_jax.parallel import make_mesh
+from crosslmm_jax.parallel import make_mesh, param_shardings
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +140,20 @@ def test_shapes_of_prompts():
     assert prompt_shape(600, 30, tokens_per_frame=9, usual_text=32).cache_frames == 768
     sizes = {prompt_shape(n, 30, tokens_per_frame=9, usual_text=32).frames for n in range(1, 513)}
     assert sizes == set(FRAME_SIZES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["compute", "int8"])
+def test_programs_that_were_prepared_are_those_that_run(model, tmp_path, compilations, precision):
+    """From shapes alone, before the weights are read, and in the dtypes that inference has."""
+    config = dataclasses.replace(model.config, compute_dtype="bfloat16").at_precision(precision)
+    mesh = model.compiled.mesh
+    params = jax.tree.map(lambda x: x.astype("bfloat16"), init_params(config, jax.random.key(0)))
+    placed = jax.device_put(params, param_shardings(logical_axes(config), params, mesh))
+    prepare_programs(config, mesh, model.tokenizer, model.processor, 20)
+    ready = VideoModel(
+        config, prepare_params(placed, config, mesh), model.tokenizer, model.processor, mesh
+    )  # fmt: skip
+    before = len(compilations)
+    assert len(video_of(ready, 20).ask("What?", max_new_tokens=40)) > 0
+    assert len(compilations) == before

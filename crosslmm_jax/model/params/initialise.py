@@ -1,7 +1,6 @@
 """Parameters of a new model, and the logical axes of each."""
 
 import dataclasses
-from collections.abc import Collection
 from typing import cast
 
 import flax.linen as nn
@@ -9,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from crosslmm_jax.config import PARTS, ModelConfig
+from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model.crosslmm import CrossLMM
-from crosslmm_jax.model.params.tables import AxisTree, Params, has_own_dtype, separate_layers
-from crosslmm_jax.model.quantisation.quantise import quantise_params
+from crosslmm_jax.model.params.tables import AxisTree, Params
 
 # Weights that cross-attention can copy: it has the shapes of its layer's self-attention.
 COPIED = ("wq", "bq", "wk", "bk", "wv", "bv", "wo")
@@ -71,25 +69,3 @@ def _boxed(config: ModelConfig, key: Array) -> Params:
 
 def _is_boxed(value: object) -> bool:
     return isinstance(value, nn.LogicallyPartitioned)
-
-
-def param_shapes(config: ModelConfig, parts: Collection[str] = PARTS, *, stacked: bool = False) -> Params:
-    """Shapes and dtypes of inference weights: matrices in the compute dtype, norms and gates in float32.
-
-    With `visual_matmul`, matrices of encoder and projector are in 8 bits and their scales in float32.
-
-    Args:
-      config: the model configuration.
-      parts: the parts to include.
-      stacked: one array for all layers, as in training; else one per layer, as in inference.
-    """
-    abstract = jax.eval_shape(
-        lambda: quantise_params(init_params(config, jax.random.key(0)), config.visual_matmul)
-    )
-    abstract = abstract if stacked else separate_layers(abstract)
-
-    def stored(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        keeps = has_own_dtype(path[-1].key, leaf.dtype)  # type: ignore[attr-defined]  # all nodes are dicts
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if keeps else jnp.dtype(config.compute_dtype))
-
-    return jax.tree_util.tree_map_with_path(stored, {part: abstract[part] for part in parts})
