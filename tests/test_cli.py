@@ -70,7 +70,7 @@ MISTAKES = [
     (["train", "configs/tiny_stage1.py", "--stage.stepz", "1"], "unknown override --stage.stepz; did you"),
     (["train", "configs/tiny_stage1.py", "--stage.steps", "many"], "--stage.steps takes an integer"),
     (["train", "configs/tiny_stage1.py", "--stage.steps", "0"], "StageConfig.steps is 0; it must be greater"),
-    (["ask", "m", "v.mp4"], "the following arguments are required: QUESTION"),
+    (["ask", "m", "v.mp4"], "give VIDEO and QUESTION, or --questions and --out"),
     (["ask", "m", "v.mp4", ""], "the question is empty"),
     (["ask", "m", "v.mp4", "  \n"], "the question is empty"),
     (["ask", "no_model", "v.mp4", "What?"], "no_model"),

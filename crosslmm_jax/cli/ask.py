@@ -5,7 +5,7 @@ import time
 from typing import TYPE_CHECKING, get_args
 
 from crosslmm_jax.cli.options import Commands, add_json_option, check_output, write_json
-from crosslmm_jax.config import Precision
+from crosslmm_jax.config import MeshConfig, Precision
 from crosslmm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=get_args(Precision),
         help="of encoder, projector and video KV cache (default: as MODEL says)",
     )  # fmt: skip
+    parser.add_argument(
+        "--tensor", type=int, metavar="N",
+        help="devices that share the weights; groups of so many divide the videos (default: as few as hold"
+        " the weights)",
+    )  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1, all tokens")
@@ -69,11 +74,15 @@ def _ask(args: argparse.Namespace) -> None:
     for option, path in (("--json", args.json), ("--attention", args.attention)):
         check_output(option, path)
     from crosslmm_jax.inference import ask
+    from crosslmm_jax.parallel import is_first_process
 
     report = ask(
         args.model, args.video, args.question, frames=args.frames, precision=args.precision,
-        attention_path=args.attention, options=_options(args), started=_STARTED if args.timings else None,
+        mesh=_mesh(args), attention_path=args.attention, options=_options(args),
+        started=_STARTED if args.timings else None,
     )  # fmt: skip
+    if not is_first_process():
+        return
     if args.json != "-":
         print(report["answer"])
         if args.timings:
@@ -97,24 +106,28 @@ def _ask_many(args: argparse.Namespace) -> None:
         raise UserError("--questions needs --out FILE.jsonl, where the answers go")
     check_output("--out", args.out)
     from crosslmm_jax.inference import ask_many
+    from crosslmm_jax.parallel import is_first_process
 
-    print(
-        ask_many(
-            args.model,
-            args.questions,
-            args.out,
-            media_root=args.media_root or "",
-            frames=args.frames,
-            precision=args.precision,
-            options=_options(args),
-        )  # fmt: skip
-    )
+    written = ask_many(
+        args.model, args.questions, args.out, media_root=args.media_root or "", frames=args.frames,
+        precision=args.precision, mesh=_mesh(args), options=_options(args),
+    )  # fmt: skip
+    if is_first_process():
+        print(written)
 
 
 def _chat(args: argparse.Namespace) -> None:
     from crosslmm_jax.inference import chat
 
-    chat(args.model, args.video, frames=args.frames, precision=args.precision, options=_options(args))
+    chat(
+        args.model, args.video, frames=args.frames, precision=args.precision, mesh=_mesh(args),
+        options=_options(args),
+    )  # fmt: skip
+
+
+def _mesh(args: argparse.Namespace) -> MeshConfig | None:
+    """The mesh that `--tensor` asks for; None without it."""
+    return None if args.tensor is None else MeshConfig(data=-1, tensor=args.tensor)
 
 
 def _options(args: argparse.Namespace) -> "Options":

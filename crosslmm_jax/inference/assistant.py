@@ -47,6 +47,7 @@ from crosslmm_jax.inference.watching import (
     Encoding,
     check_frames,
     media_of,
+    read_everywhere,
     read_media,
     stacked,
     time_texts,
@@ -131,9 +132,11 @@ class VideoModel:
           UserError: a medium is missing or damaged, or the decoder has too few positions for the frames.
         """
         begun = time.perf_counter()
-        # Frames of one video go to the encoder while later ones are decoded.
-        encoding = Encoding(self.compiled, self.params) if len(media_of(media)) == 1 else None
-        clips = self.read(media, frames, encoding=encoding)
+        # Frames of one video go to the encoder while later ones are decoded. Not with several processes: they
+        # must run the same programs, and one of them may fail to decode the rest.
+        at_once = len(media_of(media)) == 1 and jax.process_count() == 1
+        encoding = Encoding(self.compiled, self.params) if at_once else None
+        clips = read_everywhere(lambda: self.read(media, frames, encoding=encoding))
         seconds = {"decode": time.perf_counter() - begun} if timed else None
         return Video(self, clips, encoding=encoding, seconds=seconds)
 
@@ -398,7 +401,7 @@ class Chat:
           UserError: the question is empty, a medium cannot be read, or the conversation needs too many
             positions.
         """
-        clips = () if media is None else self._model.read(media, frames)
+        clips = () if media is None else read_everywhere(lambda: self._model.read(media, frames))
         yield from self._answer(self._said, question, clips, self._options)
 
     def regenerate(self, *, seed: int | None = None) -> Iterator[str]:

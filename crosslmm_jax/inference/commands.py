@@ -1,5 +1,7 @@
 """`crosslmm ask` and `crosslmm chat`."""
 
+import functools
+import hashlib
 import json
 import os
 import sys
@@ -7,11 +9,9 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import jax
-
-from crosslmm_jax.config import Precision
+from crosslmm_jax.config import MeshConfig, Precision
 from crosslmm_jax.data.text import check_question
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.assistant import Answer, Video
@@ -19,8 +19,9 @@ from crosslmm_jax.inference.figure import draw_attention
 from crosslmm_jax.inference.load import load, model_folder
 from crosslmm_jax.inference.many import Item, answers_as_ready
 from crosslmm_jax.inference.replies import AnswerOptions, Options
-from crosslmm_jax.inference.watching import AnyMedia, Medium, read_media
+from crosslmm_jax.inference.watching import AnyMedia, Medium, read_everywhere, read_media
 from crosslmm_jax.model_folder import load_model_config, load_processor
+from crosslmm_jax.parallel import gather, initialize_processes, is_first_process, together
 from crosslmm_jax.utils import Progress, atomic_write
 
 
@@ -33,9 +34,10 @@ def ask(
     precision: Precision | None,
     attention_path: str | None,
     options: Options,
+    mesh: MeshConfig | None = None,
     started: float | None = None,
 ) -> dict[str, Any]:
-    """Answers one question.
+    """Answers one question. Several processes do it together, and each returns the report.
 
     Args:
       model: MODEL folder.
@@ -43,8 +45,9 @@ def ask(
       question: the question.
       frames: number of frames to read; None: as in training.
       precision: see `load`.
-      attention_path: PNG file to draw the answer's T2V attention in.
+      attention_path: PNG file to draw the answer's T2V attention in; the first process writes it.
       options: fields of `AnswerOptions`.
+      mesh: see `load`.
       started: when the process started, by `time.perf_counter`: the report then has `timings`, and phases
         are waited for one by one, which takes a little longer. The file is decoded while the model is loaded;
         "decode" is what is left of it then.
@@ -57,9 +60,10 @@ def ask(
     """
     check_question(question)
     AnswerOptions(**options)
+    initialize_processes()
     begun = time.perf_counter()
     folder = model_folder(model)
-    config, processor = load_model_config(folder), load_processor(folder)
+    config, processor = together(lambda: (load_model_config(folder), load_processor(folder)))
     if attention_path is not None and "t2v" not in config.cross_attention.directions:
         raise UserError(
             f"--attention {attention_path}: {model} has no T2V, so there is no attention to draw; leave the"
@@ -67,17 +71,20 @@ def ask(
         )
     with ThreadPoolExecutor(1) as beside:  # the file is decoded while the weights are read
         reading = beside.submit(read_media, video, frames, config, processor)
-        loaded = load(folder, precision, frames=lambda: sum(len(clip.frames) for clip in reading.result()))
+        loaded = load(
+            folder, precision, mesh=mesh, frames=lambda: sum(len(clip.frames) for clip in reading.result())
+        )
         waiting = time.perf_counter()
-        clips = reading.result()
+        clips = read_everywhere(reading.result)
     seconds = None if started is None else {"decode": time.perf_counter() - waiting}
     watched = Video(loaded, clips, seconds=seconds)
     answer = watched.answer(question, **options)
     if attention_path is not None:
         maps = watched.attention(question)
-        draw_attention(
-            attention_path, watched.frames, watched.frame_times, maps, title=f"{question} {answer.text}"
-        )
+        if is_first_process():
+            draw_attention(
+                attention_path, watched.frames, watched.frame_times, maps, title=f"{question} {answer.text}"
+            )
     report: dict[str, Any] = {
         "question": question,
         "answer": answer.text,
@@ -98,21 +105,23 @@ def ask(
 
 
 def chat(
-    model: str, video: str, *, frames: int | None, precision: Precision | None, options: Options
-) -> None:
+    model: str, video: str, *, frames: int | None, precision: Precision | None, options: Options,
+    mesh: MeshConfig | None = None,
+) -> None:  # fmt: skip
     """Reads questions line by line and streams answers, until an empty line or the end of the input.
 
-    Arguments as for `ask`.
+    Of several processes the first one reads and prints. Arguments as for `ask`.
     """
     AnswerOptions(**options)
-    watched = load(model, precision).watch(video, frames=frames)
+    initialize_processes()
+    watched, first = load(model, precision, mesh=mesh).watch(video, frames=frames), is_first_process()
     conversation = watched.chat(**options)
-    if sys.stdin.isatty():
+    if sys.stdin.isatty() and first:
         print(f"{len(watched.frame_times)} frames read. Ask a question; an empty line ends the chat.")
-    while (question := _read_question()).strip():
+    while (question := gather(_read_question() if first else "")[0]).strip():
         for piece in conversation.ask(question):
-            print(piece, end="", flush=True)
-        print()
+            print(piece if first else "", end="", flush=True)
+        print(end="\n" if first else "")
 
 
 def _read_question() -> str:
@@ -130,11 +139,12 @@ def ask_many(
     media_root: str = "",
     frames: int | None = None,
     precision: Precision | None = None,
+    mesh: MeshConfig | None = None,
     videos_at_once: int | None = None,
     options: Options | None = None,
     quiet: bool = False,
 ) -> str:
-    """Answers the questions of a JSONL file.
+    """Answers the questions of a JSONL file. Of several processes the first one writes the answers.
 
     A line of `questions` is {"video": path or list of paths, "question": text}. It may have "start" and "end"
     in seconds, and fields of `AnswerOptions` but for `sampling`. A line of `out` has all keys of a line of
@@ -150,6 +160,7 @@ def ask_many(
       media_root: folder that paths start from.
       frames: of each video; None: as in training.
       precision: see `load`.
+      mesh: see `load`.
       videos_at_once: see `answers_as_ready`.
       options: fields of `AnswerOptions`, where a line has none.
       quiet: show no progress on stderr.
@@ -158,28 +169,40 @@ def ask_many(
       A line that says what was written.
 
     Raises:
-      UserError: a file cannot be read or written, or a line is not as above.
+      UserError: a file cannot be read or written, a line is not as above, or the processes have other
+        questions.
     """
-    lines = [_Line(number, row, questions) for number, row in _rows(questions)]
-    given = [line.item(media_root, options or {}) for line in lines]
-    done = _answered(Path(out), lines)
+    initialize_processes()
+    lines = together(
+        lambda: [_Line(number, row, questions) for number, row in _rows(questions)],
+        same=lambda lines: hashlib.sha256(json.dumps([line.row for line in lines]).encode()).hexdigest(),
+        what="the questions",
+    )
+    given = together(lambda: [line.item(media_root, options or {}) for line in lines])
+    first = is_first_process()
+    # The first process says what is left to do: others need not see what it has written.
+    done = set(gather(sorted(together(lambda: _answered(Path(out), lines) if first else set())))[0])
     left = [place for place in range(len(lines)) if lines[place].number not in done]
     errors = 0
     if left:
-        loaded, writes = load(model, precision), jax.process_index() == 0
+        loaded, quiet = load(model, precision, mesh=mesh), quiet or not first
         with (
-            open(out if writes else os.devnull, "a", encoding="utf-8") as file,
+            together(lambda: open(out if first else os.devnull, "a", encoding="utf-8")) as file,
             Progress("ask", unit="questions", total=len(lines), done=len(done), quiet=quiet) as progress,
         ):
             items = (given[place] for place in left)
             ready = answers_as_ready(loaded, items, frames=frames, videos_at_once=videos_at_once)
             for number, answer in ready:
                 errors += isinstance(answer, UserError)
-                file.write(lines[left[number]].answered(answer))
-                file.flush()
+                together(functools.partial(_write, file, lines[left[number]].answered(answer)))
                 progress.update(progress.done + 1, f"{errors} errors")
     again = "; the same command tries those with an error again" if errors else ""
     return f"{len(lines) - errors} answers and {errors} errors in {out}{again}"
+
+
+def _write(file: IO[str], text: str) -> None:
+    file.write(text)
+    file.flush()
 
 
 class _Line:

@@ -44,8 +44,8 @@ class Compiled:
     ) -> None:
         """Compiles, or reads from disk, all programs that one video of `shape` needs, at the same time.
 
-        Needs shapes only, so it can run while the weights are read. On several devices nothing is done: the
-        layout of what a program returns is then not known before it is compiled.
+        Needs shapes only, so it can run while the weights are read. For one device: on several, the layout of
+        what a program returns is not known before it is compiled.
 
         Args:
           params: the parameters, or their shapes.
@@ -54,8 +54,6 @@ class Compiled:
           image_size: R.
           vocab_size: the tokenizer's.
         """
-        if self.mesh.size > 1:
-            return
         here = NamedSharding(self.mesh, PartitionSpec())
 
         def shapes_of(tree: PyTree) -> PyTree:
@@ -212,7 +210,7 @@ def _prefill(
         model, params, CrossLMM.prefill, visual, batch, counts,
         cache_size=shape.cache_tokens, cache_frames=shape.cache_frames,
     )  # fmt: skip
-    return cache
+    return cache._replace(num_tokens=everywhere(model, cache.num_tokens))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "vocab_size"))
@@ -241,7 +239,8 @@ def _score(
 def _observe(
     model: CrossLMM, params: PyTree, t2v: VideoCache | None, cache: KVCache, tokens: Array, counts: Array
 ) -> Float[Array, "x b f p"]:
-    return apply(model, params, CrossLMM.observe, cache._replace(t2v=t2v), tokens, counts)
+    maps = apply(model, params, CrossLMM.observe, cache._replace(t2v=t2v), tokens, counts)
+    return everywhere(model, maps)
 
 
 @functools.partial(jax.jit, static_argnames="size")

@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from crosslmm_jax.config import ModelConfig, Precision
+from crosslmm_jax.config import MeshConfig, ModelConfig, Precision
+from crosslmm_jax.config_io import to_dict
 from crosslmm_jax.data.text import Tokenizer, load_tokenizer
 from crosslmm_jax.errors import ConfigError
 from crosslmm_jax.inference.assistant import VideoModel, usual_text
@@ -18,42 +19,59 @@ from crosslmm_jax.inference.prepare import prepare_params, prepared_shapes
 from crosslmm_jax.inference.shapes import frames_at_once, prompt_shape
 from crosslmm_jax.model import init_params, logical_axes
 from crosslmm_jax.model_folder import Processor, load_model_config, load_processor, load_weights
-from crosslmm_jax.parallel import param_shardings
+from crosslmm_jax.parallel import param_shardings, together
 
 
 def load(
-    folder: str | Path, precision: Precision | None = None, *, frames: Callable[[], int] | None = None
+    folder: str | Path,
+    precision: Precision | None = None,
+    *,
+    mesh: MeshConfig | None = None,
+    frames: Callable[[], int] | None = None,
 ) -> VideoModel:
-    """Loads a model onto all available devices; `answering_mesh` says how.
+    """Loads a model onto all available devices.
+
+    With several processes (`parallel.initialize_processes`), these are the devices of all of them. Every
+    process then calls the same functions with the same arguments in the same order, and gets the same
+    answers; each reads the files itself. What fails on one of them fails on all.
 
     Args:
       folder: a MODEL folder, or a run's folder with one in `model/`.
       precision: of the matrix products of encoder and projector, and of the video KV cache. None: as
         config.json says.
+      mesh: how the devices share the work: `tensor` of them share the weights, and `data` groups divide the
+        videos; -1 in one of them stands for all that remain. None: as `answering_mesh` chooses.
       frames: returns the number of frames of the first video once it is known. Its programs are then compiled
         or read from disk while the weights are read.
 
     Raises:
-      UserError: a file is missing or damaged, or the weights do not fit the config.
+      UserError: a file is missing or damaged, the weights do not fit the config, the mesh does not fit the
+        devices, or the model of another process has another config.
     """
     begun, folder = time.perf_counter(), model_folder(folder)
-    config, processor = load_model_config(folder), load_processor(folder)
+    config, processor = together(
+        lambda: (load_model_config(folder), load_processor(folder)),
+        same=lambda settings: [to_dict(part) for part in settings],
+        what=f"the settings in {folder}",
+    )
     if precision is not None:
         config = config.at_precision(precision)
     with ThreadPoolExecutor(2) as beside:  # tokenizer and programs are read while the weights are
         reading, preparing = beside.submit(_read_tokenizer, folder), None
-        mesh = answering_mesh(config)
-        if frames is not None:
+        devices = answering_mesh(config, mesh)
+        if frames is not None and devices.size == 1:  # the layout of several is known only by compiling
             preparing = beside.submit(
-                lambda: prepare_programs(config, mesh, reading.result()[0], processor, frames())
+                lambda: prepare_programs(config, devices, reading.result()[0], processor, frames())
             )
         shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-        shardings = param_shardings(logical_axes(config), shapes, mesh)
+        shardings = param_shardings(logical_axes(config), shapes, devices)
         # Cast to the compute dtype once here instead of at every use.
-        params = load_weights(folder, config, shardings=shardings, dtype=config.compute_dtype)
-        params = jax.block_until_ready(prepare_params(params, config, mesh))
+        params = together(
+            lambda: load_weights(folder, config, shardings=shardings, dtype=config.compute_dtype)
+        )
+        params = jax.block_until_ready(prepare_params(params, config, devices))
         seconds = {"weights": time.perf_counter() - begun}
-        tokenizer, seconds["tokenizer"] = reading.result()
+        tokenizer, seconds["tokenizer"] = together(reading.result)
         if preparing is not None:
             seconds["programs"] = preparing.result()
     if tokenizer.vocab_size > config.decoder.vocab_size:
@@ -62,7 +80,7 @@ def load(
             f" {config.decoder.vocab_size}; use the tokenizer that the model was trained with"
         )
     seconds["load"] = time.perf_counter() - begun
-    return VideoModel(config, params, tokenizer, processor, mesh, seconds)
+    return VideoModel(config, params, tokenizer, processor, devices, seconds)
 
 
 def prepare_programs(

@@ -22,6 +22,7 @@ from crosslmm_jax.inference.watching import (
     Encoding,
     check_frames,
     media_of,
+    read_everywhere,
     sampling_of,
     stacked,
     time_texts,
@@ -119,7 +120,7 @@ def _decoded(
     def collect() -> tuple[list[tuple[int, Item]], tuple[Clip, ...] | UserError]:
         group, future = waiting.popleft()
         try:
-            return group, future.result()
+            return group, read_everywhere(future.result)
         except UserError as error:
             return group, error
 

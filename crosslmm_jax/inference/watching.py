@@ -1,7 +1,7 @@
 """From media to what the model reads: decoded on the host, and encoded while they are decoded."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -15,6 +15,7 @@ from crosslmm_jax.inference.compiled import Compiled
 from crosslmm_jax.inference.shapes import frames_at_once, padded_frames
 from crosslmm_jax.model import Visual
 from crosslmm_jax.model_folder import Processor
+from crosslmm_jax.parallel import together
 
 # Positions of the decoder that a video must not use: for questions and answers.
 RESERVED_POSITIONS = 256
@@ -69,6 +70,16 @@ def check_frames(frames: int, config: ModelConfig, *, given: str = "the media ha
     limit = (config.decoder.max_positions - RESERVED_POSITIONS) // config.merge.tokens_per_frame
     if frames > limit:
         raise UserError(f"{given.format(frames)}; this model has positions for {limit} at most")
+
+
+def read_everywhere(read: Callable[[], tuple[Clip, ...]]) -> tuple[Clip, ...]:
+    """The clips that `read` decodes on every process; raises on all of them what it raises on one.
+
+    All must have the same numbers of frames: the programs that they run together follow from these.
+    """
+    return together(
+        read, same=lambda clips: [len(clip.frames) for clip in clips], what="the numbers of frames"
+    )
 
 
 def read_media(

@@ -1,6 +1,7 @@
 """Devices: mesh, shardings, start of processes, compilation flags.
 
 - `mesh`: the device mesh, and how the processes of a run find each other.
+- `agreement`: what processes tell each other, and how they fail together.
 - `axis_rules`: the table of logical axes -> mesh axes.
 - `sharding`: shardings of parameters and batches; the rows of each process.
 - `compiler_options`: XLA options for programs of large matrix products.
@@ -15,6 +16,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from crosslmm_jax.parallel import compilation_cache, xla_flags
+    from crosslmm_jax.parallel.agreement import (
+        FailedSomewhere,
+        gather,
+        is_first_process,
+        succeed_on_all,
+        together,
+    )
     from crosslmm_jax.parallel.axis_rules import activation_rules, partition_spec
     from crosslmm_jax.parallel.compiler_options import matmul_options, program
     from crosslmm_jax.parallel.mesh import initialize_processes, make_mesh
@@ -28,9 +36,10 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "activation_rules", "batch_shardings", "check_batch_size", "compilation_cache", "initialize_processes",
-    "make_mesh", "matmul_options", "param_shardings", "partition_spec", "program", "replicated",
-    "row_shard", "to_global", "xla_flags",
+    "FailedSomewhere", "activation_rules", "batch_shardings", "check_batch_size", "compilation_cache",
+    "gather", "initialize_processes", "is_first_process", "make_mesh", "matmul_options", "param_shardings",
+    "partition_spec", "program", "replicated", "row_shard", "succeed_on_all", "to_global", "together",
+    "xla_flags",
 ]  # fmt: skip
 
 
@@ -38,7 +47,7 @@ def __getattr__(name: str) -> object:
     """Imports the files of this package, which need jax, and returns what one of them defines."""
     # `from parallel import xla_flags` finds a file by itself.
     if name in __all__ and name not in ("compilation_cache", "xla_flags"):
-        for file in ("mesh", "axis_rules", "sharding", "compiler_options"):
+        for file in ("mesh", "axis_rules", "sharding", "compiler_options", "agreement"):
             module = importlib.import_module(f"{__name__}.{file}")
             if hasattr(module, name):
                 return getattr(module, name)

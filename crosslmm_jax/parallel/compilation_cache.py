@@ -12,8 +12,8 @@ XDG_CACHE_HOME, or below ~/.cache.
 - It needs no care: jax evicts the programs that were used least recently above MAX_BYTES.
 - Several processes may share it: with a bound on the size, jax reads and writes under a lock. Without one, a
   process can read what another has half written.
-- Training does not use it unless asked to by JAX_COMPILATION_CACHE_DIR: the hosts of a run would wait for one
-  lock, over a network.
+- Training, and several processes that answer together, do not use it unless asked to by
+  JAX_COMPILATION_CACHE_DIR: the hosts would wait for one lock, over a network.
 
 Nothing here needs jax until `use` is called.
 """
@@ -49,6 +49,8 @@ def apply(environ: MutableMapping[str, str]) -> None:
     switch = environ.get(SWITCH, "1").lower()
     if FOLDER in environ or switch in ("0", "f", "false", "n", "no", "off"):  # as jax reads it
         return
+    if environ.get("NUM_PROCESSES", "1") not in ("", "0", "1"):
+        return
     if folder := _usable_folder(environ):
         environ[FOLDER] = str(folder)
         for name, (_, value) in SETTINGS.items():
@@ -61,7 +63,7 @@ def use() -> None:
 
     config = jax.config
     folder, switch = (getattr(config, name.lower()) for name in (FOLDER, SWITCH))
-    if folder is not None or not switch:
+    if folder is not None or not switch or jax.distributed.is_initialized():
         return
     if folder := _usable_folder(os.environ):
         config.update(FOLDER.lower(), str(folder))

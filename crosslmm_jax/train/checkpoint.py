@@ -25,8 +25,8 @@ from jaxtyping import PyTree
 from crosslmm_jax.config import ExperimentConfig, names_with_role
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.model_folder import flatten
+from crosslmm_jax.parallel import FailedSomewhere, succeed_on_all
 from crosslmm_jax.train.checksum import array_checksums, check_undamaged
-from crosslmm_jax.train.processes import FailedSomewhere, succeed_on_all
 from crosslmm_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)

@@ -28,6 +28,7 @@ from crosslmm_jax.model import logical_axes
 from crosslmm_jax.model_folder import check_replaceable, is_model_folder, load_weights, save_model_folder
 from crosslmm_jax.parallel import (
     check_batch_size,
+    gather,
     initialize_processes,
     make_mesh,
     param_shardings,
@@ -40,7 +41,7 @@ from crosslmm_jax.train.interrupt import Interrupted, StopRequest
 from crosslmm_jax.train.metrics_log import MetricsLine, MetricsLog, read_metrics
 from crosslmm_jax.train.metrics_window import MetricsWindow, NonFiniteStep
 from crosslmm_jax.train.optimizer import learning_rates
-from crosslmm_jax.train.processes import check_same_settings, gather
+from crosslmm_jax.train.processes import check_same_settings
 from crosslmm_jax.train.stages import model_of_stage
 from crosslmm_jax.train.state import TrainState, abstract_state, random_state, state_of_params
 from crosslmm_jax.train.step import compile_train_step, with_step_visibility

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from crosslmm_jax.errors import ConfigError, UserError
-from crosslmm_jax.train.processes import FailedSomewhere, check_same_settings, succeed_on_all
+from crosslmm_jax.parallel import FailedSomewhere, succeed_on_all
+from crosslmm_jax.train.processes import check_same_settings
 
 SETTINGS = {"data": {"index": "a", "batch_size": 8}, "run": {"seed": 0}, "index_digest": "12ab"}
 
@@ -55,9 +56,8 @@ TWO_PROCESSES = """
     from jax.sharding import NamedSharding, PartitionSpec
     from crosslmm_jax.config import MeshConfig
     from crosslmm_jax.errors import ConfigError, UserError
-    from crosslmm_jax.parallel import initialize_processes, make_mesh
+    from crosslmm_jax.parallel import gather, initialize_processes, make_mesh
     from crosslmm_jax.train.checkpoint import Checkpoints
-    from crosslmm_jax.train.processes import gather
     from crosslmm_jax.train.state import TrainState
     initialize_processes()
     here, folder = jax.process_index(), Path(sys.argv[1]) / "checkpoints"
