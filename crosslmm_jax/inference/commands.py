@@ -6,10 +6,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from crosslmm_jax.config import MeshConfig, Precision
 from crosslmm_jax.data.text import check_question
@@ -24,6 +24,8 @@ from crosslmm_jax.model_folder import load_model_config, load_processor
 from crosslmm_jax.parallel import gather, initialize_processes, is_first_process, together
 from crosslmm_jax.utils import Progress, atomic_write
 
+Json: TypeAlias = dict[str, Any]  # an object
+
 
 def ask(
     model: str,
@@ -36,7 +38,7 @@ def ask(
     options: Options,
     mesh: MeshConfig | None = None,
     started: float | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Answers one question. Several processes do it together, and each returns the report.
 
     Args:
@@ -85,7 +87,7 @@ def ask(
             draw_attention(
                 attention_path, watched.frames, watched.frame_times, maps, title=f"{question} {answer.text}"
             )
-    report: dict[str, Any] = {
+    report: Json = {
         "question": question,
         "answer": answer.text,
         "video": str(video),
@@ -208,7 +210,7 @@ def _write(file: IO[str], text: str) -> None:
 class _Line:
     """One line of a file of questions."""
 
-    def __init__(self, number: int, row: dict[str, Any], path: str) -> None:
+    def __init__(self, number: int, row: Json, path: str) -> None:
         """Raises UserError when a field is missing or of the wrong type."""
         self.number, self.row, self.where = number, row, f"{path}, line {number}"
         video = row.get("video")
@@ -255,7 +257,7 @@ _WRITTEN = ("line", "response", "tokens", "finish_reason", "error")
 _OWN_OPTIONS = ("max_new_tokens", "seed", "stop", "answer_prefix")
 
 
-def _rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: str) -> Iterator[tuple[int, Json]]:
     """Number and object of each line that is not blank."""
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -280,7 +282,7 @@ def _answered(out: Path, lines: list[_Line]) -> set[int]:
     by_number, kept = {line.number: line for line in lines}, {}
     for text in out.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            row: Mapping[str, Any] = json.loads(text)
+            row: Json = json.loads(text)
             line = by_number[row["line"]]
         except (ValueError, KeyError, TypeError):
             continue  # the line at which the last run was stopped, or one that is no longer asked
