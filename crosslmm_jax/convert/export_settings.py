@@ -1,6 +1,6 @@
 """The settings files of an export, as Hugging Face reads them; and ours, read back from them."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from crosslmm_jax.config import ModelConfig
@@ -8,7 +8,7 @@ from crosslmm_jax.config_io import from_dict, to_dict
 from crosslmm_jax.convert.source.config import Json
 from crosslmm_jax.convert.source.processor import RESAMPLING
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.model_folder import Processor, read_json, write_json
+from crosslmm_jax.model_folder import Processor, processor_from_dict, read_json
 
 _PIL_NUMBER = {name: number for number, name in RESAMPLING.items()}
 
@@ -35,7 +35,7 @@ def vision_config(config: ModelConfig, dtype: str) -> Json:
     }
 
 
-def text_config(config: ModelConfig, dtype: str, tokens: dict[str, int]) -> Json:
+def text_config(config: ModelConfig, dtype: str, tokens: Mapping[str, int]) -> Json:
     """config.json of a `Qwen2ForCausalLM`."""
     decoder = config.decoder
     return {
@@ -91,7 +91,7 @@ def read_crosslmm_config(folder: Path) -> tuple[ModelConfig, Processor]:
             " wrote, other checkpoints are --vision, --llm or --llava"
         )
     config = from_dict(ModelConfig, described.get("crosslmm"), source=f"{path}: field crosslmm")
-    return config, from_dict(Processor, described.get("processor"), source=f"{path}: field processor")
+    return config, processor_from_dict(described.get("processor"), source=f"{path}: field processor")
 
 
 def preprocessor_config(processor: Processor) -> Json:
@@ -110,18 +110,22 @@ def preprocessor_config(processor: Processor) -> Json:
     }
 
 
-def special_tokens(folder: Path) -> dict[str, int]:
-    """Ids of the tokens that end and pad a text, as far as the folder's tokenizer has them."""
-    described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    ids = {token["content"]: token["id"] for token in described.get("added_tokens", [])}
-    return {name: ids[name] for name in ("<|endoftext|>", "<|im_end|>") if name in ids}
+def generation_config(processor: Processor, tokens: Mapping[str, int], *, source: Path) -> Json:
+    """generation_config.json: generation ends as our answers do, and pads with the end of a text.
 
+    Args:
+      processor: of the MODEL folder.
+      tokens: all tokens of its tokenizer and their ids.
+      source: the MODEL folder.
 
-def write_generation_config(folder: Path, tokens: dict[str, int]) -> None:
-    """Writes generation_config.json: generation stops at either end token and pads with the end of a text."""
-    if len(tokens) == 2:
-        end, im_end = tokens["<|endoftext|>"], tokens["<|im_end|>"]
-        write_json(
-            folder / "generation_config.json",
-            {"bos_token_id": end, "pad_token_id": end, "eos_token_id": [im_end, end], "do_sample": False},
+    Raises:
+      UserError: the tokenizer lacks a token that ends an answer.
+    """
+    missing = [token for token in processor.end_tokens if token not in tokens]
+    if missing:
+        raise UserError(
+            f"{source}/processor.json: field end_tokens names {', '.join(missing)}, which the tokenizer does"
+            " not have; correct the field"
         )
+    end, ends = tokens.get("<|endoftext|>"), [tokens[token] for token in processor.end_tokens]
+    return {"bos_token_id": end, "pad_token_id": end, "eos_token_id": ends, "do_sample": False}

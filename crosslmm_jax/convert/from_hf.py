@@ -22,8 +22,9 @@ from crosslmm_jax.convert.source.config import (
 from crosslmm_jax.convert.source.files import Source, open_source
 from crosslmm_jax.convert.source.processor import (
     ImageSettings,
+    end_tokens,
     image_settings,
-    tokenizer_size,
+    vocabulary_of,
     with_tokenizer_json,
 )
 from crosslmm_jax.convert.stream import run_plan
@@ -109,8 +110,14 @@ def convert_from_hf(request: Request, out: str | Path, *, tokenizer: str | Path 
     check_replaceable(out)
     named = Path(tokenizer or request.llm or request.llava or request.sources["--crosslmm"])
     with with_tokenizer_json(named) as tokenizer:
-        planned = _planned(request, tokens=tokenizer_size(tokenizer), tokenizer=named)
-        with planned as (plan, processor), atomic_folder(out, resume=False) as folder:
+        vocabulary = vocabulary_of(tokenizer)
+        planned = _planned(request, tokens=max(vocabulary.values()) + 1, tokenizer=named)
+        with planned as (plan, processor), contextlib.ExitStack() as building:
+            if request.crosslmm is None:
+                ends, notes = end_tokens(_folder(request.llm or request.llava), vocabulary)
+                processor = dataclasses.replace(processor, end_tokens=ends)
+                plan.report.notes += notes
+            folder = building.enter_context(atomic_folder(out, resume=False))
             write_settings(folder, plan.config, processor)
             copy_tokenizer(tokenizer, folder)
             tensors = {parameter.name: (parameter.shape, parameter.dtype) for parameter in plan.parameters}

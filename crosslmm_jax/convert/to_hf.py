@@ -16,6 +16,7 @@ from crosslmm_jax.convert import export_settings
 from crosslmm_jax.convert.families import cross, llava, qwen2
 from crosslmm_jax.convert.report import Report, dtypes_by_part
 from crosslmm_jax.convert.rules import Rule, Slot, expand
+from crosslmm_jax.convert.source.processor import read_vocabulary
 from crosslmm_jax.convert.stream import cast
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model_folder import (
@@ -131,7 +132,7 @@ def _link(file: Path, link: Path) -> None:
 
 def _write_settings(folder: Path, model: Path, processor: Processor, dtypes: Mapping[str, str]) -> None:
     config = load_model_config(model)
-    tokens = export_settings.special_tokens(model) if (model / "tokenizer.json").is_file() else {}
+    tokens = read_vocabulary(model) if (model / "tokenizer.json").is_file() else {}
     vision = export_settings.vision_config(config, dtypes["encoder"].split("/")[0])
     text = export_settings.text_config(config, dtypes["decoder"].split("/")[0], tokens)
     images = export_settings.preprocessor_config(processor)
@@ -142,5 +143,7 @@ def _write_settings(folder: Path, model: Path, processor: Processor, dtypes: Map
     for part in ("vision", "crosslmm"):
         write_json(folder / part / "preprocessor_config.json", images)
     for part in ("llm", "crosslmm"):
-        export_settings.write_generation_config(folder / part, tokens)
+        if tokens:
+            generation = export_settings.generation_config(processor, tokens, source=model)
+            write_json(folder / part / "generation_config.json", generation)
         copy_tokenizer(model, folder / part)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from crosslmm_jax.model import CrossLMM, KVCache, VideoCache, apply
 
-MAX_ENDS = 8  # tokens that may end an answer
+USUAL_ENDS = 8  # room for tokens that end an answer, so that programs do not depend on how many there are
 
 
 class Sampling(NamedTuple):
@@ -31,14 +31,14 @@ class RowSettings(NamedTuple):
     top_p: Array | np.ndarray  # float32[B]
     seed: Array | np.ndarray  # uint32[B]
     limit: Array | np.ndarray  # int32[B], most tokens of the answer
-    ends: Array | np.ndarray  # int32[B, E], tokens that end it, E = MAX_ENDS; -1 where there are fewer
+    ends: Array | np.ndarray  # int32[B, E], tokens that end it; E = USUAL_ENDS or more, filled with -1
 
     @classmethod
     def of(
         cls, sampling: Sampling = Sampling(), *, seed: int = 0, limit: int = 0, ends: Sequence[int] = ()
     ) -> "RowSettings":
         """The settings of one row, as numpy arrays."""
-        padded = np.full((1, MAX_ENDS), -1, np.int32)
+        padded = np.full((1, max(USUAL_ENDS, len(ends))), -1, np.int32)
         padded[0, : len(ends)] = ends
         return cls(
             np.full(1, sampling.temperature, np.float32), np.full(1, sampling.top_p, np.float32),

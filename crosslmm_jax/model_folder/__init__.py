@@ -20,11 +20,13 @@ from crosslmm_jax.model_folder.load import load_weights
 from crosslmm_jax.model_folder.safetensors_file import FLOATS, Reader, Shape
 from crosslmm_jax.model_folder.save import save_model_folder
 from crosslmm_jax.model_folder.settings import (
+    END_TOKENS,
     Processor,
     Resampling,
     load_model_config,
     load_processor,
     make_processor,
+    processor_from_dict,
     write_settings,
 )
 from crosslmm_jax.model_folder.weights import (
@@ -39,9 +41,9 @@ from crosslmm_jax.model_folder.weights import (
 )
 
 __all__ = [
-    "CONFIG_FILE", "FLOATS", "MAX_SHARD_BYTES", "PROCESSOR_FILE", "Processor", "Reader", "Resampling",
-    "Shape", "WeightsWriter", "check_replaceable", "copy_tokenizer", "flatten", "indexed_files",
-    "is_model_folder", "load_model_config", "load_processor", "load_weights", "make_processor",
-    "open_weights", "parameter_shapes", "read_index", "read_json", "save_model_folder", "write_index",
-    "write_json", "write_settings",
+    "CONFIG_FILE", "END_TOKENS", "FLOATS", "MAX_SHARD_BYTES", "PROCESSOR_FILE", "Processor", "Reader",
+    "Resampling", "Shape", "WeightsWriter", "check_replaceable", "copy_tokenizer", "flatten",
+    "indexed_files", "is_model_folder", "load_model_config", "load_processor", "load_weights",
+    "make_processor", "open_weights", "parameter_shapes", "processor_from_dict", "read_index", "read_json",
+    "save_model_folder", "write_index", "write_json", "write_settings",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """The two JSON files of a MODEL folder: config.json and processor.json."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,7 @@ from crosslmm_jax.config_io import from_dict, to_dict
 from crosslmm_jax.model_folder.contents import CONFIG_FILE, PROCESSOR_FILE, check_model_folder
 from crosslmm_jax.model_folder.json_file import read_json, write_json
 
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")  # of a turn and of a text
 Resampling = Literal["bicubic", "bilinear"]
 
 
@@ -24,7 +26,7 @@ class Processor:
     sampling: SamplingConfig
     system_prompt: str
     time_instruction: TimeInstruction = "none"
-    end_tokens: tuple[str, ...] = ("<|im_end|>", "<|endoftext|>")  # any of them ends an answer
+    end_tokens: tuple[str, ...] = END_TOKENS  # any of them ends an answer
 
 
 def make_processor(
@@ -61,4 +63,14 @@ def load_processor(folder: str | Path) -> Processor:
     """The `Processor` of a MODEL folder. Raises a `UserError` that names file and field."""
     check_model_folder(folder)
     path = Path(folder) / PROCESSOR_FILE
-    return from_dict(Processor, read_json(path), source=path)
+    return processor_from_dict(read_json(path), source=path)
+
+
+def processor_from_dict(described: object, *, source: str | Path) -> Processor:
+    """The `Processor` of a JSON object, of `source` in messages. Raises a `UserError` that names the field.
+
+    Objects from before `end_tokens` was a field mean END_TOKENS.
+    """
+    if isinstance(described, Mapping):
+        described = {"end_tokens": END_TOKENS, **described}
+    return from_dict(Processor, described, source=source)

@@ -10,15 +10,23 @@ import pytest
 import transformers
 from PIL import Image
 
+from crosslmm_jax.config import SamplingConfig
+from crosslmm_jax.convert.export_settings import generation_config
 from crosslmm_jax.convert.from_hf import Request, convert_from_hf
 from crosslmm_jax.convert.source.config import _unpadded
-from crosslmm_jax.convert.source.processor import image_settings, tokenizer_size, with_tokenizer_json
+from crosslmm_jax.convert.source.processor import (
+    end_tokens,
+    image_settings,
+    vocabulary_of,
+    with_tokenizer_json,
+)
+from crosslmm_jax.convert.to_hf import convert_to_hf
 from crosslmm_jax.data.media.image import resize
 from crosslmm_jax.data.text.tokenizer import load_tokenizer
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.generate import RowSettings, Sampling, start
 from crosslmm_jax.model import KVCache
-from crosslmm_jax.model_folder import load_model_config, load_processor
+from crosslmm_jax.model_folder import Processor, load_model_config, load_processor, read_json
 
 QWEN = Path(__file__).parents[3] / "shared" / "tokenizer" / "qwen2.5"
 needs_qwen = pytest.mark.skipif(not QWEN.is_dir(), reason="the real vocabulary is not here")
@@ -101,7 +109,7 @@ def test_pixels_equal_those_of_the_siglip_processor(tmp_path, resampling, shape)
 @pytest.mark.slow
 @needs_qwen
 def test_the_real_vocabulary(tmp_path) -> None:
-    assert tokenizer_size(QWEN) == 151665
+    assert max(vocabulary_of(QWEN).values()) == 151664
     tokenizer = load_tokenizer(QWEN)
     assert tokenizer.encode_plain("Hello world!") == [9707, 1879, 0]
     assert (tokenizer.im_end, tokenizer.video_pad, tokenizer.vocab_size) == (151645, 151656, 151665)
@@ -122,7 +130,7 @@ def test_a_tokenizer_of_vocabulary_and_merges(sources, tmp_path) -> None:
     config = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added}
     (older / "tokenizer_config.json").write_text(json.dumps(config))
     with with_tokenizer_json(older) as folder:
-        assert tokenizer_size(folder) == 151665
+        assert vocabulary_of(folder) == vocabulary_of(QWEN)
         tokenizer, expected = load_tokenizer(folder), load_tokenizer(QWEN)
     for text in ("Hello world!", "What's 1234 + 5?\n\nÜber 北京", "<|im_end|> stays text"):
         assert tokenizer.encode_plain(text) == expected.encode_plain(text)
@@ -161,13 +169,76 @@ def test_a_tokenizer_without_the_tokens_of_prompts(sources, tmp_path) -> None:
     path = tmp_path / "tokenizer" / "tokenizer.json"
     path.write_text(path.read_text().replace("<|video_pad|>", "<|other|>"))
     with pytest.raises(UserError, match=r"has no <\|video_pad\|>; give that of a Qwen2.5"):
-        tokenizer_size(tmp_path / "tokenizer")
+        vocabulary_of(tmp_path / "tokenizer")
     path.write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        tokenizer_size(tmp_path / "tokenizer")
+        vocabulary_of(tmp_path / "tokenizer")
 
 
 def test_rows_that_hugging_face_added_to_released_models() -> None:
     assert [_unpadded(rows) for rows in (152128, 152000, 152064, 151936, 576)] == [
         152064, 151936, 152064, 151936, 576,
     ]  # fmt: skip
+
+
+def id_of(folder: Path, token: str) -> int:
+    return vocabulary_of(folder)[token]
+
+
+def with_generation_config(sources, folder: Path, content: object) -> Path:
+    shutil.copytree(sources.tied, folder)
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_all_tokens_that_the_source_ends_with_end_an_answer(sources, tmp_path) -> None:
+    """A plain token, a special one and one that is not there; and they are written back."""
+    plain, special = load_tokenizer(sources.tokenizer).encode_plain("!")[0], "<|image_pad|>"
+    ends = [id_of(sources.tokenizer, special), 5_000, id_of(sources.tokenizer, "<|endoftext|>"), plain]
+    folder = with_generation_config(sources, tmp_path / "llm", {"eos_token_id": ends})
+    request = Request(vision=str(sources.vision), llm=str(folder))
+    report = convert_from_hf(request, tmp_path / "model", tokenizer=sources.tokenizer)
+    expected = ("<|im_end|>", "<|endoftext|>", special, "!")
+    assert load_processor(tmp_path / "model").end_tokens == expected
+    notes = "\n".join(report.notes)
+    assert "from generation_config.json: also <|image_pad|> and !" in notes
+    assert "eos_token_id 5000 of generation_config.json is left out" in notes
+    ids = tuple(id_of(sources.tokenizer, token) for token in expected)
+    assert load_tokenizer(tmp_path / "model").ids_of(expected) == ids
+    convert_to_hf(tmp_path / "model", tmp_path / "export")
+    for part in ("llm", "crosslmm"):
+        assert read_json(tmp_path / "export" / part / "generation_config.json")["eos_token_id"] == list(ids)
+    back = Request(crosslmm=str(tmp_path / "export"))
+    convert_from_hf(back, tmp_path / "back")
+    assert load_processor(tmp_path / "back").end_tokens == expected
+    path = tmp_path / "export" / "crosslmm" / "config.json"  # as an export from before there were end tokens
+    described = read_json(path)
+    del described["processor"]["end_tokens"]
+    path.write_text(json.dumps(described))
+    expected = expected[:2]
+    convert_from_hf(back, tmp_path / "back")
+    assert load_processor(tmp_path / "back").end_tokens == expected
+
+
+@pytest.mark.parametrize("content", [None, {}, {"eos_token_id": None}, {"eos_token_id": []}, "<|endoftext|>"])
+def test_a_source_that_names_no_further_end_token_keeps_both(sources, tmp_path, content) -> None:
+    if isinstance(content, str):
+        content = {"eos_token_id": id_of(sources.tokenizer, content)}
+    if content is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    assert end_tokens(tmp_path, vocabulary_of(sources.tokenizer)) == (("<|im_end|>", "<|endoftext|>"), [])
+
+
+@pytest.mark.parametrize("ids", ["2", True, [1, None], -1, 3.0])
+def test_end_tokens_that_are_no_ids(sources, tmp_path, ids) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(UserError, match="field eos_token_id is .* an id or a list of ids"):
+        end_tokens(tmp_path, {"a": 1})
+
+
+def test_an_end_token_that_the_tokenizer_lacks_is_not_exported(sources) -> None:
+    processor = Processor(
+        image_size=28, tokens_per_frame=1, sampling=SamplingConfig(), system_prompt="", end_tokens=("<no>",)
+    )
+    with pytest.raises(UserError, match="field end_tokens names <no>"):
+        generation_config(processor, vocabulary_of(sources.tokenizer), source=sources.root)

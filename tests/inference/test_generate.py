@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from crosslmm_jax.batch import Batch
-from crosslmm_jax.inference.generate import RowSettings, Sampling, generate, start
+from crosslmm_jax.inference.generate import USUAL_ENDS, RowSettings, Sampling, generate, start
 from crosslmm_jax.model import CrossLMM, KVCache, init_params
 
 
@@ -46,6 +46,15 @@ def test_rows_beyond_the_tokenizer_are_never_drawn():
     logits = np.array([0.0, 0.0, 9.0], np.float32)
     assert frequencies(logits, Sampling(), vocab_size=2)[2] == 0
     assert frequencies(logits, Sampling(3.0), vocab_size=2)[2] == 0
+
+
+def test_any_number_of_tokens_may_end_an_answer():
+    ends = range(3, 3 + 2 * USUAL_ENDS)
+    rows = RowSettings.of(ends=ends)
+    cache = KVCache((), (), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), None)
+    for last, ended in ((ends[-1], True), (ends[-1] + 1, False)):
+        logits = jax.nn.one_hot(jnp.array([last]), 64)
+        assert bool(start(logits, cache, rows, jnp.zeros(1, jnp.int32), vocab_size=64).ended[0]) == ended
 
 
 def test_the_most_probable_token_is_found_without_ordering_the_vocabulary():

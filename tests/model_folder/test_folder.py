@@ -117,6 +117,13 @@ def test_round_trip(written, params) -> None:
     assert [path.name for path in written.parent.iterdir()] == ["model"]
 
 
+def test_a_folder_from_before_there_were_end_tokens(copied) -> None:
+    described = json.loads((copied / "processor.json").read_text())
+    assert described.pop("end_tokens") == ["<|im_end|>", "<|endoftext|>"]
+    (copied / "processor.json").write_text(json.dumps(described))
+    assert load_processor(copied).end_tokens == ("<|im_end|>", "<|endoftext|>")
+
+
 def test_bfloat16(tmp_path, params, tokenizer) -> None:
     save(tmp_path / "model", params, tokenizer, dtype="bfloat16")
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)

@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import json
+import operator
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from crosslmm_jax.convert.source.config import Json, is_number
 from crosslmm_jax.errors import ConfigError, UserError
-from crosslmm_jax.model_folder import Resampling, read_json
+from crosslmm_jax.model_folder import END_TOKENS, Resampling, read_json
 
 # PIL's number, as Hugging Face writes it -> our name.
 RESAMPLING: dict[int, Resampling] = {3: "bicubic", 2: "bilinear"}
@@ -104,8 +105,20 @@ def with_tokenizer_json(folder: Path) -> Iterator[Path]:
         yield Path(converted)
 
 
-def tokenizer_size(folder: Path) -> int:
-    """One more than the highest id of a tokenizer folder.
+def read_vocabulary(folder: Path) -> dict[str, int]:
+    """All tokens of a tokenizer.json and their ids. Raises a UserError if it is damaged."""
+    path = folder / "tokenizer.json"
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = dict(described["model"]["vocab"])
+        vocabulary |= {token["content"]: token["id"] for token in described["added_tokens"]}
+        return {text: operator.index(token) for text, token in vocabulary.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error!r}); copy it again") from error
+
+
+def vocabulary_of(folder: Path) -> dict[str, int]:
+    """All tokens of a tokenizer folder and their ids.
 
     Raises:
       UserError: it is no tokenizer folder, or lacks special tokens of prompts.
@@ -113,17 +126,43 @@ def tokenizer_size(folder: Path) -> int:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: {name} is missing; give a tokenizer's folder with --tokenizer")
-    try:
-        described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        vocabulary = dict(described["model"]["vocab"])
-        vocabulary |= {token["content"]: token["id"] for token in described["added_tokens"]}
-        size = max(vocabulary.values()) + 1
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}/tokenizer.json: cannot be read ({error!r}); copy it again") from error
+    vocabulary = read_vocabulary(folder)
     missing = [token for token in NEEDED_TOKENS if token not in vocabulary]
     if missing:
         raise UserError(
             f"{folder}: the tokenizer has no {', '.join(missing)}; give that of a Qwen2.5 chat model with"
             " --tokenizer (Qwen2's ids are the same)"
         )
-    return size
+    return vocabulary
+
+
+def end_tokens(folder: Path, vocabulary: Mapping[str, int]) -> tuple[tuple[str, ...], list[str]]:
+    """The tokens that end an answer, and notes about where they come from.
+
+    Those of every Qwen2.5 chat model, which end a turn and a text, and what generation_config.json adds.
+
+    Args:
+      folder: of the language model.
+      vocabulary: of its tokenizer.
+
+    Raises:
+      UserError: generation_config.json is damaged, or its eos_token_id is no id and no list of ids.
+    """
+    path = folder / "generation_config.json"
+    ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if any(type(token) is not int or token < 0 for token in listed):
+        raise ConfigError(f"{path}: field eos_token_id is {ids!r}; it must be an id or a list of ids")
+    texts = {token: text for text, token in vocabulary.items()}
+    unknown = [token for token in listed if token not in texts]
+    found = tuple(dict.fromkeys([*END_TOKENS, *(texts[token] for token in listed if token in texts)]))
+    notes = []
+    if len(found) > len(END_TOKENS):
+        further = " and ".join(found[len(END_TOKENS) :])
+        notes.append(f"end tokens of answers, from generation_config.json: also {further}")
+    if unknown:
+        notes.append(
+            f"eos_token_id {', '.join(map(str, unknown))} of generation_config.json is left out: the"
+            " tokenizer has no such token"
+        )
+    return found, notes

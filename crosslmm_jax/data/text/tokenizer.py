@@ -65,8 +65,15 @@ class Tokenizer:
         return _load_again, (os.path.abspath(self.folder), self._digest)
 
     def ids_of(self, texts: Sequence[str]) -> tuple[int, ...]:
-        """Ids of special tokens. Raises UserError if one is missing."""
-        return tuple(self._special_id(text) for text in texts)
+        """Ids of tokens, each given by its whole text. Raises UserError if one is missing."""
+        ids = [self._backend.token_to_id(text) for text in texts]
+        if None in ids:
+            missing = [text for text, id in zip(texts, ids, strict=True) if id is None]
+            raise UserError(
+                f"{self.folder}: the tokenizer has no token {', '.join(missing)}; use the tokenizer that"
+                " belongs to the model"
+            )
+        return tuple(ids)
 
     def vocabulary(self) -> dict[str, int]:
         """A new dict of all tokens to their ids, added ones too. It takes a while for a real vocabulary."""
