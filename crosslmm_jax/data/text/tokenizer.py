@@ -66,14 +66,13 @@ class Tokenizer:
 
     def ids_of(self, texts: Sequence[str]) -> tuple[int, ...]:
         """Ids of tokens, each given by its whole text. Raises UserError if one is missing."""
-        ids = [self._backend.token_to_id(text) for text in texts]
-        if None in ids:
-            missing = [text for text, id in zip(texts, ids, strict=True) if id is None]
+        ids = {text: self._backend.token_to_id(text) for text in texts}
+        if missing := [text for text, token in ids.items() if token is None]:
             raise UserError(
                 f"{self.folder}: the tokenizer has no token {', '.join(missing)}; use the tokenizer that"
                 " belongs to the model"
             )
-        return tuple(ids)
+        return tuple(token for token in ids.values() if token is not None)
 
     def vocabulary(self) -> dict[str, int]:
         """A new dict of all tokens to their ids, added ones too. It takes a while for a real vocabulary."""
