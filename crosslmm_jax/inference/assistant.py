@@ -47,6 +47,7 @@ from crosslmm_jax.inference.watching import (
     Encoding,
     check_frames,
     media_of,
+    most_frames_of,
     read_everywhere,
     read_media,
     stacked,
@@ -144,14 +145,12 @@ class VideoModel:
         """Compiles, or reads from disk, all programs for videos of up to `most_frames` frames.
 
         Further videos then compile nothing, if they are asked one question at a time.
-
-        Raises:
-          UserError: the decoder has too few positions for so many frames.
         """
         pixels = (self.processor.image_size,) * 2 + (3,)
-        for size in (size for size in FRAME_SIZES if size <= padded_frames(most_frames)):
-            frames = np.zeros((size, *pixels), np.uint8)
-            self.watch_frames(frames, np.zeros(size, np.float32), 0.0).ask("?", max_new_tokens=1)
+        most = min(most_frames, most_frames_of(self.config))
+        for count in (min(size, most) for size in FRAME_SIZES if size <= padded_frames(most)):
+            frames = np.zeros((count, *pixels), np.uint8)
+            self.watch_frames(frames, np.zeros(count, np.float32), 0.0).ask("?", max_new_tokens=1)
 
     def read(
         self, media: AnyMedia, frames: int | None = None, *, encoding: Encoding | None = None,

@@ -276,17 +276,27 @@ def _rows(path: str) -> Iterator[tuple[int, Json]]:
 
 
 def _answered(out: Path, lines: list[_Line]) -> set[int]:
-    """Numbers of the lines that `out` answers already. Everything else is taken out of `out`."""
+    """Numbers of the lines that `out` answers already. Errors and answers to other lines are taken out of it.
+
+    Raises:
+      UserError: `out` holds what this command has not written.
+    """
     if not out.exists():
         return set()
     by_number, kept = {line.number: line for line in lines}, {}
-    for text in out.read_text(encoding="utf-8", errors="replace").split("\n"):
+    *complete, last = out.read_text(encoding="utf-8", errors="replace").split("\n")
+    if last and not '{"line": '.startswith(last[:9]):  # what a stopped run leaves begins like this
+        complete.append(last)
+    for place, text in enumerate(complete, start=1):
         try:
             row: Json = json.loads(text)
-            line = by_number[row["line"]]
+            line = by_number.get(row["line"])
         except (ValueError, KeyError, TypeError):
-            continue  # the line at which the last run was stopped, or one that is no longer asked
-        if "response" in row and all(row.get(key) == value for key, value in line.row.items()):
+            raise UserError(
+                f"--out {out}, line {place}: no answer that this command wrote; name another file"
+            ) from None
+        asked = line is not None and all(row.get(key) == value for key, value in line.row.items())
+        if line is not None and asked and "response" in row:
             kept[line.number] = text + "\n"
     atomic_write(out, "".join(kept.values()).encode())
     return set(kept)

@@ -21,12 +21,24 @@ from crosslmm_jax.inference.shapes import QUESTION_TOKENS, STEPS, PromptShape
 from crosslmm_jax.model import CrossLMM, KVCache, VideoCache, Visual, apply
 from crosslmm_jax.parallel import activation_rules, program
 
+_ENCODING = ("encoder", "projector")  # parts of the parameters
+
 
 class _FrozenRules(dict):
     """Rules as a hashable value, so that a model can be a static argument."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(sorted(self.items(), key=str)))
+
+
+def _of_encoder(params: PyTree) -> PyTree:
+    """The parameters that encoding reads. Each array that a program is given makes it start later."""
+    return {name: params[name] for name in _ENCODING}
+
+
+def _of_decoder(params: PyTree) -> PyTree:
+    """The parameters that everything else reads."""
+    return {name: part for name, part in params.items() if name not in _ENCODING}
 
 
 class Compiled:
@@ -63,7 +75,8 @@ class Compiled:
             with jax.set_mesh(self.mesh):
                 lowered_later().compile()
 
-        params, model, tokens = shapes_of(params), self.model, np.zeros((1, QUESTION_TOKENS), np.int32)
+        model, tokens = self.model, np.zeros((1, QUESTION_TOKENS), np.int32)
+        of_encoder, params = shapes_of(_of_encoder(params)), shapes_of(_of_decoder(params))
         counts, rows = np.ones(1, np.int32), RowSettings.of()
         length = shape.text + shape.frames * model.config.merge.tokens_per_frame
         prompt, slots = np.zeros((1, length), np.int32), np.arange(length - shape.text, dtype=np.int32)[None]
@@ -73,8 +86,8 @@ class Compiled:
         encoding, prefilling = program(_encode), program(_prefill, "shape")
         with ThreadPoolExecutor() as pool, jax.set_mesh(self.mesh):
             # Tracing is python, one at a time; what follows runs in parallel.
-            compiled = [pool.submit(compile_it, lambda: encoding.lower(model, params, frames))]
-            part = shapes_of(encoding.eval_shape(model, params, frames))
+            compiled = [pool.submit(compile_it, lambda: encoding.lower(model, of_encoder, frames))]
+            part = shapes_of(encoding.eval_shape(model, of_encoder, frames))
             prompts = ((part,) * (shape.frames // frames_at_once),), batch, counts
             cache = shapes_of(prefilling.eval_shape(model, params, *prompts, shape=shape))
             compiled += [
@@ -94,7 +107,7 @@ class Compiled:
     def encode(self, params: PyTree, frames: np.ndarray) -> Visual:
         """uint8[B, f, R, R, 3], f frames of each video, to their compact and original tokens."""
         with jax.set_mesh(self.mesh):
-            return program(_encode)(self.model, params, frames)
+            return program(_encode)(self.model, _of_encoder(params), frames)
 
     def blank(self, params: PyTree, shape: tuple[int, ...]) -> Visual:
         """The tokens of black frames uint8[shape], which serve as padding."""
@@ -116,7 +129,8 @@ class Compiled:
           shape: of the prompt and of the cache.
         """
         with jax.set_mesh(self.mesh):
-            return program(_prefill, "shape")(self.model, params, tuple(parts), batch, counts, shape=shape)
+            prefilling, of_decoder = program(_prefill, "shape"), _of_decoder(params)
+            return prefilling(self.model, of_decoder, tuple(parts), batch, counts, shape=shape)
 
     def read(
         self, params: PyTree, cache: KVCache, questions: Sequence[np.ndarray], rows: RowSettings, *,
@@ -134,11 +148,11 @@ class Compiled:
         Returns:
           int32[B] first tokens, float32[B, V] logits that they were drawn from, and the state for `generate`.
         """
-        of_text = cache._replace(t2v=None)
+        of_text, of_decoder = cache._replace(t2v=None), _of_decoder(params)
         with jax.set_mesh(self.mesh):
             for tokens, counts in parts_of(questions):
                 first, logits, state = _extend(
-                    self.model, params, cache.t2v, of_text, tokens, counts, rows, vocab_size=vocab_size
+                    self.model, of_decoder, cache.t2v, of_text, tokens, counts, rows, vocab_size=vocab_size
                 )
                 of_text = state.cache
         return first, logits, state
@@ -149,7 +163,9 @@ class Compiled:
     ) -> tuple[Int[Array, "b s"], Bool[Array, " b"], Generation]:  # fmt: skip
         """Up to `steps` further tokens per row; see `generate.generate`. `state` is donated."""
         with jax.set_mesh(self.mesh):
-            return generate(self.model, params, t2v, state, rows, steps=steps, vocab_size=vocab_size)
+            return generate(
+                self.model, _of_decoder(params), t2v, state, rows, steps=steps, vocab_size=vocab_size
+            )
 
     def score(
         self, params: PyTree, t2v: VideoCache | None, cache: KVCache, tokens: np.ndarray, targets: np.ndarray,
@@ -160,14 +176,14 @@ class Compiled:
         The one row of `cache` serves all rows of `tokens`.
         """
         with jax.set_mesh(self.mesh):
-            return _score(self.model, params, t2v, cache, tokens, targets, vocab_size=vocab_size)
+            return _score(self.model, _of_decoder(params), t2v, cache, tokens, targets, vocab_size=vocab_size)
 
     def observe(self, params: PyTree, cache: KVCache, ids: np.ndarray) -> Float[Array, "x b f p"]:
         """T2V attention of the last token of `ids`, which follow what `cache` holds."""
         *before, (tokens, counts) = parts_of([ids])
         with jax.set_mesh(self.mesh):
             rows = RowSettings.of()
-            of_text = cache._replace(t2v=None)
+            of_text, params = cache._replace(t2v=None), _of_decoder(params)
             for part in before:
                 *_, state = _extend(self.model, params, cache.t2v, of_text, *part, rows, vocab_size=1)
                 of_text = state.cache

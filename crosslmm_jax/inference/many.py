@@ -30,6 +30,7 @@ from crosslmm_jax.inference.watching import (
 
 MOST_ROWS = 32  # questions that are answered together
 MOST_AHEAD = 16  # videos that are decoded ahead of the one that is encoded
+DECODERS = 4  # videos that are decoded at a time, each with its share of the cores: the first is soon there
 
 
 class Item(NamedTuple):
@@ -97,7 +98,7 @@ def answers_as_ready(
     most = sampling_of(model.processor, frames).most_frames
     shape = prompt_shape(most, 0, tokens_per_frame=model.processor.tokens_per_frame, usual_text=0)
     count = videos_at_once or devices.videos_at_once(model.config, model.compiled.mesh, shape)
-    with ThreadPoolExecutor(min(MOST_AHEAD, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(DECODERS) as pool:
         batch: list[_Watched] = []
         for group, clips in _decoded(model, items, pool, frames):
             if isinstance(clips, UserError):
@@ -115,6 +116,7 @@ def _decoded(
     model: VideoModel, items: Iterable[Item], pool: ThreadPoolExecutor, frames: int | None
 ) -> Iterator[tuple[list[tuple[int, Item]], tuple[Clip, ...] | UserError]]:
     """Groups of questions about the same media with their clips, decoded ahead in threads."""
+    threads = max(1, (os.cpu_count() or 1) // DECODERS)
     waiting: collections.deque[tuple[list[tuple[int, Item]], Future[tuple[Clip, ...]]]] = collections.deque()
 
     def collect() -> tuple[list[tuple[int, Item]], tuple[Clip, ...] | UserError]:
@@ -126,7 +128,7 @@ def _decoded(
 
     for _, grouped in itertools.groupby(enumerate(items), key=lambda numbered: _key(numbered[1].media)):
         group = list(grouped)
-        waiting.append((group, pool.submit(model.read, group[0][1].media, frames, num_threads=1)))
+        waiting.append((group, pool.submit(model.read, group[0][1].media, frames, num_threads=threads)))
         if len(waiting) > MOST_AHEAD:
             yield collect()
     while waiting:
@@ -135,7 +137,10 @@ def _decoded(
 
 def _key(media: AnyMedia) -> Hashable:
     """Equal for media that are the same files, or the same bytes object."""
-    several = media_of(media)
+    try:
+        several = media_of(media)
+    except UserError:  # told when they are read
+        return id(media)
     return tuple(
         (id(medium.source) if isinstance(medium.source, bytes) else str(medium.source), medium[1:])
         for medium in several

@@ -45,8 +45,12 @@ class AnswerOptions:
     answer_prefix: str = ""
 
     def __post_init__(self) -> None:
-        """Raises UserError for a value that is out of range."""
+        """Raises UserError for a value of the wrong type or out of range."""
         temperature, top_p = self.sampling
+        for name, kind in (("max_new_tokens", int), ("seed", int), ("answer_prefix", str)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise UserError(f"{name} is {value!r}; it must be of type {kind.__name__}")
         if self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens is {self.max_new_tokens}; it must be 1 or more")
         if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
@@ -54,9 +58,10 @@ class AnswerOptions:
                 f"--temperature {temperature} --top-p {top_p}: the temperature must be 0 or more, and top-p"
                 " above 0 and at most 1"
             )
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(stop):
-            raise UserError(f"stop is {list(stop)}; no text may be empty")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
+            raise UserError(f"stop is {stop!r}; give texts, none of them empty")
+        stop = tuple(stop)
         object.__setattr__(self, "stop", stop)
 
     def row(self, ends: Sequence[int]) -> RowSettings:

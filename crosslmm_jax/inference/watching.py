@@ -65,9 +65,14 @@ def time_texts(clips: Sequence[Clip], processor: Processor) -> list[str | None]:
     return [time_text(meta, processor.time_instruction) for meta in metas]
 
 
+def most_frames_of(config: ModelConfig) -> int:
+    """Frames that the decoder has positions for, beside a question and its answer."""
+    return (config.decoder.max_positions - RESERVED_POSITIONS) // config.merge.tokens_per_frame
+
+
 def check_frames(frames: int, config: ModelConfig, *, given: str = "the media have {} frames") -> None:
     """Raises a UserError if the decoder has too few positions for so many frames."""
-    limit = (config.decoder.max_positions - RESERVED_POSITIONS) // config.merge.tokens_per_frame
+    limit = most_frames_of(config)
     if frames > limit:
         raise UserError(f"{given.format(frames)}; this model has positions for {limit} at most")
 

@@ -165,6 +165,20 @@ def test_a_file_of_questions_is_answered_and_resumed(folder, clips, tmp_path, ca
     assert main(words) == 0
 
 
+@pytest.mark.parametrize("content", ['{"video": "a.mp4", "question": "What?"}', "notes", '{"line": 1'])
+def test_a_file_that_is_not_its_own_is_not_overwritten(folder, tmp_path, capsys, content):
+    """The file of questions itself, for one."""
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"video": "a.mp4", "question": "What?"}\n')
+    out = questions if "video" in content else tmp_path / "a.jsonl"
+    words = ["ask", folder, "--questions", questions, "--out", out]
+    for text in {content + "\n", content if content[:6] != '{"line' else content + "\n"}:
+        out.write_text(text)
+        assert main([str(word) for word in words]) == 2
+        assert "line 1: no answer that this command wrote; name another file" in capsys.readouterr().err
+        assert out.read_text() == text
+
+
 @pytest.mark.parametrize(
     "line,message",
     [
@@ -176,7 +190,10 @@ def test_a_file_of_questions_is_answered_and_resumed(folder, clips, tmp_path, ca
         ('{"video": "a", "question": "a", "start": "1"}', '"start" must be a number'),
         ('{"video": "a", "question": "a", "response": ""}', '"response" is a key of the answers'),
         ('{"video": "a", "question": "a", "max_new_tokens": 0}', "line 1: --max-new-tokens is 0"),
-        ('{"video": "a", "question": "a", "max_new_tokens": "b"}', "line 1: "),
+        ('{"video": "a", "question": "a", "max_new_tokens": "b"}', "line 1: max_new_tokens is 'b'"),
+        ('{"video": "a", "question": "a", "seed": 1.5}', "line 1: seed is 1.5"),
+        ('{"video": "a", "question": "a", "answer_prefix": 5}', "line 1: answer_prefix is 5"),
+        ('{"video": "a", "question": "a", "stop": [5]}', "line 1: stop is [5]"),
     ],
 )
 def test_a_wrong_line_is_named(folder, tmp_path, capsys, line, message):
