@@ -58,6 +58,8 @@ def draw(
 def draw_phases(report: Report, path: str, phases: Sequence[str], *, starts: str) -> None:
     """Writes a figure with one horizontal bar per row that has `phases_s`, a segment per phase, in seconds.
 
+    Without such a row there is no figure yet.
+
     What the phases leave of a row's time is a segment of its own. Rows that have the phase `starts` take much
     longer and are a panel of their own.
 
@@ -73,6 +75,8 @@ def draw_phases(report: Report, path: str, phases: Sequence[str], *, starts: str
     import matplotlib.pyplot as plt
 
     rows = [row for row in report["rows"] if row.get("phases_s")]
+    if not rows:
+        return
     names = [name for name in phases if any(name in row["phases_s"] for row in rows)]
     colors = {name: f"C{index}" for index, name in enumerate(names)} | {"other": "lightgrey"}
     panels = [[row for row in rows if (starts in row["phases_s"]) is new] for new in (True, False)]

@@ -1,7 +1,9 @@
 """Metrics of a run on disk: metrics.jsonl and TensorBoard scalars."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,8 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
         self._writer = None
         if tensorboard:
-            from tensorboardX import SummaryWriter
+            with _barred("torch"):  # where it is installed, tensorboardX imports it, for seconds
+                from tensorboardX import SummaryWriter
 
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
@@ -69,3 +72,16 @@ class MetricsLog:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+@contextlib.contextmanager
+def _barred(name: str) -> Iterator[None]:
+    """As if no package of this name was installed, unless it is imported already."""
+    barred = name not in sys.modules
+    if barred:
+        sys.modules[name] = None  # type: ignore[assignment]  # how python marks what cannot be imported
+    try:
+        yield
+    finally:
+        if barred:
+            del sys.modules[name]

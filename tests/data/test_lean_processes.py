@@ -1,4 +1,4 @@
-"""What the data room's commands and their workers import, and how often they read a vocabulary."""
+"""What commands and their workers import, and how often they read a vocabulary."""
 
 import collections
 import os
@@ -20,7 +20,12 @@ def note(what):
         file.write(f"{os.getpid()} {what}\\n")
 
 
-sys.addaudithook(lambda event, arguments: event == "import" and arguments[0] in HEAVY and note(arguments[0]))
+def heed(event, arguments):
+    if event == "import" and arguments[0] in HEAVY and sys.modules.get(arguments[0], "absent") is not None:
+        note(arguments[0])  # None: it is barred
+
+
+sys.addaudithook(heed)
 import tokenizers
 
 
@@ -48,7 +53,7 @@ SCRIPT = """
 import os, sys
 
 if __name__ == "__main__":
-    mixture, index, tokenizer, sets = sys.argv[1:]
+    mixture, index, tokenizer, sets, stage, run, clip = sys.argv[1:]
     from crosslmm_jax.cli import main
 
     assert main(["data", "index", mixture, "--out", index, "--tokenizer", tokenizer, "--workers", "2"]) == 0
@@ -67,7 +72,13 @@ if __name__ == "__main__":
     batches = BatchIterator(Dataset(config, tokens_per_frame=1, image_size=32))
     next(batches)
     batches.close()
+    os.environ["NOTES"] += ".train"
+    words = ["--data.index", index, "--data.tokenizer", tokenizer, "--data.batch-size", "2"]
+    assert main(["train", stage, *words, "--stage.steps", "1", "--run.out", run]) == 0
+    os.environ["NOTES"] += ".ask"
+    assert main(["ask", run, clip, "What?", "--frames", "2", "--max-new-tokens", "2"]) == 0
 """
+ROOT = Path(__file__).resolve().parents[2]
 Notes = dict[str, collections.Counter[str]]  # process -> what it noted, with how often
 
 
@@ -80,8 +91,10 @@ def notes(synthetic, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFa
     mixture = folder / "mixture.yaml"  # 96 rows: more than one task of a worker
     mixture.write_text(f"datasets: [{{json_path: {synthetic.train}}}, {{json_path: {synthetic.heldout}}}]\n")
     words = [folder / "script.py", mixture, folder / "index", tokenizer_folder, folder / "set"]
+    words += [ROOT / "configs" / "tiny_stage1.py", folder / "run", synthetic.heldout_videos[0]]
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"NOTES": str(folder / "index.notes"), "PYTHONPATH": path}
+    environment["XLA_FLAGS"] = ""  # one device
     subprocess.run([sys.executable, *map(str, words)], env=environment, check=True, timeout=300)
     found: dict[str, Notes] = {}
     for file in folder.glob("index.notes*"):
@@ -94,7 +107,7 @@ def notes(synthetic, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.slow
-def test_no_process_of_the_input_imports_transformers_or_torch(notes: dict[str, Notes]) -> None:
+def test_no_process_imports_transformers_or_torch(notes: dict[str, Notes]) -> None:
     everything = [noted for step in notes.values() for noted in step.values()]
     for noted in everything:
         assert not noted.keys() & {"transformers", "torch", "tensorflow"}
@@ -110,4 +123,5 @@ def test_each_process_reads_the_vocabulary_once_if_it_counts_tokens(notes: dict[
 
     assert max(times_read("index")) == 1 and sum(times_read("index")) >= 2, "this process and its workers"
     assert max(times_read("load")) == 1 and sum(times_read("load")) == 2, "this process and its worker"
+    assert max(times_read("train")) == 1 and times_read("ask") == [1]
     assert set(times_read("check") + times_read("tfds")) == {0}

@@ -125,5 +125,7 @@ def test_the_figure_shows_what_the_phases_leave(tmp_path: Path, monkeypatch: pyt
         {"system": "m", "what": "further answer", **ask.combined([run_of(0.5, answer=0.5, first_token=0.1)])},
         {"system": "m", "what": "not an answer", "ms": 9.0},
     ]
+    ask.draw({**found, "rows": []}, str(tmp_path / "none.svg"))
+    assert not (tmp_path / "none.svg").exists()
     ask.draw(found, str(tmp_path / "f.svg"))
     assert drawn == {"load": [[2.0], [0.0]], "answer": [[4.0], [0.5]], "other": [[1.25], [0.0]]}
