@@ -310,7 +310,7 @@ class DataConfig:
     # depends on the load of the machine, and batches must not.
     deadline_s: Host[float | None] = 1800.0
     num_workers: Host[int] = 0  # processes that decode; 0: in the training process
-    num_threads: Host[int] = 2  # threads per process that read ahead
+    num_threads: Host[int] = 2  # threads per process that read the rows of batches made ahead
     prefetch: Host[int] = 8  # batches made ahead
     frame_cache_mb: Host[int] = 0  # megabytes of decoded frames kept per process
     shuffle: Recipe[bool] = True  # another order of the rows in each epoch

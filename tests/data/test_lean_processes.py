@@ -70,7 +70,7 @@ if __name__ == "__main__":
         index=index, tokenizer=tokenizer, batch_size=4, num_workers=1, sampling=SamplingConfig(frames=2)
     )
     batches = BatchIterator(Dataset(config, tokens_per_frame=1, image_size=32))
-    next(batches)
+    next(batches), next(batches)  # the second is made by the worker
     batches.close()
     os.environ["NOTES"] += ".train"
     words = ["--data.index", index, "--data.tokenizer", tokenizer, "--data.batch-size", "2"]

@@ -41,7 +41,7 @@ if __name__ == "__main__":
         sampling=SamplingConfig(frames=2),
     )
     batches = BatchIterator(Dataset(config, tokens_per_frame=1, image_size=32))
-    next(batches)
+    next(batches), next(batches)  # the second is made by a worker
     print(*(process.pid for process in multiprocessing.active_children()), flush=True)
     time.sleep(600)
 """

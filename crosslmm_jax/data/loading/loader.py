@@ -6,19 +6,25 @@ integer, `global_next_index`: the rows read so far, B per step.
 
 grain's ElasticIterator has the same state, but stacks examples of equal shape and distributes the rows of a
 batch one by one. Here workers collate batches to buckets, and grain passes the arrays in shared memory.
+
+A worker makes a batch alone, and its start takes seconds. So this process makes the first batch, with a
+thread for each core, and the read-ahead begins behind it.
 """
 
 import functools
 import logging
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
 from crosslmm_jax.batch import Batch
 from crosslmm_jax.data.loading.dataset import Dataset
+from crosslmm_jax.data.loading.example import Example
 from crosslmm_jax.data.media import import_readers
 from crosslmm_jax.errors import ConfigError, Fault, UserError, list_counts
 from crosslmm_jax.utils import end_with_parent
@@ -43,29 +49,48 @@ class _HostBatch(TypedDict):
 
 
 class _BatchLoader:
-    """Loads batches by number, in the process where grain calls it."""
+    """Loads batches by number, in the process where it is called, which may be from several threads.
 
-    def __init__(self, dataset: Dataset, *, start: int, shard_index: int, shard_count: int) -> None:
+    All calls share `num_threads` threads, which read rows in the order in which their batches were asked
+    for: a batch that is needed sooner is not slowed down by those after it.
+    """
+
+    def __init__(
+        self, dataset: Dataset, *, start: int, shard_index: int, shard_count: int, num_threads: int
+    ) -> None:
         self.dataset = dataset
         self.start = start
+        self.num_threads = num_threads
         host_batch = dataset.config.batch_size // shard_count
         self.part = slice(shard_index * host_batch, (shard_index + 1) * host_batch)
-        import_readers()  # before grain starts the threads that read ahead
+        self._get_ready()
+
+    def _get_ready(self) -> None:
+        import_readers()  # before any thread reads
+        self._threads = ThreadPoolExecutor(self.num_threads, thread_name_prefix="read-rows")
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the threads: a copy in another process has its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_threads"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Runs in a worker process, which grain would leave running after the training is killed."""
         self.__dict__.update(state)
         end_with_parent()
-        import_readers()
+        self._get_ready()
 
     def __call__(self, number: int) -> _HostBatch:
         faults: list[Fault] = []
+        waiting: list[Future[tuple[Example, list[Fault]]]] = []
         try:
             scheduled, schedule = self.dataset.scheduled(self.start + number), self.dataset.schedule
-            examples = []
             for row in scheduled.rows[self.part].tolist():
                 replacement = functools.partial(schedule.replacement, scheduled.bucket_number, row)
-                example, failed = self.dataset.loader.load_or_replace(row, scheduled.bucket, replacement)
+                load = self.dataset.loader.load_or_replace
+                waiting.append(self._threads.submit(load, row, scheduled.bucket, replacement))
+            examples = []
+            for loaded in waiting:
+                example, failed = loaded.result()
                 examples.append(example)
                 faults += failed
             dropped = [count for one in examples if (count := one.sequence.dropped_turns)]
@@ -73,6 +98,9 @@ class _BatchLoader:
             return _HostBatch(batch=batch, faults=faults, dropped_turns=dropped, error="")
         except UserError as error:
             return _HostBatch(batch=None, faults=faults, dropped_turns=[], error=str(error))
+        finally:
+            for loaded in waiting:
+                loaded.cancel()  # after an error: nobody asks for the rows behind it
 
 
 class BatchIterator(Iterator[Batch[np.ndarray]]):
@@ -141,8 +169,10 @@ class BatchIterator(Iterator[Batch[np.ndarray]]):
 
     def _next_result(self) -> _HostBatch:
         for attempt in range(_RESTARTS + 1):
-            if self._iterator is None:
-                self._iterator = self._start()
+            if self._iterator is None and not attempt:
+                return self._make_first()
+            if self._iterator is None:  # not here: what killed a worker would kill this process
+                self._iterator = self._read_ahead(self._step)
             try:
                 return next(self._iterator)
             except RuntimeError as error:
@@ -167,22 +197,40 @@ class BatchIterator(Iterator[Batch[np.ndarray]]):
             f" DataConfig.max_bad_fraction {limit}; repair the files or raise it. First: {named}"
         )
 
-    def _start(self) -> "DatasetIterator[_HostBatch]":
-        """Starts reading at the current step, with worker processes if the config asks for them."""
+    def _make_first(self) -> _HostBatch:
+        """Makes the batch of the current step here, with all cores; then starts to read those after it."""
+        result = self._batch_loader(self._step, num_threads=os.cpu_count() or 1)(0)
+        if result["batch"] is not None:
+            self._iterator = self._read_ahead(self._step + 1)
+        return result
+
+    def _batch_loader(self, step: int, *, num_threads: int) -> _BatchLoader:
+        """Its batch 0 is that of `step`."""
+        index, count = self._shard
+        return _BatchLoader(
+            self.dataset, start=step, shard_index=index, shard_count=count, num_threads=num_threads
+        )
+
+    def _read_ahead(self, step: int) -> "DatasetIterator[_HostBatch]":
+        """Starts reading at `step`, in worker processes if the config asks for them; waits for nothing."""
         import grain
 
         config = self.dataset.config
-        shard_index, shard_count = self._shard
-        load = _BatchLoader(self.dataset, start=self._step, shard_index=shard_index, shard_count=shard_count)
+        ahead = max(1, config.prefetch // max(1, config.num_workers))  # batches per process
+        load = self._batch_loader(step, num_threads=config.num_threads)
         batches = grain.MapDataset.range(sys.maxsize // config.batch_size).map(load)
-        read = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
+        read = grain.ReadOptions(
+            num_threads=config.num_threads, prefetch_buffer_size=max(ahead, config.num_threads)
+        )
         stream = batches.to_iter_dataset(read)
         if config.num_workers:
             _parse_absl_flags()
-            ahead = max(1, config.prefetch // config.num_workers)
             options = grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=ahead)
             stream = stream.mp_prefetch(options)
-        return iter(stream)
+        iterator = iter(stream)
+        iterator.get_state()  # makes grain's iterator of each worker, or start_prefetch would find none
+        iterator.start_prefetch()
+        return iterator
 
     def take_counts(self) -> dict[str, dict[str, int]]:
         """Growth of `faults` and `truncated` since the last call, under these names."""

@@ -9,8 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +25,7 @@ from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import DataConfig, ModalityWeights, SamplingConfig
 from crosslmm_jax.data.batching.buckets import Bucket
 from crosslmm_jax.data.loading.dataset import Dataset
-from crosslmm_jax.data.loading.example import FrameCache
+from crosslmm_jax.data.loading.example import Example, FrameCache
 from crosslmm_jax.data.loading.loader import BatchIterator
 from crosslmm_jax.data.media.image import Clip
 from crosslmm_jax.data.reports.check import check_index
@@ -74,6 +77,27 @@ def test_workers_do_not_change_batches_and_one_integer_resumes(config: DataConfi
     resumed.set_state(state)
     assert_same(expected, first + take(resumed, 3))
     assert_same(expected[3:5], take(BatchIterator(dataset, global_next_index=3 * 24), 2))
+
+
+def test_all_cores_make_the_first_batch_before_others_begin(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = dataset_of(config)
+    first = sorted(dataset.scheduled(0).rows.tolist())
+    all_at_once = threading.Barrier(len(first), timeout=60)
+    begun: list[int] = []
+    load = dataset.loader.load_or_replace
+
+    def meet(row: int, *others: Any) -> tuple[Example, list[Fault]]:
+        begun.append(row)
+        if len(begun) <= len(first):
+            all_at_once.wait()  # raises unless each row of the batch has a thread
+        return load(row, *others)
+
+    monkeypatch.setattr(dataset.loader, "load_or_replace", meet)
+    monkeypatch.setattr("os.cpu_count", lambda: len(first))
+    take(BatchIterator(dataset), 2)
+    assert sorted(begun[: len(first)]) == first and len(begun) >= 2 * len(first)
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
@@ -181,15 +205,22 @@ def test_too_many_bad_files_stop_with_the_list(config: DataConfig, damage) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_readable_stops_with_one_line(config: DataConfig, damage, workers: int) -> None:
-    spoilt = damage([])
-    shutil.rmtree(dataset_of(spoilt).rows[0].root + "/videos")
-    iterator = BatchIterator(
-        dataset_of(dataclasses.replace(spoilt, num_workers=workers)), on_bad_row=[].append
-    )
+    spoilt = dataclasses.replace(damage([]), num_workers=workers, frame_cache_mb=0)
+    iterator = BatchIterator(dataset_of(spoilt), on_bad_row=[].append)
+    if workers:
+        next(iterator)  # the first batch is made here, the error shall come from a worker
+    shutil.rmtree(iterator.dataset.rows[0].root + "/videos")
     with pytest.raises(UserError, match="no such file.*are the media where the index") as caught:
-        next(iterator)
+        for _ in range(50):
+            next(iterator)
     iterator.close()
     assert "\n" not in str(caught.value)
+
+
+def workers_alive() -> set[int]:
+    """Process ids of grain's workers."""
+    found = multiprocessing.active_children()
+    return {int(one.pid or 0) for one in found if one.name.startswith("grain-process-prefetch")}
 
 
 @pytest.mark.slow
@@ -198,12 +229,16 @@ def test_a_killed_worker_is_replaced(config: DataConfig) -> None:
     dataset = dataset_of(dataclasses.replace(config, num_workers=2, prefetch=2))
     iterator = BatchIterator(dataset)
     batches = [next(iterator)]
-    for child in multiprocessing.active_children():
-        if child.name.startswith("grain-process-prefetch"):
-            os.kill(child.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while len(workers := workers_alive()) < 2:  # they start though nobody asks for the second batch yet
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    batches.append(next(iterator))
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
     batches += [next(iterator) for _ in range(5)]
     iterator.close()
-    assert_same(batches, take(BatchIterator(dataset_of(config)), 6))
+    assert_same(batches, take(BatchIterator(dataset_of(config)), 7))
 
 
 @pytest.mark.slow
@@ -212,9 +247,10 @@ def test_workers_that_always_die_end_the_run(config: DataConfig) -> None:
     dataset.loader = DyingLoader(dataset.rows, config, tokenizer=dataset.tokenizer, image_size=32)
     iterator = BatchIterator(dataset)
     with pytest.raises(
-        UserError, match="worker processes died 4 times in a row at step 0, .*lower DataConfig.num_workers"
+        UserError, match="worker processes died 4 times in a row at step 1, .*lower DataConfig.num_workers"
     ):
-        next(iterator)
+        for _ in range(2):
+            next(iterator)
     iterator.close()
 
 
@@ -227,9 +263,9 @@ from crosslmm_jax.data.loading.loader import _BatchLoader
 config = pickle.loads(bytes.fromhex(sys.argv[1]))
 dataset = Dataset(config, tokens_per_frame=1, image_size=32)
 assert "av" not in sys.modules
-made = _BatchLoader(dataset, start=0, shard_index=0, shard_count=1)
+made = _BatchLoader(dataset, start=0, shard_index=0, shard_count=1, num_threads=1)
 assert {"av", "av.video.reformatter", "PIL.ImageOps", "PIL.WebPImagePlugin"} <= set(sys.modules)
-state = made.__dict__
+state = made.__getstate__()
 for name in [name for name in sys.modules if name.split(".")[0] in ("av", "PIL")]:
     del sys.modules[name]
 _BatchLoader.__new__(_BatchLoader).__setstate__(state)  # as a worker process does
