@@ -35,6 +35,7 @@ from crosslmm_jax.inference.compiled import Compiled
 from crosslmm_jax.inference.replies import AnswerOptions, Options, Reply, replies
 from crosslmm_jax.inference.shapes import (
     FRAME_SIZES,
+    FRAME_STEP,
     QUESTION_TOKENS,
     grown,
     padded_frames,
@@ -148,7 +149,8 @@ class VideoModel:
         """
         pixels = (self.processor.image_size,) * 2 + (3,)
         most = min(most_frames, most_frames_of(self.config))
-        for count in (min(size, most) for size in FRAME_SIZES if size <= padded_frames(most)):
+        larger = range(FRAME_SIZES[-1] + FRAME_STEP, padded_frames(most) + 1, FRAME_STEP)
+        for count in (min(size, most) for size in (*FRAME_SIZES, *larger) if size <= padded_frames(most)):
             frames = np.zeros((count, *pixels), np.uint8)
             self.watch_frames(frames, np.zeros(count, np.float32), 0.0).ask("?", max_new_tokens=1)
 
@@ -180,8 +182,10 @@ class VideoModel:
           duration: of the video, seconds; 0 for a picture.
 
         Raises:
-          UserError: the decoder has too few positions for the frames.
+          UserError: there are no frames, or the decoder has too few positions for them.
         """
+        if not len(frames):
+            raise UserError("there are no frames; give at least one")
         return Video(self, [Clip(frames, times, duration)])
 
     def with_room(self, cache: KVCache, tokens: int) -> KVCache:
@@ -343,20 +347,27 @@ class Video:
         """Starts a conversation about this video; options as for `ask`."""
         return Chat(self, AnswerOptions(**options))
 
-    def attention(self, question: str) -> Float[np.ndarray, "x f p"]:
+    def attention(self, question: str, *, answer_prefix: str = "") -> Float[np.ndarray, "x f p"]:
         """T2V attention of the last prompt token, which predicts the first token of the answer.
+
+        Args:
+          question: the question.
+          answer_prefix: as of `ask`.
 
         Returns:
           float32[X, F, P], one map per layer with cross-attention: probabilities over all patches of all
           frames, averaged over heads. Each map sums to 1.
 
         Raises:
-          UserError: the question is empty, or this model has no T2V.
+          UserError: the question is empty or needs too many positions, or this model has no T2V.
         """
         if "t2v" not in self.model.config.cross_attention.directions:
             raise UserError("--attention: this model has no T2V, so there is no attention to draw")
-        ids = question_suffix(question, self.model.tokenizer).ids
-        maps = self.model.compiled.observe(self.model.params, self.prefix.cache, ids)
+        model, cached = self.model, self.prefix.lengths[0]
+        ids = question_suffix(question, model.tokenizer, answer_prefix=answer_prefix).ids
+        model.check_positions(cached, len(ids), 1)
+        cache = model.with_room(self.prefix.cache, cached + len(ids) + QUESTION_TOKENS)
+        maps = model.compiled.observe(model.params, cache, ids)
         return np.asarray(maps)[:, 0, : len(self.frame_times)]
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from crosslmm_jax.config import MeshConfig, Precision
-from crosslmm_jax.data.text import check_question
+from crosslmm_jax.data.text import check_question, writable
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.assistant import Answer, Video
 from crosslmm_jax.inference.figure import draw_attention
 from crosslmm_jax.inference.load import load, model_folder
 from crosslmm_jax.inference.many import Item, answers_as_ready
 from crosslmm_jax.inference.replies import AnswerOptions, Options
-from crosslmm_jax.inference.watching import AnyMedia, Medium, read_everywhere, read_media
+from crosslmm_jax.inference.watching import AnyMedia, Medium, check_media, read_everywhere, read_media
 from crosslmm_jax.model_folder import load_model_config, load_processor
 from crosslmm_jax.parallel import gather, initialize_processes, is_first_process, together
 from crosslmm_jax.utils import Progress, atomic_write
@@ -71,6 +71,7 @@ def ask(
             f"--attention {attention_path}: {model} has no T2V, so there is no attention to draw; leave the"
             " option out"
         )
+    together(lambda: check_media(video))  # before the weights are read
     with ThreadPoolExecutor(1) as beside:  # the file is decoded while the weights are read
         reading = beside.submit(read_media, video, frames, config, processor)
         loaded = load(
@@ -82,7 +83,7 @@ def ask(
     watched = Video(loaded, clips, seconds=seconds)
     answer = watched.answer(question, **options)
     if attention_path is not None:
-        maps = watched.attention(question)
+        maps = watched.attention(question, answer_prefix=options.get("answer_prefix", ""))
         if is_first_process():
             draw_attention(
                 attention_path, watched.frames, watched.frame_times, maps, title=f"{question} {answer.text}"
@@ -187,11 +188,12 @@ def ask_many(
     left = [place for place in range(len(lines)) if lines[place].number not in done]
     errors = 0
     if left:
-        loaded, quiet = load(model, precision, mesh=mesh), quiet or not first
+        quiet = quiet or not first
         with (
-            together(lambda: open(out if first else os.devnull, "a", encoding="utf-8")) as file,
+            together(lambda: _open(out if first else os.devnull)) as file,
             Progress("ask", unit="questions", total=len(lines), done=len(done), quiet=quiet) as progress,
         ):
+            loaded = load(model, precision, mesh=mesh)
             items = (given[place] for place in left)
             ready = answers_as_ready(loaded, items, frames=frames, videos_at_once=videos_at_once)
             for number, answer in ready:
@@ -200,6 +202,13 @@ def ask_many(
                 progress.update(progress.done + 1, f"{errors} errors")
     again = "; the same command tries those with an error again" if errors else ""
     return f"{len(lines) - errors} answers and {errors} errors in {out}{again}"
+
+
+def _open(path: str) -> IO[str]:
+    try:
+        return open(path, "a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {path}: {error.strerror}; name a file that can be written") from error
 
 
 def _write(file: IO[str], text: str) -> None:
@@ -217,8 +226,12 @@ class _Line:
         paths = [video] if isinstance(video, str) else video
         if not isinstance(paths, list) or not paths or not all(isinstance(p, str) and p for p in paths):
             raise UserError(f'{self.where}: "video" must be a path or a list of paths')
-        if not isinstance(row.get("question"), str) or not row["question"].strip():
-            raise UserError(f'{self.where}: "question" must be a text that is not empty')
+        if not isinstance(row.get("question"), str):
+            raise UserError(f'{self.where}: "question" must be a text')
+        try:
+            check_question(row["question"])
+        except UserError as error:
+            raise UserError(f"{self.where}: {error}") from error
         for field in _WRITTEN:
             if field in row:
                 raise UserError(f'{self.where}: "{field}" is a key of the answers; give it another name')
@@ -250,7 +263,7 @@ class _Line:
                 "finish_reason": answer.finish_reason,
             }  # fmt: skip
         )
-        return json.dumps({"line": self.number, **self.row, **result}, ensure_ascii=False) + "\n"
+        return writable(json.dumps({"line": self.number, **self.row, **result}, ensure_ascii=False)) + "\n"
 
 
 _WRITTEN = ("line", "response", "tokens", "finish_reason", "error")
@@ -295,8 +308,8 @@ def _answered(out: Path, lines: list[_Line]) -> set[int]:
             raise UserError(
                 f"--out {out}, line {place}: no answer that this command wrote; name another file"
             ) from None
-        asked = line is not None and all(row.get(key) == value for key, value in line.row.items())
-        if line is not None and asked and "response" in row:
+        same = line is not None and {key: row[key] for key in row if key not in _WRITTEN} == line.row
+        if line is not None and same and "response" in row:
             kept[line.number] = text + "\n"
     atomic_write(out, "".join(kept.values()).encode())
     return set(kept)

@@ -1,6 +1,7 @@
 """Many questions about many videos: each video decoded and encoded once, questions answered together."""
 
 import collections
+import contextlib
 import itertools
 import os
 import time
@@ -98,7 +99,11 @@ def answers_as_ready(
     most = sampling_of(model.processor, frames).most_frames
     shape = prompt_shape(most, 0, tokens_per_frame=model.processor.tokens_per_frame, usual_text=0)
     count = videos_at_once or devices.videos_at_once(model.config, model.compiled.mesh, shape)
-    with ThreadPoolExecutor(DECODERS) as pool:
+    if count < 1:
+        raise UserError(f"videos_at_once is {count}; it must be 1 or more")
+    with contextlib.ExitStack() as stack:
+        pool = ThreadPoolExecutor(DECODERS)
+        stack.callback(pool.shutdown, cancel_futures=True)  # who stops does not wait for videos not begun
         batch: list[_Watched] = []
         for group, clips in _decoded(model, items, pool, frames):
             if isinstance(clips, UserError):
@@ -136,13 +141,16 @@ def _decoded(
 
 
 def _key(media: AnyMedia) -> Hashable:
-    """Equal for media that are the same files, or the same bytes object."""
+    """Equal for media that are the same files, or the same objects."""
     try:
         several = media_of(media)
     except UserError:  # told when they are read
         return id(media)
     return tuple(
-        (id(medium.source) if isinstance(medium.source, bytes) else str(medium.source), medium[1:])
+        (
+            str(medium.source) if isinstance(medium.source, str | os.PathLike) else id(medium.source),
+            medium[1:],
+        )
         for medium in several
     )
 
@@ -211,10 +219,11 @@ def _checked(
 def _answer_round(
     model: VideoModel, prefix: Prefix, questions: Sequence[Sequence[_Asked]], each: int
 ) -> Iterator[tuple[int, Answer]]:
-    """Answers up to `each` questions of every video together. Rows without a question repeat one."""
-    begun, some = time.perf_counter(), next(asked[0] for asked in questions if asked)
+    """Answers up to `each` questions of every video together. Rows without a question read one token."""
+    begun, pad = time.perf_counter(), model.tokenizer.pad
     rows = [asked[i] if i < len(asked) else None for asked in questions for i in range(each)]
-    filled = [row or some._replace(options=AnswerOptions(max_new_tokens=1)) for row in rows]
+    nothing = _Asked(-1, TokenSequence.of_text([pad]), AnswerOptions(max_new_tokens=1))
+    filled = [row or nothing for row in rows]
     steps = model.begin(prefix, [row.suffix for row in filled], [row.options for row in filled])
     *_, grown = steps
     yield from ((row.number, Answer.of(reply, begun)) for row, reply in zip(rows, grown, strict=True) if row)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from crosslmm_jax.config import ModelConfig, SamplingConfig
-from crosslmm_jax.data.media import Clip, Media, from_bytes, read_frames
+from crosslmm_jax.data.media import Clip, Media, from_bytes, kind_of, read_frames
 from crosslmm_jax.data.text import ClipMeta, time_text
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.compiled import Compiled
@@ -48,6 +48,13 @@ def media_of(media: AnyMedia) -> tuple[Medium, ...]:
         if not 0 <= start < end:
             raise UserError(f"{medium}: start {start} and end {end} seconds; 0 <= start < end must hold")
     return found
+
+
+def check_media(media: AnyMedia) -> None:
+    """Raises a UserError for a medium that is not there. Nothing is decoded."""
+    for medium in media_of(media):
+        if not isinstance(medium.source, bytes):
+            kind_of(medium.source)
 
 
 def sampling_of(processor: Processor, frames: int | None) -> SamplingConfig:

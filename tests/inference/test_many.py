@@ -1,6 +1,8 @@
 """Many questions: each answer as if asked alone, each video decoded and encoded once; scores of options."""
 
+import dataclasses
 import json
+import threading
 from collections import Counter
 
 import jax
@@ -9,6 +11,7 @@ import pytest
 
 from crosslmm_jax.cli import main
 from crosslmm_jax.config import SamplingConfig
+from crosslmm_jax.data.media import from_bytes
 from crosslmm_jax.data.text import question_suffix
 from crosslmm_jax.demo.synthetic import write_dataset
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
@@ -111,6 +114,63 @@ def test_an_error_belongs_to_its_question(model, clips):
 
 
 @pytest.mark.slow
+def test_a_question_fits_whatever_its_neighbours_have(model, clips, monkeypatch):
+    """A row without a question does not need the positions of another row's."""
+    decoder = dataclasses.replace(model.config.decoder, max_positions=500)
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, decoder=decoder))
+    items = [
+        Item([clips[0]] * 10, "What?", AnswerOptions(max_new_tokens=2)),
+        Item(clips[1], "What?", AnswerOptions(max_new_tokens=2)),
+        Item(clips[1], "?" * 445, AnswerOptions(max_new_tokens=2)),
+    ]
+    got = answer_many(model, items, videos_at_once=2)
+    assert [answer.num_tokens for answer in got] == [2, 2, 2]
+    assert model.watch([clips[0]] * 10).prefix.lengths[0] + 445 > 500
+    with pytest.raises(UserError, match="videos_at_once"):
+        answer_many(model, items, videos_at_once=-1)
+
+
+def test_media_in_memory_are_told_apart(clips):
+    first, second = (from_bytes(clip.read_bytes()) for clip in clips[:2])
+    assert many_module._key(first) != many_module._key(second)
+    assert many_module._key(first) == many_module._key(first)
+    assert (
+        many_module._key(clips[0]) == many_module._key(str(clips[0])) != many_module._key(Medium(clips[0], 1))
+    )
+
+
+@pytest.mark.slow
+def test_who_stops_early_does_not_wait_for_videos_that_were_not_begun(model, clips, monkeypatch):
+    begun, read, go_on = [], model.read, threading.Event()
+
+    def slow_after_the_first(*args, **named):
+        begun.append(1)
+        if len(begun) > 1:
+            go_on.wait(60)
+        return read(*args, **named)
+
+    monkeypatch.setattr(model, "read", slow_after_the_first)
+    short = AnswerOptions(max_new_tokens=1)
+    items = [Item(Medium(clips[0], end=1 + 0.01 * number), "What?", short) for number in range(16)]
+    answers = answers_as_ready(model, items, videos_at_once=1)
+    next(answers)
+    threading.Timer(0.5, go_on.set).start()
+    answers.close()
+    assert len(begun) <= 1 + many_module.DECODERS
+
+
+@pytest.mark.slow
+def test_attention_of_a_question_that_outgrows_the_cache(model, clips):
+    """The map of a long question is that of a cache that had room from the start."""
+    video, question = model.watch(clips[0]), "?" * 1300
+    maps = video.attention(question)
+    roomy = model.with_room(video.prefix.cache, 2000)
+    expected = model.compiled.observe(model.params, roomy, question_suffix(question, model.tokenizer).ids)
+    np.testing.assert_allclose(maps, np.asarray(expected)[:, 0, : len(video.frame_times)], atol=1e-6)
+    assert not np.allclose(maps, video.attention(question, answer_prefix="It is"))
+
+
+@pytest.mark.slow
 def test_scores_are_log_probabilities_of_the_options(model, clips):
     """Against one forward pass per option."""
     video, question = model.watch(clips[0]), QUESTIONS[0]
@@ -186,6 +246,11 @@ def test_a_file_that_is_not_its_own_is_not_overwritten(folder, tmp_path, capsys,
         ("[1]", "line 1: write an object"),
         ('{"question": "a"}', 'line 1: "video" must be'),
         ('{"video": "a.mp4"}', 'line 1: "question" must be'),
+        ('{"video": "a.mp4", "question": " "}', "line 1: question is empty"),
+        (
+            '{"video": "a.mp4", "question": "\\ud83d?"}',
+            "half of a character",
+        ),
         ('{"video": [], "question": "a"}', '"video" must be'),
         ('{"video": "a", "question": "a", "start": "1"}', '"start" must be a number'),
         ('{"video": "a", "question": "a", "response": ""}', '"response" is a key of the answers'),

@@ -21,7 +21,7 @@ import numpy as np
 from crosslmm_jax.config import TimeInstruction
 from crosslmm_jax.data.text.time_instruction import ClipMeta, time_text
 from crosslmm_jax.data.text.tokenizer import Tokenizer
-from crosslmm_jax.data.text.turns import PLACEHOLDER, Turn, count_placeholders, split_at_media
+from crosslmm_jax.data.text.turns import PLACEHOLDER, Turn, count_placeholders, split_at_media, writable
 from crosslmm_jax.errors import DataError, UserError
 
 MEDIUM = -1  # in a token sequence, the place of the frames of one image or video
@@ -241,9 +241,11 @@ def plain_sequence(turns: Sequence[Turn], tokenizer: Tokenizer, *, where: str) -
 
 
 def check_question(question: str) -> str:
-    """`question` without white space around it. Raises UserError if it is empty."""
+    """`question` without white space around it. Raises UserError if it is empty, or no text."""
     if not question.strip():
         raise UserError("question is empty; write what you want to know, in quotes")
+    if writable(question) != question:
+        raise UserError(f"question {question!r} has half of a character (a surrogate); write the whole one")
     return question.strip()
 
 
