@@ -9,7 +9,7 @@ from crosslmm_jax.config import MeshConfig, Precision
 from crosslmm_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from crosslmm_jax.inference import Options
+    from crosslmm_jax.inference import Medium, Options
 
 _STARTED = time.perf_counter()  # this file is imported when the process starts
 
@@ -42,6 +42,8 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="folder that `crosslmm train` or `crosslmm demo` wrote"
     )
     parser.add_argument("--frames", type=int, metavar="N", help="frames to read (default: as in training)")
+    parser.add_argument("--start", type=float, metavar="SECONDS", help="read VIDEO from here on")
+    parser.add_argument("--end", type=float, metavar="SECONDS", help="read VIDEO up to here")
     parser.add_argument(
         "--precision", choices=get_args(Precision),
         help="of encoder, projector and video KV cache (default: as MODEL says)",
@@ -77,7 +79,7 @@ def _ask(args: argparse.Namespace) -> None:
     from crosslmm_jax.parallel import is_first_process
 
     report = ask(
-        args.model, args.video, args.question, frames=args.frames, precision=args.precision,
+        args.model, _part_of_video(args), args.question, frames=args.frames, precision=args.precision,
         mesh=_mesh(args), attention_path=args.attention, options=_options(args),
         started=_STARTED if args.timings else None,
     )  # fmt: skip
@@ -98,9 +100,11 @@ def _ask_many(args: argparse.Namespace) -> None:
         "VIDEO": args.video,
         "--json": args.json,
         "--attention": args.attention,
-        "--timings": args.timings,
+        "--timings": args.timings or None,
+        "--start": args.start,
+        "--end": args.end,
     }
-    for name in (name for name, value in given.items() if value):
+    for name in (name for name, value in given.items() if value is not None):
         raise UserError(f"--questions answers a file of questions; leave {name} out")
     if args.out is None:
         raise UserError("--questions needs --out FILE.jsonl, where the answers go")
@@ -116,11 +120,17 @@ def _ask_many(args: argparse.Namespace) -> None:
         print(written)
 
 
+def _part_of_video(args: argparse.Namespace) -> "Medium":
+    from crosslmm_jax.inference import Medium
+
+    return Medium(args.video, args.start, args.end)
+
+
 def _chat(args: argparse.Namespace) -> None:
     from crosslmm_jax.inference import chat
 
     chat(
-        args.model, args.video, frames=args.frames, precision=args.precision, mesh=_mesh(args),
+        args.model, _part_of_video(args), frames=args.frames, precision=args.precision, mesh=_mesh(args),
         options=_options(args),
     )  # fmt: skip
 

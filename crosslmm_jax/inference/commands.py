@@ -29,7 +29,7 @@ Json: TypeAlias = dict[str, Any]  # an object
 
 def ask(
     model: str,
-    video: str,
+    video: AnyMedia,
     question: str,
     *,
     frames: int | None,
@@ -43,7 +43,7 @@ def ask(
 
     Args:
       model: MODEL folder.
-      video: the file.
+      video: a medium or several.
       question: the question.
       frames: number of frames to read; None: as in training.
       precision: see `load`.
@@ -108,7 +108,7 @@ def ask(
 
 
 def chat(
-    model: str, video: str, *, frames: int | None, precision: Precision | None, options: Options,
+    model: str, video: AnyMedia, *, frames: int | None, precision: Precision | None, options: Options,
     mesh: MeshConfig | None = None,
 ) -> None:  # fmt: skip
     """Reads questions line by line and streams answers, until an empty line or the end of the input.
