@@ -9,6 +9,7 @@ import pytest
 
 from crosslmm_jax.batch import AllOrNone, Batch, RowOrNone
 from crosslmm_jax.config import MeshConfig, SamplingConfig
+from crosslmm_jax.data.text import Tokenizer
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.inference import VideoModel, load
 from crosslmm_jax.inference.compiled import parts_of
@@ -60,8 +61,12 @@ def video_of(model, count: int):
 
 
 @pytest.mark.slow
-def test_after_a_warm_up_nothing_is_compiled(model, compilations):
-    """200 mixed requests of 1 to 512 frames and questions of 1 to 300 tokens."""
+def test_after_a_warm_up_nothing_is_compiled(model, compilations, monkeypatch):
+    """200 mixed requests of 1 to 512 frames and questions of 1 to 300 tokens.
+
+    Nor is the vocabulary gone through again.
+    """
+    monkeypatch.setattr(Tokenizer, "vocabulary", lambda self: pytest.fail("a dict of the whole vocabulary"))
     before = len(compilations)
     model.warm_up()
     programs = len(compilations) - before
