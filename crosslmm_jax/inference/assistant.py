@@ -145,12 +145,17 @@ class VideoModel:
     def warm_up(self, most_frames: int = FRAME_SIZES[-1]) -> None:
         """Compiles, or reads from disk, all programs for videos of up to `most_frames` frames.
 
-        Further videos then compile nothing, if they are asked one question at a time.
+        Further videos then compile nothing, if they are asked one question at a time. Sizes that the decoder
+        has no positions for, text included, are left out.
         """
         pixels = (self.processor.image_size,) * 2 + (3,)
+        positions = self.config.decoder.max_positions - RESERVED_POSITIONS
         most = min(most_frames, most_frames_of(self.config))
         larger = range(FRAME_SIZES[-1] + FRAME_STEP, padded_frames(most) + 1, FRAME_STEP)
         for count in (min(size, most) for size in (*FRAME_SIZES, *larger) if size <= padded_frames(most)):
+            text = usual_text(count, self.tokenizer, self.processor)
+            if count * self.processor.tokens_per_frame + text > positions:
+                continue
             frames = np.zeros((count, *pixels), np.uint8)
             self.watch_frames(frames, np.zeros(count, np.float32), 0.0).ask("?", max_new_tokens=1)
 
@@ -201,6 +206,11 @@ class VideoModel:
                 f" this model has {limit} positions: ask a shorter question, lower --max-new-tokens, or read"
                 " fewer --frames"
             )
+
+    def prompt_of(self, clips: Sequence[Clip]) -> TokenSequence:
+        """The prompt about these media up to the question, with a place for each."""
+        times, system_prompt = time_texts(clips, self.processor), self.processor.system_prompt
+        return media_prefix(self.tokenizer, times, system_prompt=system_prompt)
 
     def prefix(
         self, prompt: TokenSequence, clips: Sequence[Clip], encoding: Encoding | None = None,
@@ -270,7 +280,7 @@ class VideoModel:
         cache = self.compiled.prefill(self.params, parts, batch, np.array(lengths, np.int32), shape)
         return Prefix(cache, lengths)
 
-    def begin(self, prefix: Prefix, questions: Sequence[TokenSequence], options: Sequence[AnswerOptions]
+    def replies_to(self, prefix: Prefix, questions: Sequence[TokenSequence], options: Sequence[AnswerOptions]
     ) -> Generator[list[Reply], None, KVCache]:  # fmt: skip
         """Answers questions after a prefix, each row of which serves neighbouring questions; see `replies`.
 
@@ -309,8 +319,7 @@ class Video:
         self.model = model
         self.clips = tuple(clips)
         self.seconds = seconds or {}
-        times, system_prompt = time_texts(clips, model.processor), model.processor.system_prompt
-        self.prompt = media_prefix(model.tokenizer, times, system_prompt=system_prompt)
+        self.prompt = model.prompt_of(self.clips)
         self.prefix = model.prefix(self.prompt, self.clips, encoding, seconds)
 
     @property
@@ -340,7 +349,7 @@ class Video:
         """Like `ask`, with the answer's length, end and time."""
         begun, option, model = time.perf_counter(), AnswerOptions(**options), self.model
         suffix = question_suffix(question, model.tokenizer, answer_prefix=option.answer_prefix)
-        *_, (reply,) = model.begin(self.prefix, [suffix], [option])
+        *_, (reply,) = model.replies_to(self.prefix, [suffix], [option])
         return Answer.of(reply, begun)
 
     def chat(self, **options: Unpack[Options]) -> "Chat":
@@ -440,7 +449,7 @@ class Chat:
             start = _Said(model.prefix(prompt, said.clips + clips), prompt, said.clips + clips, False)
         tokens_of = next_question if start.answered else question_suffix
         asked = tokens_of(question, tokenizer, answer_prefix=options.answer_prefix)
-        steps, reply, shown = model.begin(start.prefix, [asked], [options]), None, 0
+        steps, reply, shown = model.replies_to(start.prefix, [asked], [options]), None, 0
         while True:
             try:
                 (reply,) = next(steps)

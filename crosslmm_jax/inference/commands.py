@@ -16,13 +16,13 @@ from crosslmm_jax.data.text import check_question, writable
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.assistant import Answer, Video
 from crosslmm_jax.inference.figure import draw_attention
-from crosslmm_jax.inference.load import load, model_folder
+from crosslmm_jax.inference.load import find_model_folder, load
 from crosslmm_jax.inference.many import Item, answers_as_ready
 from crosslmm_jax.inference.replies import AnswerOptions, Options
 from crosslmm_jax.inference.watching import AnyMedia, Medium, check_media, read_everywhere, read_media
 from crosslmm_jax.model_folder import load_model_config, load_processor
 from crosslmm_jax.parallel import gather, initialize_processes, is_first_process, together
-from crosslmm_jax.utils import Progress, atomic_write
+from crosslmm_jax.utils import Progress, atomic_write, cannot_write
 
 Json: TypeAlias = dict[str, Any]  # an object
 
@@ -64,7 +64,7 @@ def ask(
     AnswerOptions(**options)
     initialize_processes()
     begun = time.perf_counter()
-    folder = model_folder(model)
+    folder = find_model_folder(model)
     config, processor = together(lambda: (load_model_config(folder), load_processor(folder)))
     if attention_path is not None and "t2v" not in config.cross_attention.directions:
         raise UserError(
@@ -208,7 +208,7 @@ def _open(path: str) -> IO[str]:
     try:
         return open(path, "a", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--out {path}: {error.strerror}; name a file that can be written") from error
+        raise cannot_write(Path(path), error, resume=True) from error
 
 
 def _write(file: IO[str], text: str) -> None:

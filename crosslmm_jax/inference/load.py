@@ -48,7 +48,7 @@ def load(
       UserError: a file is missing or damaged, the weights do not fit the config, the mesh does not fit the
         devices, or the model of another process has another config.
     """
-    begun, folder = time.perf_counter(), model_folder(folder)
+    begun, folder = time.perf_counter(), find_model_folder(folder)
     config, processor = together(
         lambda: (load_model_config(folder), load_processor(folder)),
         same=lambda settings: [to_dict(part) for part in settings],
@@ -99,7 +99,7 @@ def prepare_programs(
     return time.perf_counter() - begun
 
 
-def model_folder(folder: str | Path) -> Path:
+def find_model_folder(folder: str | Path) -> Path:
     """`folder`, or the MODEL folder in it if it is a run's."""
     folder = Path(folder)
     if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():

@@ -1,7 +1,6 @@
 """Many questions about many videos: each video decoded and encoded once, questions answered together."""
 
 import collections
-import contextlib
 import itertools
 import os
 import time
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from crosslmm_jax.data.media import Clip
-from crosslmm_jax.data.text import TokenSequence, media_prefix, question_suffix
+from crosslmm_jax.data.text import TokenSequence, question_suffix
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference import devices
 from crosslmm_jax.inference.assistant import Answer, Prefix, VideoModel
@@ -26,7 +25,6 @@ from crosslmm_jax.inference.watching import (
     read_everywhere,
     sampling_of,
     stacked,
-    time_texts,
 )
 
 MOST_ROWS = 32  # questions that are answered together
@@ -101,9 +99,8 @@ def answers_as_ready(
     count = videos_at_once or devices.videos_at_once(model.config, model.compiled.mesh, shape)
     if count < 1:
         raise UserError(f"videos_at_once is {count}; it must be 1 or more")
-    with contextlib.ExitStack() as stack:
-        pool = ThreadPoolExecutor(DECODERS)
-        stack.callback(pool.shutdown, cancel_futures=True)  # who stops does not wait for videos not begun
+    pool = ThreadPoolExecutor(DECODERS)
+    try:
         batch: list[_Watched] = []
         for group, clips in _decoded(model, items, pool, frames):
             if isinstance(clips, UserError):
@@ -115,6 +112,8 @@ def answers_as_ready(
                 batch = []
         if batch:
             yield from _answer_batch(model, batch)
+    finally:
+        pool.shutdown(cancel_futures=True)  # a caller that stops early waits only for videos already begun
 
 
 def _decoded(
@@ -184,12 +183,8 @@ def _prefix(model: VideoModel, batch: Sequence[_Watched]) -> Prefix:
     most = max(len(watched.frames) for watched in batch)
     check_frames(most, model.config)
     parts = [watched.encoding.finish(watched.frames, most) for watched in batch]
-    system_prompt = model.processor.system_prompt
-    prompts = [
-        media_prefix(model.tokenizer, time_texts(watched.clips, model.processor), system_prompt=system_prompt)
-        for watched in batch
-    ]
-    return model.prefill(prompts, [watched.clips for watched in batch], parts)
+    clips = [watched.clips for watched in batch]
+    return model.prefill([model.prompt_of(of_video) for of_video in clips], clips, parts)
 
 
 class _Asked(NamedTuple):
@@ -224,6 +219,6 @@ def _answer_round(
     rows = [asked[i] if i < len(asked) else None for asked in questions for i in range(each)]
     nothing = _Asked(-1, TokenSequence.of_text([pad]), AnswerOptions(max_new_tokens=1))
     filled = [row or nothing for row in rows]
-    steps = model.begin(prefix, [row.suffix for row in filled], [row.options for row in filled])
+    steps = model.replies_to(prefix, [row.suffix for row in filled], [row.options for row in filled])
     *_, grown = steps
     yield from ((row.number, Answer.of(reply, begun)) for row, reply in zip(rows, grown, strict=True) if row)

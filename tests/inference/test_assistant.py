@@ -330,3 +330,14 @@ def test_frames_and_their_times_must_leave_room_for_a_question(model, clip):
     assert model.watch(clip, frames=frames).frames.shape[0] == frames
     with pytest.raises(UserError, match=f"{frames} frames and the text about them take .* fewer --frames"):
         with_times.watch(clip, frames=frames)
+
+
+def test_warm_up_leaves_out_what_the_decoder_has_no_positions_for(model, monkeypatch):
+    decoder = dataclasses.replace(model.config.decoder, max_positions=330)
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, decoder=decoder))
+    watched, watch = [], model.watch_frames
+    monkeypatch.setattr(
+        model, "watch_frames", lambda frames, *rest: watched.append(len(frames)) or watch(frames, *rest)
+    )
+    model.warm_up()
+    assert watched == [4, 32]
