@@ -189,9 +189,14 @@ def relative_error(got: Any, wanted: Any) -> float:
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_choice_of_auto_is_tested_above(name: str) -> None:
     q, k, *_ = arguments(name, jnp.bfloat16)
-    q, k = jax.ShapeDtypeStruct((1, *q.shape[1:]), q.dtype), jax.ShapeDtypeStruct((1, *k.shape[1:]), k.dtype)
-    stop = jax.ShapeDtypeStruct(q.shape[:2], jnp.int32)
-    assert _choose(q, k, None, stop) == CHOICES[name]
+
+    def choice(batch: int, stops: int) -> str:
+        queries, keys = (jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in (q, k))
+        return _choose(queries, keys, None, jax.ShapeDtypeStruct((batch, stops), jnp.int32))
+
+    assert choice(1, 1) == CHOICES[name]
+    assert choice(1, q.shape[1]) == "plain"  # a range per query and small scores: all scores at once
+    assert choice(64, q.shape[1]) == CHOICES[name]
 
 
 def small_2b(scope: str, backend: str, dtype: str) -> ModelConfig:
