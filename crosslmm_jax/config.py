@@ -10,7 +10,7 @@ The annotation of each field says its role, which decides what may change betwee
 |---|---|---|---|---|
 | `Architecture` | sizes and constants of released weights | must agree | must agree | read from the source |
 | `Identity` | what else weights and data mean | must agree | must agree | may be set |
-| `Recipe` | how the model learns | must agree | may change | may be set, but for `max_positions` |
+| `Recipe` | how the model learns | must agree | may change | may be set, but for positions |
 | `Performance` | time and memory | may change | may change | may be set |
 | `Host` | where the run reads and writes, and how often | may change | may change | - |
 
@@ -166,6 +166,9 @@ class DecoderConfig:
     rms_norm_eps: Architecture[float]  # epsilon of every RMSNorm
     tie_embeddings: Architecture[bool]  # the output head is the embedding
     max_positions: Recipe[int]  # longest sequence, visual tokens included
+    # YaRN: rotary positions for so many times yarn_trained_positions; 1: as they were trained.
+    yarn_factor: Recipe[float] = 1.0
+    yarn_trained_positions: Recipe[int] = 32768  # positions of the training before YaRN
     remat: Performance[bool] = True  # recompute each group of layers in the backward pass
 
     def __post_init__(self) -> None:
@@ -174,6 +177,21 @@ class DecoderConfig:
         divides = self.num_heads % self.num_kv_heads == 0
         _require(self, "num_kv_heads", divides, f"a divisor of num_heads {self.num_heads}")
         _require(self, "head_dim", self.head_dim % 2 == 0, "even, since the rotary embedding rotates pairs")
+        _require(self, "yarn_factor", 1 <= self.yarn_factor < float("inf"), "1 or more")
+        _require_positive(self, "yarn_trained_positions")
+        most = self.yarn_factor * self.yarn_trained_positions
+        reached = self.yarn_factor == 1 or self.max_positions <= most
+        _require(self, "max_positions", reached, f"at most yarn_factor * yarn_trained_positions, {most:g}")
+
+    def with_positions(self, needed: int) -> "DecoderConfig":
+        """The same decoder with at least `needed` positions, by YaRN with the smallest whole factor."""
+        if needed <= self.max_positions:
+            return self
+        trained = self.max_positions if self.yarn_factor == 1 else self.yarn_trained_positions
+        factor = -(-needed // trained)
+        return dataclasses.replace(
+            self, yarn_factor=float(factor), yarn_trained_positions=trained, max_positions=factor * trained
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -386,7 +386,8 @@ def test_fields_that_weights_depend_on() -> None:
     names = set(c.names_with_role(c.ModelConfig, "architecture", "identity"))
     assert {name for name in c.leaf_fields(c.ModelConfig) if name not in names} == {
         "vision.frame_chunk", "vision.remat", "vision.keep_features", "merge.grid", "merge.pooling",
-        "decoder.max_positions", "decoder.remat", "cross_attention.directions", "cross_attention.v2v_scope",
+        "decoder.max_positions", "decoder.yarn_factor", "decoder.yarn_trained_positions", "decoder.remat",
+        "cross_attention.directions", "cross_attention.v2v_scope",
         "cross_attention.v2v_window", "cross_attention.cross_attn_rope", "cross_attention.cache_dtype",
         "compute_dtype", "visual_matmul", "attention",
     }  # fmt: skip

@@ -39,9 +39,10 @@ def _add_from_hf(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, metavar="MODEL", help="folder to write")
     parser.add_argument("--tokenizer", metavar="DIR", help="default: the language model's folder")
     parser.add_argument("--seed", type=int, default=0, help="of parameters that no source has; default: 0")
-    # The source states the architecture and the longest sequence.
+    # The source states the architecture and the positions.
+    of_source = ("decoder.max_positions", "decoder.yarn_factor", "decoder.yarn_trained_positions")
     names = names_with_role(ModelConfig, "identity", "recipe", "performance")
-    add_field_options(parser, ModelConfig, [name for name in names if name != "decoder.max_positions"])
+    add_field_options(parser, ModelConfig, [name for name in names if name not in of_source])
     parser.set_defaults(run=_from_hf)
     return parser
 

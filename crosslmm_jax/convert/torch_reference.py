@@ -15,6 +15,7 @@ width, W vision width, V vocabulary.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,10 +138,14 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Causal, with rotary positions."""
 
+    def __init__(self, c: SimpleNamespace) -> None:
+        super().__init__(c, c.width)
+        self.yarn = (c.yarn_factor, c.yarn_trained_positions)
+
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """float[B, T, D], int[B, T] to float[B, T, D]."""
         q, k, v = self.project(x, x)
-        q, k = rotary(q, positions, self.theta), rotary(k, positions, self.theta)
+        q, k = (rotary(part, positions, self.theta, *self.yarn) for part in (q, k))
         return self.o_proj(self.attend(q, k, v, is_causal=True))
 
 
@@ -175,7 +180,7 @@ class DecoderLayer(nn.Module):
         c = config.decoder
         self.directions = tuple(config.cross_attention.directions) if crossed else ()
         self.input_layernorm = nn.RMSNorm(c.width, eps=c.rms_norm_eps)
-        self.self_attn = SelfAttention(c, c.width)
+        self.self_attn = SelfAttention(c)
         self.post_attention_layernorm = nn.RMSNorm(c.width, eps=c.rms_norm_eps)
         inward, outward = (c.width, c.mlp_width), (c.mlp_width, c.width)
         self.mlp = linears(bias=False, gate_proj=inward, up_proj=inward, down_proj=outward)
@@ -369,13 +374,23 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """float[B, heads, length, size] turned by int[B, length]; the halves of a head form the pairs."""
+def rotary(x: Tensor, positions: Tensor, theta: float, factor: float = 1.0, trained: int = 1) -> Tensor:
+    """float[B, heads, length, size] turned by int[B, length]; the halves of a head form the pairs.
+
+    A factor above 1 is YaRN's, for so many times the trained positions (arXiv:2309.00071).
+    """
     size = x.shape[-1]
     rates = 1 / theta ** (torch.arange(0, size, 2, device=x.device).float() / size)
+    if factor != 1:
+        # The pairs that turn 32 times and once within the trained positions: the ramp lies between them.
+        low, high = (size * math.log(trained / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in (32, 1))
+        low, high = max(math.floor(low), 0), min(math.ceil(high), size - 1)
+        ramp = (torch.arange(size // 2, device=x.device) - low) / ((high - low) or 0.001)
+        rates = torch.lerp(rates, rates / factor, ramp.clamp(0, 1))
     angles = (positions[..., None].float() * rates)[:, None].repeat(1, 1, 1, 2)
     a, b = x.float().chunk(2, dim=-1)
-    return (x.float() * angles.cos() + torch.cat([-b, a], dim=-1) * angles.sin()).to(x.dtype)
+    turned = x.float() * angles.cos() + torch.cat([-b, a], dim=-1) * angles.sin()
+    return (turned * (0.1 * math.log(factor) + 1)).to(x.dtype)
 
 
 def frame_of_keys(originals: Tensor) -> Tensor:

@@ -28,7 +28,16 @@ from crosslmm_jax.config import ModelConfig, Precision
 from crosslmm_jax.model.attention.blockwise import MASKED
 from crosslmm_jax.model.encode_frames import Visual
 from crosslmm_jax.model.kv_cache import KeysValues
-from crosslmm_jax.model.ops import add_at, from_heads, gather_tokens, pad_tokens, rms_norm, rotate, to_heads
+from crosslmm_jax.model.ops import (
+    Rotary,
+    add_at,
+    from_heads,
+    gather_tokens,
+    pad_tokens,
+    rms_norm,
+    rotate,
+    to_heads,
+)
 from crosslmm_jax.model.params.partitioning import AxisRules
 from crosslmm_jax.model.params.tables import Weight, WeightTable, constant, declare, ones, stack
 from crosslmm_jax.model.quantisation.quantise import DTYPES, quantise
@@ -164,6 +173,11 @@ def cross_attention_weights(config: ModelConfig, *, stacked: bool = True) -> Wei
     return stack(len(config.cross_attention_layers), table, stacked=stacked)
 
 
+def _rotary_of_time(config: ModelConfig) -> Rotary:
+    """The rotary embedding over the frame index. YaRN scales positions of the decoder, not frames."""
+    return Rotary.of(config.decoder.rope_theta, config.decoder.head_dim)
+
+
 @jax.named_scope("keys_values")
 def keys_values(
     weights: dict[str, Array], tokens: Float[Array, "b f p d"], first: Array | int = 0, *, config: ModelConfig
@@ -179,7 +193,7 @@ def keys_values(
         times = first + jnp.repeat(jnp.arange(frames), patches)
         times = jnp.broadcast_to(times, (batch, frames * patches))
         flat = k.reshape(batch, frames * patches, *k.shape[3:])
-        k = rotate(flat, times, theta=config.decoder.rope_theta).reshape(k.shape)
+        k = rotate(flat, times, _rotary_of_time(config)).reshape(k.shape)
     return KeysValues(k, v)
 
 
@@ -252,7 +266,7 @@ def cross_attend(
     y = rms_norm(x, weights["query_norm"], config.decoder.rms_norm_eps)
     q = to_heads(y, weights["wq"], weights["bq"])[:, : counts.shape[1]]
     if cross.cross_attn_rope == "time":
-        q = rotate(q, times, theta=config.decoder.rope_theta)
+        q = rotate(q, times, _rotary_of_time(config))
     # Eq. 6 and 9 where the source is tokens, else done before; then Attn of eq. 7 and 10.
     limits = counts
     if isinstance(visible_frames, AllOrNone):
@@ -290,7 +304,7 @@ def attention_map(
     y = rms_norm(x, weights["query_norm"], config.decoder.rms_norm_eps)
     q = to_heads(y, weights["wq"], weights["bq"])[:, None]
     if config.cross_attention.cross_attn_rope == "time":
-        q = rotate(q, visible_frames[:, None], theta=config.decoder.rope_theta)
+        q = rotate(q, visible_frames[:, None], _rotary_of_time(config))
     batch, frames, _, kv_heads, size = kv.keys.shape
     q = _scaled(q.astype(jnp.float32), kv.key_scale).reshape(batch, kv_heads, -1, size)
     scores = jnp.einsum("bkgh,bfpkh->bkgfp", q, kv.keys.astype(jnp.float32)) * size**-0.5

@@ -1,6 +1,7 @@
 """Operations that encoder and decoder share: norms, rotary positions, slots of tokens, matrix products."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 MIN_ROWS = 8  # of a matrix product on a GPU
+YARN_FAST, YARN_SLOW = 32, 1  # turns within the trained positions, between which YaRN's ramp lies
 
 
 def rms_normalise(x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:
@@ -34,14 +36,47 @@ def layer_norm(
     return ((x32 - mean) * jax.lax.rsqrt(variance + eps) * scale + bias).astype(x.dtype)
 
 
+class Rotary(NamedTuple):
+    """A rotary position embedding of heads of size H."""
+
+    theta: float  # base
+    frequencies: Float[np.ndarray, " half"]  # float32[H / 2], radians per position
+    scale: float = 1.0  # of what is rotated
+
+    @classmethod
+    def of(cls, theta: float, head_dim: int) -> "Rotary":
+        """The embedding with base `theta`."""
+        # At position 100,000 the last bit of a frequency moves the angle by 0.004. So powers are float64's,
+        # rounded once: with few exceptions those of torch.
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        return cls(theta, 1 / (float(theta) ** exponents.astype(np.float64)).astype(np.float32))
+
+    def with_yarn(self, *, factor: float, trained_positions: int) -> "Rotary":
+        """The same for `factor` times as many positions as it was trained with (YaRN, arXiv:2309.00071).
+
+        Frequencies of less than one turn within the trained positions are divided by `factor`, those of more
+        than 32 turns stay, and a linear ramp lies between. Queries and keys are scaled by 0.1 ln(factor) + 1.
+        These are the constants that Qwen2.5 documents and transformers uses.
+        """
+
+        def pair_that_turns(times: float) -> float:
+            return half * math.log(trained_positions / (times * 2 * math.pi)) / math.log(self.theta)
+
+        half = len(self.frequencies)
+        first = max(math.floor(pair_that_turns(YARN_FAST)), 0)
+        last = min(math.ceil(pair_that_turns(YARN_SLOW)), 2 * half - 1)
+        width = (last - first) or 0.001
+        kept = 1 - np.clip((np.arange(half, dtype=np.float32) - first) / np.float32(width), 0, 1)
+        frequencies = self.frequencies / np.float32(factor) * (1 - kept) + self.frequencies * kept
+        return Rotary(self.theta, frequencies, 0.1 * math.log(factor) + 1)
+
+
 def rotate(
-    x: Float[Array, "b t n h"], positions: Int[Array, "b t"], *, theta: float
+    x: Float[Array, "b t n h"], positions: Int[Array, "b t"], rotary: Rotary
 ) -> Float[Array, "b t n h"]:
     """Rotary position embedding in Qwen2's form, on pairs of the first and the second half of a head."""
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-np.arange(half, dtype=np.float32) / half)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * rotary.frequencies
+    sin, cos = rotary.scale * jnp.sin(angles), rotary.scale * jnp.cos(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

@@ -11,7 +11,15 @@ from jaxtyping import Array, Float, Int
 from crosslmm_jax.config import AttentionBackend, DecoderConfig
 from crosslmm_jax.model.attention.dispatch import attention
 from crosslmm_jax.model.kv_cache import LayerCache
-from crosslmm_jax.model.ops import from_heads, matmul, pad_tokens, rms_norm, rotate, to_heads
+from crosslmm_jax.model.ops import (
+    Rotary,
+    from_heads,
+    matmul,
+    pad_tokens,
+    rms_norm,
+    rotate,
+    to_heads,
+)
 from crosslmm_jax.model.params.partitioning import AxisRules
 from crosslmm_jax.model.params.tables import Weight, WeightTable, fan_in, normal, ones, stack, zeros
 
@@ -52,6 +60,14 @@ def decoder_weights(config: DecoderConfig, *, stacked: bool = True) -> WeightTab
     return table
 
 
+def rotary_of(config: DecoderConfig) -> Rotary:
+    """The rotary embedding of self-attention."""
+    rotary = Rotary.of(config.rope_theta, config.head_dim)
+    if config.yarn_factor == 1:
+        return rotary
+    return rotary.with_yarn(factor=config.yarn_factor, trained_positions=config.yarn_trained_positions)
+
+
 @jax.named_scope("self_attention")
 def self_attention(
     weights: dict[str, Array],
@@ -80,7 +96,8 @@ def self_attention(
     w, length = weights, positions.shape[1]
     y = rms_norm(x, w["attn_norm"], config.rms_norm_eps)
     q, k, v = (to_heads(y, w["w" + name], w["b" + name])[:, :length] for name in "qkv")
-    q, k = rotate(q, positions, theta=config.rope_theta), rotate(k, positions, theta=config.rope_theta)
+    rotary = rotary_of(config)
+    q, k = rotate(q, positions, rotary), rotate(k, positions, rotary)
     if cache is None:
         out = attention(q, k, v, causal=True, backend=backend, rules=rules)
     else:

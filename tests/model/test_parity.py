@@ -171,3 +171,42 @@ def test_the_projector_is_an_exact_gelu_mlp(tiny_config, make_batch):
     originals = project(features).reshape(2, 4, 16, -1)
     originals = originals / np.sqrt((originals**2).mean(-1, keepdims=True) + tiny_config.decoder.rms_norm_eps)
     np.testing.assert_allclose(visual.originals, originals, atol=1e-5)
+
+
+@pytest.mark.parametrize(("last", "factor"), [(40_000, 2.0), (100_000, 4.0)])
+def test_yarn_equals_transformers(tiny_config, replace_config, make_batch, last, factor):
+    trained = 32_768
+    settings = {
+        "head_dim": 64, "rope_theta": 1e6, "yarn_factor": factor, "yarn_trained_positions": trained,
+        "max_positions": int(factor * trained),
+    }  # fmt: skip
+    config = replace_config(tiny_config, decoder=settings, cross_attention={"directions": ()})
+    decoder = config.decoder
+    model = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=decoder.vocab_size, hidden_size=decoder.width, intermediate_size=decoder.mlp_width,
+            num_hidden_layers=decoder.num_layers, num_attention_heads=decoder.num_heads, head_dim=64,
+            num_key_value_heads=decoder.num_kv_heads, rms_norm_eps=decoder.rms_norm_eps,
+            max_position_embeddings=decoder.max_positions, tie_word_embeddings=decoder.tie_embeddings,
+            rope_parameters={
+                "rope_type": "yarn", "rope_theta": 1e6, "factor": factor,
+                "original_max_position_embeddings": trained,
+            },
+        )
+    ).eval()  # fmt: skip
+    randomise(model)
+    params = init_params(config, jax.random.key(0)) | {"decoder": qwen_params(model, decoder)}
+    batch = make_batch(config, frames=0, text=61)
+    rng = np.random.default_rng(0)
+    positions = np.sort(rng.choice(last, batch.tokens.shape, replace=False), axis=1)
+    positions[:, -3:] = [last - 2, last - 1, last]
+    with torch.no_grad():
+        tokens, places = (torch.tensor(x, dtype=torch.long) for x in (batch.tokens, positions))
+        theirs = model(tokens, position_ids=places).logits
+    batch = batch._replace(positions=positions.astype(np.int32))
+    ours = jax.jit(CrossLMM(config).apply)({"params": params}, batch)
+    assert float(theirs.std()) > 0.1
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    plain = replace_config(config, decoder={"yarn_factor": 1.0})
+    without = jax.jit(CrossLMM(plain).apply)({"params": params}, batch)
+    assert np.abs(without - np.asarray(theirs)).max() > 1e-2
