@@ -53,6 +53,10 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
         help="devices that share the weights; groups of so many divide the videos (default: as few as hold"
         " the weights)",
     )  # fmt: skip
+    parser.add_argument(
+        "--yarn", action="store_true",
+        help="scale positions if the frames need more than MODEL has (YaRN, documented for up to 4 times)",
+    )  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1, all tokens")
@@ -80,7 +84,7 @@ def _ask(args: argparse.Namespace) -> None:
 
     report = ask(
         args.model, _part_of_video(args), args.question, frames=args.frames, precision=args.precision,
-        mesh=_mesh(args), attention_path=args.attention, options=_options(args),
+        mesh=_mesh(args), yarn=args.yarn, attention_path=args.attention, options=_options(args),
         started=_STARTED if args.timings else None,
     )  # fmt: skip
     if not is_first_process():
@@ -114,7 +118,7 @@ def _ask_many(args: argparse.Namespace) -> None:
 
     written = ask_many(
         args.model, args.questions, args.out, media_root=args.media_root or "", frames=args.frames,
-        precision=args.precision, mesh=_mesh(args), options=_options(args),
+        precision=args.precision, mesh=_mesh(args), yarn=args.yarn, options=_options(args),
     )  # fmt: skip
     if is_first_process():
         print(written)
@@ -131,7 +135,7 @@ def _chat(args: argparse.Namespace) -> None:
 
     chat(
         args.model, _part_of_video(args), frames=args.frames, precision=args.precision, mesh=_mesh(args),
-        options=_options(args),
+        yarn=args.yarn, options=_options(args),
     )  # fmt: skip
 
 

@@ -258,7 +258,8 @@ class VideoModel:
             if len(layout.tokens) + RESERVED_POSITIONS > config.decoder.max_positions:
                 raise UserError(
                     f"{sum(frames)} frames and the text about them take {len(layout.tokens)} tokens; this"
-                    f" model has {config.decoder.max_positions} positions: read fewer --frames"
+                    f" model has {config.decoder.max_positions} positions: read fewer --frames, or give"
+                    " --yarn, which scales its positions"
                 )
         frames, text = max(map(sum, counts)), max(prompt.num_text_tokens for prompt in prompts)
         shape = prompt_shape(

@@ -1,12 +1,13 @@
 """`crosslmm ask` and `crosslmm chat`."""
 
+import dataclasses
 import functools
 import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -19,7 +20,15 @@ from crosslmm_jax.inference.figure import draw_attention
 from crosslmm_jax.inference.load import find_model_folder, load
 from crosslmm_jax.inference.many import Item, answers_as_ready
 from crosslmm_jax.inference.replies import AnswerOptions, Options
-from crosslmm_jax.inference.watching import AnyMedia, Medium, check_media, read_everywhere, read_media
+from crosslmm_jax.inference.watching import (
+    RESERVED_POSITIONS,
+    AnyMedia,
+    Medium,
+    check_media,
+    most_frames_to_read,
+    read_everywhere,
+    read_media,
+)
 from crosslmm_jax.model_folder import load_model_config, load_processor
 from crosslmm_jax.parallel import gather, initialize_processes, is_first_process, together
 from crosslmm_jax.utils import Progress, atomic_write, cannot_write
@@ -37,6 +46,7 @@ def ask(
     attention_path: str | None,
     options: Options,
     mesh: MeshConfig | None = None,
+    yarn: bool = False,
     started: float | None = None,
 ) -> Json:
     """Answers one question. Several processes do it together, and each returns the report.
@@ -50,6 +60,7 @@ def ask(
       attention_path: PNG file to draw the answer's T2V attention in; the first process writes it.
       options: fields of `AnswerOptions`.
       mesh: see `load`.
+      yarn: scale positions where these frames need more; see `load`.
       started: when the process started, by `time.perf_counter`: the report then has `timings`, and phases
         are waited for one by one, which takes a little longer. The file is decoded while the model is loaded;
         "decode" is what is left of it then.
@@ -72,11 +83,15 @@ def ask(
             " option out"
         )
     together(lambda: check_media(video))  # before the weights are read
+    yarn_frames = most_frames_to_read(video, processor, frames) if yarn else 0
+    room = config.decoder.with_positions(yarn_frames * config.merge.tokens_per_frame + RESERVED_POSITIONS)
+    config = dataclasses.replace(config, decoder=room)
     with ThreadPoolExecutor(1) as beside:  # the file is decoded while the weights are read
         reading = beside.submit(read_media, video, frames, config, processor)
         loaded = load(
-            folder, precision, mesh=mesh, frames=lambda: sum(len(clip.frames) for clip in reading.result())
-        )
+            folder, precision, mesh=mesh, frames=lambda: sum(len(clip.frames) for clip in reading.result()),
+            yarn_frames=yarn_frames,
+        )  # fmt: skip
         waiting = time.perf_counter()
         clips = read_everywhere(reading.result)
     seconds = None if started is None else {"decode": time.perf_counter() - waiting}
@@ -97,6 +112,7 @@ def ask(
         "seconds": round(answer.seconds, 3),
         "tokens_per_second": round(answer.tokens_per_second, 2),
         "finish_reason": answer.finish_reason,
+        "yarn_factor": loaded.config.decoder.yarn_factor,
     }
     if started is not None:
         phases = {"imports": begun - started, **loaded.seconds, **watched.seconds}
@@ -109,7 +125,7 @@ def ask(
 
 def chat(
     model: str, video: AnyMedia, *, frames: int | None, precision: Precision | None, options: Options,
-    mesh: MeshConfig | None = None,
+    mesh: MeshConfig | None = None, yarn: bool = False,
 ) -> None:  # fmt: skip
     """Reads questions line by line and streams answers, until an empty line or the end of the input.
 
@@ -117,7 +133,10 @@ def chat(
     """
     AnswerOptions(**options)
     initialize_processes()
-    watched, first = load(model, precision, mesh=mesh).watch(video, frames=frames), is_first_process()
+    loaded = load(
+        model, precision, mesh=mesh, yarn_frames=_yarn_frames(model, [video], frames) if yarn else 0
+    )
+    watched, first = loaded.watch(video, frames=frames), is_first_process()
     conversation = watched.chat(**options)
     if sys.stdin.isatty() and first:
         print(f"{len(watched.frame_times)} frames read. Ask a question; an empty line ends the chat.")
@@ -125,6 +144,12 @@ def chat(
         for piece in conversation.ask(question):
             print(piece if first else "", end="", flush=True)
         print(end="\n" if first else "")
+
+
+def _yarn_frames(model: str, media: Iterable[AnyMedia], frames: int | None) -> int:
+    """Frames that positions are scaled for: of the media with most."""
+    processor = together(lambda: load_processor(find_model_folder(model)))
+    return max(most_frames_to_read(each, processor, frames) for each in media)
 
 
 def _read_question() -> str:
@@ -143,6 +168,7 @@ def ask_many(
     frames: int | None = None,
     precision: Precision | None = None,
     mesh: MeshConfig | None = None,
+    yarn: bool = False,
     videos_at_once: int | None = None,
     options: Options | None = None,
     quiet: bool = False,
@@ -164,6 +190,7 @@ def ask_many(
       frames: of each video; None: as in training.
       precision: see `load`.
       mesh: see `load`.
+      yarn: scale positions, for all questions alike, where the one with most frames needs more; see `load`.
       videos_at_once: see `answers_as_ready`.
       options: fields of `AnswerOptions`, where a line has none.
       quiet: show no progress on stderr.
@@ -193,7 +220,8 @@ def ask_many(
             together(lambda: _open(out if first else os.devnull)) as file,
             Progress("ask", unit="questions", total=len(lines), done=len(done), quiet=quiet) as progress,
         ):
-            loaded = load(model, precision, mesh=mesh)
+            most = _yarn_frames(model, (item.media for item in given), frames) if yarn else 0
+            loaded = load(model, precision, mesh=mesh, yarn_frames=most)
             items = (given[place] for place in left)
             ready = answers_as_ready(loaded, items, frames=frames, videos_at_once=videos_at_once)
             for number, answer in ready:

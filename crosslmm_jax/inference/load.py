@@ -1,5 +1,7 @@
 """From a MODEL folder to a model on the devices."""
 
+import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +19,13 @@ from crosslmm_jax.inference.compiled import Compiled
 from crosslmm_jax.inference.devices import answering_mesh
 from crosslmm_jax.inference.prepare import prepare_params, prepared_shapes
 from crosslmm_jax.inference.shapes import frames_at_once, prompt_shape
+from crosslmm_jax.inference.watching import RESERVED_POSITIONS
 from crosslmm_jax.model import init_params, logical_axes
 from crosslmm_jax.model_folder import Processor, load_model_config, load_processor, load_weights
 from crosslmm_jax.parallel import param_shardings, together
+
+logger = logging.getLogger(__name__)
+DOCUMENTED_YARN_FACTOR = 4.0  # the largest in Qwen2.5's documentation
 
 
 def load(
@@ -28,6 +34,7 @@ def load(
     *,
     mesh: MeshConfig | None = None,
     frames: Callable[[], int] | None = None,
+    yarn_frames: int = 0,
 ) -> VideoModel:
     """Loads a model onto all available devices.
 
@@ -43,6 +50,8 @@ def load(
         videos; -1 in one of them stands for all that remain. None: as `answering_mesh` chooses.
       frames: returns the number of frames of the first video once it is known. Its programs are then compiled
         or read from disk while the weights are read.
+      yarn_frames: the decoder gets positions for so many frames, if it has fewer: by YaRN, with the smallest
+        whole factor. All answers are then those of the scaled positions.
 
     Raises:
       UserError: a file is missing or damaged, the weights do not fit the config, the mesh does not fit the
@@ -61,7 +70,13 @@ def load(
         devices = answering_mesh(config, mesh)
         if frames is not None and devices.size == 1:  # the layout of several is known only by compiling
             preparing = beside.submit(
-                lambda: prepare_programs(config, devices, reading.result()[0], processor, frames())
+                lambda: prepare_programs(
+                    with_positions(config, processor, reading.result()[0], yarn_frames),
+                    devices,
+                    reading.result()[0],
+                    processor,
+                    frames(),
+                )  # fmt: skip
             )
         shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
         shardings = param_shardings(logical_axes(config), shapes, devices)
@@ -79,8 +94,23 @@ def load(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but DecoderConfig.vocab_size is"
             f" {config.decoder.vocab_size}; use the tokenizer that the model was trained with"
         )
+    config = with_positions(config, processor, tokenizer, yarn_frames)
+    if config.decoder.yarn_factor > DOCUMENTED_YARN_FACTOR:
+        logger.warning(
+            "positions are scaled by %g (YaRN); Qwen2.5 documents factors up to %g only",
+            config.decoder.yarn_factor, DOCUMENTED_YARN_FACTOR,
+        )  # fmt: skip
     seconds["load"] = time.perf_counter() - begun
     return VideoModel(config, params, tokenizer, processor, devices, seconds)
+
+
+def with_positions(
+    config: ModelConfig, processor: Processor, tokenizer: Tokenizer, frames: int
+) -> ModelConfig:
+    """`config` with positions for so many frames and the text about them, by YaRN where it has fewer."""
+    tokens = frames * config.merge.tokens_per_frame + usual_text(frames, tokenizer, processor)
+    decoder = config.decoder.with_positions(tokens + RESERVED_POSITIONS) if frames else config.decoder
+    return dataclasses.replace(config, decoder=decoder)
 
 
 def prepare_programs(

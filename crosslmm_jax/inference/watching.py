@@ -66,6 +66,11 @@ def sampling_of(processor: Processor, frames: int | None) -> SamplingConfig:
     return SamplingConfig(policy="uniform", frames=frames)
 
 
+def most_frames_to_read(media: AnyMedia, processor: Processor, frames: int | None) -> int:
+    """The most frames that these media can give together."""
+    return len(media_of(media)) * sampling_of(processor, frames).most_frames
+
+
 def time_texts(clips: Sequence[Clip], processor: Processor) -> list[str | None]:
     """The time instruction of each medium, or None."""
     metas = (ClipMeta(len(clip.frames), clip.duration, clip.times.tolist()) for clip in clips)
@@ -81,7 +86,10 @@ def check_frames(frames: int, config: ModelConfig, *, given: str = "the media ha
     """Raises a UserError if the decoder has too few positions for so many frames."""
     limit = most_frames_of(config)
     if frames > limit:
-        raise UserError(f"{given.format(frames)}; this model has positions for {limit} at most")
+        raise UserError(
+            f"{given.format(frames)}; this model has positions for {limit} at most: read fewer --frames, or"
+            " give --yarn, which scales its positions"
+        )
 
 
 def read_everywhere(read: Callable[[], tuple[Clip, ...]]) -> tuple[Clip, ...]:

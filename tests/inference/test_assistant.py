@@ -332,6 +332,31 @@ def test_frames_and_their_times_must_leave_room_for_a_question(model, clip):
         with_times.watch(clip, frames=frames)
 
 
+@pytest.mark.slow
+def test_more_frames_than_positions_are_refused_or_read_by_yarn(model_folder, clip, tmp_path, capsys, caplog):
+    folder = shutil.copytree(model_folder, tmp_path / "run")
+    path = folder / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["decoder"]["max_positions"] = 300
+    path.write_text(json.dumps(config))
+    question = ("What shape is the red object?", "--frames", 60, "--max-new-tokens", 4, "--json", "-")
+    assert crosslmm("ask", folder, clip, *question) == 2
+    assert "--frames is 60; this model has positions for 44 at most: read fewer --frames, or give --yarn" in (
+        capsys.readouterr().err
+    )
+    assert crosslmm("ask", folder, clip, *question, "--yarn") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["yarn_factor"] == 2 and len(report["frame_times"]) == 60
+    assert not caplog.records
+    scaled = load(folder, yarn_frames=60)
+    assert (scaled.config.decoder.max_positions, scaled.config.decoder.yarn_trained_positions) == (600, 300)
+    video = scaled.watch(clip, frames=60)
+    ids = greedy(scaled, video, question[0], (), 4)
+    assert report["answer"] == video.ask(question[0], max_new_tokens=4) == scaled.tokenizer.decode(ids)
+    load(folder, yarn_frames=1000)
+    assert "positions are scaled by 5 (YaRN); Qwen2.5 documents factors up to 4 only" in caplog.text
+
+
 def test_warm_up_leaves_out_what_the_decoder_has_no_positions_for(model, monkeypatch):
     decoder = dataclasses.replace(model.config.decoder, max_positions=330)
     monkeypatch.setattr(model, "config", dataclasses.replace(model.config, decoder=decoder))
