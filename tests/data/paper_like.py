@@ -10,14 +10,16 @@ turns. The media of the rows do not exist.
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from crosslmm_jax.data.index.table import META, ROW_GROUP, SCHEMA, VERSION
+from crosslmm_jax.data.index.table import META, SCHEMA, VERSION, write_table
+
+_TURNS = json.dumps([["user", "<image>\nWhat?"], ["assistant", "Ünïcode and words. " * 20]])
 
 
 class Part(NamedTuple):
@@ -53,15 +55,24 @@ STAGE2 = (
 )
 
 
-def write_index(folder: Path, parts: tuple[Part, ...], *, rows: int, seed: int = 0) -> None:
-    """Writes an index of about `rows` rows."""
+def write_index(
+    folder: Path, parts: tuple[Part, ...], *, rows: int, seed: int = 0, copies: int = 1, tokenizer: str = ""
+) -> None:
+    """Writes an index of about `rows` rows, or of `copies` times as many.
+
+    Its table has several names on disk then, but is stored once. `tokenizer` is the fingerprint of one.
+    """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     tables = [_table(part, round(part.share * rows), rng) for part in parts]
     table = pa.concat_tables(tables)
-    pq.write_table(table, folder / "rows-00000.parquet", row_group_size=ROW_GROUP, compression="zstd")
+    names = [f"rows-{number:05d}.arrow" for number in range(copies)]
+    write_table(folder / names[0], table)
+    for name in names[1:]:
+        os.link(folder / names[0], folder / name)
     meta = {
-        "version": VERSION, "files": [{"file": "rows-00000.parquet", "rows": len(table)}], "tokenizer": "",
+        "version": VERSION, "files": [{"file": name, "rows": len(table)} for name in names],
+        "tokenizer": tokenizer,
         "wording": {"short": 22, "full": 35}, "digest": "", "bad": {},
         "datasets": [{"name": part.name, "weight": 1.0} for part in parts],
     }  # fmt: skip
@@ -90,6 +101,8 @@ def _table(part: Part, count: int, rng: np.random.Generator) -> pa.Table:
     duration = np.repeat(seconds, media) if part.modality == "video" else np.zeros(media.sum())
     frames = np.maximum(np.round(duration * 25), 1).astype(int)
     columns: dict[str, Any] = {
+        "where": [f"{part.name}.json: row {row}" for row in range(count)], "root": ["/media"] * count,
+        "turns": [_TURNS] * count, "media": per_medium(np.full(media.sum(), "a.mp4"), pa.string()),
         "dataset": [part.name] * count, "row": np.arange(count), "modality": [part.modality] * count,
         "own_system": np.zeros(count, bool), "text_tokens": text, "answer_tokens": per_answer(said),
         "answer_media": per_answer(np.repeat(media, answers)),

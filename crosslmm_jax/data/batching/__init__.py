@@ -1,6 +1,7 @@
 """Schedules the rows of an index as global batches, without opening a media file.
 
 token_counts   frames and text tokens of each row
+kinds          rows of one modality and size, counted
 buckets        the static shapes of batches, and the bucket of each row
 bucket_search  the search for shapes with little padding
 schedule       the rows of every step
@@ -14,9 +15,9 @@ from crosslmm_jax.data.batching.buckets import (
     bucket_rows,
     row_cost,
 )
-from crosslmm_jax.data.batching.schedule import Schedule, ScheduledBatch, WeightedRows, deal_evenly
+from crosslmm_jax.data.batching.schedule import Schedule, ScheduledBatch, deal_evenly, group_rows
 
 __all__ = [
-    "Bucket", "FRAME_COST", "NO_BUCKET", "WeightedRows", "Schedule", "ScheduledBatch", "BucketedRows",
-    "deal_evenly", "bucket_rows", "row_cost",
+    "Bucket", "FRAME_COST", "NO_BUCKET", "Schedule", "ScheduledBatch", "BucketedRows",
+    "bucket_rows", "deal_evenly", "group_rows", "row_cost",
 ]  # fmt: skip

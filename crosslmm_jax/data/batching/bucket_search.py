@@ -17,32 +17,37 @@ _NEVER = 10**9  # cost of a shape that does not hold the row
 
 
 def choose_shapes(
-    frames: np.ndarray, text: np.ndarray, *, max_shapes: int, tokens_per_frame: int
-) -> list[tuple[int, int]]:
+    frames: np.ndarray, text: np.ndarray, *, rows: np.ndarray | None = None, max_shapes: int,
+    tokens_per_frame: int,
+) -> list[tuple[int, int]]:  # fmt: skip
     """At most `max_shapes` pairs (frames, text) that hold every row with little padding, cheapest first.
 
     The search minimises the sum of two shares: padded frames over all frames, and padded decoder positions
     (frames * C + text) over all positions.
 
     Args:
-        frames: int64[rows].
-        text: int64[rows], text tokens.
+        frames: int64[kinds], frames of a row.
+        text: int64[kinds], text tokens of a row.
+        rows: int64[kinds], number of rows of each kind; None: one.
         max_shapes: limit.
         tokens_per_frame: C.
     """
     # At this price of a frame, in text tokens, both shares weigh the same.
-    positions = int(frames.sum()) * tokens_per_frame + int(text.sum())
-    price = np.array([tokens_per_frame + positions // max(int(frames.sum()), 1), 1])
+    rows = np.ones(len(frames), np.int64) if rows is None else rows
+    all_frames = int(rows @ frames)
+    positions = all_frames * tokens_per_frame + int(rows @ text)
+    price = np.array([tokens_per_frame + positions // max(all_frames, 1), 1])
     keys = (_round(frames, FRAME_STEP) << 32) | _round(text, TEXT_STEP)
-    keys, counts = np.unique(keys, return_counts=True)
+    keys, place = np.unique(keys, return_inverse=True)
+    counts = np.bincount(place, weights=rows).astype(np.int64)
     sizes = np.stack([keys >> 32, keys & (2**32 - 1)], axis=1)
     levels = [_levels(sizes[:, axis], counts, _LEVELS[axis]) for axis in (0, 1)]
     coarse = np.stack([level[np.searchsorted(level, sizes[:, n])] for n, level in enumerate(levels)], axis=1)
     kinds, kind = np.unique(coarse, axis=0, return_inverse=True)
     candidates = np.stack(np.meshgrid(*levels, indexing="ij"), axis=-1).reshape(-1, 2)
     holds = (kinds[:, None] <= candidates[None]).all(axis=2)
-    rows = np.bincount(kind.reshape(-1), weights=counts).astype(np.int64)
-    search = _Search(rows, np.where(holds, candidates @ price, _NEVER))
+    rows_of_kind = np.bincount(kind.reshape(-1), weights=counts).astype(np.int64)
+    search = _Search(rows_of_kind, np.where(holds, candidates @ price, _NEVER))
     least = int(_WORTH * int(counts @ (sizes @ price)))
     return _shrink(sizes, candidates[search.run(max_shapes, least=least)], price)
 

@@ -5,14 +5,15 @@ one bucket, which has one shape and one modality, so every host knows both witho
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from crosslmm_jax.config import DataConfig
 from crosslmm_jax.data.annotations import MODALITIES
 from crosslmm_jax.data.batching.bucket_search import choose_shapes
-from crosslmm_jax.data.batching.token_counts import TokenCounts, row_token_counts
+from crosslmm_jax.data.batching.kinds import Kinds, count_kinds
+from crosslmm_jax.data.batching.token_counts import row_token_counts
 from crosslmm_jax.data.index import Columns, Index
 from crosslmm_jax.errors import ConfigError
 
@@ -54,21 +55,22 @@ def row_cost(frames: int, text: int) -> int:
 
 def make_buckets(
     modality: np.ndarray, frames: np.ndarray, text: np.ndarray, shapes: Sequence[tuple[int, int]], *,
-    min_rows: int,
+    min_rows: int, rows: np.ndarray | None = None,
 ) -> list[Bucket]:  # fmt: skip
     """For each modality the `shapes` (frames, text) that its rows need, in the order of the shapes.
+
+    `rows` is how many rows there are of each entry of the other arrays, by default one.
 
     A bucket with fewer than `min_rows` rows is dropped if a larger one holds its rows. If none does, it takes
     over the rows of a smaller bucket, so that the rows of a batch differ.
     """
     names = [MODALITIES[code] for code in np.unique(modality).tolist()]
     buckets = [Bucket(name, *shape) for name in names for shape in shapes]
-    keys = (modality.astype(np.int64) << 56) | (frames.astype(np.int64) << 32) | text
-    keys, rows = np.unique(keys, return_counts=True)
-    kinds = keys >> 56, (keys >> 32) & (2**24 - 1), keys & (2**32 - 1)
+    if rows is None:
+        rows = np.ones(len(frames), np.int64)
     while True:
-        of_kind = assign(*kinds, buckets)
-        rows_in = np.bincount(of_kind + 1, weights=rows, minlength=len(buckets) + 1)[1:].tolist()
+        number = assign(modality, frames, text, buckets)
+        rows_in = np.bincount(number + 1, weights=rows, minlength=len(buckets) + 1)[1:].tolist()
         kept = {bucket: count for bucket, count in zip(buckets, rows_in, strict=True) if count}
         buckets = list(kept)
         for bucket in sorted(kept, key=lambda one: (kept[one], one)):
@@ -117,25 +119,27 @@ class Padding:
 
 def padding(
     frames: np.ndarray, text: np.ndarray, bucket_of_row: np.ndarray, buckets: Sequence[Bucket], *,
-    tokens_per_frame: int,
+    tokens_per_frame: int, rows: np.ndarray | None = None,
 ) -> Padding:  # fmt: skip
-    """Padding when every row with a bucket is read once."""
+    """Padding when every row with a bucket is read once; `rows` as for `make_buckets`."""
     inside = bucket_of_row != NO_BUCKET
     number = bucket_of_row[inside]
+    times = np.ones(len(number), np.int64) if rows is None else rows[inside]
     slots = np.array([b.frames for b in buckets], np.int64)[number]
     all_tokens = np.array([b.frames * tokens_per_frame + b.text for b in buckets], np.int64)[number]
     used = frames[inside].astype(np.int64)
     used_tokens = used * tokens_per_frame + text[inside]
-    work, used_work = (row_cost(*sizes).sum() for sizes in ((slots, all_tokens), (used, used_tokens)))  # type: ignore[arg-type]
+    work, used_work = row_cost(slots, all_tokens), row_cost(used, used_tokens)  # type: ignore[arg-type]
+
+    def share(part: np.ndarray, whole: np.ndarray) -> float:
+        total = int(times @ whole)
+        return int(times @ part) / total if total else 0.0
+
     return Padding(
-        frames=_share(slots.sum() - used.sum(), slots.sum()),
-        positions=_share(all_tokens.sum() - used_tokens.sum(), all_tokens.sum()),
-        work=_share(work - used_work, work),
+        frames=share(slots - used, slots),
+        positions=share(all_tokens - used_tokens, all_tokens),
+        work=share(np.asarray(work - used_work), np.asarray(work)),
     )
-
-
-def _share(part: int, whole: int) -> float:
-    return float(part) / float(whole) if whole else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,67 +147,92 @@ class BucketedRows:
     """The bucket of each row of a run.
 
     Attributes:
-        counts: frames and text tokens of all rows.
+        kinds: the sizes of all rows, and how many rows have each.
+        kind_of_row: int32[rows], place in `kinds`.
+        dataset_of_row: uint[rows], position in `Index.datasets`.
         buckets: the buckets, each with at least one row.
-        bucket_of_row: int16[rows], number of each row's bucket, or NO_BUCKET.
+        bucket_of_kind: int16[kinds], number of the bucket of the rows of a kind, or NO_BUCKET.
         padding: when every row with a bucket is read once.
     """
 
-    counts: TokenCounts
+    kinds: Kinds
+    kind_of_row: np.ndarray
+    dataset_of_row: np.ndarray
     buckets: list[Bucket]
-    bucket_of_row: np.ndarray
+    bucket_of_kind: np.ndarray
     padding: Padding
+
+    @property
+    def bucket_of_row(self) -> np.ndarray:
+        """int16[rows], number of each row's bucket, or NO_BUCKET."""
+        return self.bucket_of_kind[self.kind_of_row]
 
     @property
     def num_without_bucket(self) -> int:
         """Rows without a bucket."""
-        return int((self.bucket_of_row == NO_BUCKET).sum())
+        return int(self.kinds.rows[self.bucket_of_kind == NO_BUCKET].sum())
 
     @property
     def truncated(self) -> int:
         """Rows that are read and may lose their last turns."""
-        return int((self.counts.truncated & (self.bucket_of_row != NO_BUCKET)).sum())
+        return int(self.kinds.rows[self.kinds.truncated & (self.bucket_of_kind != NO_BUCKET)].sum())
 
 
 def bucket_rows(
-    config: DataConfig, index: Index, columns: Columns, *, tokens_per_frame: int, more_system: int = 0
-) -> BucketedRows:
+    config: DataConfig, index: Index, tables: Iterable[Columns], *, num_rows: int, tokens_per_frame: int,
+    more_system: int = 0,
+) -> BucketedRows:  # fmt: skip
     """Assigns the rows of an index to buckets: those of the config, or the best few by search.
 
     Args:
         config: data configuration of the run.
         index: the index.
-        columns: columns of the index.
+        tables: its columns, in parts.
+        num_rows: number of rows of all parts.
         tokens_per_frame: C.
         more_system: tokens by which the system prompt exceeds the default one.
 
     Raises:
         ConfigError: no row fits.
     """
-    counts = row_token_counts(
-        columns, config.sampling, most_text=config.most_text_tokens, style=config.style,
-        time_instruction=config.time_instruction, wording=index.wording, more_system=more_system,
+    counted = (
+        (
+            columns,
+            row_token_counts(
+                columns, config.sampling, most_text=config.most_text_tokens, style=config.style,
+                time_instruction=config.time_instruction, wording=index.wording, more_system=more_system,
+            ),
+        )
+        for columns in tables
     )  # fmt: skip
-    usable = counts.usable
+    kinds, kind_of_row, dataset_of_row = count_kinds(
+        counted, num_rows=num_rows, num_datasets=len(index.datasets)
+    )
+    usable = kinds.usable
     if config.frame_buckets:
-        usable = usable & (counts.frames <= config.frame_buckets[-1])
+        usable = usable & (kinds.frames <= config.frame_buckets[-1])
     weights = config.modality_weights.as_dict()
     if weights:
-        usable = usable & np.isin(columns.modality, [MODALITIES.index(name) for name in weights])
+        usable = usable & np.isin(kinds.modality, [MODALITIES.index(name) for name in weights])
     if not usable.any():
         raise ConfigError(
-            f"DataConfig: none of the {len(usable)} rows of {config.index} fits; look at style,"
+            f"DataConfig: none of the {num_rows} rows of {config.index} fits; look at style,"
             " text_buckets or max_text_tokens, frame_buckets and modality_weights"
         )
-    kept = columns.modality[usable], counts.frames[usable], counts.text[usable]
-    chosen = choose_shapes(*kept[1:], max_shapes=config.max_shapes, tokens_per_frame=tokens_per_frame)
+    kept = kinds.where(usable)
+    sizes = kept.modality, kept.frames, kept.text
+    chosen = choose_shapes(
+        *sizes[1:], rows=kept.rows, max_shapes=config.max_shapes, tokens_per_frame=tokens_per_frame
+    )
     if config.text_buckets or config.frame_buckets:
         frame_sizes = {0, *(config.frame_buckets or (frames for frames, _ in chosen))}
         text_sizes = config.text_buckets or {text for _, text in chosen}
         pairs = [(frames, text) for frames in frame_sizes for text in text_sizes]
         chosen = sorted(pairs, key=lambda pair: row_cost(*pair))
-    buckets = make_buckets(*kept, chosen, min_rows=config.batch_size)
-    bucket_of_row = np.full(len(usable), NO_BUCKET, np.int16)
-    bucket_of_row[usable] = assign(*kept, buckets)
-    waste = padding(counts.frames, counts.text, bucket_of_row, buckets, tokens_per_frame=tokens_per_frame)
-    return BucketedRows(counts, buckets, bucket_of_row, waste)
+    buckets = make_buckets(*sizes, chosen, min_rows=config.batch_size, rows=kept.rows)
+    bucket_of_kind = np.full(len(usable), NO_BUCKET, np.int16)
+    bucket_of_kind[usable] = assign(*sizes, buckets)
+    waste = padding(
+        kinds.frames, kinds.text, bucket_of_kind, buckets, tokens_per_frame=tokens_per_frame, rows=kinds.rows
+    )
+    return BucketedRows(kinds, kind_of_row, dataset_of_row, buckets, bucket_of_kind, waste)

@@ -22,6 +22,7 @@ from crosslmm_jax.data.batching.buckets import Bucket
 
 _CYCLE = 1000  # modality weights are rounded to a thousandth
 _ROUNDS = 4  # of grain's index shuffle: grain's default
+_GROUPED = 2**20  # rows that are grouped at a time
 _SHORT = 4096  # orders up to this length are permutations in memory: the index shuffle is slow on them
 
 
@@ -175,6 +176,43 @@ class Schedule:
                 return int(part.rows[place])
             place -= len(part.rows)
         raise AssertionError("a bucket holds rows")
+
+
+def group_rows(
+    bucket_of_kind: np.ndarray, kind_of_row: np.ndarray, dataset_of_row: np.ndarray, *, num_buckets: int,
+    weights: Sequence[Fraction],
+) -> list[list[WeightedRows]]:  # fmt: skip
+    """The rows of each bucket by the weight of their data set, the smallest weight first.
+
+    Args:
+        bucket_of_kind: int[kinds], number of the bucket of the rows of a kind; negative for none.
+        kind_of_row: int[rows], kind of each row.
+        dataset_of_row: int[rows], number of each row's data set.
+        num_buckets: number of buckets.
+        weights: weight of each data set.
+    """
+    different = sorted(set(weights))
+    of_dataset = np.array([different.index(weight) for weight in weights])
+    groups = num_buckets * len(different)
+    members: list[list[np.ndarray]] = [[] for _ in range(groups)]
+    for begin in range(0, len(kind_of_row), _GROUPED):
+        here = slice(begin, begin + _GROUPED)
+        bucket = bucket_of_kind[kind_of_row[here]].astype(np.int64)
+        group = np.where(bucket < 0, groups, bucket * len(different) + of_dataset[dataset_of_row[here]])
+        group = group.astype(np.min_scalar_type(groups))
+        order = np.argsort(group, kind="stable").astype(np.int32)  # a radix sort: groups are small numbers
+        ends = np.cumsum(np.bincount(group, minlength=groups + 1))
+        for number, end in enumerate(ends[:-1].tolist()):
+            first = int(ends[number - 1]) if number else 0
+            if end > first:
+                members[number].append(order[first:end] + np.int32(begin))
+    rows: list[list[WeightedRows]] = [[] for _ in range(num_buckets)]
+    for number, parts in enumerate(members):
+        if parts:
+            bucket, weight = divmod(number, len(different))
+            rows[bucket].append(WeightedRows(np.concatenate(parts), different[weight]))
+            parts.clear()
+    return rows
 
 
 def _last_at_most(before: Callable[[int], int], target: int) -> int:

@@ -8,7 +8,6 @@ new.
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -20,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from crosslmm_jax.data.annotations import DatasetSpec, Row, read_mixture, read_rows
 from crosslmm_jax.data.index.probe import (
@@ -33,13 +31,13 @@ from crosslmm_jax.data.index.probe import (
     fingerprint,
     row_hash,
 )
-from crosslmm_jax.data.index.table import BAD, META, ROW_GROUP, SCHEMA, VERSION, Record
+from crosslmm_jax.data.index.table import BAD, META, SCHEMA, VERSION, Record, map_table, write_table
 from crosslmm_jax.data.text import Tokenizer, wording_tokens
 from crosslmm_jax.errors import Fault, UserError, list_counts
 from crosslmm_jax.utils import Progress, atomic_folder, is_vacant, map_in_order
 
 _CHUNK = 64  # rows per task of a worker
-_TABLE_ROWS = 16 * ROW_GROUP  # rows per table
+_TABLE_ROWS = 2**14  # rows per table
 _DIGESTED = ("row_hash", "duration", "num_frames")  # columns that batches depend on
 _TABLE_SECONDS = 30.0  # a table is closed after this time, so that a kill loses little
 
@@ -93,7 +91,7 @@ def build_index(
         raise UserError(f"--out {out}: exists and is no index; name another folder")
     with atomic_folder(target, resume=True) as work:
         writer = _Writer(work, specs, loaded, allow_outside=allow_outside)
-        tables = [path for kind in ("rows", "kept") for path in sorted(target.glob(f"{kind}-*.parquet"))]
+        tables = [path for kind in ("rows", "kept") for path in sorted(target.glob(f"{kind}-*.arrow"))]
         earlier = _EarlierRows((writer.leftovers, tables), writer.tokenizer, allow_outside=allow_outside)
         progress = Progress("index", unit="rows", quiet=quiet)
         items = (item for spec in specs for item in read_rows(spec, seed=seed, allow_outside=allow_outside))
@@ -131,25 +129,22 @@ class _EarlierRows:
     def __init__(
         self, paths: tuple[Sequence[Path], Sequence[Path]], tokenizer: str, *, allow_outside: bool
     ) -> None:
-        self._files: list[Path] = []  # not kept open: there may be more than a process can open
+        self._tables: list[pa.RecordBatch] = []
         self._same_tokenizer: list[bool] = []
         self._of_index = 0  # position in `_files` of the first table of the index
         hashes, places = [], []
         for place, path in enumerate([*paths[0], *paths[1]]):
             try:
-                with pq.ParquetFile(path) as file:
-                    found = file.read(columns=["row_hash"]).column(0).to_numpy()
-                    schema = file.schema_arrow
-            except (OSError, pa.ArrowException):
-                continue  # damaged: its rows are probed again
-            if not set(SCHEMA.names) <= set(schema.names):
-                continue  # of an earlier version
-            made_by = schema.metadata or {}
+                table = map_table(path, ["row_hash", *PROBED, *COUNTED])
+            except (OSError, KeyError, pa.ArrowException):
+                continue  # damaged, or of an earlier version: its rows are probed again
+            found = table.column("row_hash").to_numpy()
+            made_by = table.schema.metadata or {}
             if made_by.get(b"outside") == b"allowed" and not allow_outside:
                 continue  # its media may be links out of the root
-            number = len(self._files)
+            number = len(self._tables)
             self._of_index += place < len(paths[0])
-            self._files.append(path)
+            self._tables.append(table)
             self._same_tokenizer.append(made_by.get(b"tokenizer", b"").decode() == tokenizer)
             hashes.append(found)
             places.append(np.stack([np.full(len(found), number), np.arange(len(found))], axis=1))
@@ -157,8 +152,6 @@ class _EarlierRows:
         self._places = np.concatenate(places) if places else np.zeros((0, 2), np.int64)
         order = np.argsort(self._hashes, kind="stable")
         self._hashes, self._places = self._hashes[order], self._places[order]
-        # Rows mostly come in the same order as before.
-        self._read_group = functools.lru_cache(maxsize=4)(self._read_group)
 
     def find(self, rows: Sequence[Row]) -> Known:
         """Earlier records of `rows`, by place: at most two for a row, the later first."""
@@ -173,16 +166,12 @@ class _EarlierRows:
         """The first record of stopped passes and the first of the index, of places with the same hash."""
         stopped = int(np.searchsorted(places[:, 0], self._of_index))
         firsts = [*places[:stopped][:1], *places[stopped:][:1]]
-        return [self._read(int(file), int(row)) for file, row in firsts]
+        return [self._read(int(table), int(row)) for table, row in firsts]
 
-    def _read_group(self, file: int, group: int) -> pa.Table:
-        with pq.ParquetFile(self._files[file]) as opened:
-            return opened.read_row_group(group, columns=[*PROBED, *COUNTED])
-
-    def _read(self, file: int, row: int) -> Record:
-        group, place = divmod(row, ROW_GROUP)
-        record = self._read_group(file, group).slice(place, 1).to_pylist()[0]
-        return record if self._same_tokenizer[file] else record | {name: None for name in COUNTED}
+    def _read(self, table: int, row: int) -> Record:
+        columns = self._tables[table]
+        record = {name: columns.column(name)[row].as_py() for name in (*PROBED, *COUNTED)}
+        return record if self._same_tokenizer[table] else record | {name: None for name in COUNTED}
 
 
 class _Writer:
@@ -209,13 +198,13 @@ class _Writer:
 
     def _keep_leftovers(self) -> list[Path]:
         """Moves tables of stopped passes to names that this pass does not use; returns them, latest first."""
-        for copied in self.work.glob("kept-*.parquet"):  # copies of records in tables that still exist
+        for copied in self.work.glob("kept-*.arrow"):  # copies of records in tables that still exist
             copied.unlink()
         folder = self.work / "earlier"
         folder.mkdir(exist_ok=True)
         first = 1 + max((int(path.stem) for path in folder.iterdir()), default=-1)
-        for number, path in enumerate(sorted(self.work.glob("rows-*.parquet")), first):
-            os.replace(path, folder / f"{number:06d}.parquet")
+        for number, path in enumerate(sorted(self.work.glob("rows-*.arrow")), first):
+            os.replace(path, folder / f"{number:06d}.arrow")
         return sorted(folder.iterdir(), reverse=True)
 
     def add(self, found: Found) -> None:
@@ -236,23 +225,20 @@ class _Writer:
         self._bad_file.flush()
         self._since = time.monotonic()
         if self._kept:
-            self._write_table(f"kept-{self._kept_files:05d}.parquet", self._kept)
+            self._write(f"kept-{self._kept_files:05d}.arrow", self._kept)
             self._kept_files += 1
             self._kept = []
         if not self._records:
             return
-        name = f"rows-{len(self._files):05d}.parquet"
-        self._write_table(name, self._records)
+        name = f"rows-{len(self._files):05d}.arrow"
+        self._write(name, self._records)
         for record in self._records:
             self._digest.update(json.dumps([record[name] for name in _DIGESTED]).encode())
         self._files.append({"file": name, "rows": len(self._records)})
         self._records = []
 
-    def _write_table(self, name: str, records: list[Record]) -> None:
-        table = pa.Table.from_pylist(records, schema=self._schema)
-        temporary = self.work / f"{name}.incomplete"
-        pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="zstd")
-        os.replace(temporary, self.work / name)
+    def _write(self, name: str, records: list[Record]) -> None:
+        write_table(self.work / name, pa.Table.from_pylist(records, schema=self._schema))
 
     def finish(self) -> IndexReport:
         """Writes meta.json if there is a good row; otherwise keeps the tables of earlier passes."""

@@ -1,42 +1,39 @@
 """What an INDEX folder holds on disk, and how it is read.
 
-    INDEX/rows-00000.parquet ...   one record per training row: its text, its media, and what a probe of them
-                                   found; rows are numbered over all files, in order
-    INDEX/meta.json                files, data sets, fingerprint of the tokenizer, digest of the content
-    INDEX/kept-00000.parquet ...   records of rows whose media are missing now; only the next pass reads them,
-                                   so that a disk that was not mounted is not probed again
-    INDEX/bad.jsonl                rows that cannot be used, one `Fault` per line
+    INDEX/rows-00000.arrow ...   one record per training row: its text, its media, and what a probe of them
+                                 found; rows are numbered over all files, in order
+    INDEX/meta.json              files, data sets, fingerprint of the tokenizer, digest of the content
+    INDEX/kept-00000.arrow ...   records of rows whose media are missing now; only the next pass reads them,
+                                 so that a disk that was not mounted is not probed again
+    INDEX/bad.jsonl              rows that cannot be used, one `Fault` per line
 
-A run reads the columns of numbers at its start, and the text of a row when the row is loaded.
+Tables are Arrow IPC files of one record batch, not compressed, so that they are read where they are mapped: a
+run reads the columns of numbers at its start, table by table, and the text of a row when the row is loaded.
 """
 
 import bisect
-import collections
 import dataclasses
 import json
 import os
-import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+from pyarrow import ipc
 
 from crosslmm_jax.data.annotations import MODALITIES, Row
 from crosslmm_jax.data.text import Turn
 from crosslmm_jax.errors import UserError
 
-VERSION = 4
-_READABLE = (3, 4)  # version 3 has one more column, `read_type`, which had no effect
+VERSION = 5
 META = "meta.json"
 BAD = "bad.jsonl"
-ROW_GROUP = 1024  # rows of a Parquet row group; all are decoded to read one
-_KEPT_GROUPS = 16  # decoded row groups that a process keeps
-_KEPT_FILES = 128  # open tables that a process keeps; a large index has more than a process may open
 
 Record = dict[str, Any]  # one row of a table: column of SCHEMA -> value
 
+_NAME = pa.dictionary(pa.int32(), pa.string())  # few different values, stored once per table
 _PER_MEDIUM = {
     "media": pa.string(), "duration": pa.float64(), "fps": pa.float64(), "num_frames": pa.int64(),
     "width": pa.int32(), "height": pa.int32(), "size_bytes": pa.int64(), "codec": pa.string(),
@@ -44,8 +41,9 @@ _PER_MEDIUM = {
     "stamp": pa.int64(),  # hash of the file's size and modification time
 }  # fmt: skip
 SCHEMA = pa.schema([
-    ("where", pa.string()), ("dataset", pa.string()), ("row", pa.int64()), ("modality", pa.string()),
-    ("root", pa.string()), ("start", pa.float64()), ("end", pa.float64()), ("turns", pa.string()),
+    ("where", pa.string()), ("dataset", _NAME), ("row", pa.int64()), ("modality", _NAME),
+    ("root", _NAME), ("start", pa.float64()), ("end", pa.float64()),
+    ("turns", pa.large_string()),  # the text of a table may exceed 2 GiB
     ("own_system", pa.bool_()),
     ("text_tokens", pa.int32()),  # in the chat style with the default system prompt
     # Tokens and media up to the end of each answer: the lengths that truncation can choose from.
@@ -55,9 +53,41 @@ SCHEMA = pa.schema([
     *((name, pa.list_(kind)) for name, kind in _PER_MEDIUM.items()),
 ])  # fmt: skip
 _LISTS = ("answer_tokens", "answer_media", "duration", "fps", "num_frames")  # those of `Columns`
-_ROW_COLUMNS = [
+_NUMBERS = (
+    "modality", "dataset", "text_tokens", "plain_tokens", "own_system", "start", "end", *_LISTS,
+)  # fmt: skip
+_ROW_COLUMNS = (
     "where", "dataset", "row", "modality", "media", "root", "start", "end", "turns",
-]  # fmt: skip
+)  # fmt: skip
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Writes a table of SCHEMA, which is complete or absent."""
+    incomplete = path.with_name(f"{path.name}.incomplete")
+    table = table.unify_dictionaries().combine_chunks()
+    with ipc.new_file(incomplete, table.schema) as file:
+        file.write_table(table)
+    os.replace(incomplete, path)
+
+
+def map_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.RecordBatch:
+    """Maps a table, or some of its columns, into memory. It holds no open file.
+
+    Raises:
+        OSError, pa.ArrowException: it cannot be read.
+        KeyError: it lacks one of `columns`.
+    """
+    # Arrow keeps the mapping for as long as an array uses it, and closes the file here.
+    with pa.memory_map(str(path)) as source:
+        options = ipc.IpcReadOptions()
+        if columns is not None:
+            options.included_fields = [SCHEMA.get_field_index(name) for name in columns]
+        file = ipc.open_file(source, options=options)
+        empty = pa.RecordBatch.from_pylist([], schema=file.schema)
+        table = file.get_batch(0) if file.num_record_batches else empty
+    if columns is not None and set(table.schema.names) != set(columns):
+        raise KeyError(*columns)
+    return table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +141,7 @@ class Index:
         wording: time instruction -> tokens of its words.
         digest: hash of rows, lengths of videos, tokenizer and weights. Indexes with the same digest give the
             same batches.
+        stamp: inode and modification time of its `meta.json`.
     """
 
     folder: str
@@ -121,14 +152,30 @@ class Index:
     tokenizer: str
     wording: dict[str, int]
     digest: str
+    stamp: tuple[int, int] = dataclasses.field(default=(0, 0), compare=False)
 
     def __len__(self) -> int:
         return sum(self.rows)
 
+    def tables_of_columns(self) -> Iterator[Columns]:
+        """The columns of numbers, table by table, each mapped and not copied where possible.
+
+        Raises:
+            UserError: a table cannot be read. Names it.
+        """
+        for file, rows in zip(self.files, self.rows, strict=True):
+            if rows:
+                yield _numbers(_map_of_index(os.path.join(self.folder, file), _NUMBERS), self.datasets)
+
     def columns(self) -> Columns:
-        """Reads the columns of numbers. Raises UserError, naming the table, when one cannot be read."""
-        parts = [_read_numbers(os.path.join(self.folder, file), self.datasets) for file in self.files]
-        return Columns(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+        """The columns of numbers of all rows. Raises UserError as `tables_of_columns` does."""
+        parts = list(self.tables_of_columns())
+        names = [field.name for field in dataclasses.fields(Columns)]
+        return Columns(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+    def was_rebuilt(self) -> bool:
+        """Whether the folder holds another index now."""
+        return _stamp(Path(self.folder) / META) != self.stamp and open_index(self.folder) != self
 
 
 def open_index(folder: str | os.PathLike[str]) -> Index:
@@ -139,9 +186,13 @@ def open_index(folder: str | os.PathLike[str]) -> Index:
     """
     path = Path(folder) / META
     try:
+        stamp = _stamp(path)
         meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta["version"] not in _READABLE:
-            raise UserError(f"{path}: is of another version; run `crosslmm data index` again")
+        if meta["version"] != VERSION:
+            raise UserError(
+                f"{path}: has version {meta['version']} and this program reads {VERSION}; make the index anew"
+                f" with `crosslmm data index MIXTURE.yaml --out {folder}`"
+            )
         index = Index(
             folder=str(folder),
             files=tuple(entry["file"] for entry in meta["files"]),
@@ -151,6 +202,7 @@ def open_index(folder: str | os.PathLike[str]) -> Index:
             tokenizer=meta["tokenizer"],
             wording=meta["wording"],
             digest=meta["digest"],
+            stamp=stamp,
         )
     except FileNotFoundError:
         raise UserError(
@@ -167,51 +219,53 @@ def open_index(folder: str | os.PathLike[str]) -> Index:
     return index
 
 
-def _read_numbers(path: str, datasets: tuple[str, ...]) -> dict[str, np.ndarray]:
-    names = [
-        "modality", "dataset", "text_tokens", "plain_tokens", "own_system", "start", "end", *_LISTS,
-    ]  # fmt: skip
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
+
+
+def _map_of_index(path: str, columns: Sequence[str]) -> pa.RecordBatch:
     try:
-        table = pq.read_table(path, columns=names)
-    except (OSError, pa.ArrowException) as error:
+        return map_table(path, columns)
+    except (OSError, pa.ArrowException, KeyError) as error:
         raise _unreadable(path, error) from error
-    get = {name: table.column(name).combine_chunks() for name in names}
+
+
+def _numbers(table: pa.RecordBatch, datasets: tuple[str, ...]) -> Columns:
+    get = {name: table.column(name) for name in _NUMBERS}
     lengths = {name: np.diff(get[name].offsets.to_numpy()).astype(np.int64) for name in _LISTS}
-    return {
-        "modality": _positions(get["modality"], MODALITIES).astype(np.uint8),
-        "dataset": _positions(get["dataset"], datasets),
-        "text_tokens": get["text_tokens"].to_numpy(),
-        "plain_tokens": get["plain_tokens"].to_numpy(),
-        "own_system": get["own_system"].to_numpy(zero_copy_only=False),
-        "start": get["start"].fill_null(0.0).to_numpy(),
-        "end": get["end"].fill_null(np.inf).to_numpy(),
-        "answers_per_row": lengths["answer_tokens"],
-        "media_per_row": lengths["num_frames"],
+    return Columns(
+        modality=_positions(get["modality"], MODALITIES).astype(np.uint8),
+        dataset=_positions(get["dataset"], datasets),
+        text_tokens=get["text_tokens"].to_numpy(),
+        plain_tokens=get["plain_tokens"].to_numpy(),
+        own_system=get["own_system"].to_numpy(zero_copy_only=False),
+        start=get["start"].fill_null(0.0).to_numpy(),
+        end=get["end"].fill_null(np.inf).to_numpy(),
+        answers_per_row=lengths["answer_tokens"],
+        media_per_row=lengths["num_frames"],
         **{name: get[name].flatten().to_numpy() for name in _LISTS},
-    }
+    )
 
 
 def _unreadable(path: str | Path, error: Exception) -> UserError:
     return UserError(f"{path}: cannot be read ({error}); run `crosslmm data index` again")
 
 
-def _positions(values: pa.Array, names: tuple[str, ...]) -> np.ndarray:
+def _positions(values: pa.DictionaryArray, names: tuple[str, ...]) -> np.ndarray:
     """int32[rows], the position of each value in `names`."""
-    encoded = values.dictionary_encode()
-    places = np.array([names.index(name) for name in encoded.dictionary.to_pylist()], np.int32)
-    return places[encoded.indices.to_numpy()]
+    places = np.array([names.index(name) for name in values.dictionary.to_pylist()], np.int32)
+    return places[values.indices.to_numpy()]
 
 
 class RowStore:
-    """Rows by their number, read from the tables on demand. Safe to call from several threads."""
+    """Rows by their number, read from mapped tables. Threads may call it, and no lock is taken."""
 
     def __init__(self, index: Index) -> None:
-        """Opens no table yet: a copy in another process opens the tables itself."""
+        """Maps no table yet: a copy in another process maps the tables itself."""
         self.index = index
         self._begins = np.concatenate([[0], np.cumsum(index.rows)]).tolist()
-        self._files: collections.OrderedDict[int, pq.ParquetFile] = collections.OrderedDict()
-        self._groups: collections.OrderedDict[tuple[int, int], pa.Table] = collections.OrderedDict()
-        self._lock = threading.Lock()
+        self._tables: dict[int, list[pa.Array]] = {}  # number of a table -> its _ROW_COLUMNS
 
     def __len__(self) -> int:
         return self._begins[-1]
@@ -221,32 +275,17 @@ class RowStore:
         if not 0 <= number < len(self):
             raise IndexError(number)
         file = bisect.bisect_right(self._begins, number) - 1
-        group, place = divmod(number - self._begins[file], ROW_GROUP)
-        with self._lock:
-            table = self._group(file, group)
-        return row_of(table.slice(place, 1).to_pylist()[0])
+        place = number - self._begins[file]
+        columns = self._tables.get(file) or self._map(file)
+        return row_of({name: c[place].as_py() for name, c in zip(_ROW_COLUMNS, columns, strict=True)})
 
-    def _group(self, file: int, group: int) -> pa.Table:
-        key = (file, group)
-        if key in self._groups:
-            self._groups.move_to_end(key)
-            return self._groups[key]
-        path = os.path.join(self.index.folder, self.index.files[file])
-        try:
-            if file not in self._files:
-                if open_index(self.index.folder) != self.index:
-                    raise UserError(f"{self.index.folder}: was rebuilt while it was read; start again")
-                self._files[file] = pq.ParquetFile(path)
-                if len(self._files) > _KEPT_FILES:
-                    self._files.popitem(last=False)[1].close()
-            self._files.move_to_end(file)
-            table = self._files[file].read_row_group(group, columns=_ROW_COLUMNS, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise _unreadable(path, error) from error
-        self._groups[key] = table
-        if len(self._groups) > _KEPT_GROUPS:
-            self._groups.popitem(last=False)
-        return table
+    def _map(self, file: int) -> list[pa.Array]:
+        if self.index.was_rebuilt():
+            raise UserError(f"{self.index.folder}: was rebuilt while it was read; start again")
+        table = _map_of_index(os.path.join(self.index.folder, self.index.files[file]), _ROW_COLUMNS)
+        # Two threads may both map it; the tables are equal.
+        self._tables[file] = [table.column(name) for name in _ROW_COLUMNS]
+        return self._tables[file]
 
     def __getstate__(self) -> Index:
         return self.index

@@ -13,12 +13,12 @@ from crosslmm_jax.data.batching import (
     Bucket,
     Schedule,
     ScheduledBatch,
-    WeightedRows,
     bucket_rows,
     deal_evenly,
+    group_rows,
     row_cost,
 )
-from crosslmm_jax.data.index import Columns, RowStore, fingerprint, open_index
+from crosslmm_jax.data.index import RowStore, fingerprint, open_index
 from crosslmm_jax.data.loading.collate import collate
 from crosslmm_jax.data.loading.example import Example, ExampleLoader
 from crosslmm_jax.data.text import DEFAULT_SYSTEM_PROMPT, Tokenizer, load_tokenizer
@@ -52,14 +52,16 @@ class Dataset:
             )
         self.rows = RowStore(index)
         self.loader = ExampleLoader(self.rows, config, tokenizer=self.tokenizer, image_size=image_size)
-        columns = index.columns()
         more = len(self.tokenizer.encode_plain(config.system_prompt))
         more -= len(self.tokenizer.encode_plain(DEFAULT_SYSTEM_PROMPT))
-        bucketed = bucket_rows(config, index, columns, tokens_per_frame=tokens_per_frame, more_system=more)
+        bucketed = bucket_rows(
+            config, index, index.tables_of_columns(), num_rows=len(index), tokens_per_frame=tokens_per_frame,
+            more_system=more,
+        )  # fmt: skip
         self.buckets: list[Bucket] = bucketed.buckets
         self.num_without_bucket, self.padding = bucketed.num_without_bucket, bucketed.padding
-        self._bucket_of_row = bucketed.bucket_of_row
-        self._costs = row_cost(bucketed.counts.frames, bucketed.counts.text).astype(np.int32)  # type: ignore[arg-type]
+        self._kind_of_row, self._bucket_of_kind = bucketed.kind_of_row, bucketed.bucket_of_kind
+        self._cost_of_kind = np.asarray(row_cost(bucketed.kinds.frames, bucketed.kinds.text))  # type: ignore[arg-type]
         if bucketed.num_without_bucket:
             _LOG.warning(
                 "%d of %d rows are never read: too many tokens or frames, not of style %r, or of a modality"
@@ -71,25 +73,13 @@ class Dataset:
                 "DataConfig.modality_weights gives steps to %s, but no row is one; others get them",
                 ", ".join(sorted(absent)),
             )
-        self.schedule = self._make_schedule(
-            columns, [Fraction(weight).limit_denominator(1000) for weight in index.weights]
-        )
-
-    def _make_schedule(self, columns: Columns, weights: Sequence[Fraction]) -> Schedule:
-        """`weights`: of each dataset of the mixture."""
-        of_weight = {weight: [n for n, one in enumerate(weights) if one == weight] for weight in weights}
-        rows = []
-        for number in range(len(self.buckets)):
-            inside = self._bucket_of_row == number
-            parts = [
-                WeightedRows(
-                    np.flatnonzero(inside & np.isin(columns.dataset, names)).astype(np.int32), weight
-                )
-                for weight, names in sorted(of_weight.items())
-            ]
-            rows.append([part for part in parts if len(part.rows)])
-        config = self.config
-        return Schedule(
+        weights = [Fraction(weight).limit_denominator(1000) for weight in index.weights]
+        weights = [Fraction(weight).limit_denominator(1000) for weight in index.weights]
+        rows = group_rows(
+            self._bucket_of_kind, self._kind_of_row, bucketed.dataset_of_row,
+            num_buckets=len(self.buckets), weights=weights,
+        )  # fmt: skip
+        self.schedule = Schedule(
             self.buckets, rows, batch_size=config.batch_size, seed=config.seed, shuffle=config.shuffle,
             modality_weights=config.modality_weights.as_dict(),
         )  # fmt: skip
@@ -99,12 +89,16 @@ class Dataset:
         batch = self.schedule.batch(step)
         if not self.config.shuffle:
             return batch
-        order = deal_evenly(self._costs[batch.rows])
+        order = deal_evenly(self._cost_of_kind[self._kind_of_row[batch.rows]])
         return ScheduledBatch(batch.bucket_number, batch.bucket, batch.rows[order])
+
+    def bucket_numbers(self, numbers: Sequence[int]) -> np.ndarray:
+        """int16[n], the number of the bucket of each of these rows, or NO_BUCKET."""
+        return self._bucket_of_kind[self._kind_of_row[np.asarray(numbers)]]
 
     def batch(self, numbers: Sequence[int]) -> Batch[np.ndarray]:
         """The batch of these rows, in this order. Raises UserError if one cannot be used."""
-        bucket_numbers = self._bucket_of_row[np.asarray(numbers)]
+        bucket_numbers = self.bucket_numbers(numbers)
         without = np.flatnonzero(bucket_numbers == NO_BUCKET)
         if len(without):
             row = self.rows[int(numbers[int(without[0])])]

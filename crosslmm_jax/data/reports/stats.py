@@ -23,12 +23,13 @@ def describe(config: DataConfig, *, tokens_per_frame: int) -> list[str]:
     """
     index = open_index(config.index)
     columns = index.columns()
-    bucketed = bucket_rows(config, index, columns, tokens_per_frame=tokens_per_frame)
+    bucketed = bucket_rows(config, index, [columns], num_rows=len(index), tokens_per_frame=tokens_per_frame)
+    kinds = bucketed.kinds
     lines = [f"{len(index)} rows, {len(columns.duration)} media, {columns.duration.sum() / 3600:.2f} hours"]
     lines += _counts(index, columns)
     lines += _histogram("seconds of a video", columns.duration[columns.duration > 0])
-    lines += _histogram("frames of a row", bucketed.counts.frames)
-    lines += _histogram("text tokens of a row", bucketed.counts.text)
+    lines += _histogram("frames of a row", np.repeat(kinds.frames, kinds.rows))
+    lines += _histogram("text tokens of a row", np.repeat(kinds.text, kinds.rows))
     return lines + _buckets(bucketed, tokens_per_frame)
 
 
@@ -45,16 +46,16 @@ def _counts(index: Index, columns: Columns) -> list[str]:
 
 def _buckets(bucketed: BucketedRows, tokens_per_frame: int) -> list[str]:
     """Each bucket and how full it is, then the padding over all buckets."""
-    counts = bucketed.counts
+    kinds = bucketed.kinds
     count = len({(bucket.frames, bucket.text) for bucket in bucketed.buckets})
     lines = [
         f"buckets: {count} shapes (F, T), T = text + {tokens_per_frame} F",
         f"  {'modality':<12} {'F':>5} {'text':>6} {'T':>6} {'rows':>10} {'F full':>7} {'T full':>7}",
     ]
     for number, bucket in enumerate(bucketed.buckets):
-        inside = bucketed.bucket_of_row == number
-        count, total = int(inside.sum()), bucket.text + bucket.frames * tokens_per_frame
-        frames, text = int(counts.frames[inside].sum()), int(counts.text[inside].sum())
+        inside = kinds.where(bucketed.bucket_of_kind == number)
+        count, total = int(inside.rows.sum()), bucket.text + bucket.frames * tokens_per_frame
+        frames, text = int(inside.rows @ inside.frames), int(inside.rows @ inside.text)
         full = frames / (count * bucket.frames) if count and bucket.frames else 1.0
         used = (text + frames * tokens_per_frame) / (count * total) if count else 1.0
         lines.append(

@@ -146,7 +146,7 @@ def test_what_the_loader_returns_fits_the_planned_bucket(
     loader = FilmLoader([row], config, tokenizer=any_tokenizer, image_size=1)  # type: ignore[arg-type]
     loader.media = media
     try:
-        bucketed = bucket_rows(config, index, columns, tokens_per_frame=9)
+        bucketed = bucket_rows(config, index, [columns], num_rows=1, tokens_per_frame=9)
     except ConfigError:
         return
     assert bucketed.bucket_of_row[0] != NO_BUCKET
@@ -154,20 +154,20 @@ def test_what_the_loader_returns_fits_the_planned_bucket(
     found = loader.load(0, bucket)
     assert isinstance(found, Example), found
     text = found.sequence.num_text_tokens
-    assert text <= bucketed.counts.text[0] <= min(bucket.text, most)
-    assert found.num_frames <= bucketed.counts.frames[0] <= bucket.frames
+    assert text <= bucketed.kinds.text[0] <= min(bucket.text, most)
+    assert found.num_frames <= bucketed.kinds.frames[0] <= bucket.frames
     assert len(found.clips) == found.sequence.num_media
     if found.sequence.dropped_turns:
         assert bucketed.truncated == 1
     if row.bounds is None and not found.sequence.dropped_turns:
         frames = sum(len(clip.frames) for clip in clips if clip)
-        assert found.num_frames == frames == bucketed.counts.frames[0]
+        assert found.num_frames == frames == bucketed.kinds.frames[0]
     if time == "none":
-        assert text == bucketed.counts.text[0]
-        assert row.bounds is not None or found.num_frames == bucketed.counts.frames[0]
+        assert text == bucketed.kinds.text[0]
+        assert row.bounds is not None or found.num_frames == bucketed.kinds.frames[0]
     elif row.bounds is None and not found.sequence.dropped_turns:  # the bound is no wild guess
         slack = sum(3 + len(clip.frames) * 4 for clip in clips if clip)
-        assert bucketed.counts.text[0] <= text + slack
+        assert bucketed.kinds.text[0] <= text + slack
 
 
 @pytest.mark.parametrize("kind", ["short", "full"])
@@ -186,7 +186,7 @@ def test_training_and_inference_read_the_same_words_about_a_video(
     loader.media = (film,)
     bucketed = bucket_rows(
         config, Index("x", (), (), (), (), "", wording_tokens(any_tokenizer), ""),
-        columns_of(row, (film,), any_tokenizer), tokens_per_frame=1,
+        [columns_of(row, (film,), any_tokenizer)], num_rows=1, tokens_per_frame=1,
     )  # fmt: skip
     trained = loader.load(0, bucketed.buckets[0])
     assert isinstance(trained, Example)
@@ -207,7 +207,7 @@ def test_a_row_whose_placeholders_do_not_fit_is_rejected_by_name(tokenizer: Toke
         loader.media = (film,)
         bucketed = bucket_rows(
             config, Index("x", (), (), (), (), "", wording_tokens(tokenizer), ""),
-            columns_of(row, (film,), tokenizer), tokens_per_frame=1,
+            [columns_of(row, (film,), tokenizer)], num_rows=1, tokens_per_frame=1,
         )  # fmt: skip
         found = loader.load(0, bucketed.buckets[0])
         assert isinstance(found, Fault) and found.reason == "placeholders"

@@ -120,7 +120,7 @@ def test_leftovers_never_take_each_others_names(passes: Passes) -> None:
     passes.killed(9)
     passes.killed(2)
     earlier = passes.folder / ".index.building" / "earlier"
-    (earlier / "000001.parquet").unlink()  # as if a pass was killed during clean-up
+    (earlier / "000001.arrow").unlink()  # as if a pass was killed during clean-up
     passes.killed(2)
     passes.killed(2)
     assert passes.run().reused == 24 and len(passes.probed) == 40
@@ -144,7 +144,7 @@ def test_a_disk_that_is_full(passes: Passes) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for module, name in ((indexing.pq, "write_table"), (os, "rename")):  # os.rename: publishing
+    for module, name in ((indexing, "write_table"), (os, "rename")):  # os.rename: publishing
         with passes.monkeypatch.context() as patch:
             patch.setattr(module, name, full)
             with pytest.raises(UserError, match=r"index: cannot be written .No space left on device.; free"):

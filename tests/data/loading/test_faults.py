@@ -163,7 +163,7 @@ def slow_rows(dataset: Dataset, numbers: Iterable[int]) -> dict[int, float]:
     """Seconds of the damaged rows that take longer than the limit, twice in a row."""
     slow = {}
     for number in numbers:
-        bucket = dataset.buckets[dataset._bucket_of_row[number]]
+        bucket = dataset.buckets[dataset.bucket_numbers([number])[0]]
         for _ in range(2):
             begin = time.monotonic()
             dataset.loader.load(number, bucket)

@@ -50,7 +50,7 @@ def test_the_deadline_is_the_same_for_training_and_check(
     for limit in (1800.0, None, 9.0):
         config = DataConfig(index=index, tokenizer=str(tokenizer_folder), batch_size=4, deadline_s=limit)
         dataset = Dataset(config, tokens_per_frame=1, image_size=16)
-        dataset.loader.load(0, dataset.buckets[dataset._bucket_of_row[0]])
+        dataset.loader.load(0, dataset.buckets[dataset.bucket_numbers([0])[0]])
     assert given == [DataConfig.deadline_s, None, 9.0]
     given.clear()
     words = ["data", "check", index, "--workers", "0", "--sample", "1"]
