@@ -7,6 +7,7 @@ detect_format.py  the format of files whose mixture names none
 rows.py           Row, DatasetSpec, and the checks that all formats share
 options.py        settings of a format
 json_files.py     reading JSON and JSONL, patterns of files
+json_stream.py    the values of a JSON list, one at a time
 """
 
 from crosslmm_jax.data.annotations.mixture import read_mixture, read_rows

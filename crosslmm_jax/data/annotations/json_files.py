@@ -1,4 +1,4 @@
-"""Reads annotation files: JSON at once, JSONL line by line; finds the files of a pattern."""
+"""Reads annotation files: lists row by row, JSONL line by line; finds the files of a pattern."""
 
 import glob
 import itertools
@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from crosslmm_jax.data.annotations.json_stream import InvalidJsonError, NoListError, stream_list
 from crosslmm_jax.data.annotations.rows import Entry
 from crosslmm_jax.errors import Fault, UserError
 
@@ -79,8 +80,11 @@ def read_json(path: str) -> object:
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
-        at = getattr(error, "lineno", 1)
-        raise UserError(f"{path}: line {at} is no valid JSON; fix it or download the file again") from error
+        raise _no_json(path, getattr(error, "lineno", 1)) from error
+
+
+def _no_json(path: str, line: int) -> UserError:
+    return UserError(f"{path}: line {line} is no valid JSON; fix it or download the file again")
 
 
 def _with_id(where: str, value: object) -> str:
@@ -90,11 +94,18 @@ def _with_id(where: str, value: object) -> str:
 
 def _read_json_list(path: str) -> Iterator[Entry]:
     """Reads the rows of a JSON list. Raises UserError, naming the file, when it cannot be read as one."""
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: must hold a list of rows; name a file with one row per line .jsonl")
-    for number, row in enumerate(rows):
-        yield Entry(_with_id(f"{path}: row {number}", row), row)
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for number, row in enumerate(stream_list(file)):
+                yield Entry(_with_id(f"{path}: row {number}", row), row)
+    except NoListError:
+        raise UserError(
+            f"{path}: must hold a list of rows; name a file with one row per line .jsonl"
+        ) from None
+    except InvalidJsonError as error:
+        raise _no_json(path, error.line) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(path, error) from error
 
 
 def _read_json_lines(path: str) -> Iterator[Entry]:
@@ -122,7 +133,7 @@ def _read_json_lines(path: str) -> Iterator[Entry]:
     except OSError as error:
         raise unreadable(path, error) from error
     if row and not good:
-        raise UserError(f"{path}: line {first_bad} is no valid JSON; fix it or download the file again")
+        raise _no_json(path, first_bad)
 
 
 def read_json_rows(path: str) -> Iterator[Entry]:

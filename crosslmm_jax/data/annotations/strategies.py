@@ -4,7 +4,9 @@ import dataclasses
 import math
 import random
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable
+
+import numpy as np
 
 from crosslmm_jax.errors import UserError
 
@@ -23,15 +25,15 @@ class Strategy:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Rows from `start` up to `stop`, exclusive (None: no end); only those in `chosen` unless it is None."""
+    """Rows from `start` up to `stop`, exclusive (None: no end); only those with a 1 in `chosen` if given."""
 
     start: int
     stop: int | None
-    chosen: Container[int] | None = None
+    chosen: bytes | None = None  # as long as `stop`
 
     def __contains__(self, row: int) -> bool:
         within = self.start <= row and (self.stop is None or row < self.stop)
-        return within and (self.chosen is None or row in self.chosen)
+        return within and (self.chosen is None or bool(self.chosen[row]))
 
     def ends_before(self, row: int) -> bool:
         """Whether neither `row` nor any after it is selected."""
@@ -69,21 +71,24 @@ def select(strategy: Strategy, count: Callable[[], int], *, seed: str) -> Select
         return Selection(max(0, rows - number), None)
     if strategy.kind == "random":
         chosen = _draw(rows, number, seed)
-        return Selection(0, max(chosen, default=-1) + 1, chosen)
+        return Selection(0, len(chosen), chosen)
     block = int(strategy.kind.removeprefix("first") or 1) - 1
     return Selection(block * number, (block + 1) * number)
 
 
-def _draw(population: int, number: int, seed: str) -> frozenset[int]:
+def _draw(population: int, number: int, seed: str) -> bytes:
     """Draws `number` of range(population) without replacement: the first steps of a Fisher-Yates shuffle.
 
     Python promises the same numbers in later versions only for `random()`, so `shuffle` is not used.
+
+    Returns:
+        1 at each number drawn, up to the last one.
     """
     generator = random.Random(seed)
-    moved: dict[int, int] = {}
-    drawn = []
+    order = np.arange(population)
     for position in range(min(number, population)):
         other = position + int(generator.random() * (population - position))
-        drawn.append(moved.get(other, other))
-        moved[other] = moved.get(position, position)
-    return frozenset(drawn)
+        order[position], order[other] = order[other], order[position]
+    drawn = np.zeros(population, np.uint8)
+    drawn[order[:number]] = 1
+    return np.trim_zeros(drawn, "b").tobytes()
