@@ -1,5 +1,6 @@
 """Small videos of many kinds for tests, and a plain decoder to compare with."""
 
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -47,6 +48,50 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+def write_streams(
+    path: Path,
+    widths: Sequence[int],
+    *,
+    default: int | None = None,
+    cover: int | None = None,
+    count: int = 6,
+    mux: dict[str, str] | None = None,
+) -> Path:
+    """A file with a video stream of each width, in that order, one frame of each in turn.
+
+    Stream `default` is marked as that. Stream `cover` is marked as a picture and has one frame.
+    """
+    with av.open(str(path), "w", container_options=mux or {}) as container:
+        streams: list[Any] = []
+        for number, width in enumerate(widths):
+            stream: Any = container.add_stream("mjpeg" if number == cover else "libx264", rate=25)
+            stream.width, stream.height = width, width * 3 // 4
+            stream.pix_fmt = "yuvj420p" if number == cover else "yuv420p"
+            stream.disposition = av.stream.Disposition(0)
+            if number == cover:
+                stream.disposition = av.stream.Disposition.attached_pic
+            elif number == default:
+                stream.disposition = av.stream.Disposition.default
+            streams.append(stream)
+        for number in range(count):
+            for place, stream in enumerate(streams):
+                if place == cover and number:
+                    continue
+                pixels = np.full((stream.height, stream.width, 3), 40 + 20 * number, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode(None))
+    return path
+
+
+def set_matrix(path: Path, matrix: Sequence[int]) -> None:
+    """Overwrites the display matrix of the first track of an mp4: nine numbers as in ISO/IEC 14496-12."""
+    content = bytearray(path.read_bytes())
+    place = content.index(b"tkhd") + 44
+    content[place : place + 36] = struct.pack(">9i", *matrix)
+    path.write_bytes(content)
 
 
 def decode_all(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@
         data_root: videos              # folder that its media paths are relative to
         media_type: video              # image, video, text or mix
         video_read_type: gif           # decord, av, gif, img or lazy; checked, but has no effect
+        folder_fps: 2                  # pictures per second of folders of pictures; by default 1, 3 for TVQA
       - path: internvid.jsonl
         format: internvid              # a key of `formats.FORMATS`; by default detected from name and rows
         weight: 2                      # how often its rows are drawn, relative to the other data sets
@@ -32,7 +33,7 @@ import yaml
 from crosslmm_jax.data.annotations.detect_format import detect_format, name_place
 from crosslmm_jax.data.annotations.formats import FORMATS
 from crosslmm_jax.data.annotations.json_files import expand_files, unreadable
-from crosslmm_jax.data.annotations.rows import DatasetSpec, MediaType, Origin, Row
+from crosslmm_jax.data.annotations.rows import DatasetSpec, MediaType, Origin, Row, is_rate
 from crosslmm_jax.data.annotations.strategies import parse_strategy, select
 from crosslmm_jax.data.text import writable
 from crosslmm_jax.errors import DataError, Fault, UserError
@@ -40,10 +41,11 @@ from crosslmm_jax.errors import DataError, Fault, UserError
 _LOG = logging.getLogger(__name__)
 _KEYS = {
     "json_path", "path", "sampling_strategy", "data_root", "media_type", "video_read_type", "format",
-    "weight", "name", "skip_missing", "options",
+    "folder_fps", "weight", "name", "skip_missing", "options",
 }  # fmt: skip
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 READ_TYPES = ("decord", "av", "gif", "img", "lazy")
+TVQA_FPS = 3.0  # the rate at which TVQA publishes its frames
 _Word = TypeVar("_Word", bound=str)
 
 
@@ -132,6 +134,11 @@ def _read_item(
     parse_strategy(strategy, where=where)
     media_type = _choice(item, "media_type", get_args(MediaType), where)
     _choice(item, "video_read_type", READ_TYPES, where)
+    rate = item.get("folder_fps")
+    if rate is None and _is_tvqa(item):
+        rate = TVQA_FPS
+    if rate is not None and not is_rate(rate):
+        raise UserError(f"{where}: folder_fps is {rate!r}; write a number of pictures per second above 0")
     weight = item.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0.001 <= weight <= 1000:
         # Weights become fractions with a denominator of at most 1000: less would be 0.
@@ -145,8 +152,13 @@ def _read_item(
         yield DatasetSpec(
             name=name, path=file, format=kind, strategy=strategy, media_type=media_type,
             root=_root(item.get("data_root"), file, where=where, folder=folder, media_root=media_root),
-            weight=float(weight), options=_options(item, kind, where),
+            weight=float(weight), folder_fps=rate, options=_options(item, kind, where),
         )  # fmt: skip
+
+
+def _is_tvqa(item: Mapping[str, object]) -> bool:
+    """Whether an item lists rows of TVQA, by the names in it: mixtures of VideoChat-Flash say no rate."""
+    return any("tvqa" in str(item.get(key)).lower() for key in ("path", "json_path", "data_root"))
 
 
 def _short_name(path: str) -> str:

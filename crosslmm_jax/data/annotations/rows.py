@@ -6,8 +6,9 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeGuard
 
+from crosslmm_jax.data.media import MediaOptions
 from crosslmm_jax.data.text import Turn, check_placeholders, parse_turns, writable
 from crosslmm_jax.errors import DataError, Fault, Reason
 
@@ -32,6 +33,7 @@ class DatasetSpec:
         strategy: which rows are used; see `crosslmm_jax.data.annotations.strategies`.
         media_type: which field of a row names its media; None and "mix": decided per row.
         weight: how often its rows are drawn, relative to the other data sets of the mixture.
+        folder_fps: pictures per second of its folders of pictures, unless a row says another rate.
         options: settings of the format, e.g. names of fields.
     """
 
@@ -42,6 +44,7 @@ class DatasetSpec:
     strategy: str = "all"
     media_type: MediaType | None = None
     weight: float = 1.0
+    folder_fps: float | None = None
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
@@ -58,6 +61,7 @@ class Row:
         root: folder of the media.
         bounds: seconds (start, end) of the part of the video to read; None: all of it.
         turns: the conversation.
+        media_options: how its media are read.
     """
 
     where: str
@@ -68,6 +72,7 @@ class Row:
     root: str
     bounds: tuple[float, float] | None
     turns: tuple[Turn, ...]
+    media_options: MediaOptions = MediaOptions()
 
     def fault(self, cause: Fault) -> Fault:
         """`cause`, met in the conversation or in a medium of this row, as a fault of the row."""
@@ -114,6 +119,7 @@ class Origin:
         images: Sequence[str] = (),
         videos: Sequence[str] = (),
         bounds: tuple[float, float] | None = None,
+        options: MediaOptions | None = None,
     ) -> Row:
         """Checks and builds a row.
 
@@ -122,9 +128,11 @@ class Origin:
             images: paths of its images; at most one of `images` and `videos` is given.
             videos: paths of its videos.
             bounds: seconds (start, end) of the videos to read.
+            options: what `media_options` found in the row; None: it has no such fields.
 
         Raises:
-            DataError: malformed turns, not one placeholder per medium, or a path that leaves the root.
+            DataError: malformed turns, not one placeholder per medium, a path that leaves the root, or the
+                stream of a row without videos.
         """
         turns = tuple(parse_turns(conversations, where=self.where))
         names = images or videos
@@ -134,9 +142,12 @@ class Origin:
         if media:
             moving = bool(videos) or any(name.lower().endswith(".gif") for name in media)
             modality = "video" if moving else "multi_image" if len(media) > 1 else "image"
+        options = options or self.media_options({})
+        if options.stream is not None and modality != "video":
+            raise self.error("malformed", "stream is that of a video, and the row has none; leave it out")
         return Row(
             where=self.where, dataset=self.spec.name, row=self.row, modality=modality, media=media,
-            root=self.spec.root, bounds=bounds, turns=turns,
+            root=self.spec.root, bounds=bounds, turns=turns, media_options=options,
         )  # fmt: skip
 
     def caption_turns(self, question: str, caption: object) -> list[dict[str, str]]:
@@ -145,11 +156,25 @@ class Origin:
             raise self.error("conversation", "its caption is empty or no text")
         return [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": caption.strip()}]
 
-    def check_read_type(self, value: Mapping[str, object]) -> None:
-        """Raises DataError when `video_read_type` is no text. It has no effect: files tell their kind."""
+    def media_options(self, value: Mapping[str, object]) -> MediaOptions:
+        """Reads `stream` and `folder_fps` of a row. `video_read_type` has no effect: files tell their kind.
+
+        Raises:
+            DataError: one of them is of the wrong type.
+        """
         read_type = value.get("video_read_type")
         if read_type is not None and (not isinstance(read_type, str) or writable(read_type) != read_type):
             raise self.error("malformed", "video_read_type must be text")
+        stream, rate = value.get("stream"), value.get("folder_fps")
+        if stream is not None and not is_stream(stream):
+            detail = f"stream is {stream!r}; write the number that ffprobe gives the stream"
+            raise self.error("malformed", detail)
+        if rate is not None and not is_rate(rate):
+            detail = f"folder_fps is {rate!r}; write a number of pictures per second above 0"
+            raise self.error("malformed", detail)
+        if rate is None:
+            rate = self.spec.folder_fps
+        return MediaOptions(stream, MediaOptions().folder_fps if rate is None else float(rate))
 
     def media_path(self, name: object) -> str:
         """The media path `name`, relative to the root.
@@ -196,6 +221,16 @@ class Origin:
             detail = f"start {start!r} and end {end!r} are no times with 0 <= start < end; {fix}"
             raise self.error("clip_times", detail) from None
         return first, last
+
+
+def is_stream(value: object) -> TypeGuard[int]:
+    """Whether a value is the number of a stream of a file."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def is_rate(value: object) -> TypeGuard[float]:
+    """Whether a value is a rate of pictures per second."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0.001 <= value <= 1000
 
 
 def parse_seconds(value: object) -> float:

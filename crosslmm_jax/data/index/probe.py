@@ -14,6 +14,7 @@ from crosslmm_jax.data.annotations import Row
 from crosslmm_jax.data.index.table import Record, record_of
 from crosslmm_jax.data.media import (
     Media,
+    MediaOptions,
     VideoInfo,
     direct_reference,
     is_image,
@@ -36,8 +37,9 @@ _KEPT_PROBES = 50_000  # a video often has many rows, one after another
 def row_hash(row: Row) -> int:
     """int64 hash of what a row says, without its number, its file and its media root."""
     turns = [[turn.role, turn.text] for turn in row.turns]
-    # None: in the place of a field of index version 3, so that rows which lacked it keep their hash.
-    content = [row.dataset, row.modality, row.media, row.bounds, turns, None]
+    # None where the options are the defaults, so that rows of earlier versions keep their hash.
+    options = None if row.media_options == MediaOptions() else row.media_options
+    content = [row.dataset, row.modality, row.media, row.bounds, turns, options]
     digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -101,7 +103,7 @@ class Prober:
         """Counts tokens with a tokenizer; `allow_outside`: media may lie outside their root."""
         self.tokenizer_folder = tokenizer_folder
         self.allow_outside = allow_outside
-        self._probes = collections.OrderedDict[tuple[str, str, bool], Record | Fault]()
+        self._probes = collections.OrderedDict[tuple[str, str, bool, MediaOptions], Record | Fault]()
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -152,7 +154,7 @@ class Prober:
         """Adds what a probe finds about the media to `record`, or returns what is wrong with them."""
         record |= {name: [] for name in PROBED}
         for reference in row.media:
-            key = (row.root, reference, row.modality == "video")
+            key = (row.root, reference, row.modality == "video", row.media_options)
             if key not in self._probes:
                 self._probes[key] = _probe(row, reference, allow_outside=self.allow_outside)
                 if len(self._probes) > _KEPT_PROBES:
@@ -189,7 +191,7 @@ def _probe(row: Row, reference: str, *, allow_outside: bool) -> Record | Fault:
     before = media_stamp(row.root, reference)
     try:
         with only_data_errors(row.root, reference):
-            medium = open_media(row.root, reference, allow_outside=allow_outside)
+            medium = open_media(row.root, reference, row.media_options, allow_outside=allow_outside)
             info = probe_for(row, medium)
     except DataError as error:
         return error.fault

@@ -143,7 +143,7 @@ class ExampleLoader:
         return tuple(self._read_clip(row, reference) for reference in row.media[:count])
 
     def _read_clip(self, row: Row, reference: str) -> Clip:
-        key = (row.root, reference, row.bounds)
+        key = (row.root, reference, row.bounds, row.media_options)
         clip = self.cache.get(key)
         if clip is None:
             clip = self._decode(row, reference)
@@ -155,7 +155,7 @@ class ExampleLoader:
     def _decode(self, row: Row, reference: str) -> Clip:
         config = self.config
         with only_data_errors(row.root, reference):
-            medium = open_media(row.root, reference, allow_outside=config.allow_outside)
+            medium = open_media(row.root, reference, row.media_options, allow_outside=config.allow_outside)
             return read_frames(
                 medium, config.sampling, size=self.image_size, bounds=row.bounds,
                 resampling=config.resampling, deadline_s=config.deadline_s,

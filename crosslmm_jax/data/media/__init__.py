@@ -6,6 +6,7 @@ locate          references of annotations to files, folders and parts of files; 
 tar             members of tar files
 array_record    records of ArrayRecord files
 image           still images; `Clip`
+orientation     how stored pictures are turned and mirrored
 frames_folder   a folder of pictures as a video
 demux           opening a video with PyAV; its packets
 packet_index    times and keyframes of all packets of a video
@@ -33,6 +34,7 @@ from crosslmm_jax.data.media.image import (
 from crosslmm_jax.data.media.locate import (
     DEADLINE_S,
     Media,
+    MediaOptions,
     PathOrMedia,
     direct_reference,
     from_bytes,
@@ -48,9 +50,9 @@ from crosslmm_jax.data.media.tar import read_member, tar_member, walk_tar
 from crosslmm_jax.data.media.video import VideoInfo, import_readers, probe, read_frames
 
 __all__ = [
-    "Clip", "DEADLINE_S", "FRAMES_PREFIX", "IMAGE_SUFFIXES", "Media", "PathOrMedia", "VIDEO_SUFFIXES",
-    "VideoInfo", "count_frames", "direct_reference", "from_bytes", "import_readers", "is_image",
-    "is_record_file", "kind_of", "list_pictures", "mean_record_size", "open_file", "open_media",
+    "Clip", "DEADLINE_S", "FRAMES_PREFIX", "IMAGE_SUFFIXES", "Media", "MediaOptions", "PathOrMedia",
+    "VIDEO_SUFFIXES", "VideoInfo", "count_frames", "direct_reference", "from_bytes", "import_readers",
+    "is_image", "is_record_file", "kind_of", "list_pictures", "mean_record_size", "open_file", "open_media",
     "parse_example", "probe", "read_frames", "read_member", "read_record", "resolve_path", "size_of",
     "split_reference", "stack_clips", "suffix_by_content", "tar_member", "value_member", "walk_tar",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from crosslmm_jax.data.media.locate import (
     check_pixels,
     kind_of,
     open_file,
+    options_of,
     unreadable_reason,
     whole_file,
 )
@@ -35,7 +36,7 @@ _FORMATS = (
 
 @contextlib.contextmanager
 def open_video(path: PathOrMedia, deadline: Deadline, num_threads: int = 1) -> "Iterator[VideoStream]":
-    """Opens a file and gives its first video stream. Decoding errors inside become a DataError."""
+    """Opens a file and gives the video stream to read. Decoding errors inside become a DataError."""
     import av
     import av.error
     from av.stream import Discard
@@ -82,19 +83,30 @@ def _metadata_options() -> dict[str, Any]:
 
 
 def _video_stream(container: "InputContainer", path: PathOrMedia) -> "VideoStream":
+    """The stream that `path` asks for, or the one that players show; never a cover or a thumbnail."""
     from av.stream import Disposition
 
-    covers = Disposition.attached_pic  # the cover picture of an audio file
-    streams = [stream for stream in container.streams.video if not stream.disposition & covers]
     if not len(container.streams):
         raise DataError(path, unreadable_reason(path, "video"), DAMAGED)
+    pictures = Disposition.attached_pic | Disposition.timed_thumbnails
+    moving = (stream for stream in container.streams.video if not stream.disposition & pictures)
+    streams = {stream.index: stream for stream in moving}
     if not streams:
         raise DataError(path, "no_video", "holds no video stream; give a file with moving pictures")
-    context = streams[0].codec_context
+    wanted = options_of(path).stream
+    if wanted is None:
+        best = container.streams.best("video")
+        wanted = best.index if best is not None else -1
+        if wanted not in streams:  # ffmpeg may prefer the cover
+            wanted = max(streams, key=lambda number: bool(streams[number].disposition & Disposition.default))
+    elif wanted not in streams:
+        known = ", ".join(map(str, streams))
+        raise DataError(path, "no_video", f"stream {wanted} is no video; set stream to one of {known}")
+    context = streams[wanted].codec_context
     if context is None:
         raise DataError(path, "wrong_type", "its video codec is unknown to ffmpeg; convert it to h264")
     check_pixels(path, context.width, context.height)
-    return streams[0]
+    return streams[wanted]
 
 
 def _open_error(path: PathOrMedia, error: Exception, opened: bool) -> DataError:

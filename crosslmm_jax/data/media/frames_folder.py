@@ -1,4 +1,4 @@
-"""A folder of pictures, read as a video of one frame per second."""
+"""A folder of pictures, read as a video."""
 
 import os
 import re
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from crosslmm_jax.data.media.image import Resampling, is_image, read_image
+from crosslmm_jax.data.media.image import VIDEO_SUFFIXES, Resampling, is_image, read_image
 from crosslmm_jax.data.media.locate import Deadline, Media, PathOrMedia
 from crosslmm_jax.errors import DataError
 
@@ -15,14 +15,19 @@ def list_pictures(folder: PathOrMedia) -> list[PathOrMedia]:
     """The pictures in a folder, sorted by name. Numbers in names sort by value: 2 before 10.
 
     Raises:
-        DataError: "empty", when there are none.
+        DataError: there are none ("empty"), or a video lies among them ("wrong_type").
     """
     if isinstance(folder, Media):
         if folder.pictures:
             return list(folder.pictures)
         folder = folder.path
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if is_image(entry.name) and not entry.name.startswith(".")]
+        found = [entry.name for entry in entries if not entry.name.startswith(".")]
+    names = list(filter(is_image, found))
+    videos = sorted(name for name in found if name.lower().endswith(VIDEO_SUFFIXES))
+    if videos:  # with a cover beside it, or subtitles
+        detail = f"is a folder that holds the video {videos[0]}; name that file, or move it out of its frames"
+        raise DataError(folder, "wrong_type", detail)
     if not names:
         raise DataError(folder, "empty", "is a folder that holds no pictures; give a video or its frames")
     names.sort(key=_by_value)

@@ -24,6 +24,18 @@ _VIDEO_STARTS = (b"\x1a\x45\xdf\xa3", b"FLV\x01", b"OggS", b"\x00\x00\x01\xba", 
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
 
 
+class MediaOptions(NamedTuple):
+    """What an annotation says about the reading of its media.
+
+    Attributes:
+        stream: number of the video stream in its file, as ffprobe counts; None: the one that players show.
+        folder_fps: pictures per second of a folder of pictures.
+    """
+
+    stream: int | None = None
+    folder_fps: float = 1.0
+
+
 class Media(NamedTuple):
     """One medium that is not just a path.
 
@@ -33,8 +45,8 @@ class Media(NamedTuple):
         offset: byte at which the medium begins.
         length: bytes of the medium; None for the whole file.
         data: the content, when the file does not hold it verbatim.
-        pictures: the frames of a video that is stored as pictures, one per second. The other fields then
-            serve messages only.
+        pictures: the frames of a video that is stored as pictures. `path` and `name` are then for messages.
+        options: how it is read.
     """
 
     path: str
@@ -43,6 +55,7 @@ class Media(NamedTuple):
     length: int | None = None
     data: bytes | None = None
     pictures: tuple["Media", ...] = ()
+    options: MediaOptions = MediaOptions()
 
     def __str__(self) -> str:
         return f"{self.path}::{self.name}" if self.name else self.path
@@ -51,7 +64,9 @@ class Media(NamedTuple):
 PathOrMedia = str | os.PathLike[str] | Media
 
 
-def open_media(root: str, reference: str, *, allow_outside: bool = False) -> Media:
+def open_media(
+    root: str, reference: str, options: MediaOptions = MediaOptions(), *, allow_outside: bool = False
+) -> Media:
     """The medium of a reference: "a/b.mp4", a folder, "a.tar::b.mp4" or "a.array_record::17".
 
     In a tar the header of the member is read; in an ArrayRecord file, the whole record.
@@ -59,6 +74,7 @@ def open_media(root: str, reference: str, *, allow_outside: bool = False) -> Med
     Args:
         root: folder of the media; may be a symbolic link.
         reference: as in the annotation.
+        options: how it is read, as the annotation says.
         allow_outside: accept absolute paths, "..", and links that lead out of `root`.
 
     Raises:
@@ -69,14 +85,19 @@ def open_media(root: str, reference: str, *, allow_outside: bool = False) -> Med
         path = resolve_path(root, reference, allow_outside=allow_outside)
         if not allow_outside and os.path.isdir(path):
             _check_links(root, path)
-        return Media(path)
+        return Media(path, options=options)
     path = resolve_path(root, file, allow_outside=allow_outside)
     if kind_of(path) == "folder":
         raise DataError(path, "not_a_file", "is a folder; give the path of a file")
     if is_record_file(file):
-        return _medium_of(path, member, *read_values(path, member))
+        return _medium_of(path, member, *read_values(path, member))._replace(options=options)
     offset, length = member_span(path, member)
-    return Media(path, member_name(member), offset, length)
+    return Media(path, member_name(member), offset, length, options=options)
+
+
+def options_of(source: PathOrMedia) -> MediaOptions:
+    """How a medium is read; of a path, the defaults."""
+    return source.options if isinstance(source, Media) else MediaOptions()
 
 
 def from_bytes(data: bytes) -> Media:

@@ -26,7 +26,16 @@ from crosslmm_jax.data.media.demux import DAMAGED, SEEKABLE, format_of, open_vid
 from crosslmm_jax.data.media.frame_sampling import choose_frames
 from crosslmm_jax.data.media.frames_folder import list_pictures, read_pictures
 from crosslmm_jax.data.media.image import Clip, Resampling, holds_image, open_image, read_image, resize
-from crosslmm_jax.data.media.locate import DEADLINE_S, Deadline, PathOrMedia, check_pixels, kind_of, size_of
+from crosslmm_jax.data.media.locate import (
+    DEADLINE_S,
+    Deadline,
+    PathOrMedia,
+    check_pixels,
+    kind_of,
+    options_of,
+    size_of,
+)
+from crosslmm_jax.data.media.orientation import EXIF_FIELD, Orientation, of_exif, of_matrix
 from crosslmm_jax.data.media.packet_index import PacketIndex, open_indexed
 from crosslmm_jax.errors import DataError
 
@@ -40,8 +49,6 @@ OnFrames = Callable[[np.ndarray, int], None]
 
 _RESIZING_THREADS = 8  # at most; decoding keeps no more busy
 _LOST_TAIL = 3  # this many frames at the end may fail to decode; with more the file counts as damaged
-_EXIF_ROTATION = {3: 180, 4: 180, 5: 270, 6: 270, 7: 90, 8: 90}  # degrees anticlockwise
-_ORIENTATION = 0x0112  # number of the field in the EXIF data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +65,7 @@ class VideoInfo:
         codec: ffmpeg's name of the codec, or PIL's name of the image format in lower case.
         keyframe_spacing: mean seconds from one keyframe to the next.
         rotation: degrees anticlockwise by which the stored picture is to be rotated: 0, 90, 180 or 270.
+        mirrored: the picture is to be mirrored left to right after that.
     """
 
     duration: float
@@ -69,6 +77,7 @@ class VideoInfo:
     codec: str
     keyframe_spacing: float
     rotation: int
+    mirrored: bool = False
 
 
 def probe(path: PathOrMedia, *, deadline_s: float | None = DEADLINE_S) -> VideoInfo:
@@ -85,24 +94,27 @@ def probe(path: PathOrMedia, *, deadline_s: float | None = DEADLINE_S) -> VideoI
     """
     deadline = Deadline(path, deadline_s)
     if kind_of(path) == "folder":
-        infos = []
+        _check_no_stream(path)
+        infos, rate = [], options_of(path).folder_fps
         for picture in list_pictures(path):
             deadline.check()
             infos.append(_probe_image(picture))
         return dataclasses.replace(
             infos[0],
-            duration=float(len(infos)),
-            fps=1.0,
+            duration=len(infos) / rate,
+            fps=rate,
             num_frames=len(infos),
             size_bytes=sum(info.size_bytes for info in infos),
-            keyframe_spacing=1.0,
+            keyframe_spacing=1 / rate,
         )
     if holds_image(path):
+        _check_no_stream(path)
         return _probe_image(path)
     with open_indexed(path, deadline) as (stream, index):
         duration = (index.end - int(index.times[index.shown].min())) * index.tick
         frames = int(index.shown.sum())
         context = stream.codec_context
+        orientation = _first_orientation(stream, index, deadline)
         return VideoInfo(
             duration=duration,
             fps=frames / duration,
@@ -112,32 +124,39 @@ def probe(path: PathOrMedia, *, deadline_s: float | None = DEADLINE_S) -> VideoI
             size_bytes=size_of(path),
             codec=context.codec.canonical_name,
             keyframe_spacing=duration / (int(index.gops.max()) + 1),
-            rotation=_first_rotation(stream, index, deadline),
+            rotation=orientation.rotation,
+            mirrored=orientation.is_mirror_image,
         )
+
+
+def _check_no_stream(path: PathOrMedia) -> None:
+    """Raises DataError when an annotation chooses a stream of something that has none."""
+    if options_of(path).stream is not None:
+        raise DataError(path, "no_video", "is no file with streams; leave stream out of its row")
 
 
 def _probe_image(path: PathOrMedia) -> VideoInfo:
     """Size and format of a still image, from its header."""
     with open_image(path) as image:
-        rotation = _EXIF_ROTATION.get(image.getexif().get(_ORIENTATION, 1), 0)
+        orientation = of_exif(image.getexif().get(EXIF_FIELD))
         return VideoInfo(
             duration=0.0, fps=0.0, num_frames=1, width=image.width, height=image.height,
             size_bytes=size_of(path), codec=(image.format or "").lower(), keyframe_spacing=0.0,
-            rotation=rotation,
+            rotation=orientation.rotation, mirrored=orientation.is_mirror_image,
         )  # fmt: skip
 
 
-def _first_rotation(stream: "VideoStream", index: PacketIndex, deadline: Deadline) -> int:
-    """Rotation of the first frame, which PyAV knows of decoded frames only; 0 if that frame is damaged."""
+def _first_orientation(stream: "VideoStream", index: PacketIndex, deadline: Deadline) -> Orientation:
+    """Orientation of the first frame. PyAV knows it of decoded frames only; none if that one is damaged."""
     import av.error
 
     if format_of(stream) not in SEEKABLE:
-        return 0  # other formats store no rotation
+        return Orientation()  # other formats store none
     first = np.flatnonzero(index.shown)[:1]
     with contextlib.suppress(av.error.InvalidDataError, SeekError):
         for frame in decode_gops(stream, index, wanted=first, shortcuts=True, deadline=deadline):
-            return _quarter_turns(frame) * 90
-    return 0
+            return _orientation_of(frame)
+    return Orientation()
 
 
 def import_readers() -> None:
@@ -167,8 +186,8 @@ def read_frames(
     """Reads the frames that `sampling` chooses, each resized to `size` x `size` by PIL.
 
     Args:
-        path: a video, a folder of its frames (one per second), or a still image (one frame at time 0): a
-            path, or a result of `open_media`.
+        path: a video, a folder of its frames, or a still image (one frame at time 0): a path, or a result
+            of `open_media`, whose options say which stream of a file is read and the rate of a folder.
         sampling: the rule that chooses frames.
         size: R, pixels of each side. The aspect ratio is not kept, as in SigLIP.
         bounds: (start, end) in seconds of the part to read; None for the whole video.
@@ -183,15 +202,19 @@ def read_frames(
     """
     deadline = Deadline(path, deadline_s)
     if kind_of(path) == "folder":
+        _check_no_stream(path)
         pictures = list_pictures(path)
-        seconds = np.arange(len(pictures))
-        chosen = _choose(seconds, sampling, end=len(pictures), tick=1.0, bounds=bounds, path=path)
+        tick = 1 / options_of(path).folder_fps
+        chosen = _choose(
+            np.arange(len(pictures)), sampling, end=len(pictures), tick=tick, bounds=bounds, path=path
+        )
         images = read_pictures(
             [pictures[number] for number in chosen.frames], size=size, resampling=resampling,
             deadline=deadline,
         )  # fmt: skip
         return chosen.clip(images)
     if holds_image(path):
+        _check_no_stream(path)
         return read_image(path, size, resampling)
     to_square = _ToSquare(size, resampling, path, num_threads)
     for shortcuts in (True, False):  # without shortcuts if they do not find every frame
@@ -356,7 +379,7 @@ class _ToSquare:
                 collect()
 
     def __call__(self, frame: "VideoFrame") -> np.ndarray:
-        """The frame rotated as its metadata says, and resized."""
+        """The frame turned and mirrored as its metadata says, and resized."""
         from PIL import Image
 
         check_pixels(self.path, frame.width, frame.height)
@@ -365,12 +388,15 @@ class _ToSquare:
 
             self._of_thread.reformatter = VideoReformatter()
         pixels = self._of_thread.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        turns = _quarter_turns(frame)
-        if turns:
-            pixels = np.ascontiguousarray(np.rot90(pixels, turns))
+        orientation = _orientation_of(frame)
+        if any(orientation):
+            pixels = orientation.apply(pixels)
         return resize(Image.fromarray(pixels), self.size, self._resampling)
 
 
-def _quarter_turns(frame: "VideoFrame") -> int:
-    """Quarter turns anticlockwise by which the metadata rotates the frame."""
-    return round(frame.rotation / 90) % 4
+def _orientation_of(frame: "VideoFrame") -> Orientation:
+    """How the metadata turn and mirror the frame."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None or matrix.buffer_size != 36:
+        return Orientation()
+    return of_matrix(np.frombuffer(matrix, np.int32).tolist())

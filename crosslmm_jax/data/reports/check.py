@@ -8,7 +8,7 @@ import numpy as np
 
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.index import RowStore, only_data_errors, open_index
-from crosslmm_jax.data.media import DEADLINE_S, open_media, read_frames
+from crosslmm_jax.data.media import DEADLINE_S, MediaOptions, open_media, read_frames
 from crosslmm_jax.errors import DataError, Fault
 from crosslmm_jax.utils import Progress, map_in_order
 
@@ -74,10 +74,12 @@ def _check_rows(
     deadline_s: float | None,
 ) -> list[Fault]:  # fmt: skip
     @functools.cache
-    def fault_of(root: str, reference: str, bounds: tuple[float, float] | None) -> Fault | None:
+    def fault_of(
+        root: str, reference: str, bounds: tuple[float, float] | None, options: MediaOptions
+    ) -> Fault | None:
         try:
             with only_data_errors(root, reference):
-                medium = open_media(root, reference, allow_outside=allow_outside)
+                medium = open_media(root, reference, options, allow_outside=allow_outside)
                 read_frames(medium, sampling, size=_SIZE, bounds=bounds, deadline_s=deadline_s)
         except DataError as error:
             return error.fault  # the error itself would keep what was open
@@ -87,7 +89,7 @@ def _check_rows(
     for number in numbers:
         row = rows[number]
         for reference in row.media:
-            if (fault := fault_of(row.root, reference, row.bounds)) is not None:
+            if (fault := fault_of(row.root, reference, row.bounds, row.media_options)) is not None:
                 bad.append(dataclasses.replace(row.fault(fault), row=number))
                 break
     return bad

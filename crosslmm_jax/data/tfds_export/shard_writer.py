@@ -111,6 +111,8 @@ def tfds_features() -> Any:
         "media_files": features.Sequence(features.Scalar(np.int64)),
         "start": features.Text(),
         "end": features.Text(),
+        "stream": features.Text(),
+        "folder_fps": features.Text(),
         "dataset": features.Text(),
         "row": features.Scalar(np.int64),
     })  # fmt: skip
@@ -187,7 +189,7 @@ def _example(row: Row, *, allow_outside: bool) -> dict[str, object] | Fault:
     for reference in row.media:
         try:
             with only_data_errors(row.root, reference):
-                medium = open_media(row.root, reference, allow_outside=allow_outside)
+                medium = open_media(row.root, reference, row.media_options, allow_outside=allow_outside)
                 files = _read(medium, bytes_left)
                 whole, inside = files[0], ""
                 if kind_of(medium) == "folder":
@@ -211,6 +213,8 @@ def _example(row: Row, *, allow_outside: bool) -> dict[str, object] | Fault:
         "media_files": counts,
         "start": "" if start is None else repr(float(start)),
         "end": "" if end == math.inf else repr(float(end)),
+        "stream": "" if row.media_options.stream is None else str(row.media_options.stream),
+        "folder_fps": repr(row.media_options.folder_fps),
         "dataset": row.dataset,
         "row": row.row,
     }

@@ -152,9 +152,29 @@ def test_yaml_with_every_key(tmp_path: Path) -> None:
     assert rows[-1].where == f"{tmp_path}/b.jsonl: row 9 (id 9)"
 
 
+def test_folders_of_frames_have_a_rate(tmp_path: Path) -> None:
+    """That of the row, else that of the data set; the frames of TVQA have a rate of their own."""
+    (tmp_path / "frames").mkdir()
+    for name in ("a.json", "vqa_tvqa-tvqa_123k.jsonl"):
+        write_rows(tmp_path / name, 1)
+    rows = [{"video": "x", "conversations": TURNS}, {"video": "y", "conversations": TURNS, "folder_fps": 8}]
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    (tmp_path / "m.yaml").write_text(
+        "datasets:\n"
+        "  - {json_path: a.json}\n"
+        "  - {json_path: b.json, folder_fps: 2}\n"
+        "  - {json_path: vqa_tvqa-tvqa_123k.jsonl, data_root: frames, video_read_type: img}\n"
+        "  - {json_path: vqa_tvqa-tvqa_123k.jsonl, folder_fps: 1}\n"
+    )
+    read = [row for spec in read_mixture(str(tmp_path / "m.yaml")) for row in read_rows(spec, seed=0)]
+    assert [row.media_options.folder_fps for row in read if isinstance(row, Row)] == [1, 2, 8, 3, 1]
+
+
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
+        ("{json_path: a.json, folder_fps: fast}", "folder_fps is 'fast'; write a number of pictures"),
+        ("{json_path: a.json, folder_fps: 0}", "folder_fps is 0"),
         ("{json_path: gone.json}", "gone.json: no such file"),
         ("{json_path: a.json, data_root: nowhere}", "nowhere: no such file or folder; correct data_root"),
         ("{json_path: a.json, data_root: 'https://x.org/a'}", "write the folder that you downloaded it to"),

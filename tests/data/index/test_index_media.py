@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lookalikes import write_image, write_video
@@ -146,9 +147,9 @@ def test_a_medium_that_rows_share_is_checked_once(
     (tmp_path / broken).write_bytes(b"no video")
     opened = []
 
-    def counted(root: str, reference: str, **options: bool) -> object:
+    def counted(root: str, reference: str, *options: Any, **more: Any) -> object:
         opened.append(reference)
-        return open_media(root, reference, **options)
+        return open_media(root, reference, *options, **more)
 
     monkeypatch.setattr(check, "open_media", counted)
     found = check._check_rows(

@@ -17,7 +17,7 @@ from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.media import demux, packet_index
 from crosslmm_jax.data.media import locate as media
 from crosslmm_jax.data.media.image import read_image
-from crosslmm_jax.data.media.locate import Media, resolve_path
+from crosslmm_jax.data.media.locate import Media, MediaOptions, resolve_path
 from crosslmm_jax.data.media.video import probe, read_frames
 from crosslmm_jax.errors import DataError
 
@@ -165,6 +165,35 @@ def test_folder_of_pictures_is_a_video_of_one_frame_a_second(tmp_path: Path) -> 
     with pytest.raises(DataError, match="clip_7_10.png") as caught:
         read_frames(folder, SamplingConfig(frames=5), size=SIZE)
     assert caught.value.fault.reason == "corrupt"
+
+
+def test_a_folder_of_pictures_has_a_rate(tmp_path: Path) -> None:
+    for number in range(9):
+        Image.new("RGB", (SIZE, SIZE), (number, 0, 0)).save(tmp_path / f"{number:05d}.png")
+    folder = Media(str(tmp_path), options=MediaOptions(folder_fps=3.0))
+    info = probe(folder)
+    assert (info.num_frames, info.duration, info.fps) == (9, 3.0, 3.0)
+    assert info.keyframe_spacing == pytest.approx(1 / 3)
+    clip = read_frames(folder, SamplingConfig(policy="fps", fps=3.0, frames=9), size=SIZE, bounds=(1.0, 2.0))
+    assert clip.frames[:, 0, 0, 0].tolist() == [3, 4, 5] and clip.duration == pytest.approx(1)
+    np.testing.assert_allclose(clip.times, [1, 4 / 3, 5 / 3], rtol=1e-6)
+    every_second = read_frames(folder, SamplingConfig(policy="fps", fps=1.0, frames=9), size=SIZE)
+    assert every_second.frames[:, 0, 0, 0].tolist() == [0, 3, 6]
+    middles = SamplingConfig(policy="dynamic_fps1", min_frames=1, max_frames=8, multiple=1)
+    assert read_frames(folder, middles, size=SIZE).frames[:, 0, 0, 0].tolist() == [1, 4, 7]
+
+
+def test_a_video_among_pictures_is_named(tmp_path: Path) -> None:
+    """A cover beside a film, or frames beside the film that they come from: either could be meant."""
+    film = write_video(tmp_path / "film.mkv", 12)
+    Image.new("RGB", (20, 10)).save(tmp_path / "cover.jpg")
+    for read in (probe, lambda path: read_frames(path, FOUR, size=SIZE)):
+        with pytest.raises(DataError, match="holds the video film.mkv; name that file, or move") as caught:
+            read(tmp_path)
+        assert caught.value.fault.reason == "wrong_type"
+    assert probe(film).num_frames == 12
+    film.rename(tmp_path.parent / f"{tmp_path.name}.mkv")
+    assert probe(tmp_path).num_frames == 1
 
 
 def test_folder_without_pictures(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from crosslmm_jax.data.annotations.rows import CAPTION_QUESTIONS, DatasetSpec, E
 OPTIONS = frozenset({"fields", "clips", "path", "question"})
 _FIELDS = {
     "video": "YoutubeID", "start": "Start_timestamp", "end": "End_timestamp", "caption": "Caption",
+    "stream": "stream", "folder_fps": "folder_fps",
 }  # fmt: skip
 _PATHS = {"whole": "{video}.mp4", "cut": "{video}_{start}_{end}.mp4"}
 
@@ -26,7 +27,7 @@ def entries(spec: DatasetSpec) -> Iterator[Entry]:
     """The rows in order.
 
     Options:
-        fields: map of video, start, end and caption to names of fields.
+        fields: map of video, start, end, caption, stream and folder_fps to names of fields.
         clips: whole (the default) or cut.
         path: template of a file's path, with {video}, {start} and {end} as the row writes them.
         question: asks for the caption.
@@ -54,7 +55,10 @@ def to_row(value: object, origin: Origin) -> Row:
     bounds = origin.bounds(picked["start"], picked["end"])
     names = {name: _as_written(picked[name]) for name in ("video", "start", "end")}
     turns = origin.caption_turns(question, picked["caption"])
-    return origin.make_row(turns, videos=[fill_path(path, names, origin)], bounds=None if cut else bounds)
+    return origin.make_row(
+        turns, videos=[fill_path(path, names, origin)], bounds=None if cut else bounds,
+        options=origin.media_options(picked),
+    )  # fmt: skip
 
 
 def _as_written(value: object) -> object:

@@ -27,8 +27,8 @@ def to_row(value: object, origin: Origin) -> Row:
         if not media and (names := media_names(value, field, origin)):
             media[f"{field}s"] = names
     bounds = origin.bounds(value.get("start"), value.get("end"))
-    origin.check_read_type(value)
-    return origin.make_row(value["conversations"], bounds=bounds, **media)
+    options = origin.media_options(value)
+    return origin.make_row(value["conversations"], bounds=bounds, options=options, **media)
 
 
 def media_names(value: Mapping[str, object], field: str, origin: Origin) -> list[str]:

@@ -69,7 +69,9 @@ def to_row(value: Any, origin: Origin) -> Row:
         turns = _questions(content, origin)
         if part == "breakpoint":
             bounds = (0.0, _moment(content[0].get("time"), info.get("fps"), origin))
-    return origin.make_row(turns, videos=[info.get("video_path")], bounds=bounds)
+    return origin.make_row(
+        turns, videos=[info.get("video_path")], bounds=bounds, options=origin.media_options(info)
+    )
 
 
 def _questions(pairs: object, origin: Origin) -> list[dict[str, str]]:

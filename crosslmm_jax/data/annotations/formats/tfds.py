@@ -4,6 +4,7 @@ The folder holds dataset_info.json and features.json. Records are tf.train.Examp
 images and videos, or paths of files. `crosslmm data to-tfds` writes such folders.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -36,6 +37,8 @@ _FIELDS = {
     "media_files": ("media_files",),  # number of images of each medium; 1 for a file
     "start": ("start",),
     "end": ("end",),
+    "stream": ("stream",),
+    "folder_fps": ("folder_fps",),
     "video_read_type": ("video_read_type",),  # checked, without effect
 }
 _LONGEST_PATH = 4096
@@ -170,7 +173,8 @@ def to_row(value: tuple[Layout, str, int], origin: Origin) -> Row:
     bounds = origin.bounds(record.time("start"), record.time("end")) if kind == "videos" else None
     record.text("video_read_type")
     turns = record.turns(kind, len(media))
-    return origin.make_row(turns, bounds=bounds, **({kind: media} if kind else {}))
+    options = origin.media_options({name: record.number(name) for name in ("stream", "folder_fps")})
+    return origin.make_row(turns, bounds=bounds, options=options, **({kind: media} if kind else {}))
 
 
 class _Record:
@@ -201,6 +205,15 @@ class _Record:
         if not len(values) or values[0] == b"":
             return None
         return values[0] if isinstance(values[0], int | float) else self.text(field)
+
+    def number(self, field: str) -> object:
+        """The number of a field, which may be written as text; the text if it is none; None without one."""
+        value = self.time(field)
+        if not isinstance(value, str):
+            return value
+        with contextlib.suppress(ValueError):
+            return int(value) if value.isdecimal() else float(value)
+        return value
 
     def paths(self, field: str) -> list[str]:
         """The paths that a field holds; empty if it holds media. Raises DataError for numbers."""

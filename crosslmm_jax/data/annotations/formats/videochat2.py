@@ -37,5 +37,4 @@ def to_row(value: object, origin: Origin) -> Row:
         turns.append({"from": "gpt", "value": answer})
     bounds = origin.bounds(value.get("start"), value.get("end")) if field == "video" else None
     media = {"videos": names} if field == "video" else {"images": names}
-    origin.check_read_type(value)
-    return origin.make_row(turns, bounds=bounds, **media)
+    return origin.make_row(turns, bounds=bounds, options=origin.media_options(value), **media)

@@ -60,4 +60,4 @@ def to_row(value: Any, origin: Origin) -> Row:
         lines.append(label + text.strip())
     ids = {"video_id": scene.get("video_id"), "clip_id": scene.get("clip_id", name)}
     turns = origin.caption_turns(question, "\n".join(lines))
-    return origin.make_row(turns, videos=[fill_path(path, ids, origin)])
+    return origin.make_row(turns, videos=[fill_path(path, ids, origin)], options=origin.media_options(scene))

@@ -96,8 +96,8 @@ def to_row(sample: Sample, origin: Origin) -> Row:
         question = sample.question or CAPTION_QUESTIONS[kinds[0]]
         conversations = origin.caption_turns(question, _caption_of(sample, about))
     bounds = origin.bounds(about.get("start"), about.get("end")) if sample.media["videos"] else None
-    origin.check_read_type(about)
-    return origin.make_row(conversations, bounds=bounds, **sample.media)
+    options = origin.media_options(about)
+    return origin.make_row(conversations, bounds=bounds, options=options, **sample.media)
 
 
 def _json_of(sample: Sample, origin: Origin) -> Mapping[str, object]:
