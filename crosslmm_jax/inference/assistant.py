@@ -140,7 +140,7 @@ class VideoModel:
         encoding = Encoding(self.compiled, self.params) if at_once else None
         clips = read_everywhere(lambda: self.read(media, frames, encoding=encoding))
         seconds = {"decode": time.perf_counter() - begun} if timed else None
-        return Video(self, clips, encoding=encoding, seconds=seconds)
+        return self.watch_clips(clips, encoding=encoding, seconds=seconds)
 
     def warm_up(self, most_frames: int = FRAME_SIZES[-1]) -> None:
         """Compiles, or reads from disk, all programs for videos of up to `most_frames` frames.
@@ -191,7 +191,18 @@ class VideoModel:
         """
         if not len(frames):
             raise UserError("there are no frames; give at least one")
-        return Video(self, [Clip(frames, times, duration)])
+        return self.watch_clips([Clip(frames, times, duration)])
+
+    def watch_clips(
+        self, clips: Sequence[Clip], *, encoding: Encoding | None = None,
+        seconds: dict[str, float] | None = None,
+    ) -> "Video":  # fmt: skip
+        """Like `watch`, for media that are decoded. Encodes what `encoding` has not encoded yet.
+
+        With `seconds`, waits for each phase and adds its time.
+        """
+        prompt = self.prompt_of(clips)
+        return Video(self, clips, prompt, self.prefix(prompt, clips, encoding, seconds), seconds)
 
     def with_room(self, cache: KVCache, tokens: int) -> KVCache:
         """`cache` with room for so many tokens per row, the padding of a question included."""
@@ -313,15 +324,15 @@ class Video:
     """
 
     def __init__(
-        self, model: VideoModel, clips: Sequence[Clip], *, encoding: Encoding | None = None,
+        self, model: VideoModel, clips: Sequence[Clip], prompt: TokenSequence, prefix: Prefix,
         seconds: dict[str, float] | None = None,
     ) -> None:  # fmt: skip
-        """Encodes the frames that `encoding` has not encoded yet, and prefills up to the question."""
+        """See `VideoModel.watch`, which makes it."""
         self.model = model
         self.clips = tuple(clips)
         self.seconds = seconds or {}
-        self.prompt = model.prompt_of(self.clips)
-        self.prefix = model.prefix(self.prompt, self.clips, encoding, seconds)
+        self.prompt = prompt
+        self.prefix = prefix
 
     @property
     def frames(self) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import IO, Any, TypeAlias
 from crosslmm_jax.config import MeshConfig, Precision
 from crosslmm_jax.data.text import check_question, writable
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.inference.assistant import Answer, Video
+from crosslmm_jax.inference.assistant import Answer
 from crosslmm_jax.inference.figure import draw_attention
 from crosslmm_jax.inference.load import find_model_folder, load
 from crosslmm_jax.inference.many import Item, answers_as_ready
@@ -95,7 +95,7 @@ def ask(
         waiting = time.perf_counter()
         clips = read_everywhere(reading.result)
     seconds = None if started is None else {"decode": time.perf_counter() - waiting}
-    watched = Video(loaded, clips, seconds=seconds)
+    watched = loaded.watch_clips(clips, seconds=seconds)
     answer = watched.answer(question, **options)
     if attention_path is not None:
         maps = watched.attention(question, answer_prefix=options.get("answer_prefix", ""))

@@ -18,7 +18,7 @@ from crosslmm_jax.batch import Batch, RowOrNone
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.inference.generate import Generation, RowSettings, everywhere, generate, start
 from crosslmm_jax.inference.shapes import QUESTION_TOKENS, STEPS, PromptShape
-from crosslmm_jax.model import CrossLMM, KVCache, VideoCache, Visual, apply
+from crosslmm_jax.model import CrossLMM, KVCache, VideoCache, Visual, apply, kv_width
 from crosslmm_jax.parallel import activation_rules, program
 
 _ENCODING = ("encoder", "projector")  # parts of the parameters
@@ -132,6 +132,35 @@ class Compiled:
             prefilling, of_decoder = program(_prefill, "shape"), _of_decoder(params)
             return prefilling(self.model, of_decoder, tuple(parts), batch, counts, shape=shape)
 
+    def empty(self, size: int, frames: int) -> tuple[KVCache, Visual]:
+        """A cache that holds nothing, and the tokens of no frames; see `append`.
+
+        Args:
+          size: room for tokens.
+          frames: room for frames.
+        """
+        with jax.set_mesh(self.mesh):
+            return _empty(self.model, size=size, frames=frames)
+
+    def append(
+        self, params: PyTree, cache: KVCache, kept: Visual, new: Visual, count: int
+    ) -> tuple[KVCache, Visual]:
+        """Adds frames to what `cache` holds; see `CrossLMM.append`.
+
+        Args:
+          params: the parameters.
+          cache: left as it is.
+          kept: the tokens of the frames in the cache, with room for more; donated.
+          new: the tokens of n frames.
+          count: how many of them are real.
+
+        Returns:
+          The cache with them, and the tokens of all frames.
+        """
+        with jax.set_mesh(self.mesh):
+            appending, of_decoder = program(_append), _of_decoder(params)
+            return appending(self.model, of_decoder, cache, kept, new, np.int32(count))
+
     def read(
         self, params: PyTree, cache: KVCache, questions: Sequence[np.ndarray], rows: RowSettings, *,
         vocab_size: int,
@@ -227,6 +256,24 @@ def _prefill(
         cache_size=shape.cache_tokens, cache_frames=shape.cache_frames,
     )  # fmt: skip
     return cache._replace(num_tokens=everywhere(model, cache.num_tokens))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "size", "frames"))
+def _empty(model: CrossLMM, *, size: int, frames: int) -> tuple[KVCache, Visual]:
+    config, dtype = model.config, jnp.dtype(model.config.compute_dtype)
+    compact = jnp.zeros((1, frames * config.merge.tokens_per_frame, config.decoder.width), dtype)
+    originals = jnp.zeros((1, frames, config.vision.num_patches, kv_width(config)), dtype)
+    return KVCache.empty(config, size, frames), Visual(compact, originals)
+
+
+def _append(
+    model: CrossLMM, params: PyTree, cache: KVCache, kept: Visual, new: Visual, count: Array
+) -> tuple[KVCache, Visual]:
+    first, write = cache.visible_frames[0], jax.lax.dynamic_update_slice_in_dim
+    compact = write(kept.compact, new.compact, first * model.config.merge.tokens_per_frame, axis=1)
+    kept = Visual(compact, write(kept.originals, new.originals, first, axis=1))
+    cache = apply(model, params, CrossLMM.append, cache, Visual(new.compact, kept.originals), count)
+    return cache._replace(num_tokens=everywhere(model, cache.num_tokens)), kept
 
 
 @functools.partial(jax.jit, static_argnames=("model", "vocab_size"))

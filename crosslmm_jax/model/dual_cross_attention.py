@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from crosslmm_jax.batch import AllOrNone, Batch, RowOrNone, SamePerRow, VisibleFrames, VisualOnly
 from crosslmm_jax.config import ModelConfig, Precision
 from crosslmm_jax.model.attention.blockwise import MASKED
-from crosslmm_jax.model.encode_frames import Visual
+from crosslmm_jax.model.encode_frames import Appended, Visual
 from crosslmm_jax.model.kv_cache import KeysValues
 from crosslmm_jax.model.ops import (
     Rotary,
@@ -122,6 +122,33 @@ class DualCrossAttention(nn.Module):
                 seen = None if isinstance(visible, AllOrNone) else jnp.max(visible.counts, axis=1)
                 kv = compress(kv, c.cross_attention.cache_dtype, seen)
         return out, kv
+
+    def over_frames(
+        self, weights: CrossWeights, x: Float[Array, "b u d"], kv: KeysValues | None, appended: Appended
+    ) -> tuple[Float[Array, "b u d"], KeysValues | None]:
+        """V2V of frames that come after a KV cache, and T2V's keys and values with theirs.
+
+        Args:
+          weights: one layer's.
+          x: hidden states of the n*C new compact tokens and padding, U >= n*C.
+          kv: T2V's part of the cache, with room for the new frames; None without T2V.
+          appended: the new frames.
+        """
+        c, first, counts = self.config, appended.first, appended.visible_frames.counts
+        if "v2v" in weights:
+            with jax.named_scope("v2v"):
+                frame = first + jnp.arange(counts.shape[1]) // c.merge.tokens_per_frame
+                x = x + cross_attend(
+                    weights["v2v"], x, appended.originals, visible_frames=appended.visible_frames,
+                    times=jnp.broadcast_to(frame, counts.shape), config=c, scoped=True, first=first,
+                    rules=self.rules,
+                )  # fmt: skip
+        if "t2v" in weights and kv is not None:
+            with jax.named_scope("t2v"):
+                size = counts.shape[1] // c.merge.tokens_per_frame
+                new = jax.lax.dynamic_slice_in_dim(appended.originals, first, size, axis=1)
+                kv = kv.written(keys_values(weights["t2v"], new, config=c, first=first), first)
+        return x, kv
 
     def over_text(
         self, weights: CrossWeights, x: Float[Array, "b u d"], kv: KeysValues, visible_frames: SamePerRow
@@ -241,6 +268,7 @@ def cross_attend(
     times: Int[Array, "b t"],
     config: ModelConfig,
     scoped: bool = False,
+    first: Array | int | None = None,
     rules: AxisRules | None = None,
 ) -> Float[Array, "b u d"]:
     """The gated update of the tokens `x` (without the residual), exactly 0 for a token that sees no frame.
@@ -256,6 +284,8 @@ def cross_attend(
         the rotary embedding over time uses it.
       config: the model configuration.
       scoped: narrow the frames that are read to `v2v_scope` (V2V only).
+      first: of V2V, the frame of the first of `x` if they are not those of all frames; then `source` is
+        tokens.
       rules: logical axis -> mesh axes; frames may be sharded.
 
     Returns:
@@ -284,7 +314,8 @@ def cross_attend(
         out = attend(_scaled(by_video, source.key_scale), source, **same)
         out = _scaled(out, source.value_scale).reshape(q.shape)
     else:
-        out = attend_tokens(q, weights, source, make_kv=functools.partial(keys_values, config=config), **same)
+        make_kv = functools.partial(keys_values, config=config)
+        out = attend_tokens(q, weights, source, make_kv=make_kv, first=first, **same)
     if isinstance(visible_frames, RowOrNone):
         out = jnp.where((counts > 0)[:, :, None, None], out, 0)
     # Eq. 7 and 10: the gate, and the output projection Wo.
