@@ -50,6 +50,14 @@ def frames_at_once(num_frames: int) -> int:
     return FRAMES_AT_ONCE[num_frames > FRAMES_AT_ONCE[0]]
 
 
+def is_long(num_frames: int) -> bool:
+    """Whether tokens of so many frames are written to one place, instead of being joined from parts.
+
+    For a moment, joining holds them twice.
+    """
+    return num_frames > FRAME_SIZES[-1]
+
+
 def padded_frames(num_frames: int) -> int:
     """Frames of a prompt, padded."""
     return _size(num_frames, FRAME_SIZES)

@@ -84,12 +84,12 @@ class Stream:
         assert self._prompt.num_media == 1 and self._prompt.ids[-1] < 0  # the video comes last
         frames = self._most + max(FRAMES_AT_ONCE)  # the padding of the last ones too
         tokens = frames * model.processor.tokens_per_frame + len(before) + CACHE_ROOM
-        cache, kept = model.compiled.empty(round_up(tokens, TOKEN_STEP), frames)
+        cache = model.compiled.empty(round_up(tokens, TOKEN_STEP), frames)
         *_, state = model.compiled.read(
             model.params, cache, [before], RowSettings.of(), vocab_size=model.tokenizer.vocab_size
         )
         cache = state.cache._replace(t2v=cache.t2v)
-        return Prefix(cache._replace(t2v=None), (len(before),)), cache, kept
+        return Prefix(cache._replace(t2v=None), (len(before),)), cache, model.compiled.blank_tokens(frames)
 
     @property
     def frame_times(self) -> np.ndarray:
@@ -133,7 +133,8 @@ class Stream:
             padded = np.zeros((1, frames_at_once(len(some)), *some.shape[1:]), np.uint8)
             padded[0, : len(some)] = some
             new = compiled.encode(model.params, padded)
-            self._cache, self._kept = compiled.append(model.params, self._cache, self._kept, new, len(some))
+            self._kept = compiled.keep(self._kept, new, len(self._frames) + begin)
+            self._cache = compiled.append(model.params, self._cache, self._kept, new, len(some))
         self._frames = np.concatenate([self._frames, frames])
         self._times = np.concatenate([self._times, times])
 
@@ -158,7 +159,7 @@ class Stream:
                 kept.originals[:, begin : begin + size],
             )
             number = min(size, len(stay) - begin)
-            cache, kept = model.compiled.append(model.params, cache, kept, some, number)
+            cache = model.compiled.append(model.params, cache, kept, some, number)
         self._cache, self._kept = cache, kept
         self._frames, self._times = self._frames[stay], self._times[stay]
 

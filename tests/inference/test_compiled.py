@@ -11,7 +11,7 @@ from crosslmm_jax.batch import AllOrNone, Batch, RowOrNone
 from crosslmm_jax.config import MeshConfig, SamplingConfig
 from crosslmm_jax.data.text import Tokenizer
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
-from crosslmm_jax.inference import VideoModel, load
+from crosslmm_jax.inference import VideoModel, compiled, load, watching
 from crosslmm_jax.inference.compiled import parts_of
 from crosslmm_jax.inference.load import prepare_programs
 from crosslmm_jax.inference.prepare import prepare_params
@@ -148,9 +148,11 @@ def test_shapes_of_prompts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["compute", "int8"])
-def test_programs_that_were_prepared_are_those_that_run(model, tmp_path, compilations, precision):
+@pytest.mark.parametrize(("precision", "long"), [("compute", False), ("int8", True)])
+def test_programs_that_were_prepared_are_those_that_run(model, monkeypatch, compilations, precision, long):
     """From shapes alone, before the weights are read, and in the dtypes that inference has."""
+    for module in (watching, compiled):
+        monkeypatch.setattr(module, "is_long", lambda frames: long)
     config = dataclasses.replace(model.config, compute_dtype="bfloat16").at_precision(precision)
     mesh = model.compiled.mesh
     params = jax.tree.map(lambda x: x.astype("bfloat16"), init_params(config, jax.random.key(0)))

@@ -10,7 +10,7 @@ from crosslmm_jax import presets
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.inference import Stream, VideoModel, load
+from crosslmm_jax.inference import Stream, VideoModel, compiled, load, watching
 from crosslmm_jax.model import init_params
 from crosslmm_jax.model_folder import save_model_folder
 
@@ -104,3 +104,12 @@ def test_what_a_stream_cannot_take_is_refused(model):
     )
     with pytest.raises(UserError, match="load with precision='compute'"):
         Stream(narrow)
+
+
+@pytest.mark.slow
+def test_tokens_of_a_long_video_are_written_to_one_place(model, monkeypatch):
+    """As 600 frames are; against parts that are joined."""
+    joined = model.watch_frames(FRAMES[:40], TIMES[:40], 40.0)
+    for module in (watching, compiled):
+        monkeypatch.setattr(module, "is_long", lambda frames: frames > 32)
+    assert_same(model.watch_frames(FRAMES[:40], TIMES[:40], 40.0), joined, 40)
