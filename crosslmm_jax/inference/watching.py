@@ -142,9 +142,11 @@ def _read_clip(
 class Encoding:
     """The frames of one row of a prompt on their way through the encoder, some at a time."""
 
-    def __init__(self, compiled: Compiled, params: PyTree) -> None:
-        """Encodes with these programs and parameters."""
-        self._compiled, self._params = compiled, params
+    def __init__(
+        self, compiled: Compiled, params: PyTree, on_progress: Callable[[int], None] | None = None
+    ) -> None:
+        """Encodes with these programs and parameters; `on_progress` is called with the number of frames."""
+        self._compiled, self._params, self._on_progress = compiled, params, on_progress
         self._frames: np.ndarray | None = None
         self._size = 0  # frames of a part
         self._parts: list[Visual] = []
@@ -170,6 +172,8 @@ class Encoding:
         else:
             self._kept = self._compiled.keep(self._kept, new, self._encoded)
         self._encoded += self._size
+        if self._on_progress is not None:
+            self._on_progress(self._encoded)
 
     def finish(self, frames: np.ndarray, most_frames: int = 0) -> tuple[Visual, ...]:
         """The tokens of all frames uint8[F, R, R, 3] in parts, padded to a size of `shapes`.
