@@ -5,7 +5,9 @@ frame_sampling  which frames of a video are read, by their times
 locate          references of annotations to files, folders and parts of files; deadlines
 tar             members of tar files
 array_record    records of ArrayRecord files
+content         what a file holds, by its first bytes
 image           still images; `Clip`
+animation       animated pictures as videos
 orientation     how stored pictures are turned and mirrored
 frames_folder   a folder of pictures as a video
 demux           opening a video with PyAV; its packets
@@ -22,6 +24,7 @@ from crosslmm_jax.data.media.array_record import (
     read_record,
     value_member,
 )
+from crosslmm_jax.data.media.content import suffix_by_content
 from crosslmm_jax.data.media.frame_sampling import count_frames
 from crosslmm_jax.data.media.frames_folder import list_pictures
 from crosslmm_jax.data.media.image import (
@@ -44,7 +47,6 @@ from crosslmm_jax.data.media.locate import (
     resolve_path,
     size_of,
     split_reference,
-    suffix_by_content,
 )
 from crosslmm_jax.data.media.tar import read_member, tar_member, walk_tar
 from crosslmm_jax.data.media.video import VideoInfo, import_readers, probe, read_frames
