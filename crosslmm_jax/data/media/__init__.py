@@ -14,6 +14,7 @@ demux           opening a video with PyAV; its packets
 packet_index    times and keyframes of all packets of a video
 mp4_tables      the same from the tables of an mp4
 decode          decoding the GOPs that hold wanted frames
+live            `follow`: a video that is still being written
 """
 
 from crosslmm_jax.data.media.array_record import (
@@ -34,6 +35,7 @@ from crosslmm_jax.data.media.image import (
     is_image,
     stack_clips,
 )
+from crosslmm_jax.data.media.live import LiveFrames, follow
 from crosslmm_jax.data.media.locate import (
     DEADLINE_S,
     Media,
@@ -52,9 +54,10 @@ from crosslmm_jax.data.media.tar import read_member, tar_member, walk_tar
 from crosslmm_jax.data.media.video import VideoInfo, import_readers, probe, read_frames
 
 __all__ = [
-    "Clip", "DEADLINE_S", "FRAMES_PREFIX", "IMAGE_SUFFIXES", "Media", "MediaOptions", "PathOrMedia",
-    "VIDEO_SUFFIXES", "VideoInfo", "count_frames", "direct_reference", "from_bytes", "import_readers",
-    "is_image", "is_record_file", "kind_of", "list_pictures", "mean_record_size", "open_file", "open_media",
-    "parse_example", "probe", "read_frames", "read_member", "read_record", "resolve_path", "size_of",
-    "split_reference", "stack_clips", "suffix_by_content", "tar_member", "value_member", "walk_tar",
+    "Clip", "DEADLINE_S", "FRAMES_PREFIX", "IMAGE_SUFFIXES", "LiveFrames", "Media", "MediaOptions",
+    "PathOrMedia", "VIDEO_SUFFIXES", "VideoInfo", "count_frames", "direct_reference", "follow", "from_bytes",
+    "import_readers", "is_image", "is_record_file", "kind_of", "list_pictures", "mean_record_size",
+    "open_file", "open_media", "parse_example", "probe", "read_frames", "read_member", "read_record",
+    "resolve_path", "size_of", "split_reference", "stack_clips", "suffix_by_content", "tar_member",
+    "value_member", "walk_tar",
 ]  # fmt: skip
