@@ -4,7 +4,8 @@ Run: python examples/follow_a_recording.py runs/demo recording.mkv "What is happ
 
 The file is MPEG-TS, Matroska or fragmented mp4. "-" reads it from a pipe:
 
-    ffmpeg -i rtsp://camera -c copy -f mpegts - | python examples/follow_a_recording.py runs/demo - "Who is there?"
+    ffmpeg -i rtsp://camera -c copy -f mpegts - |
+        python examples/follow_a_recording.py runs/demo - "Who is there?"
 """
 
 import argparse
