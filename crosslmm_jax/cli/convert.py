@@ -26,7 +26,8 @@ def _add_from_hf(commands: Commands) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--vision", metavar="DIR",
-        help="SigLIP or SigLIP2 folder, or big_vision's .npz; with --llava: only its sizes are read",
+        help="SigLIP or SigLIP2 folder, or big_vision's .npz; with --llava: its sizes, and its weights if"
+        " --llava has no tower",
     )  # fmt: skip
     parser.add_argument("--llm", metavar="DIR", help="Qwen2 or Qwen2.5 folder")
     parser.add_argument("--llava", metavar="DIR", help="LLaVA-OneVision or LLaVA-Video folder, any layout")

@@ -1,15 +1,21 @@
 """The settings files of an export, as Hugging Face reads them; and ours, read back from them."""
 
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 
-from crosslmm_jax.config import ModelConfig
+from crosslmm_jax.config import ModelConfig, names_with_role
 from crosslmm_jax.config_io import from_dict, to_dict
-from crosslmm_jax.convert.source.config import Json
+from crosslmm_jax.convert.source.checks import Json
+from crosslmm_jax.convert.source.config import export_sizes
 from crosslmm_jax.convert.source.processor import RESAMPLING
+from crosslmm_jax.convert.source.rope import rope_scaling_of
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model_folder import Processor, processor_from_dict, read_json
 
+# What config.json of a `SiglipVisionModel` does not have of the architecture; and what else must agree.
+_NOT_DESCRIBED = {"vision.image_mean", "vision.image_std", "vision.num_layers"}
+_FURTHER_SIZES = ("vision.depth", "decoder.vocab_size", "decoder.yarn_factor")
 _PIL_NUMBER = {name: number for number, name in RESAMPLING.items()}
 
 
@@ -51,6 +57,7 @@ def text_config(config: ModelConfig, dtype: str, tokens: Mapping[str, int]) -> J
         "max_position_embeddings": decoder.max_positions,
         "rms_norm_eps": decoder.rms_norm_eps,
         "rope_theta": decoder.rope_theta,
+        "rope_scaling": rope_scaling_of(decoder.yarn_factor, decoder.yarn_trained_positions),
         "tie_word_embeddings": decoder.tie_embeddings,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
@@ -91,7 +98,26 @@ def read_crosslmm_config(folder: Path) -> tuple[ModelConfig, Processor]:
             " wrote, other checkpoints are --vision, --llm or --llava"
         )
     config = from_dict(ModelConfig, described.get("crosslmm"), source=f"{path}: field crosslmm")
+    _check_parts(config, described, path)
     return config, processor_from_dict(described.get("processor"), source=f"{path}: field processor")
+
+
+def _check_parts(config: ModelConfig, described: Json, path: Path) -> None:
+    """Raises a `UserError` when the descriptions for Hugging Face were changed and `config` was not."""
+    parts = export_sizes(described, path)
+    names = [*names_with_role(ModelConfig, "architecture"), *_FURTHER_SIZES]
+    # Positions of YaRN may be fewer than its factor makes.
+    names.append(
+        "decoder.max_positions" if config.decoder.yarn_factor == 1 else "decoder.yarn_trained_positions"
+    )
+    different = []
+    for name in names:
+        found, stated = (operator.attrgetter(name)(sizes) for sizes in (parts, config))
+        if name not in _NOT_DESCRIBED and found != stated:
+            part = "vision_config" if name.startswith("vision.") else "text_config"
+            different.append(f"{name} is {found} in {part} and {stated} in crosslmm")
+    if different:
+        raise UserError(f"{path}: {'; '.join(different)}; make them agree")
 
 
 def preprocessor_config(processor: Processor) -> Json:
@@ -111,7 +137,7 @@ def preprocessor_config(processor: Processor) -> Json:
 
 
 def generation_config(processor: Processor, tokens: Mapping[str, int], *, source: Path) -> Json:
-    """generation_config.json: generation ends as our answers do, and pads with the end of a text.
+    """generation_config.json: ends as our answers do, draws as the source said, pads with the end of a text.
 
     Args:
       processor: of the MODEL folder.
@@ -128,4 +154,5 @@ def generation_config(processor: Processor, tokens: Mapping[str, int], *, source
             " not have; correct the field"
         )
     end, ends = tokens.get("<|endoftext|>"), [tokens[token] for token in processor.end_tokens]
-    return {"bos_token_id": end, "pad_token_id": end, "eos_token_id": ends, "do_sample": False}
+    said = {name: value for name, value in to_dict(processor.generation).items() if value is not None}
+    return {"bos_token_id": end, "pad_token_id": end, "eos_token_id": ends, "do_sample": False} | said

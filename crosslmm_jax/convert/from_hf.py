@@ -5,11 +5,12 @@ import dataclasses
 import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from crosslmm_jax.config import MergeConfig, ModelConfig, SamplingConfig, names_with_role
 from crosslmm_jax.config_io import apply_overrides
 from crosslmm_jax.convert.export_settings import export_folder, read_crosslmm_config
-from crosslmm_jax.convert.families.llava import canonical
+from crosslmm_jax.convert.parts import has_head, has_tower, head_differs
 from crosslmm_jax.convert.plan import Plan, make_checkpoint, make_plan
 from crosslmm_jax.convert.report import Report
 from crosslmm_jax.convert.source.config import (
@@ -23,10 +24,13 @@ from crosslmm_jax.convert.source.files import Source, open_source
 from crosslmm_jax.convert.source.processor import (
     ImageSettings,
     end_tokens,
+    generation_of,
     image_settings,
     vocabulary_of,
     with_tokenizer_json,
 )
+from crosslmm_jax.convert.source.unreadable import check_readable
+from crosslmm_jax.convert.source.unused import unused_fields
 from crosslmm_jax.convert.stream import run_plan
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.model_folder import (
@@ -53,7 +57,7 @@ _NOT_COMPARED = {"vision.image_mean", "vision.image_std", "vision.num_layers"}
 class Request:
     """What to convert: `llava`, `vision` and `llm`, or `crosslmm`; see `crosslmm convert from-hf --help`."""
 
-    vision: str | None = None  # SigLIP folder or big_vision .npz; with `llava`, only its sizes are read
+    vision: str | None = None  # SigLIP folder or big_vision .npz; with `llava`, see `_open_sources`
     llm: str | None = None  # Qwen2 folder
     llava: str | None = None  # LLaVA folder, any layout
     projector: str | None = None  # `mm_projector.bin`
@@ -73,8 +77,8 @@ class Request:
         two_folders = self.llava is None and self.vision is not None and self.llm is not None
         if not one_folder and not two_folders:
             raise UserError(
-                "give --vision with --llm, or --llava (with --vision only for the tower's sizes), or"
-                " --crosslmm"
+                "give --vision with --llm, or --llava (with --vision for a tower that it lacks),"
+                " or --crosslmm"
             )
 
     def _check_alone(self) -> None:
@@ -86,12 +90,12 @@ class Request:
 
     @property
     def sources(self) -> dict[str, str]:
-        """Command-line option -> path, of the sources that hold weights."""
-        named = {"--llava": self.llava, "--llm": self.llm, "--projector": self.projector}
+        """Command-line option -> path, of all sources."""
+        named = {
+            "--llava": self.llava, "--llm": self.llm, "--projector": self.projector, "--vision": self.vision,
+        }  # fmt: skip
         if self.crosslmm is not None:
             named["--crosslmm"] = str(export_folder(self.crosslmm))
-        if self.llava is None:
-            named["--vision"] = self.vision
         return {option: path for option, path in sorted(named.items()) if path is not None}
 
 
@@ -108,15 +112,19 @@ def convert_from_hf(request: Request, out: str | Path, *, tokenizer: str | Path 
     """
     out = Path(out)
     check_replaceable(out)
+    for option, path in request.sources.items():
+        check_readable(option, path)
     named = Path(tokenizer or request.llm or request.llava or request.sources["--crosslmm"])
     with with_tokenizer_json(named) as tokenizer:
         vocabulary = vocabulary_of(tokenizer)
         planned = _planned(request, tokens=max(vocabulary.values()) + 1, tokenizer=named)
         with planned as (plan, processor), contextlib.ExitStack() as building:
             if request.crosslmm is None:
-                ends, notes = end_tokens(_folder(request.llm or request.llava), vocabulary)
-                processor = dataclasses.replace(processor, end_tokens=ends)
-                plan.report.notes += notes
+                source = _folder(request.llm or request.llava)
+                ends, notes = end_tokens(source, vocabulary)
+                generation, further = generation_of(source)
+                processor = dataclasses.replace(processor, end_tokens=ends, generation=generation)
+                plan.report.notes += notes + further
             folder = building.enter_context(atomic_folder(out, resume=False))
             write_settings(folder, plan.config, processor)
             copy_tokenizer(tokenizer, folder)
@@ -132,8 +140,10 @@ def _planned(
 ) -> Iterator[tuple[Plan, Processor]]:
     """The checked plan. Its sources are open inside the block."""
     with contextlib.ExitStack() as stack:
-        opened = {option: stack.enter_context(open_source(path)) for option, path in request.sources.items()}
-        config, processor, settings_file = _read_settings(request, opened)
+        opened = _open_sources(request, stack)
+        config, processor, notes = _read_settings(request, opened)
+        if "--vision" not in opened and request.llava is not None and not has_tower(opened["--llava"]):
+            raise UserError(f"--llava {request.llava}: holds no vision tower; add --vision with its folder")
         if tokens > config.decoder.vocab_size:
             raise ConfigError(
                 f"{tokenizer}: the tokenizer has {tokens} tokens, the embedding only"
@@ -145,35 +155,75 @@ def _planned(
             for option, source in opened.items()
         ]
         plan = make_plan(config, checkpoints, dtype=request.dtype)
-        plan.report.notes.append(f"{processor.resampling} resampling of frames, from {settings_file}")
-        if processor.time_instruction != "none":
-            kind = processor.time_instruction
-            plan.report.notes.append(
-                f"{kind} time instruction about each video, from the source's config.json"
-            )
+        plan.report.notes += notes
         yield plan, processor
 
 
-def _read_settings(request: Request, opened: dict[str, Source]) -> tuple[ModelConfig, Processor, str]:
-    """Both settings of the MODEL folder, and the file that the image settings come from."""
+def _open_sources(request: Request, stack: contextlib.ExitStack) -> dict[str, Source]:
+    """Command-line option -> source of weights, open until `stack` closes.
+
+    With a LLaVA checkpoint, the weights of `request.vision` are read only if that has no vision tower.
+    """
+    paths = request.sources
+    opened = {
+        option: stack.enter_context(open_source(path, option))
+        for option, path in paths.items()
+        if option != "--vision" or request.llava is None
+    }
+    if request.llava is not None and request.vision is not None and not has_tower(opened["--llava"]):
+        opened["--vision"] = stack.enter_context(open_source(request.vision, "--vision"))
+    return opened
+
+
+class _Settings(NamedTuple):
+    """Both settings of the MODEL folder, and notes about where they come from."""
+
+    config: ModelConfig
+    processor: Processor
+    notes: list[str]
+
+
+def _read_settings(request: Request, opened: dict[str, Source]) -> _Settings:
     if request.crosslmm is not None:
-        return *read_crosslmm_config(export_folder(request.crosslmm)), "the export's config.json"
-    config, settings = read_config(request, opened)
-    processor = make_processor(
-        config, sampling=SamplingConfig(), system_prompt=SYSTEM_PROMPT, resampling=settings.resampling,
-        time_instruction="none" if request.llava is None else llava_time_instruction(_folder(request.llava)),
-    )  # fmt: skip
-    return config, processor, settings.source
+        config, processor = read_crosslmm_config(export_folder(request.crosslmm))
+        notes, settings_file = [], "the export's config.json"
+    else:
+        config, settings, notes = read_config(request, opened)
+        llava = None if request.llava is None else _folder(request.llava)
+        processor = make_processor(
+            config, sampling=SamplingConfig(), system_prompt=SYSTEM_PROMPT, resampling=settings.resampling,
+            time_instruction="none" if llava is None else llava_time_instruction(llava),
+        )  # fmt: skip
+        settings_file = settings.source
+        if llava is not None and request.vision is not None and "--vision" not in opened:
+            notes.append("--vision gives sizes and image settings only: --llava has a vision tower")
+        for option in ("--llava", "--llm", "--vision"):
+            fields = unused_fields(_folder(request.sources[option])) if option in opened else ()
+            if fields:
+                notes.append(f"fields of {option}'s config.json that are not used: {', '.join(fields)}")
+    notes.append(f"{processor.resampling} resampling of frames, from {settings_file}")
+    if processor.time_instruction != "none":
+        kind = processor.time_instruction
+        notes.append(f"{kind} time instruction about each video, from the source's config.json")
+    return _Settings(config, processor, notes)
 
 
-def read_config(request: Request, opened: dict[str, Source]) -> tuple[ModelConfig, ImageSettings]:
+def read_config(request: Request, opened: dict[str, Source]) -> tuple[ModelConfig, ImageSettings, list[str]]:
     """The model's config, from the sources' config.json, the preset and the overrides, in this order.
+
+    Also the settings of the image processor, and notes.
 
     Raises:
       UserError: a value is missing, cannot be converted, or differs from the preset.
     """
     preset = get_preset(request.preset) if request.preset is not None else None
-    sizes = _read_sizes(request, opened, preset)
+    sizes, notes = _read_sizes(request, opened, preset), []
+    if sizes.decoder.tie_embeddings and head_differs(opened["--llm" if "--llm" in opened else "--llava"]):
+        sizes = Sizes(sizes.vision, dataclasses.replace(sizes.decoder, tie_embeddings=False))
+        notes.append(
+            "lm_head.weight differs from the embedding, to which config.json says that it is tied; both are"
+            " kept, as transformers does"
+        )
     settings = _image_settings(request, sizes.vision.image_size)
     vision = dataclasses.replace(sizes.vision, image_mean=settings.mean, image_std=settings.std)
     decoder = sizes.decoder
@@ -186,18 +236,21 @@ def read_config(request: Request, opened: dict[str, Source]) -> tuple[ModelConfi
             preset.vision, num_layers=vision.num_layers, feature_layer=vision.feature_layer,
             image_mean=vision.image_mean, image_std=vision.image_std,
         )  # fmt: skip
-        decoder = dataclasses.replace(preset.decoder, max_positions=decoder.max_positions)
+        decoder = dataclasses.replace(
+            preset.decoder, max_positions=decoder.max_positions, yarn_factor=decoder.yarn_factor,
+            yarn_trained_positions=decoder.yarn_trained_positions,
+        )  # fmt: skip
         config = dataclasses.replace(preset, vision=vision, decoder=decoder)
     if request.overrides:
         config = apply_overrides(config, request.overrides, source="convert from-hf")
-    return config, settings
+    return config, settings, notes
 
 
 def _read_sizes(request: Request, opened: dict[str, Source], preset: ModelConfig | None) -> Sizes:
     if request.llava is not None:
-        has_head = any(canonical(name) == "lm_head.weight" for name in opened["--llava"].tensors)
-        tower = None if request.vision is None else vision_sizes(_folder(request.vision))
-        return llava_sizes(_folder(request.llava), has_head=has_head, tower=tower)
+        sized = request.vision is not None and Path(request.vision).suffix != ".npz"
+        tower = vision_sizes(_folder(request.vision)) if sized else None
+        return llava_sizes(_folder(request.llava), has_head=has_head(opened["--llava"]), tower=tower)
     decoder = decoder_sizes(_folder(request.llm))
     if Path(str(request.vision)).suffix != ".npz":
         return Sizes(vision_sizes(_folder(request.vision)), decoder)

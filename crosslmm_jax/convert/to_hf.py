@@ -17,7 +17,7 @@ from crosslmm_jax.convert.families import cross, llava, qwen2
 from crosslmm_jax.convert.report import Report, dtypes_by_part
 from crosslmm_jax.convert.rules import Rule, Slot, expand
 from crosslmm_jax.convert.source.processor import read_vocabulary
-from crosslmm_jax.convert.stream import cast
+from crosslmm_jax.convert.stream import NotFinite, cast, check_finite, count_not_finite
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model_folder import (
     FLOATS,
@@ -104,6 +104,7 @@ def _write_part(
     tensors = {slot.hf: (slot.source_shape, dtypes[slot.hf]) for slot in slots}
     only_ours = part == "cross"
     part_folder = folder / ("crosslmm" if only_ours else part)
+    damaged: dict[str, NotFinite] = {}
     writer = WeightsWriter(
         part_folder, tensors, kind="pt", max_shard_bytes=MAX_SHARD_BYTES,
         stem="cross" if only_ours else "model",
@@ -112,7 +113,12 @@ def _write_part(
         for slot in slots:
             value = readers[slot.ours].read(slot.ours, slot.row)
             progress.update(progress.done + value.nbytes)
+            found = count_not_finite(value)
+            if found is not None:
+                row = "" if slot.row is None else f"[{slot.row}]"
+                damaged[f"{readers[slot.ours].path}: {slot.ours}{row}"] = found
             writer.write(slot.hf, cast(slot.out_of(value), dtypes[slot.hf], name=slot.ours))
+    check_finite(damaged)
     report.written += tensors
     report.bytes += writer.nbytes
     if only_ours:

@@ -7,7 +7,7 @@ No block gets an output of the other side. Weights are read one layer at a time.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -16,8 +16,8 @@ import numpy as np
 
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.convert import verify_source
-from crosslmm_jax.convert.source.files import open_source
-from crosslmm_jax.convert.source.processor import ImageSettings, image_settings
+from crosslmm_jax.convert.source.unreadable import check_readable
+from crosslmm_jax.convert.verify_tensors import Tensors
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import (
     Pooler,
@@ -105,7 +105,8 @@ def verify(
 
     Args:
       model: a MODEL folder.
-      vision: SigLIP folder, with `llm`; with `llava`, only the settings of its image processor are read.
+      vision: SigLIP folder. With `llava`: settings of its image processor, and its weights if that has no
+        tower.
       llm: Qwen2 folder.
       llava: LLaVA folder in any layout, instead of the other two.
       projector: `mm_projector.bin`, if the conversion used one.
@@ -120,23 +121,22 @@ def verify(
         raise UserError("give either --vision and --llm, or --llava: what the model was converted from")
     verify_source.require_torch()
     paths = {option: Path(str(path)) for option, path in folders.items()}
-    for option, path in paths.items():
-        if path.suffix == ".npz":
+    further = {"--vision": vision, "--projector": projector}
+    for option, path in (further | paths).items():
+        if path is not None and Path(path).suffix == ".npz":
             raise UserError(
                 f"{option} {path}: torch reads no .npz; give the same tower's Hugging Face folder"
             )
+        if path is not None:
+            check_readable(option, path)
     config = dataclasses.replace(load_model_config(model), compute_dtype="float32", visual_matmul="compute")
     rng, size = np.random.default_rng(seed), config.vision.image_size
     frames = rng.integers(0, 256, (FRAMES, size, size, 3), dtype=np.uint8)
-    settings = image_settings(Path(str(vision if vision is not None else llava)), size)
-    with contextlib.ExitStack() as stack:
-        opened = [str(path) for path in paths.values()] + ([projector] if projector is not None else [])
-        tensors = verify_source.Tensors([stack.enter_context(open_source(path)) for path in opened])
-        rows = min(config.decoder.vocab_size, tensors.shape("model.embed_tokens.weight")[0])
-        tokens = rng.integers(0, rows, (1, TOKENS)).astype(np.int32)
-        theirs = verify_source.source_blocks(
-            tensors, config, paths, pixels=_normalised(frames, settings), tokens=tokens
-        )
+    tensors = _tensors(paths, vision=vision, projector=projector)
+    rows = min(config.decoder.vocab_size, tensors.rows("model.embed_tokens.weight"))
+    tokens = rng.integers(0, rows, (1, TOKENS)).astype(np.int32)
+    pixels = verify_source.normalised(frames, Path(str(vision if vision is not None else llava)))
+    theirs = verify_source.source_blocks(tensors, config, paths, pixels=pixels, tokens=tokens)
     with open_model(Path(model), config) as read, jax.default_matmul_precision("highest"):
         ours = model_blocks(read, config, frames, tokens, with_projector="projector" in theirs)
         differences = tuple(compare(name, value, theirs.get(name)) for name, value in ours)
@@ -144,10 +144,13 @@ def verify(
     return Verification(differences, tolerance, notes)
 
 
-def _normalised(frames: np.ndarray, settings: ImageSettings) -> np.ndarray:
-    """Pixels as the source's image processor normalises them."""
-    mean, std = (np.array(x, np.float32) for x in (settings.mean, settings.std))
-    return (frames.astype(np.float32) / np.float32(255) - mean) / std
+def _tensors(folders: Mapping[str, Path], *, vision: str | None, projector: str | None) -> Tensors:
+    """The source's tensors. Those of `vision` are read unless a LLaVA checkpoint has a tower."""
+    paths = [*folders.values(), *([] if projector is None else [Path(projector)])]
+    tensors = Tensors(paths)
+    if "--llava" in folders and vision is not None and not tensors.names(verify_source.TOWER):
+        tensors = Tensors([Path(vision), *paths])
+    return tensors
 
 
 def compare(block: str, ours: np.ndarray, theirs: np.ndarray | None) -> Difference:

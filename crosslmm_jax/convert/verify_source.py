@@ -4,26 +4,23 @@ The models are Hugging Face's classes. The weights of a block are read just befo
 it, so that a source of any size and layout needs only the memory of its largest block.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from crosslmm_jax.config import ModelConfig, VisionConfig
-from crosslmm_jax.convert.families.llava import canonical
-from crosslmm_jax.convert.source.files import Source
+from crosslmm_jax.convert.verify_tensors import Tensors
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.model_folder import read_json
 
 if TYPE_CHECKING:
     import torch
     import transformers
 
 Blocks = dict[str, np.ndarray]
-# Buffers that old checkpoints hold although they are computed.
-_COMPUTED = ("position_ids", "rotary_emb.inv_freq")
-TOWER, PROJECTOR = "vision_model.", "multi_modal_projector."
+TOWER, PROJECTOR = "vision_model.", "projector."
 
 
 def require_torch() -> None:
@@ -36,42 +33,6 @@ def require_torch() -> None:
             f"convert verify runs the source in PyTorch and {error.name} is not installed;"
             " pip install 'crosslmm_jax[test]'"
         ) from error
-
-
-class Tensors:
-    """The tensors of one or several sources under the names of an export."""
-
-    def __init__(self, sources: Iterable[Source]) -> None:
-        """A later source takes precedence over earlier ones."""
-        sources = list(sources)
-        self._paths = ", ".join(str(source.path) for source in sources)
-        self._where = {canonical(name): (source, name) for source in sources for name in source.tensors}
-
-    def names(self, prefix: str) -> list[str]:
-        """The names below `prefix`, with the prefix removed."""
-        below = [name[len(prefix) :] for name in self._where if name.startswith(prefix)]
-        return [name for name in below if not name.endswith(_COMPUTED)]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the tensor `name`. Raises a `UserError` when no source has it."""
-        if name not in self._where:
-            raise UserError(f"{self._paths}: no tensor {name}; give the source of this MODEL, complete")
-        source, original = self._where[name]
-        return source.tensors[original].shape
-
-    def read(self, prefix: str) -> "dict[str, torch.Tensor]":
-        """float32 torch tensors of all names below `prefix`."""
-        import torch
-
-        values = {}
-        for name in self.names(prefix):
-            source, original = self._where[prefix + name]
-            values[name] = torch.from_numpy(np.array(source.read(original), np.float32))
-        return values
-
-    def path(self, prefix: str) -> Path:
-        """The path of the source that holds the tensors below `prefix`."""
-        return next(source.path for name, (source, _) in self._where.items() if name.startswith(prefix))
 
 
 def source_blocks(
@@ -100,17 +61,14 @@ def source_blocks(
         blocks = _vision_blocks(tensors, config, _vision_config(folders, config.vision), pixels)
         if tensors.names(PROJECTOR):
             blocks["projector"] = _project(tensors, blocks["features"])
-        decoder = _decoder_config(folders)
-        # A head beside a tied embedding is not read by Hugging Face; LLaVA's two configs may disagree on it.
-        tied = decoder.tie_word_embeddings and "--llm" in folders
-        return blocks | _decoder_blocks(tensors, decoder, tokens, tied=tied)
+        return blocks | _decoder_blocks(tensors, _decoder_config(folders), tokens)
 
 
 def _vision_config(folders: Mapping[str, Path], vision: VisionConfig) -> "transformers.SiglipVisionConfig":
     import transformers
 
     folder = folders.get("--llava", folders.get("--vision"))
-    stored = read_json(Path(str(folder)) / "config.json")
+    stored = _read_config(Path(str(folder)))
     if "vision_config" in stored:
         return transformers.SiglipVisionConfig(**stored["vision_config"])
     if "--llava" not in folders:
@@ -125,8 +83,27 @@ def _vision_config(folders: Mapping[str, Path], vision: VisionConfig) -> "transf
 def _decoder_config(folders: Mapping[str, Path]) -> "transformers.Qwen2Config":
     import transformers
 
-    stored = read_json(folders.get("--llava", folders.get("--llm", Path())) / "config.json")
+    stored = _read_config(folders.get("--llava", folders.get("--llm", Path())))
     return transformers.Qwen2Config(**stored.get("text_config", stored))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def normalised(frames: np.ndarray, folder: Path) -> np.ndarray:
+    """uint8[n, R, R, 3] as the image processor of a source's `folder` normalises them, float32."""
+    import transformers
+
+    settings = {}
+    for name in ("processor_config.json", "preprocessor_config.json"):  # the last one that is there
+        if (folder / name).is_file():
+            stored = json.loads((folder / name).read_text(encoding="utf-8"))
+            settings = stored.get("image_processor", stored)
+    known = {name: settings[name] for name in ("image_mean", "image_std") if name in settings}
+    processor = transformers.SiglipImageProcessor(**known)
+    mean, std = (np.array(x, np.float32) for x in (processor.image_mean, processor.image_std))
+    return (frames.astype(np.float32) / np.float32(255) - mean) / std
 
 
 def _vision_blocks(
@@ -158,19 +135,18 @@ def _project(tensors: Tensors, features: np.ndarray) -> np.ndarray:
     from torch.nn import functional as F
 
     w = tensors.read(PROJECTOR)
-    hidden = F.gelu(F.linear(torch.from_numpy(features), w["linear_1.weight"], w["linear_1.bias"]))
-    return F.linear(hidden, w["linear_2.weight"], w["linear_2.bias"]).numpy()
+    hidden = F.gelu(F.linear(torch.from_numpy(features), w["1.weight"], w["1.bias"]))
+    return F.linear(hidden, w["2.weight"], w["2.bias"]).numpy()
 
 
-def _decoder_blocks(
-    tensors: Tensors, config: "transformers.Qwen2Config", tokens: np.ndarray, *, tied: bool
-) -> Blocks:
+def _decoder_blocks(tensors: Tensors, config: "transformers.Qwen2Config", tokens: np.ndarray) -> Blocks:
     import torch
     import transformers
 
     # The embedding's rows are counted: LLaVA's config and its tensors may disagree on the padding.
-    config.vocab_size = tensors.shape("model.embed_tokens.weight")[0]
-    head = "lm_head." if tensors.names("lm_head.") and not tied else "model.embed_tokens."
+    config.vocab_size = tensors.rows("model.embed_tokens.weight")
+    # Whatever config.json says about tying, transformers keeps a head that differs from the embedding.
+    head = "lm_head." if tensors.names("lm_head.") else "model.embed_tokens."
     config.tie_word_embeddings = False  # each use reads its own copy
     with torch.device("meta"):
         model: Any = transformers.Qwen2ForCausalLM(config).eval()
@@ -202,7 +178,7 @@ def _stream(module: "torch.nn.Module", tensors: Tensors, prefix: str, keep: Call
             module.load_state_dict(tensors.read(prefix), strict=True, assign=True)
         except RuntimeError as error:
             raise UserError(
-                f"{tensors.path('')}: {error}; give the source of this MODEL, complete"
+                f"{tensors.path(prefix) or 'the source'}: {error}; give the source of this MODEL, complete"
             ) from error
 
     def drop(module: "torch.nn.Module", args: object, output: Any) -> None:

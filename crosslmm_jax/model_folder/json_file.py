@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.utils import cannot_read
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -15,7 +16,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: is missing; give the whole folder") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no readable JSON ({error}); copy or download it again") from error
+        raise cannot_read(path, f"is no readable JSON ({error}); copy or download it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds no JSON object; copy or download it again")
     return value

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.utils import cannot_read
 
 _LARGEST_HEADER = 100 * 2**20  # the library's own limit
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # from a file system that cannot reserve space
@@ -24,6 +25,11 @@ FLOATS = tuple(_NAMES)  # types that weights may have
 Shape = tuple[int, ...]
 _OTHERS = {"float64": "F64", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
            "bool": "BOOL"}  # fmt: skip
+# Types of the format that no weights here have: 8 bits and fewer, unsigned and complex numbers.
+_UNREAD = (
+    "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4", "I4", "U4",
+    "U16", "U32", "U64", "C64", "C128",
+)  # fmt: skip
 _DTYPES = {code: name for name, code in (_NAMES | _OTHERS).items()}
 
 
@@ -55,20 +61,31 @@ def read_header(path: Path) -> dict[str, Entry]:
             if size < 8 or length > min(size - 8, _LARGEST_HEADER):
                 raise ValueError(f"its {size} bytes are fewer than its header says")
             header = json.loads(file.read(length))
-        entries = {
-            name: _entry(name, value, 8 + length) for name, value in header.items() if name != "__metadata__"
-        }
+        header.pop("__metadata__", None)
+        _check_types(header, path)
+        entries = {name: _entry(name, value, 8 + length) for name, value in header.items()}
         ordered = dict(sorted(entries.items(), key=_place_of))
         end = _end_of(ordered, 8 + length)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path}: is no whole safetensors file ({error}); copy or download it again"
+        raise cannot_read(
+            path, f"is no whole safetensors file ({error}); copy or download it again"
         ) from error
     if end != size:
         raise UserError(
             f"{path}: has {size} bytes instead of {end}; it is truncated or damaged: copy it again"
         )
     return ordered
+
+
+def _check_types(header: Mapping[str, Mapping], path: Path) -> None:
+    """Raises a `UserError` for types of the format that are not read here. Such a file is not damaged."""
+    found = {name: value["dtype"] for name, value in header.items() if value["dtype"] in _UNREAD}
+    if found:
+        name = next(iter(found))
+        raise UserError(
+            f"{path}: {len(found)} tensor(s), such as {name}, have the type {found[name]}, which this project"
+            f" does not read; give the checkpoint in {', '.join(FLOATS)} that it was made from"
+        )
 
 
 def _place_of(item: tuple[str, Entry]) -> tuple[int, int]:

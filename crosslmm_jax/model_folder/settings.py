@@ -1,17 +1,39 @@
 """The two JSON files of a MODEL folder: config.json and processor.json."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from crosslmm_jax.config import ModelConfig, SamplingConfig, TimeInstruction
 from crosslmm_jax.config_io import from_dict, to_dict
+from crosslmm_jax.errors import ConfigError
 from crosslmm_jax.model_folder.contents import CONFIG_FILE, PROCESSOR_FILE, check_model_folder
 from crosslmm_jax.model_folder.json_file import read_json, write_json
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")  # of a turn and of a text
 Resampling = Literal["bicubic", "bilinear"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """How the source of the weights says that tokens are drawn; None: it does not say.
+
+    Answering does not read it: an answer is greedy unless a user asks for sampling. `convert to-hf` writes it
+    back into generation_config.json.
+    """
+
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not math.isfinite(value):
+                raise ConfigError(f"Generation.{name} is {value}; it must be a finite number")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +49,7 @@ class Processor:
     system_prompt: str
     time_instruction: TimeInstruction = "none"
     end_tokens: tuple[str, ...] = END_TOKENS  # any of them ends an answer
+    generation: Generation = Generation()
 
 
 def make_processor(
@@ -69,8 +92,8 @@ def load_processor(folder: str | Path) -> Processor:
 def processor_from_dict(described: object, *, source: str | Path) -> Processor:
     """The `Processor` of a JSON object, of `source` in messages. Raises a `UserError` that names the field.
 
-    Objects from before `end_tokens` was a field mean END_TOKENS.
+    Objects from before a field was there mean its default.
     """
     if isinstance(described, Mapping):
-        described = {"end_tokens": END_TOKENS, **described}
+        described = {"end_tokens": END_TOKENS, "generation": to_dict(Generation()), **described}
     return from_dict(Processor, described, source=source)

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from crosslmm_jax.cli.app import main
 from crosslmm_jax.convert.from_hf import Request, convert_from_hf
 from crosslmm_jax.convert.report import condense
+from crosslmm_jax.convert.source.config import decoder_sizes, llava_sizes
 from crosslmm_jax.convert.source.files import open_source
 from crosslmm_jax.convert.to_hf import convert_to_hf
 from crosslmm_jax.errors import UserError
@@ -170,11 +172,11 @@ def test_a_missing_size_is_no_guess(copies, fails, name) -> None:
 def test_configs_that_cannot_be_converted(copies, fails) -> None:
     edit_config(copies / "llm", rope_parameters=None)
     fails("field rope_theta is missing")
-    edit_config(copies / "llm", rope_scaling={"type": "yarn", "factor": 4.0}, rope_theta=1e6)
-    fails("scaled by 'yarn'")
-    edit_config(copies / "llm", rope_scaling=None, use_sliding_window=True)
+    edit_config(copies / "llm", rope_theta=1e6, use_sliding_window=True)
     fails("field use_sliding_window is True")
-    edit_config(copies / "llm", use_sliding_window=None)
+    edit_config(copies / "llm", use_sliding_window=None, layer_types=["full_attention", "sliding_attention"])
+    fails("field layer_types is .* only full_attention")
+    edit_config(copies / "llm", layer_types=None)
     edit_config(copies / "vision", hidden_act="relu")
     fails("field hidden_act is 'relu'")
     edit_config(copies / "vision", hidden_act=None, num_attention_heads=None)
@@ -183,6 +185,45 @@ def test_configs_that_cannot_be_converted(copies, fails) -> None:
     fails("fixed-resolution")
     (copies / "vision" / "config.json").unlink()
     fails(r"config\.json: is missing")
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 5e4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "rope_theta": 5e4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        (
+            {"rope_scaling": {"rope_type": "default", "type": "yarn"}},
+            "by 'default' and 'yarn'; only",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "scales rotary positions by 'linear'; only"),
+        ({"rope_scaling": YARN}, "rope_parameters and rope_scaling differ; keep"),
+        ({"rope_parameters": YARN | {"factor": None}}, "rope_parameters.factor is None; YaRN needs"),
+        ({"rope_parameters": YARN | {"beta_fast": 16}}, "beta_fast is 16; only 32 can be converted"),
+        ({"rope_parameters": YARN | {"attention_factor": 2.0}}, "attention_factor is 2.0; only 1.1386"),
+        ({"rope_parameters": YARN | {"mscale": 0.7}}, "mscale is 0.7; the decoder has no such constant"),
+        ({"rope_parameters": YARN | {"truncate": False}}, "truncate is False; only true can be converted"),
+        ({"rope_scaling": PLAIN | {"rope_theta": 1e6}}, "rope_scaling.rope_theta 1000000.0 differ; keep"),
+        ({"rope_scaling": {"type": "default"}}, "rope_scaling.rope_theta None differ; keep the one"),
+        ({"rope_theta": 1e6}, "rope_parameters.rope_theta 50000.0, rope_theta 1000000.0 differ"),
+        ({"rope_parameters": PLAIN | {"factor": 2.0}}, "rope_parameters.factor is 2.0; the decoder has no"),
+        (
+            {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}},
+            "factor is 0.5; only 1 can",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["llm", "llava"])
+def test_positions_that_the_decoder_does_not_have(sources, tmp_path, kind, fields, match) -> None:
+    """Also where a class of transformers would choose between two fields."""
+    source = sources.tied if kind == "llm" else sources.llava["hf"]
+    config = json.loads((source / "config.json").read_text())
+    (config if kind == "llm" else config["text_config"]).update({"rope_parameters": PLAIN} | fields)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"config\.json: .*{match}"):
+        decoder_sizes(tmp_path) if kind == "llm" else llava_sizes(tmp_path, has_head=True)
 
 
 def test_a_preset_that_does_not_fit(fails) -> None:
@@ -276,8 +317,15 @@ def test_a_full_disk(copies, fails, monkeypatch) -> None:
 
 
 @pytest.fixture
-def small_disk(mount_disk):
-    return mount_disk(kilobytes=512)
+def small_disk(tmp_path):
+    """A disk of 512 KiB, for those who may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_disk_that_is_really_full(sources, small_disk, tmp_path) -> None:
@@ -322,7 +370,7 @@ def test_a_folder_that_is_no_model_is_left_alone(sources, copies, fails) -> None
         (["convert", "from-hf", "--out", "m"], "give --vision with --llm, or --llava"),
         (
             ["convert", "from-hf", "--vision", "no", "--llm", "nope", "--out", "m"],
-            "tokenizer.json is missing",
+            "--llm nope: no such file or folder",
         ),
         (["convert", "from-hf", "--merge.gird", "3", "--out", "m"], "unrecognized arguments: --merge.gird"),
         (

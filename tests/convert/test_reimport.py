@@ -221,7 +221,15 @@ def test_each_part_has_one_type(export) -> None:
         (lambda config: config.pop("processor"), "field processor: the configuration is None"),
         (lambda config: config["processor"].update(image_size="28"), "field processor: field image_size"),
         (lambda config: config.update(model_type="qwen2"), "field model_type is 'qwen2'"),
-        (lambda config: config["crosslmm"]["decoder"].update(num_layers=6), "nothing fills"),
+        (
+            lambda config: config["crosslmm"]["decoder"].update(num_layers=6),
+            "decoder.num_layers is 5 in text_config and 6 in crosslmm; make them agree",
+        ),
+        (
+            lambda config: config["text_config"].update(rope_scaling={"type": "yarn", "factor": 4.0}),
+            "decoder.yarn_factor is 4.0 in text_config and 1.0 in crosslmm",
+        ),
+        (lambda config: config["vision_config"].update(patch_size=7), "vision.patch_size is 7 in vision_con"),
     ],
 )
 def test_settings_that_do_not_fit(export, change, match) -> None:

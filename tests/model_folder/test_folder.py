@@ -1,6 +1,7 @@
 """The MODEL folder: what is written is read back, and every defect is named."""
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import json
@@ -19,12 +20,15 @@ from crosslmm_jax.config import MeshConfig, SamplingConfig
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import init_params, logical_axes
 from crosslmm_jax.model_folder import (
+    END_TOKENS,
+    Generation,
     Reader,
     load_model_config,
     load_processor,
     load_weights,
     save_model_folder,
     weights,
+    write_settings,
 )
 from crosslmm_jax.parallel import make_mesh, param_shardings
 from crosslmm_jax.presets import tiny
@@ -85,6 +89,19 @@ def test_a_disk_that_cannot_reserve_space(tmp_path, params, tokenizer, monkeypat
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     save(tmp_path / "model", params, tokenizer)
     assert_equal(load_weights(tmp_path / "model", tiny()), params)
+
+
+def test_training_keeps_how_answers_end_and_are_drawn(tmp_path, params, tokenizer, caplog) -> None:
+    first, generation = tmp_path / "first", Generation(do_sample=True, temperature=0.7, top_k=20)
+    save(first, params, tokenizer)
+    ends = ("<|im_end|>", "!")
+    processor = dataclasses.replace(load_processor(first), end_tokens=ends, generation=generation)
+    write_settings(first, tiny(), processor)
+    save(tmp_path / "trained", params, tokenizer, started_from=first)
+    assert load_processor(tmp_path / "trained") == processor
+    shutil.rmtree(first)
+    save(tmp_path / "trained", params, tokenizer, started_from=first)
+    assert load_processor(tmp_path / "trained").end_tokens == END_TOKENS and "first is gone" in caplog.text
 
 
 def test_weights_are_readable_for_all(tmp_path, params, tokenizer) -> None:

@@ -8,27 +8,21 @@ missing anywhere else is an error.
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from crosslmm_jax import presets
 from crosslmm_jax.config import DecoderConfig, TimeInstruction, VisionConfig
+from crosslmm_jax.convert.source.checks import Json, check_types
+from crosslmm_jax.convert.source.rope import check_rope, positions_of
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.model_folder import read_json
 
-Json = Mapping[str, Any]  # a config.json, or an object in it
 LLAVA_TYPES = ("llava_onevision", "llava", "llava_qwen")
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _NEEDED_VISION = (*_NEEDED, "image_size", "patch_size")
 _NEEDED_TEXT = (*_NEEDED, "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "vocab_size")
-_NUMBERS = ("rms_norm_eps", "layer_norm_eps", "rope_theta")
-_COUNTS = (
-    *sorted({*_NEEDED_VISION, *_NEEDED_TEXT} - set(_NUMBERS)), "head_dim", "mm_hidden_size",
-    "vision_feature_layer",
-)  # fmt: skip
-_FLAGS = ("tie_word_embeddings", "add_time_instruction")
-_LARGEST = 2**31  # of any size
 
 
 class Sizes(NamedTuple):
@@ -47,9 +41,12 @@ def vision_sizes(folder: Path) -> VisionConfig:
         return _siglip(_nested(config, "vision_config", path), path, nested=True)
     if kind == "siglip_vision_model":
         return _siglip(config, path, nested=False)
-    fix = "give the fixed-resolution one, e.g. siglip2-so400m-patch14-384" if kind == "siglip2" else (
-        "give it as --llm" if kind == "qwen2" else "give a SigLIP or SigLIP2 folder"
-    )  # fmt: skip
+    if kind in ("siglip2", "siglip2_vision_model"):
+        raise UserError(
+            f"{path}: field model_type is {kind!r}: SigLIP2's NaFlex tower, for pictures of any shape; give"
+            " the fixed-resolution one, e.g. siglip2-so400m-patch14-384"
+        )
+    fix = "give it as --llm" if kind == "qwen2" else "give a SigLIP or SigLIP2 folder"
     raise UserError(f"{path}: field model_type is {kind!r}, which is no SigLIP vision tower; {fix}")
 
 
@@ -77,7 +74,7 @@ def llava_sizes(folder: Path, *, has_head: bool, tower: VisionConfig | None = No
     """
     path = folder / "config.json"
     config = read_json(path)
-    _check_types(config, path)
+    check_types(config, path)
     if config.get("model_type") == "llava_onevision":
         return _hf_llava(config, path, has_head)
     if "mm_vision_tower" in config:
@@ -88,6 +85,12 @@ def llava_sizes(folder: Path, *, has_head: bool, tower: VisionConfig | None = No
     )
 
 
+def export_sizes(config: Json, path: Path) -> Sizes:
+    """Sizes of the two parts that `to-hf` describes in an export's config.json, which `path` names."""
+    vision = _siglip(_nested(config, "vision_config", path), path, nested=False)
+    return Sizes(vision, _qwen2(_nested(config, "text_config", path), path, nested=False))
+
+
 def llava_time_instruction(folder: Path) -> TimeInstruction:
     """What a LLaVA checkpoint's training prompts said about the times of each video.
 
@@ -96,7 +99,7 @@ def llava_time_instruction(folder: Path) -> TimeInstruction:
     """
     path = folder / "config.json"
     config = read_json(path)
-    _check_types(config, path)
+    check_types(config, path)
     return "full" if config.get("add_time_instruction") else "none"
 
 
@@ -160,7 +163,7 @@ def _nested(config: Json, name: str, path: Path) -> Json:
 
 def _completed(cls: Any, config: Json, path: Path) -> Json:
     """A nested config with the defaults of the Hugging Face class `cls`."""
-    _check_types(config, path)
+    check_types(config, path)
     try:
         return cls(**config).to_dict()
     except Exception as error:  # the class raises errors of its own types
@@ -168,40 +171,11 @@ def _completed(cls: Any, config: Json, path: Path) -> Json:
         raise ConfigError(f"{path}: {cls.__name__} rejects its fields ({reason}); fix them") from error
 
 
-def _check_types(config: Json, path: Path) -> None:
-    """Raises a `ConfigError` that lists all fields that are present with a wrong type."""
-    wrong = []
-    for names, fits, expected in (
-        (_COUNTS, _is_count, f"a whole number of at most {_LARGEST}"),
-        (_NUMBERS, is_number, "a number"),
-        (_FLAGS, _is_flag, "true or false"),
-    ):
-        for name in names:
-            value = config.get(name)
-            if value is not None and not fits(value):
-                wrong.append(f"field {name} is {value!r}; it must be {expected}")
-    if wrong:
-        raise ConfigError(f"{path}: {'; '.join(wrong)}")
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and abs(value) <= _LARGEST
-
-
-def is_number(value: object) -> bool:
-    """Whether `value`, from JSON, is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # not NaN
-
-
-def _is_flag(value: object) -> bool:
-    return isinstance(value, bool)
-
-
 def _check_stated(config: Json, path: Path, names: tuple[str, ...]) -> None:
     missing = [name for name in names if config.get(name) is None]
     if missing:
         raise ConfigError(f"{path}: field {', '.join(missing)} is missing; add it as the model was trained")
-    _check_types(config, path)
+    check_types(config, path)
 
 
 def _expect(
@@ -250,37 +224,24 @@ def _siglip(config: Json, path: Path, *, nested: bool) -> VisionConfig:
 def _qwen2(config: Json, path: Path, *, nested: bool) -> DecoderConfig:
     if nested:
         _expect(config, path, "model_type", ("qwen2",), default="qwen2")
+        check_rope(config, path)  # the class would settle what the config leaves open
         from transformers import Qwen2Config
 
         config = _completed(Qwen2Config, config, path)
     _check_stated(config, path, _NEEDED_TEXT)
     _expect(config, path, "hidden_act", ("silu",), default="silu")
     _expect(config, path, "use_sliding_window", (False,), default=False)
+    kinds = config.get("layer_types") or ()
+    if not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds):
+        raise ConfigError(f"{path}: field layer_types is {kinds!r}; only full_attention can be converted")
     width, heads = config["hidden_size"], config["num_attention_heads"]
-    rope_theta = _rope_theta(config, path)
+    positions = positions_of(config, path)
     with _errors_name(path):
         return DecoderConfig(
             vocab_size=config["vocab_size"], width=width, num_layers=config["num_hidden_layers"],
             num_heads=heads, num_kv_heads=config["num_key_value_heads"],
             head_dim=config.get("head_dim") or width // (heads or 1), mlp_width=config["intermediate_size"],
-            rope_theta=rope_theta, rms_norm_eps=config["rms_norm_eps"],
+            rms_norm_eps=config["rms_norm_eps"],
             tie_embeddings=config.get("tie_word_embeddings", False),
-            max_positions=config["max_position_embeddings"],
+            **positions._asdict(),
         )  # fmt: skip
-
-
-def _rope_theta(config: Json, path: Path) -> float:
-    """Base of the rotary embedding: a top-level field, or since transformers 5 in `rope_parameters`."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ConfigError(f"{path}: field rope_parameters or rope_scaling is {rope!r}; it must be an object")
-    _check_types(rope, path)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(
-            f"{path}: rotary positions are scaled by {kind!r}; only unscaled ones can be converted"
-        )
-    theta = rope.get("rope_theta", config.get("rope_theta"))
-    if theta is None:
-        raise ConfigError(f"{path}: field rope_theta is missing; add it as the model was trained")
-    return float(theta)

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from crosslmm_jax.convert.report import condense
+from crosslmm_jax.convert.source.unreadable import check_readable
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model_folder import Reader, Shape, indexed_files, read_index
+from crosslmm_jax.utils import cannot_read, is_lfs_pointer
 
 if TYPE_CHECKING:
     import torch
@@ -58,8 +60,8 @@ class Source(Protocol):
 
 
 @contextlib.contextmanager
-def open_source(path: str | Path) -> Iterator[Source]:
-    """The tensors of a folder or of one file.
+def open_source(path: str | Path, option: str = "") -> Iterator[Source]:
+    """The tensors of a folder or of one file, which `option` names on the command line.
 
     A folder holds an index (of `*.safetensors`, else of `pytorch_model*.bin`) or a single file.
 
@@ -67,7 +69,7 @@ def open_source(path: str | Path) -> Iterator[Source]:
       UserError: there is nothing to read; a file is missing, truncated, or holds anything but tensors; or the
         index does not agree with the files.
     """
-    source = _open(Path(path))
+    source = _open(Path(path), option)
     try:
         _check_index(source)
         yield source
@@ -75,9 +77,8 @@ def open_source(path: str | Path) -> Iterator[Source]:
         source.close()
 
 
-def _open(path: Path) -> Source:
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder; give a checkpoint")
+def _open(path: Path, option: str) -> Source:
+    check_readable(option, path)
     files = [path] if path.is_file() else _files_of(path)
     suffix = files[0].suffix
     if suffix == ".safetensors":
@@ -202,6 +203,8 @@ def _load_torch(file: Path) -> dict[str, "torch.Tensor"]:
         raise UserError(
             f"{file}: torch is needed to read this format; pip install torch, or save it as safetensors"
         ) from error
+    if is_lfs_pointer(file):  # text, which torch takes for a pickle
+        raise cannot_read(file, "")
     try:
         # Mapping works for the zip format only, which torch has written since 1.6.
         mapped = zipfile.is_zipfile(file)
@@ -234,7 +237,7 @@ class NpzSource:
             for name in self._file.files:
                 self._declare(name, *self._header(name))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: is no whole .npz of arrays ({error}); download it again") from error
+            raise cannot_read(path, f"is no whole .npz of arrays ({error}); download it again") from error
         self.files = dict.fromkeys(self.tensors, path.name)
 
     def _header(self, name: str) -> tuple[Shape, str]:

@@ -8,12 +8,18 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from crosslmm_jax.convert.source.config import Json, is_number
+from crosslmm_jax.config_io import from_dict
+from crosslmm_jax.convert.source.checks import Json, is_number
 from crosslmm_jax.errors import ConfigError, UserError
-from crosslmm_jax.model_folder import END_TOKENS, Resampling, read_json
+from crosslmm_jax.model_folder import END_TOKENS, Generation, Resampling, read_json
+from crosslmm_jax.utils import cannot_read
 
 # PIL's number, as Hugging Face writes it -> our name.
 RESAMPLING: dict[int, Resampling] = {3: "bicubic", 2: "bilinear"}
+# Fields of generation_config.json that are read elsewhere, follow from the tokenizer, or say who wrote it.
+_NOT_OF_SAMPLING = (
+    "eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config"
+)  # fmt: skip
 # Special tokens of prompts.
 NEEDED_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -114,7 +120,7 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
         vocabulary |= {token["content"]: token["id"] for token in described["added_tokens"]}
         return {text: operator.index(token) for text, token in vocabulary.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error!r}); copy it again") from error
+        raise cannot_read(path, f"cannot be read ({error!r}); copy it again") from error
 
 
 def vocabulary_of(folder: Path) -> dict[str, int]:
@@ -136,6 +142,34 @@ def vocabulary_of(folder: Path) -> dict[str, int]:
     return vocabulary
 
 
+def generation_of(folder: Path) -> tuple[Generation, list[str]]:
+    """What generation_config.json says about drawing tokens, and notes about it.
+
+    Raises:
+      UserError: it is damaged, or one of these fields has a wrong type.
+    """
+    path = folder / "generation_config.json"
+    stored = {name: value for name, value in _stored(path).items() if value is not None}
+    names = [field.name for field in dataclasses.fields(Generation)]
+    said = {name: stored[name] for name in names if name in stored}
+    generation = from_dict(Generation, dict.fromkeys(names) | said, source=path)
+    notes = []
+    if said:
+        listed = ", ".join(f"{name} {json.dumps(value)}" for name, value in said.items())
+        notes.append(
+            f"sampling in generation_config.json ({listed}) is kept for `convert to-hf`; answers are greedy"
+            " unless --temperature asks for sampling"
+        )
+    further = [name for name in stored if name not in (*names, *_NOT_OF_SAMPLING)]
+    if further:
+        notes.append(f"left out of generation_config.json: {', '.join(further)}")
+    return generation, notes
+
+
+def _stored(path: Path) -> Json:
+    return read_json(path) if path.is_file() else {}
+
+
 def end_tokens(folder: Path, vocabulary: Mapping[str, int]) -> tuple[tuple[str, ...], list[str]]:
     """The tokens that end an answer, and notes about where they come from.
 
@@ -149,7 +183,7 @@ def end_tokens(folder: Path, vocabulary: Mapping[str, int]) -> tuple[tuple[str, 
       UserError: generation_config.json is damaged, or its eos_token_id is no id and no list of ids.
     """
     path = folder / "generation_config.json"
-    ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = _stored(path).get("eos_token_id")
     listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if any(type(token) is not int or token < 0 for token in listed):
         raise ConfigError(f"{path}: field eos_token_id is {ids!r}; it must be an id or a list of ids")

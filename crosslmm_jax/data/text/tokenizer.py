@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.utils import cannot_read, is_lfs_pointer
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -131,7 +132,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
         backend.add_tokens(_tokens_of_config(json.loads(config), backend))
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: the tokenizer cannot be read ({reason}); copy the folder again") from error
+        pointers = (path / name for name in _FILES if is_lfs_pointer(path / name))
+        raise cannot_read(
+            next(pointers, path), f"the tokenizer cannot be read ({reason}); copy the folder again"
+        ) from error
     digest = hashlib.blake2b(content + config, digest_size=12).hexdigest()
     return Tokenizer(backend, str(path), digest)
 
