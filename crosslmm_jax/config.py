@@ -10,9 +10,11 @@ The annotation of each field says its role, which decides what may change betwee
 |---|---|---|---|---|
 | `Architecture` | sizes and constants of released weights | must agree | must agree | read from the source |
 | `Identity` | what else weights and data mean | must agree | must agree | may be set |
-| `Recipe` | how the model learns | must agree | may change | may be set, but for positions |
+| `Recipe` | how the model learns | may change on purpose | may change | may be set, but for positions |
 | `Performance` | time and memory | may change | may change | may be set |
 | `Host` | where the run reads and writes, and how often | may change | may change | - |
+
+On purpose: with `run.accept_changes`. Paths are compared by what they lead to.
 
 The comment beside a field is its help on the command line: `crosslmm train CONFIG --help`.
 """
@@ -406,15 +408,17 @@ class RunConfig:
     """Weights to start from, and where and how often results are written."""
 
     out: Host[str]  # run folder: checkpoints/, metrics.jsonl, tensorboard/, model/
-    init_from: Recipe[str | None] = None  # MODEL folder to start from; None: random weights
+    init_from: Recipe[str | None] = None  # MODEL or run folder to start from; None: random weights
     seed: Recipe[int] = 0  # of random weights
     log_every: Host[int] = 10  # steps between lines of metrics
     save_every: Host[int] = 500  # steps between checkpoints
     keep_checkpoints: Host[int] = 2  # newest checkpoints that are kept
     tensorboard: Host[bool] = True  # also write metrics for TensorBoard
+    accept_changes: Host[bool] = False  # resume although fields of role "recipe" have changed
+    stop_deadline_s: Host[float] = 300.0  # from SIGTERM or Ctrl-C to the end; then it ends unsaved
 
     def __post_init__(self) -> None:
-        _require_positive(self, "log_every", "save_every", "keep_checkpoints")
+        _require_positive(self, "log_every", "save_every", "keep_checkpoints", "stop_deadline_s")
         _require(self, "out", bool(self.out), "the name of a folder")
 
 

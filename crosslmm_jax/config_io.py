@@ -9,11 +9,12 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import re
 import runpy
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -193,7 +194,8 @@ def apply_overrides(config: Config, overrides: Sequence[str], *, source: str | P
     Args:
       config: The configuration to change.
       overrides: Words, e.g. `["--vision.remat", "none", "--cross-attention.directions", "v2v", "t2v"]`. Every
-        field is one option; tuples take several words; `None`, `True` and `False` are written out.
+        field is one option; tuples take several words; `None`, `True` and `False` are written out, but an
+        option without a word is `True` where that can be.
       source: Where the words apply, for messages: a config file or a command.
 
     Raises:
@@ -209,9 +211,17 @@ def apply_overrides(config: Config, overrides: Sequence[str], *, source: str | P
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box), contextlib.redirect_stdout(box):
-            return _tyro(config, overrides)
+            return _tyro(config, list(_with_true(overrides, options)))
     except SystemExit:
         raise ConfigError(f"{source}: {_condense(box.getvalue(), options)}") from None
+
+
+def _with_true(words: Sequence[str], options: Mapping[str, object]) -> Iterator[str]:
+    """The words, with "True" after an option that has no word and whose field is true or false."""
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
+        yield word
+        if following.startswith("--") and options.get(word.replace("_", "-")) is bool:
+            yield "True"
 
 
 def print_help(config: object, *, command: str) -> None:

@@ -9,7 +9,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -65,6 +67,7 @@ MAY_SKIP = (
     r"only root may mount a disk",
     r"root may read everything",
     r"needs Linux's /proc",
+    r"pillow-heif is not installed",
     r"this jax has no Mosaic GPU",
 )
 
@@ -184,6 +187,41 @@ def free_port() -> Iterator[Callable[[], int]]:
             return holder.getsockname()[1]
 
         yield take
+
+
+@pytest.fixture
+def mount_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """`mount_disk(kilobytes=n)`: the folder of a new disk of this size, for those who may mount one."""
+    disks: list[Path] = []
+
+    def mount(*, kilobytes: int) -> Path:
+        disk = tmp_path / f"disk{len(disks) or ''}"
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("only root may mount a disk")
+        disks.append(disk)
+        return disk
+
+    yield mount
+    for disk in disks:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.fixture(scope="session")
+def fill():
+    """`fill(disk)`: leaves no byte free on it. Returns the file that takes up the space."""
+
+    def write_until_full(disk: Path) -> Path:
+        filler = disk / "filler"
+        with filler.open("ab", buffering=0) as file:
+            for size in (65_536, 4096, 1):
+                with contextlib.suppress(OSError):
+                    while True:
+                        file.write(bytes(size))
+        return filler
+
+    return write_until_full
 
 
 @pytest.fixture(scope="session")

@@ -378,7 +378,8 @@ def test_fields_that_may_change_when_a_run_resumes() -> None:
         "data.frame_cache_mb", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "model.attention",
         "model.cross_attention.cache_dtype", "model.decoder.remat", "model.vision.frame_chunk",
         "model.vision.keep_features", "model.vision.remat", "run.out", "run.log_every", "run.save_every",
-        "run.keep_checkpoints", "run.tensorboard", "stage.microbatches",
+        "run.keep_checkpoints", "run.tensorboard", "run.accept_changes", "run.stop_deadline_s",
+            "stage.microbatches",
     }  # fmt: skip
 
 

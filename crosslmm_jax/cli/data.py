@@ -36,6 +36,16 @@ def add_data(commands: Commands) -> None:
         help="counts tokens: MODEL, or a folder with tokenizer.json, the same as in training (default: the"
         " small tokenizer of the tiny model)",
     )  # fmt: skip
+    index.add_argument(
+        "--shard", metavar="K/N",
+        help="make part K (from 0) of N of the index, each on a machine of its own; then `data merge` them",
+    )  # fmt: skip
+    merge = actions.add_parser(
+        "merge", help="merge the shards of an index that several machines made",
+        epilog="The merged index is the one that a single machine makes, byte for byte. The shards, folders"
+        " beside INDEX, are deleted.",
+    )  # fmt: skip
+    merge.add_argument("index", metavar="INDEX", help="the --out of `crosslmm data index --shard K/N`")
     pack = actions.add_parser(
         "to-tfds", help="write a mixture with its media as ArrayRecord files, for fast random access",
         epilog="`tfds.builder_from_directory(DIR).as_data_source('train')` opens DIR without tensorflow, and"
@@ -68,7 +78,7 @@ def add_data(commands: Commands) -> None:
         for name in ("policy", "frames", "fps"):
             parser.add_argument(f"--{name}", action=Renamed, const=f"--sampling.{name}")
     actions_of: dict[argparse.ArgumentParser, Callable[[argparse.Namespace], int | None]]
-    actions_of = {index: _index, pack: _to_tfds, stats: _stats, check: _check}
+    actions_of = {index: _index, merge: _merge, pack: _to_tfds, stats: _stats, check: _check}
     for parser, run in actions_of.items():
         parser.set_defaults(run=run)
 
@@ -81,8 +91,9 @@ def _natural(text: str) -> int:
 
 
 def _index(args: argparse.Namespace) -> None:
-    from crosslmm_jax.data.index import build_index
+    from crosslmm_jax.data.index import build_index, parse_shard
 
+    shard = None if args.shard is None else parse_shard(args.shard)
     with tempfile.TemporaryDirectory() as folder:
         if args.tokenizer is None:
             from crosslmm_jax.demo import write_default_tokenizer
@@ -90,14 +101,24 @@ def _index(args: argparse.Namespace) -> None:
             write_default_tokenizer(folder)
         report = build_index(
             args.mixture, args.out, tokenizer=args.tokenizer or folder, media_root=args.media_root,
-            workers=args.workers, seed=args.seed, allow_outside=args.allow_outside,
+            workers=args.workers, seed=args.seed, allow_outside=args.allow_outside, shard=shard,
         )  # fmt: skip
-    print("\n".join([*report.lines(), f"written: {args.out}"]))
+    if shard is None:
+        print("\n".join([*report.lines(), f"written: {args.out}"]))
+    else:
+        end = f"written: shard {args.shard}; once all are: crosslmm data merge {args.out}"
+        print("\n".join([*report.lines(), end]))
     if args.tokenizer is None:
         print(
             "tokens are counted by the small tokenizer of the tiny model; to train another one, repeat with"
             " --tokenizer DIR: no file is probed again"
         )
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from crosslmm_jax.data.index import merge_index
+
+    print("\n".join([*merge_index(args.index).lines(), f"written: {args.index}"]))
 
 
 def _to_tfds(args: argparse.Namespace) -> None:

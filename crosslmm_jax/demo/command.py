@@ -52,15 +52,15 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False) -> dict[str, obj
     with atomic_folder(folder / "model", resume=False) as model:
         shutil.copytree(trained.model, model, dirs_exist_ok=True)
     asked = ask_heldout_video(folder, seed=seed)
-    figure = _figure(trained, control, asked)
+    figure = _write_figure(folder / "demo.png", trained, control, asked)
     seconds["questions"] = time.perf_counter() - since
     seconds["total"] = time.perf_counter() - begin
     result = demo_json(folder, trained, control, seconds, asked, seed=seed, quick=quick)
-    atomic_write(folder / "demo.png", figure)
     atomic_write(folder / "demo.json", _as_json(result))
     print_table(trained, control, seconds, in_parallel=in_parallel)
     print_questions(asked)
-    print(f"\n{folder / 'demo.png'}\n{folder / 'demo.json'}\n{folder / 'model'}: a MODEL folder")
+    print(f"\n{figure}\n{folder / 'demo.json'}\n{folder / 'model'}: a MODEL folder; ask it:")
+    print(f'crosslmm ask {folder} {asked.video} "{asked.questions[0].question}"')
     return result
 
 
@@ -133,11 +133,17 @@ def _train_both(folder: Path, size: recipe.Size, seed: int) -> tuple[TrainedMode
     return trained, control, in_parallel
 
 
-def _figure(trained: TrainedModel, control: TrainedModel, asked: AskedVideo) -> bytes:
+def _write_figure(path: Path, trained: TrainedModel, control: TrainedModel, asked: AskedVideo) -> str:
+    """Writes the figure. Returns its path, or why there is none: a figure stops no demo."""
     from crosslmm_jax.demo.figure import draw
 
     first = asked.questions[0]
-    return draw(
-        trained.metrics, control.metrics, frames=asked.frames, times=asked.times,
-        attention=asked.attention, title=f"{first.question}  {first.answer}  (true: {first.true_answer})",
-    )  # fmt: skip
+    try:
+        figure = draw(
+            trained.metrics, control.metrics, frames=asked.frames, times=asked.times,
+            attention=asked.attention, title=f"{first.question}  {first.answer}  (true: {first.true_answer})",
+        )  # fmt: skip
+        atomic_write(path, figure)
+    except OSError as error:
+        return f"{path}: the figure is not written ({error.strerror or error})"
+    return str(path)

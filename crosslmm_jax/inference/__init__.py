@@ -3,6 +3,7 @@
 load        from a MODEL folder to a `VideoModel`
 assistant   `VideoModel` -> `Video` -> `Chat`, `Answer`
 watching    media, decoded and encoded
+stream      a video that has not ended
 many        many questions about many videos
 scoring     how probable given answers are
 replies     tokens to texts, and when an answer ends
@@ -23,11 +24,11 @@ from crosslmm_jax.inference.load import load
 from crosslmm_jax.inference.many import Item, answer_many, answers_as_ready
 from crosslmm_jax.inference.replies import AnswerOptions, Options
 from crosslmm_jax.inference.scoring import score_options
+from crosslmm_jax.inference.stream import Stream
 from crosslmm_jax.inference.watching import Medium
 
 __all__ = [
     "Answer", "AnswerOptions", "Chat", "Generation", "Item", "Medium", "Options", "RowSettings", "Sampling",
-    "Video", "VideoModel", "answer_many", "answers_as_ready", "ask", "ask_many", "chat", "draw_frame",
-    "generate", "load",
-    "score_options",
+    "Stream", "Video", "VideoModel", "answer_many", "answers_as_ready", "ask", "ask_many", "chat",
+    "draw_frame", "generate", "load", "score_options",
 ]  # fmt: skip

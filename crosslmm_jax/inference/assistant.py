@@ -7,7 +7,7 @@ print(video.ask("What is the man doing?"))
 
 import dataclasses
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Literal, NamedTuple, Unpack
 
 import jax
@@ -32,11 +32,12 @@ from crosslmm_jax.data.text import (
 )
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.compiled import Compiled
+from crosslmm_jax.inference.devices import check_memory
 from crosslmm_jax.inference.replies import AnswerOptions, Options, Reply, replies
 from crosslmm_jax.inference.shapes import (
     FRAME_SIZES,
-    FRAME_STEP,
     QUESTION_TOKENS,
+    frame_sizes,
     grown,
     padded_frames,
     prompt_shape,
@@ -121,7 +122,10 @@ class VideoModel:
         self.ends = tokenizer.ids_of(processor.end_tokens)
         self.seconds = seconds or {}  # of `load`, by part
 
-    def watch(self, media: AnyMedia, frames: int | None = None, *, timed: bool = False) -> "Video":
+    def watch(
+        self, media: AnyMedia, frames: int | None = None, *, timed: bool = False,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> "Video":  # fmt: skip
         """Decodes and encodes a video, a picture, or several. Each question then costs only its own tokens.
 
         Args:
@@ -129,6 +133,7 @@ class VideoModel:
             of these, which the model sees in this order.
           frames: number of frames to read of each video; None: as in training.
           timed: wait for each phase, so that `Video.seconds` has its time.
+          on_progress: called with the number of frames that have gone to the encoder, of one medium.
 
         Raises:
           UserError: a medium is missing or damaged, or the decoder has too few positions for the frames.
@@ -137,10 +142,10 @@ class VideoModel:
         # Frames of one video go to the encoder while later ones are decoded. Not with several processes: they
         # must run the same programs, and one of them may fail to decode the rest.
         at_once = len(media_of(media)) == 1 and jax.process_count() == 1
-        encoding = Encoding(self.compiled, self.params) if at_once else None
+        encoding = Encoding(self.compiled, self.params, on_progress) if at_once else None
         clips = read_everywhere(lambda: self.read(media, frames, encoding=encoding))
         seconds = {"decode": time.perf_counter() - begun} if timed else None
-        return Video(self, clips, encoding=encoding, seconds=seconds)
+        return self.watch_clips(clips, encoding=encoding, seconds=seconds)
 
     def warm_up(self, most_frames: int = FRAME_SIZES[-1]) -> None:
         """Compiles, or reads from disk, all programs for videos of up to `most_frames` frames.
@@ -151,8 +156,7 @@ class VideoModel:
         pixels = (self.processor.image_size,) * 2 + (3,)
         positions = self.config.decoder.max_positions - RESERVED_POSITIONS
         most = min(most_frames, most_frames_of(self.config))
-        larger = range(FRAME_SIZES[-1] + FRAME_STEP, padded_frames(most) + 1, FRAME_STEP)
-        for count in (min(size, most) for size in (*FRAME_SIZES, *larger) if size <= padded_frames(most)):
+        for count in (min(size, most) for size in frame_sizes(most)):
             text = usual_text(count, self.tokenizer, self.processor)
             if count * self.processor.tokens_per_frame + text > positions:
                 continue
@@ -191,7 +195,18 @@ class VideoModel:
         """
         if not len(frames):
             raise UserError("there are no frames; give at least one")
-        return Video(self, [Clip(frames, times, duration)])
+        return self.watch_clips([Clip(frames, times, duration)])
+
+    def watch_clips(
+        self, clips: Sequence[Clip], *, encoding: Encoding | None = None,
+        seconds: dict[str, float] | None = None,
+    ) -> "Video":  # fmt: skip
+        """Like `watch`, for media that are decoded. Encodes what `encoding` has not encoded yet.
+
+        With `seconds`, waits for each phase and adds its time.
+        """
+        prompt = self.prompt_of(clips)
+        return Video(self, clips, prompt, self.prefix(prompt, clips, encoding, seconds), seconds)
 
     def with_room(self, cache: KVCache, tokens: int) -> KVCache:
         """`cache` with room for so many tokens per row, the padding of a question included."""
@@ -220,8 +235,9 @@ class VideoModel:
 
         With `seconds`, waits for both and adds their times to it.
         """
-        begun = time.perf_counter()
-        check_frames(sum(len(clip.frames) for clip in clips), self.config)
+        begun, num_frames = time.perf_counter(), sum(len(clip.frames) for clip in clips)
+        check_frames(num_frames, self.config)
+        check_memory(self.config, self.compiled.mesh, num_frames)
         parts = (encoding or Encoding(self.compiled, self.params)).finish(stacked(clips))
         if seconds is not None:
             jax.block_until_ready(parts)
@@ -313,15 +329,15 @@ class Video:
     """
 
     def __init__(
-        self, model: VideoModel, clips: Sequence[Clip], *, encoding: Encoding | None = None,
+        self, model: VideoModel, clips: Sequence[Clip], prompt: TokenSequence, prefix: Prefix,
         seconds: dict[str, float] | None = None,
     ) -> None:  # fmt: skip
-        """Encodes the frames that `encoding` has not encoded yet, and prefills up to the question."""
+        """See `VideoModel.watch`, which makes it."""
         self.model = model
         self.clips = tuple(clips)
         self.seconds = seconds or {}
-        self.prompt = model.prompt_of(self.clips)
-        self.prefix = model.prefix(self.prompt, self.clips, encoding, seconds)
+        self.prompt = prompt
+        self.prefix = prefix
 
     @property
     def frames(self) -> np.ndarray:

@@ -15,15 +15,18 @@ from typing import IO, Any, TypeAlias
 from crosslmm_jax.config import MeshConfig, Precision
 from crosslmm_jax.data.text import check_question, writable
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.inference.assistant import Answer, Video
+from crosslmm_jax.inference.assistant import Answer, Video, VideoModel
+from crosslmm_jax.inference.devices import check_memory, cost_of
 from crosslmm_jax.inference.figure import draw_attention
 from crosslmm_jax.inference.load import find_model_folder, load
 from crosslmm_jax.inference.many import Item, answers_as_ready
 from crosslmm_jax.inference.replies import AnswerOptions, Options
+from crosslmm_jax.inference.shapes import is_long
 from crosslmm_jax.inference.watching import (
     RESERVED_POSITIONS,
     AnyMedia,
     Medium,
+    check_frames,
     check_media,
     most_frames_to_read,
     read_everywhere,
@@ -83,19 +86,24 @@ def ask(
             " option out"
         )
     together(lambda: check_media(video))  # before the weights are read
-    yarn_frames = most_frames_to_read(video, processor, frames) if yarn else 0
-    room = config.decoder.with_positions(yarn_frames * config.merge.tokens_per_frame + RESERVED_POSITIONS)
-    config = dataclasses.replace(config, decoder=room)
-    with ThreadPoolExecutor(1) as beside:  # the file is decoded while the weights are read
-        reading = beside.submit(read_media, video, frames, config, processor)
-        loaded = load(
-            folder, precision, mesh=mesh, frames=lambda: sum(len(clip.frames) for clip in reading.result()),
-            yarn_frames=yarn_frames,
-        )  # fmt: skip
-        waiting = time.perf_counter()
-        clips = read_everywhere(reading.result)
-    seconds = None if started is None else {"decode": time.perf_counter() - waiting}
-    watched = Video(loaded, clips, seconds=seconds)
+    most = most_frames_to_read(video, processor, frames)
+    room = config.decoder.with_positions(most * config.merge.tokens_per_frame + RESERVED_POSITIONS)
+    config = dataclasses.replace(config, decoder=room) if yarn else config
+    check_frames(most, config, given="--frames is {}")
+    if is_long(most):
+        loaded = load(folder, precision, mesh=mesh, yarn_frames=most if yarn else 0)
+        watched = _watch_long(loaded, video, frames, most, timed=started is not None)
+    else:
+        with ThreadPoolExecutor(1) as beside:  # the file is decoded while the weights are read
+            reading = beside.submit(read_media, video, frames, config, processor)
+            loaded = load(
+                folder, precision, mesh=mesh, yarn_frames=most if yarn else 0,
+                frames=lambda: sum(len(clip.frames) for clip in reading.result()),
+            )  # fmt: skip
+            waiting = time.perf_counter()
+            clips = read_everywhere(reading.result)
+        seconds = None if started is None else {"decode": time.perf_counter() - waiting}
+        watched = loaded.watch_clips(clips, seconds=seconds)
     answer = watched.answer(question, **options)
     if attention_path is not None:
         maps = watched.attention(question, answer_prefix=options.get("answer_prefix", ""))
@@ -121,6 +129,16 @@ def ask(
         phases["total"] = sum(phases[phase] for phase in waited)
         report["timings"] = {phase: round(value, 4) for phase, value in phases.items()}
     return report
+
+
+def _watch_long(model: VideoModel, media: AnyMedia, frames: int | None, most: int, *, timed: bool) -> Video:
+    """Watches with what it costs said beforehand, and with progress."""
+    check_memory(model.config, model.compiled.mesh, most)
+    first = is_first_process()
+    if first:
+        print(cost_of(model.config, most), file=sys.stderr)
+    with Progress("watch", unit="frames", total=most, quiet=not first) as progress:
+        return model.watch(media, frames, timed=timed, on_progress=progress.update)
 
 
 def chat(

@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from crosslmm_jax.batch import Batch, RowOrNone
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.inference.generate import Generation, RowSettings, everywhere, generate, start
-from crosslmm_jax.inference.shapes import QUESTION_TOKENS, STEPS, PromptShape
-from crosslmm_jax.model import CrossLMM, KVCache, VideoCache, Visual, apply
+from crosslmm_jax.inference.shapes import QUESTION_TOKENS, STEPS, PromptShape, is_long
+from crosslmm_jax.model import CrossLMM, KVCache, VideoCache, Visual, apply, kv_width
 from crosslmm_jax.parallel import activation_rules, program
 
 _ENCODING = ("encoder", "projector")  # parts of the parameters
@@ -88,7 +88,15 @@ class Compiled:
             # Tracing is python, one at a time; what follows runs in parallel.
             compiled = [pool.submit(compile_it, lambda: encoding.lower(model, of_encoder, frames))]
             part = shapes_of(encoding.eval_shape(model, of_encoder, frames))
-            prompts = ((part,) * (shape.frames // frames_at_once),), batch, counts
+            parts = (part,) * (shape.frames // frames_at_once)
+            if is_long(shape.frames):
+                parts = (shapes_of(_no_tokens.eval_shape(model, frames=shape.frames)),)
+                written = parts[0], part, np.int32(0)
+                compiled += [
+                    pool.submit(compile_it, lambda: _no_tokens.lower(model, frames=shape.frames)),
+                    pool.submit(compile_it, lambda: _keep.lower(model, *written)),
+                ]
+            prompts = (parts,), batch, counts
             cache = shapes_of(prefilling.eval_shape(model, params, *prompts, shape=shape))
             compiled += [
                 pool.submit(compile_it, lambda: prefilling.lower(model, params, *prompts, shape=shape))
@@ -131,6 +139,35 @@ class Compiled:
         with jax.set_mesh(self.mesh):
             prefilling, of_decoder = program(_prefill, "shape"), _of_decoder(params)
             return prefilling(self.model, of_decoder, tuple(parts), batch, counts, shape=shape)
+
+    def empty(self, size: int, frames: int) -> KVCache:
+        """A cache that holds nothing, with room for `size` tokens and `frames` frames."""
+        with jax.set_mesh(self.mesh):
+            return _empty(self.model, size=size, frames=frames)
+
+    def blank_tokens(self, frames: int) -> Visual:
+        """Room for the tokens of so many frames, all zero."""
+        with jax.set_mesh(self.mesh):
+            return _no_tokens(self.model, frames=frames)
+
+    def keep(self, kept: Visual, new: Visual, first: int) -> Visual:
+        """`kept` with the tokens of new frames from frame `first` on. `kept` is donated."""
+        with jax.set_mesh(self.mesh):
+            return _keep(self.model, kept, new, np.int32(first))
+
+    def append(self, params: PyTree, cache: KVCache, kept: Visual, new: Visual, count: int) -> KVCache:
+        """Adds frames to what `cache` holds; see `CrossLMM.append`.
+
+        Args:
+          params: the parameters.
+          cache: left as it is.
+          kept: the tokens of all frames from the first in the cache to the last new one, and padding.
+          new: the tokens of n frames, which are in `kept` too.
+          count: how many of them are real.
+        """
+        with jax.set_mesh(self.mesh):
+            appending, of_decoder = program(_append), _of_decoder(params)
+            return appending(self.model, of_decoder, cache, kept.originals, new.compact, np.int32(count))
 
     def read(
         self, params: PyTree, cache: KVCache, questions: Sequence[np.ndarray], rows: RowSettings, *,
@@ -226,6 +263,32 @@ def _prefill(
         model, params, CrossLMM.prefill, visual, batch, counts,
         cache_size=shape.cache_tokens, cache_frames=shape.cache_frames,
     )  # fmt: skip
+    return cache._replace(num_tokens=everywhere(model, cache.num_tokens))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "frames"))
+def _no_tokens(model: CrossLMM, *, frames: int) -> Visual:
+    config, dtype = model.config, jnp.dtype(model.config.compute_dtype)
+    compact = jnp.zeros((1, frames * config.merge.tokens_per_frame, config.decoder.width), dtype)
+    return Visual(compact, jnp.zeros((1, frames, config.vision.num_patches, kv_width(config)), dtype))
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="kept")
+def _keep(model: CrossLMM, kept: Visual, new: Visual, first: Array) -> Visual:
+    write, tokens = jax.lax.dynamic_update_slice_in_dim, model.config.merge.tokens_per_frame
+    compact = write(kept.compact, new.compact, first * tokens, axis=1)
+    return Visual(compact, write(kept.originals, new.originals, first, axis=1))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "size", "frames"))
+def _empty(model: CrossLMM, *, size: int, frames: int) -> KVCache:
+    return KVCache.empty(model.config, size, frames)
+
+
+def _append(
+    model: CrossLMM, params: PyTree, cache: KVCache, originals: Array, compact: Array, count: Array
+) -> KVCache:
+    cache = apply(model, params, CrossLMM.append, cache, Visual(compact, originals), count)
     return cache._replace(num_tokens=everywhere(model, cache.num_tokens))
 
 

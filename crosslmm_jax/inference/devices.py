@@ -1,15 +1,17 @@
 """The device mesh of answering, and how much fits its devices."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from crosslmm_jax.config import MeshConfig, ModelConfig
+from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.prepare import prepared_shapes
-from crosslmm_jax.inference.shapes import PromptShape
-from crosslmm_jax.model import DTYPES
+from crosslmm_jax.inference.shapes import PromptShape, frame_sizes, prompt_shape
+from crosslmm_jax.model import DTYPES, kv_width
 from crosslmm_jax.parallel import gather, make_mesh
 
 WEIGHT_SHARE = 0.7  # of a device's memory that weights may take; the rest is for videos and answers
@@ -50,13 +52,80 @@ def videos_at_once(config: ModelConfig, mesh: Mesh, shape: PromptShape) -> int:
     groups, shares = int(sizes["data"] * sizes["fsdp"]), int(sizes["tensor"])
     if limit is None:
         return groups
-    decoder, cross = config.decoder, config.cross_attention
-    per_token = 2 * decoder.num_kv_heads * decoder.head_dim
-    stored = DTYPES.get(cross.cache_dtype, jnp.dtype(config.compute_dtype)).itemsize
-    of_video = shape.cache_frames * config.vision.num_patches * len(config.cross_attention_layers) * stored
-    of_text = shape.cache_tokens * decoder.num_layers * jnp.dtype(config.compute_dtype).itemsize
+    of_video = VideoBytes.of(config, shape)
     room = CACHE_SHARE * (limit - _weight_bytes(config) / (shares * sizes["fsdp"]))
-    return groups * max(1, min(MOST_VIDEOS, int(room // (per_token * (of_video + of_text) / shares))))
+    caches = (of_video.video_cache + of_video.text_cache) / shares
+    return groups * max(1, min(MOST_VIDEOS, int(room // caches)))
+
+
+class VideoBytes(NamedTuple):
+    """Memory that one video takes, in bytes over all devices that share it."""
+
+    original_tokens: int  # until the prompt has been read
+    video_cache: int  # T2V's keys and values
+    text_cache: int  # self-attention's
+    prefill: int  # what a layer needs on the way, until the prompt has been read
+
+    @property
+    def total(self) -> int:
+        """The most that exists at once."""
+        return sum(self)
+
+    @classmethod
+    def of(cls, config: ModelConfig, shape: PromptShape) -> "VideoBytes":
+        """Of a prompt of `shape`."""
+        decoder, cross, dtype = config.decoder, config.cross_attention, jnp.dtype(config.compute_dtype)
+        size, stored = dtype.itemsize, jnp.dtype(DTYPES.get(cross.cache_dtype, dtype)).itemsize
+        tokens = shape.frames * config.merge.tokens_per_frame
+        patches = shape.frames * config.vision.num_patches
+        pair, heads = 2 * decoder.head_dim, decoder.num_kv_heads
+        cached = shape.cache_frames * config.vision.num_patches * len(config.cross_attention_layers)
+        # As in the table of `model.video_attention`.
+        attending = patches * pair * size + 5 * tokens * decoder.width * size
+        hidden = 3 * tokens * decoder.mlp_width * size + 2 * tokens * decoder.width * size
+        return cls(
+            original_tokens=patches * kv_width(config) * size,
+            video_cache=cached * pair * heads * stored if "t2v" in cross.directions else 0,
+            text_cache=shape.cache_tokens * decoder.num_layers * pair * heads * size,
+            prefill=max(attending, hidden),
+        )
+
+
+def check_memory(config: ModelConfig, mesh: Mesh, num_frames: int) -> None:
+    """Raises a UserError if the devices cannot hold a video of so many frames, with the number that they can.
+
+    Devices that do not say how much memory they have count as large enough.
+    """
+    limit, shares = _memory_limit(), int(mesh.shape["tensor"])
+    if limit is None:
+        return
+    room = limit - _weight_bytes(config) / (shares * mesh.shape["fsdp"])
+
+    def needed(frames: int) -> float:
+        return VideoBytes.of(config, _shape_of(config, frames)).total / shares
+
+    if needed(num_frames) <= room:
+        return
+    fits = max((size for size in frame_sizes(num_frames) if needed(size) <= room), default=0)
+    narrower = "" if config.cross_attention.cache_dtype != "compute" else ", or --precision int8"
+    raise UserError(
+        f"{num_frames} frames need {needed(num_frames) / 1e9:.1f} GB beside the weights; this device has"
+        f" {room / 1e9:.1f} GB: read at most {fits} --frames{narrower}"
+    )
+
+
+def cost_of(config: ModelConfig, num_frames: int) -> str:
+    """What a video of so many frames costs, in a line."""
+    of_video = VideoBytes.of(config, _shape_of(config, num_frames))
+    parts = [f"{name.replace('_', ' ')} {size / 1e9:.1f}" for name, size in of_video._asdict().items()]
+    return (
+        f"{num_frames:,} frames take {num_frames * config.merge.tokens_per_frame:,} positions and"
+        f" {of_video.total / 1e9:.1f} GB beside the weights: {', '.join(parts)}"
+    )
+
+
+def _shape_of(config: ModelConfig, num_frames: int) -> PromptShape:
+    return prompt_shape(num_frames, 0, tokens_per_frame=config.merge.tokens_per_frame, usual_text=0)
 
 
 def _memory_limit() -> int | None:

@@ -21,7 +21,13 @@ from crosslmm_jax.inference.prepare import prepare_params, prepared_shapes
 from crosslmm_jax.inference.shapes import frames_at_once, prompt_shape
 from crosslmm_jax.inference.watching import RESERVED_POSITIONS
 from crosslmm_jax.model import init_params, logical_axes
-from crosslmm_jax.model_folder import Processor, load_model_config, load_processor, load_weights
+from crosslmm_jax.model_folder import (
+    Processor,
+    find_model_folder,
+    load_model_config,
+    load_processor,
+    load_weights,
+)
 from crosslmm_jax.parallel import param_shardings, together
 
 logger = logging.getLogger(__name__)
@@ -127,14 +133,6 @@ def prepare_programs(
         image_size=processor.image_size, vocab_size=tokenizer.vocab_size,
     )  # fmt: skip
     return time.perf_counter() - begun
-
-
-def find_model_folder(folder: str | Path) -> Path:
-    """`folder`, or the MODEL folder in it if it is a run's."""
-    folder = Path(folder)
-    if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
-        return folder / "model"
-    return folder
 
 
 def _read_tokenizer(folder: Path) -> tuple[Tokenizer, float]:

@@ -182,6 +182,7 @@ def _prefix(model: VideoModel, batch: Sequence[_Watched]) -> Prefix:
     """The prompts of some videos up to their questions."""
     most = max(len(watched.frames) for watched in batch)
     check_frames(most, model.config)
+    devices.check_memory(model.config, model.compiled.mesh, most)
     parts = [watched.encoding.finish(watched.frames, most) for watched in batch]
     clips = [watched.clips for watched in batch]
     return model.prefill([model.prompt_of(of_video) for of_video in clips], clips, parts)

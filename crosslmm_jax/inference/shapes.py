@@ -50,6 +50,21 @@ def frames_at_once(num_frames: int) -> int:
     return FRAMES_AT_ONCE[num_frames > FRAMES_AT_ONCE[0]]
 
 
+def frame_sizes(most: int) -> list[int]:
+    """The sizes that prompts of up to `most` frames are padded to."""
+    longest = padded_frames(most)
+    larger = range(FRAME_SIZES[-1] + FRAME_STEP, longest + 1, FRAME_STEP)
+    return [size for size in (*FRAME_SIZES, *larger) if size <= longest]
+
+
+def is_long(num_frames: int) -> bool:
+    """Whether tokens of so many frames are written to one place, instead of being joined from parts.
+
+    For a moment, joining holds them twice.
+    """
+    return num_frames > FRAME_SIZES[-1]
+
+
 def padded_frames(num_frames: int) -> int:
     """Frames of a prompt, padded."""
     return _size(num_frames, FRAME_SIZES)

@@ -12,7 +12,7 @@ from crosslmm_jax.data.media import Clip, Media, from_bytes, kind_of, read_frame
 from crosslmm_jax.data.text import ClipMeta, time_text
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.compiled import Compiled
-from crosslmm_jax.inference.shapes import frames_at_once, padded_frames
+from crosslmm_jax.inference.shapes import frames_at_once, is_long, padded_frames
 from crosslmm_jax.model import Visual
 from crosslmm_jax.model_folder import Processor
 from crosslmm_jax.parallel import together
@@ -142,41 +142,64 @@ def _read_clip(
 class Encoding:
     """The frames of one row of a prompt on their way through the encoder, some at a time."""
 
-    def __init__(self, compiled: Compiled, params: PyTree) -> None:
-        """Encodes with these programs and parameters."""
-        self._compiled, self._params = compiled, params
+    def __init__(
+        self, compiled: Compiled, params: PyTree, on_progress: Callable[[int], None] | None = None
+    ) -> None:
+        """Encodes with these programs and parameters; `on_progress` is called with the number of frames."""
+        self._compiled, self._params, self._on_progress = compiled, params, on_progress
         self._frames: np.ndarray | None = None
         self._size = 0  # frames of a part
         self._parts: list[Visual] = []
+        self._kept: Visual | None = None  # of a long video, in place of parts
+        self._encoded = 0  # frames
 
     def add(self, frames: np.ndarray, count: int) -> None:
         """Encodes what it can of uint8[F, R, R, 3], of which the first `count` are there. Does not wait."""
         if frames is not self._frames:
-            self._begin(frames, frames_at_once(len(frames)))
-        while (len(self._parts) + 1) * self._size <= count:
-            begin = len(self._parts) * self._size
-            self._parts.append(self._compiled.encode(self._params, frames[None, begin : begin + self._size]))
+            self._begin(frames, len(frames))
+        while self._encoded + self._size <= count:
+            self._encode(frames[None, self._encoded : self._encoded + self._size])
 
-    def _begin(self, frames: np.ndarray, size: int) -> None:
-        self._frames, self._size, self._parts = frames, size, []
+    def _begin(self, frames: np.ndarray, longest: int) -> None:
+        self._frames, self._size, self._parts, self._encoded = frames, frames_at_once(longest), [], 0
+        room = padded_frames(longest)
+        self._kept = self._compiled.blank_tokens(room) if is_long(room) else None
+
+    def _encode(self, frames: np.ndarray) -> None:
+        new = self._compiled.encode(self._params, frames)
+        if self._kept is None:
+            self._parts.append(new)
+        else:
+            self._kept = self._compiled.keep(self._kept, new, self._encoded)
+        self._encoded += self._size
+        if self._on_progress is not None:
+            self._on_progress(self._encoded)
 
     def finish(self, frames: np.ndarray, most_frames: int = 0) -> tuple[Visual, ...]:
         """The tokens of all frames uint8[F, R, R, 3] in parts, padded to a size of `shapes`.
 
         `most_frames` are those of the longest row of a batch, whose size this row then has too.
         """
-        self.add(frames, len(frames))
         longest = max(len(frames), most_frames)
-        if self._size != frames_at_once(longest):
-            self._begin(frames, frames_at_once(longest))
-        size, done = self._size, len(self._parts) * self._size
-        shape = (1, size, *frames.shape[1:])
-        if done < len(frames):
+        if frames is not self._frames or not self._fits(longest):
+            self._begin(frames, longest)
+        self.add(frames, len(frames))
+        shape = (1, self._size, *frames.shape[1:])
+        if self._encoded < len(frames):
             last = np.zeros(shape, np.uint8)
-            last[0, : len(frames) - done] = frames[done:]
-            self._parts.append(self._compiled.encode(self._params, last))
-        missing = padded_frames(longest) // size - len(self._parts)
+            last[0, : len(frames) - self._encoded] = frames[self._encoded :]
+            self._encode(last)
+        if self._kept is not None:
+            return (self._kept,)
+        missing = padded_frames(longest) // self._size - len(self._parts)
         return (*self._parts, *[self._compiled.blank(self._params, shape)] * missing)
+
+    def _fits(self, longest: int) -> bool:
+        """Whether what is encoded so far serves a batch whose longest row has so many frames."""
+        room = padded_frames(longest)
+        if self._kept is not None or is_long(room):
+            return self._kept is not None and self._kept.originals.shape[1] == room
+        return self._size == frames_at_once(longest)
 
 
 def stacked(clips: Sequence[Clip]) -> np.ndarray:

@@ -1,10 +1,10 @@
 """The model: frames and tokens in, logits out, as pure functions and four Flax modules.
 
-    crosslmm.py              CrossLMM: the modules together; loss, encode, prefill, extend, observe
+    crosslmm.py              CrossLMM: the modules together; loss, encode, prefill, append, extend, observe
     encoder.py               SiglipEncoder (module): frames to features
     pooler.py                Pooler (module): token merge and projector, features to compact tokens
     encode_frames.py         the way from frames to compact and original tokens, in chunks
-    decoder.py               Decoder (module): a layer over a prompt, a layer after a KV cache, attention maps
+    decoder.py               Decoder (module): layers over a prompt, over frames or text after a KV cache
     qwen2.py                 self-attention and MLP of a decoder layer
     layer_loops.py           the loops over the decoder's layers: scanned, and one by one
     dual_cross_attention.py  DualCrossAttention (module): V2V and T2V
@@ -47,6 +47,7 @@ The paper's K, "cross-attention every K layers", is `cross_attn_every`.
 
 from crosslmm_jax.model.attention.dispatch import attention
 from crosslmm_jax.model.crosslmm import CrossLMM, apply
+from crosslmm_jax.model.dual_cross_attention import kv_width
 from crosslmm_jax.model.encode_frames import Visual, frame_chunk
 from crosslmm_jax.model.encoder import SiglipEncoder, encoder_layer, patchify
 from crosslmm_jax.model.kv_cache import KeysValues, KVCache, VideoCache
@@ -67,6 +68,6 @@ from crosslmm_jax.model.qwen2 import mlp, self_attention
 __all__ = [
     "COPIED", "CrossLMM", "DTYPES", "KVCache", "KeysValues", "Params", "Pooler", "SiglipEncoder",
     "VideoCache", "Visual", "apply", "attention", "copy_cross_attention", "encoder_layer", "frame_chunk",
-    "has_own_dtype", "init_params", "is_decayed", "logical_axes", "logits_of", "mlp", "patchify",
+    "has_own_dtype", "init_params", "is_decayed", "kv_width", "logical_axes", "logits_of", "mlp", "patchify",
     "quantise_params", "quantised_axes", "rms_norm", "self_attention", "separate_layers",
 ]  # fmt: skip

@@ -107,6 +107,25 @@ class CrossLMM(nn.Module):
         cache = KVCache(keys, values, counts, visible, of_video).resized(cache_size)
         return self.decoder.logits(gather_tokens(hidden, last))[:, 0], cache
 
+    def append(self, cache: KVCache, visual: Visual, count: Int[Array, ""]) -> KVCache:
+        """Adds frames after what the cache holds: a video that goes on.
+
+        The new frames see each other and all frames before them (as `v2v_scope` narrows); those before do not
+        see the new ones. So the result equals a prefill whose visual tokens have these `visible_frames`.
+
+        Args:
+          cache: of rows that hold equally many frames; it must have room for n frames more and their tokens,
+            and is not in 8 bits. Padding is written too, and overwritten by what comes next.
+          visual: the n*C compact tokens of the new frames; the original tokens of all frames, those of the
+            cache first, then the new ones, then padding up to any F.
+          count: new frames that are not padding, from the first on.
+        """
+        outputs = self.decoder.append(visual, count, cache, self.dual_cross_attention)
+        keys, values, t2v = zip(*outputs, strict=True)
+        of_video = tuple(kv for kv in t2v if kv is not None) or None
+        more = count * self.config.merge.tokens_per_frame
+        return KVCache(keys, values, cache.num_tokens + more, cache.visible_frames + count, of_video)
+
     def extend(
         self, cache: KVCache, tokens: Int[Array, "b t"], counts: Int[Array, " b"]
     ) -> tuple[Float[Array, "b v"], KVCache]:

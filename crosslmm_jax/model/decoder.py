@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from crosslmm_jax.batch import Batch, SamePerRow
+from crosslmm_jax.batch import Batch, RowOrNone, SamePerRow
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model.dual_cross_attention import CrossWeights, DualCrossAttention, attention_map
-from crosslmm_jax.model.encode_frames import Visual
+from crosslmm_jax.model.encode_frames import Appended, Visual
 from crosslmm_jax.model.kv_cache import KeysValues, KVCache, LayerCache
 from crosslmm_jax.model.layer_loops import Placement, each_layer, scan_layers
 from crosslmm_jax.model.loss import logits_of
@@ -114,6 +114,35 @@ class Decoder(nn.Module):
             _layer_caches(cache, placement), _text_positions(tokens, cache), placement=placement,
         )  # fmt: skip
         return self._final_norm(x), outputs
+
+    def append(
+        self, visual: Visual, count: Int[Array, ""], cache: KVCache, cross: DualCrossAttention
+    ) -> list[LayerOutput]:
+        """What each layer's cache is after further frames; arguments as of `CrossLMM.append`."""
+        tokens, first = self.config.merge.tokens_per_frame, cache.visible_frames[0]
+        places = jnp.arange(visual.compact.shape[1])
+        visible = jnp.where(places < count * tokens, first + count, 0)
+        shape = visual.compact.shape[:2]
+        appended = Appended(visual.originals, RowOrNone(jnp.broadcast_to(visible, shape)), first)
+        positions = cache.num_tokens[:, None] + places
+
+        def layer(
+            x: Array, weights: dict[str, Array], cross_weights: CrossWeights | None, cache: LayerCache,
+            shared: tuple[Array, Appended],
+        ) -> tuple[Array, LayerOutput]:  # fmt: skip
+            positions, appended = shared
+            weights, t2v = self._cast(weights), cache.t2v
+            x, keys, values = self._self_attention(weights, x, positions, cache)
+            if cross_weights is not None:
+                x, t2v = cross.over_frames(self._cast(cross_weights), x, t2v, appended)
+            return self._mlp(weights, x), LayerOutput(keys, values, t2v)
+
+        placement, x = Placement.of(self.config), visual.compact.astype(self.config.compute_dtype)
+        _, outputs = each_layer(
+            layer, with_fewest_rows(x), self.weights["layers"], cross.weights(),
+            _layer_caches(cache, placement), (positions, appended), placement=placement,
+        )  # fmt: skip
+        return outputs
 
     def attention_maps(
         self, tokens: Int[Array, "b t"], last: Int[Array, " b"], cache: KVCache, cross: DualCrossAttention

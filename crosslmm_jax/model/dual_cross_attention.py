@@ -17,6 +17,7 @@ mean square and the scale is folded into Wk and Wv: no layer holds a normalised 
 """
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -26,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from crosslmm_jax.batch import AllOrNone, Batch, RowOrNone, SamePerRow, VisibleFrames, VisualOnly
 from crosslmm_jax.config import ModelConfig, Precision
 from crosslmm_jax.model.attention.blockwise import MASKED
-from crosslmm_jax.model.encode_frames import Visual
+from crosslmm_jax.model.encode_frames import Appended, Visual
 from crosslmm_jax.model.kv_cache import KeysValues
 from crosslmm_jax.model.ops import (
     Rotary,
@@ -40,9 +41,11 @@ from crosslmm_jax.model.ops import (
 )
 from crosslmm_jax.model.params.partitioning import AxisRules
 from crosslmm_jax.model.params.tables import Weight, WeightTable, constant, declare, ones, stack
-from crosslmm_jax.model.quantisation.quantise import DTYPES, quantise
+from crosslmm_jax.model.quantisation.quantise import DTYPES, quantise, quantise_at, scale_for
 from crosslmm_jax.model.qwen2 import attention_weights
 from crosslmm_jax.model.video_attention import attend, attend_tokens, is_long
+
+CHUNK_FRAMES = 64  # of `compressed_in_chunks`
 
 # Direction -> weights of one layer, in the compute dtype (norms and gates float32).
 CrossWeights = dict[str, dict[str, Array]]
@@ -109,19 +112,46 @@ class DualCrossAttention(nn.Module):
             with jax.named_scope("t2v"):
                 slots = batch.text_slots
                 out, originals = jax.lax.optimization_barrier((out, visual.originals))
-                kv = keys_values(weights["t2v"], originals, config=c)
+                if not is_long(originals, config=c, rules=self.rules):
+                    kv = keys_values(weights["t2v"], originals, config=c)
                 if not isinstance(visible, VisualOnly):
                     seen = _visible_at(visible, slots)
-                    # A long video's `kv` is for the cache alone: what is read here is made again in pieces.
-                    source = originals if is_long(originals, config=c, rules=self.rules) else kv
+                    # Of a long video, what is read here is made in pieces.
                     update = cross_attend(
-                        weights["t2v"], gather_tokens(x, slots), source,
+                        weights["t2v"], gather_tokens(x, slots), originals if kv is None else kv,
                         visible_frames=seen, times=seen.counts, config=c, rules=self.rules,
                     )  # fmt: skip
                     out = add_at(out, slots, update)
-                seen = None if isinstance(visible, AllOrNone) else jnp.max(visible.counts, axis=1)
-                kv = compress(kv, c.cross_attention.cache_dtype, seen)
+                real = None if isinstance(visible, AllOrNone) else jnp.max(visible.counts, axis=1)
+                kv = video_cache(weights["t2v"], originals, kv, real, config=c)
         return out, kv
+
+    def over_frames(
+        self, weights: CrossWeights, x: Float[Array, "b u d"], kv: KeysValues | None, appended: Appended
+    ) -> tuple[Float[Array, "b u d"], KeysValues | None]:
+        """V2V of frames that come after a KV cache, and T2V's keys and values with theirs.
+
+        Args:
+          weights: one layer's.
+          x: hidden states of the n*C new compact tokens and padding, U >= n*C.
+          kv: T2V's part of the cache, with room for the new frames; None without T2V.
+          appended: the new frames.
+        """
+        c, first, counts = self.config, appended.first, appended.visible_frames.counts
+        if "v2v" in weights:
+            with jax.named_scope("v2v"):
+                frame = first + jnp.arange(counts.shape[1]) // c.merge.tokens_per_frame
+                x = x + cross_attend(
+                    weights["v2v"], x, appended.originals, visible_frames=appended.visible_frames,
+                    times=jnp.broadcast_to(frame, counts.shape), config=c, scoped=True, first=first,
+                    rules=self.rules,
+                )  # fmt: skip
+        if "t2v" in weights and kv is not None:
+            with jax.named_scope("t2v"):
+                size = counts.shape[1] // c.merge.tokens_per_frame
+                new = jax.lax.dynamic_slice_in_dim(appended.originals, first, size, axis=1)
+                kv = kv.written(keys_values(weights["t2v"], new, config=c, first=first), first)
+        return x, kv
 
     def over_text(
         self, weights: CrossWeights, x: Float[Array, "b u d"], kv: KeysValues, visible_frames: SamePerRow
@@ -219,6 +249,88 @@ def compress(kv: KeysValues, precision: Precision, num_frames: Int[Array, " b"] 
     return KeysValues(keys, values, jnp.squeeze(key_scale, tokens), jnp.squeeze(value_scale, tokens))
 
 
+def video_cache(
+    weights: dict[str, Array],
+    tokens: Float[Array, "b f p d"],
+    kv: KeysValues | None,
+    num_frames: Int[Array, " b"] | None,
+    *,
+    config: ModelConfig,
+) -> KeysValues:
+    """One layer's part of the video KV cache, in the precision that the configuration asks for.
+
+    Args:
+      weights: one layer's.
+      tokens: the original tokens.
+      kv: their keys and values, if they were made; None for a long video.
+      num_frames: of each row without the padded ones; None: all.
+      config: the model configuration.
+    """
+    precision = config.cross_attention.cache_dtype
+    if kv is not None:
+        return compress(kv, precision, num_frames)
+    if precision == "compute":
+        return keys_values(weights, tokens, config=config)
+    return compressed_in_chunks(weights, tokens, precision, num_frames, config=config)
+
+
+def compressed_in_chunks(
+    weights: dict[str, Array],
+    tokens: Float[Array, "b f p d"],
+    precision: Precision,
+    num_frames: Int[Array, " b"] | None,
+    *,
+    config: ModelConfig,
+) -> KeysValues:
+    """`compress` of `keys_values`, which are made twice, for some frames at a time.
+
+    A first pass finds the scales, a second one writes 8 bits. So a long video's keys and values never exist
+    in the compute dtype.
+    """
+    (batch, frames, patches, _), dtype = tokens.shape, DTYPES[precision]
+    heads = (config.decoder.num_kv_heads, config.decoder.head_dim)
+    size = math.gcd(frames, CHUNK_FRAMES)
+    limits = jnp.full(batch, frames) if num_frames is None else num_frames
+    axes = (1, 2)
+
+    def chunk(begin: Array) -> tuple[Array, Array, Array]:
+        kv = keys_values(
+            weights, jax.lax.dynamic_slice_in_dim(tokens, begin, size, axis=1), config=config, first=begin
+        )
+        real = (begin + jnp.arange(size) < limits[:, None])[:, :, None, None, None]
+        return kv.keys.astype(jnp.float32), kv.values.astype(jnp.float32), real
+
+    def measure(carry: tuple[Array, ...], begin: Array) -> tuple[tuple[Array, ...], None]:
+        total, high, low, most = carry
+        keys, values, real = chunk(begin)
+        total = total + jnp.sum(keys, axes, where=real, keepdims=True)
+        high = jnp.maximum(high, jnp.max(keys, axes, where=real, initial=-jnp.inf, keepdims=True))
+        low = jnp.minimum(low, jnp.min(keys, axes, where=real, initial=jnp.inf, keepdims=True))
+        most = jnp.maximum(most, jnp.max(jnp.abs(values), axes, where=real, initial=0, keepdims=True))
+        return (total, high, low, most), None
+
+    begins, zeros = jnp.arange(0, frames, size), jnp.zeros((batch, 1, 1, *heads), jnp.float32)
+    (total, high, low, most), _ = jax.lax.scan(
+        measure, (zeros, zeros - jnp.inf, zeros + jnp.inf, zeros), begins
+    )
+    mean = total / (limits * patches)[:, None, None, None, None]
+    key_scale = scale_for(jnp.maximum(high - mean, mean - low), dtype)
+    value_scale = scale_for(most, dtype)
+
+    def write(carry: tuple[Array, Array], begin: Array) -> tuple[tuple[Array, Array], None]:
+        keys, values, real = chunk(begin)
+        new = (
+            quantise_at(key_scale, jnp.where(real, keys - mean, 0), dtype),
+            quantise_at(value_scale, jnp.where(real, values, 0), dtype),
+        )
+        put = jax.lax.dynamic_update_slice_in_dim
+        return tuple(put(x, y, begin, 1) for x, y in zip(carry, new, strict=True)), None  # type: ignore[return-value]
+
+    none = jnp.zeros((batch, frames, patches, *heads), dtype)
+    (keys, values), _ = jax.lax.scan(write, (none, none), begins)
+    return KeysValues(keys, values, jnp.squeeze(key_scale, axes), jnp.squeeze(value_scale, axes))
+
+
 def _scaled(x: Float[Array, "b t n h"], scale: Float[Array, "b k h"] | None) -> Float[Array, "b t n h"]:
     """Queries, or attention's output, times the scale of the keys or values that they read."""
     if scale is None:
@@ -241,6 +353,7 @@ def cross_attend(
     times: Int[Array, "b t"],
     config: ModelConfig,
     scoped: bool = False,
+    first: Array | int | None = None,
     rules: AxisRules | None = None,
 ) -> Float[Array, "b u d"]:
     """The gated update of the tokens `x` (without the residual), exactly 0 for a token that sees no frame.
@@ -256,6 +369,8 @@ def cross_attend(
         the rotary embedding over time uses it.
       config: the model configuration.
       scoped: narrow the frames that are read to `v2v_scope` (V2V only).
+      first: of V2V, the frame of the first of `x` if they are not those of all frames; then `source` is
+        tokens.
       rules: logical axis -> mesh axes; frames may be sharded.
 
     Returns:
@@ -284,7 +399,8 @@ def cross_attend(
         out = attend(_scaled(by_video, source.key_scale), source, **same)
         out = _scaled(out, source.value_scale).reshape(q.shape)
     else:
-        out = attend_tokens(q, weights, source, make_kv=functools.partial(keys_values, config=config), **same)
+        make_kv = functools.partial(keys_values, config=config)
+        out = attend_tokens(q, weights, source, make_kv=make_kv, first=first, **same)
     if isinstance(visible_frames, RowOrNone):
         out = jnp.where((counts > 0)[:, :, None, None], out, 0)
     # Eq. 7 and 10: the gate, and the output projection Wo.

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
+from crosslmm_jax.batch import RowOrNone
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model.params.partitioning import AxisRules, constrain, num_shards
 
@@ -34,6 +35,14 @@ class Visual(NamedTuple):
 
     compact: Float[Array, "b n d"]  # F*C tokens, pooled and projected, in frame order
     originals: Float[Array, "b f p d"]  # the input of K/V, at unit root mean square
+
+
+class Appended(NamedTuple):
+    """n frames that come right after a KV cache, for rows with as many frames in their cache."""
+
+    originals: Float[Array, "b f p d"]  # of all frames, those in the cache first; F = room
+    visible_frames: RowOrNone[Array]  # int32[B, n*C], of the new compact tokens; 0 for padded frames
+    first: Int[Array, ""]  # number of frames in the cache
 
 
 def frame_chunk(config: ModelConfig) -> int:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from crosslmm_jax.config import ModelConfig
+
 
 class KeysValues(NamedTuple):
     """Keys and values of all original tokens in one layer and direction.
@@ -23,6 +25,13 @@ class KeysValues(NamedTuple):
         """The same with room for `frames` frames, at least as many as before."""
         more = ((0, 0), (0, frames - self.keys.shape[1]), (0, 0), (0, 0), (0, 0))
         return self._replace(keys=jnp.pad(self.keys, more), values=jnp.pad(self.values, more))
+
+    def written(self, new: "KeysValues", first: Array | int) -> "KeysValues":
+        """The same with those of further frames from frame `first` on, where there must be room."""
+        assert self.key_scale is None and new.key_scale is None, "scales of 8 bits are those of all frames"
+        write = jax.lax.dynamic_update_slice_in_dim
+        keys, values = write(self.keys, new.keys, first, 1), write(self.values, new.values, first, 1)
+        return self._replace(keys=keys, values=values)
 
 
 # The video KV cache: keys and values of T2V, one entry per layer with cross-attention.
@@ -64,6 +73,18 @@ class KVCache(NamedTuple):
     # None: no T2V, no video, or passed beside this cache. May have fewer rows than the rest: each video then
     # belongs to as many neighbouring rows.
     t2v: VideoCache | None
+
+    @classmethod
+    def empty(cls, config: ModelConfig, size: int, frames: int) -> "KVCache":
+        """A cache of one row that holds nothing, with room for `size` tokens and `frames` frames."""
+        decoder, dtype = config.decoder, jnp.dtype(config.compute_dtype)
+        heads = (decoder.num_kv_heads, decoder.head_dim)
+        tokens = tuple(jnp.zeros((1, size, *heads), dtype) for _ in range(decoder.num_layers))
+        video = jnp.zeros((1, frames, config.vision.num_patches, *heads), dtype)
+        has_t2v = "t2v" in config.cross_attention.directions
+        t2v = tuple(KeysValues(video, video) for _ in config.cross_attention_layers) if has_t2v else None
+        none = jnp.zeros(1, jnp.int32)
+        return cls(tokens, tokens, none, none, t2v)
 
     @property
     def size(self) -> int:

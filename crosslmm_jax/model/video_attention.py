@@ -53,12 +53,14 @@ def attend_tokens(
     visible_frames: Int[Array, "b t"] | Int[Array, "b 1"] | None,
     config: ModelConfig,
     scoped: bool,
+    first: Array | int | None = None,
     rules: AxisRules | None,
 ) -> Float[Array, "b t n h"]:
     """Attention to keys and values that are made from the original tokens on the way.
 
     Args:
-      q: queries; with `scoped` those of the F*C compact tokens in frame order.
+      q: queries; with `scoped` those of the F*C compact tokens in frame order, or of some frames' from
+        `first` on.
       weights: one layer's and direction's; only those of keys and values are used.
       tokens: the original tokens.
       make_kv: (weights of some or all K key heads, float[B, f, P, D] tokens of f frames, number of the first
@@ -67,10 +69,13 @@ def attend_tokens(
         row (not with `scoped`); None: all frames.
       config: the model configuration.
       scoped: narrow the frames that are read to `v2v_scope`.
+      first: with `scoped`, the frame of the first query; None: the queries are of all frames.
       rules: logical axis -> mesh axes; frames or heads that are sharded are small enough on each device.
     """
     frames, narrow = tokens.shape[1], scoped and config.cross_attention.v2v_scope != "video"
     same = {"config": config, "rules": rules}
+    if narrow and first is not None:
+        return _of_frames(q, weights, tokens, make_kv, visible_frames, first, **same)
     if not is_long(tokens, narrow=narrow, **same):
         kv = make_kv(weights, tokens, 0)
         return attend(q, kv, visible_frames=visible_frames, scoped=scoped, **same)
@@ -196,26 +201,36 @@ def _by_frame_chunk(
     size: int, config: ModelConfig, rules: AxisRules | None,
 ) -> Float[Array, "b t n h"]:  # fmt: skip
     """`v2v_scope` "frame" or "window" for `size` frames at a time."""
-    frames, c, cross = tokens.shape[1], config.merge.tokens_per_frame, config.cross_attention
-    beside = cross.v2v_window if cross.v2v_scope == "window" else 0
-    read = min(frames, size + 2 * beside)
+    frames, c = tokens.shape[1], config.merge.tokens_per_frame
 
     def one(begin: Array) -> Array:
-        first = jnp.clip(begin - beside, 0, frames - read)
         queries = jax.lax.dynamic_slice_in_dim(q, begin * c, size * c, axis=1)
         visible = visible_frames
         if visible is not None:
-            visible = jax.lax.dynamic_slice_in_dim(visible, begin * c, size * c, axis=1) - first
-        kv = make_kv(weights, jax.lax.dynamic_slice_in_dim(tokens, first, read, axis=1), first)
-        if cross.v2v_scope == "frame":
-            return _attend_frame(queries, kv, visible, config, rules)
-        return _attend_window(queries, kv, visible, begin - first, config, rules)
+            visible = jax.lax.dynamic_slice_in_dim(visible, begin * c, size * c, axis=1)
+        return _of_frames(queries, weights, tokens, make_kv, visible, begin, config, rules)
 
     begins = _begins(frames, size)
     out = jax.lax.map(jax.checkpoint(one, prevent_cse=False), begins)
     again = (len(begins) * size - frames) * c  # tokens at the end of the last chunk but one, computed twice
     before = jnp.moveaxis(out[:-1], 0, 1).reshape(q.shape[0], -1, *q.shape[2:])
     return jnp.concatenate([before, out[-1][:, again:]], axis=1)
+
+
+def _of_frames(
+    q: Array, weights: dict[str, Array], tokens: Array, make_kv: MakeKeysValues, visible_frames: Array | None,
+    begin: Array | int, config: ModelConfig, rules: AxisRules | None,
+) -> Float[Array, "b t n h"]:  # fmt: skip
+    """`v2v_scope` "frame" or "window" for the compact tokens of some frames, from frame `begin` on."""
+    frames, cross = tokens.shape[1], config.cross_attention
+    beside = cross.v2v_window if cross.v2v_scope == "window" else 0
+    read = min(frames, q.shape[1] // config.merge.tokens_per_frame + 2 * beside)
+    first = jnp.clip(begin - beside, 0, frames - read)
+    visible = None if visible_frames is None else visible_frames - first
+    kv = make_kv(weights, jax.lax.dynamic_slice_in_dim(tokens, first, read, axis=1), first)
+    if cross.v2v_scope == "frame":
+        return _attend_frame(q, kv, visible, config, rules)
+    return _attend_window(q, kv, visible, begin - first, config, rules)
 
 
 def _by_head(

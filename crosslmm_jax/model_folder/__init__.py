@@ -12,7 +12,9 @@ from crosslmm_jax.model_folder.contents import (
     CONFIG_FILE,
     PROCESSOR_FILE,
     check_replaceable,
+    content_digest,
     copy_tokenizer,
+    find_model_folder,
     is_model_folder,
 )
 from crosslmm_jax.model_folder.json_file import read_json, write_json
@@ -43,9 +45,9 @@ from crosslmm_jax.model_folder.weights import (
 
 __all__ = [
     "CONFIG_FILE", "END_TOKENS", "FLOATS", "Generation", "MAX_SHARD_BYTES", "PROCESSOR_FILE", "Processor",
-    "Reader",
-    "Resampling", "Shape", "WeightsWriter", "check_replaceable", "copy_tokenizer", "flatten",
-    "indexed_files", "is_model_folder", "load_model_config", "load_processor", "load_weights",
-    "make_processor", "open_weights", "parameter_shapes", "processor_from_dict", "read_index", "read_json",
-    "save_model_folder", "write_index", "write_json", "write_settings",
+    "Reader", "Resampling", "Shape", "WeightsWriter", "check_replaceable", "content_digest", "copy_tokenizer",
+    "find_model_folder", "flatten", "indexed_files", "is_model_folder", "load_model_config",
+    "load_processor", "load_weights", "make_processor", "open_weights", "parameter_shapes",
+    "processor_from_dict", "read_index", "read_json", "save_model_folder", "write_index", "write_json",
+    "write_settings",
 ]  # fmt: skip

@@ -8,16 +8,20 @@
 | tokenizer.json, tokenizer_config.json, ... | the tokenizer, also for `AutoTokenizer` |
 """
 
+import hashlib
+import os
 import shutil
 from pathlib import Path
 
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model_folder.json_file import read_json
-from crosslmm_jax.model_folder.weights import INDEX_FILE, SINGLE_FILE
+from crosslmm_jax.model_folder.weights import INDEX_FILE, SINGLE_FILE, weight_files
 from crosslmm_jax.utils import guess_meant, is_vacant
 
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "processor.json"
+# What a digest of a file reads of it: a file of up to a megabyte is read whole.
+_SAMPLES, _SAMPLE_BYTES = 64, 16_384
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -56,6 +60,42 @@ def check_model_folder(folder: str | Path) -> None:
         )
     if missing:
         raise UserError(f"{folder}: lacks {', '.join(missing)}; give a complete MODEL folder")
+
+
+def find_model_folder(folder: str | Path) -> Path:
+    """`folder` if it is a MODEL folder, or the MODEL folder in it if it is a run's.
+
+    Raises:
+      UserError: it is a run's and has no MODEL folder yet.
+    """
+    folder = Path(folder)
+    if (folder / CONFIG_FILE).exists():
+        return folder
+    if (folder / "model" / CONFIG_FILE).exists():
+        return folder / "model"
+    if (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"{folder}: this run has written no MODEL folder yet; make one from its newest checkpoint with"
+            f" `crosslmm export {folder}`"
+        )
+    return folder
+
+
+def content_digest(folder: str | Path) -> str:
+    """A hash of the config and the weights of a MODEL folder. Raises a `UserError` when files are missing.
+
+    Of a large file it covers the size and samples: two trainings differ nearly everywhere.
+    """
+    check_model_folder(folder)
+    digest = hashlib.blake2b(digest_size=12)
+    for path in [Path(folder) / CONFIG_FILE, *weight_files(Path(folder))]:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{size} ".encode())
+            for part in range(_SAMPLES):
+                file.seek(part * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def check_replaceable(folder: str | Path) -> None:

@@ -10,7 +10,13 @@ from typing import Any, Literal
 import jax
 
 from crosslmm_jax.config import ModelConfig, SamplingConfig, TimeInstruction
-from crosslmm_jax.model_folder.contents import check_replaceable, copy_tokenizer, is_model_folder
+from crosslmm_jax.errors import UserError
+from crosslmm_jax.model_folder.contents import (
+    check_replaceable,
+    copy_tokenizer,
+    find_model_folder,
+    is_model_folder,
+)
 from crosslmm_jax.model_folder.settings import (
     Processor,
     Resampling,
@@ -79,6 +85,8 @@ def save_model_folder(
 
 def _answering_as(processor: Processor, started_from: str | Path) -> Processor:
     """`processor` with the end tokens and the sampling of the MODEL folder `started_from`."""
+    with contextlib.suppress(UserError):
+        started_from = find_model_folder(started_from)
     if not is_model_folder(started_from):  # training may have gone on for days since it was read
         logger.warning("%s is gone: answers of the new MODEL folder have the usual end tokens", started_from)
         return processor

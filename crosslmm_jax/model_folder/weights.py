@@ -177,7 +177,7 @@ def open_weights(folder: Path, shapes: Mapping[str, Shape]) -> Iterator[dict[str
     with contextlib.ExitStack() as stack:
         readers: dict[str, Reader] = {}
         problems = []
-        for file in _weight_files(folder):
+        for file in weight_files(folder):
             try:
                 reader = Reader(file)
             except UserError as error:
@@ -211,7 +211,8 @@ def open_weights(folder: Path, shapes: Mapping[str, Shape]) -> Iterator[dict[str
         yield readers
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a MODEL folder. Raises a `UserError` when one is missing."""
     if (folder / INDEX_FILE).exists():
         return indexed_files(folder / INDEX_FILE)
     if not (folder / SINGLE_FILE).is_file():

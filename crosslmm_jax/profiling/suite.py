@@ -161,7 +161,7 @@ def write_report(report: Report, outputs: Outputs, presentation: Presentation) -
     """Writes the files that `outputs` names; a figure only once there is a row.
 
     Raises:
-      UserError: a file that cannot be written.
+      UserError: a file that cannot be written, other than the figure.
     """
     if outputs.figure is not None and Path(outputs.figure).suffix not in FIGURES:
         raise UserError(f"--figure {outputs.figure}: end the name in {', '.join(FIGURES)}")
@@ -174,9 +174,19 @@ def write_report(report: Report, outputs: Outputs, presentation: Presentation) -
         for target, text in texts.items():
             if target is not None and target != "-":
                 Path(target).write_text(text + "\n")
-        target = outputs.figure
-        if target is not None and report["rows"]:
-            presentation.draw(report, target)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{target}: {reason}; give a file in a folder that can be written") from error
+    if outputs.figure is not None and report["rows"]:
+        _draw(report, outputs.figure, presentation)
+
+
+def _draw(report: Report, path: str, presentation: Presentation) -> None:
+    """Draws the figure, or says once why not: what was measured matters more."""
+    try:
+        presentation.draw(report, path)
+    except OSError as error:
+        problem = f"{path}: the figure is not written ({error.strerror or error})"
+        if problem not in report["errors"]:
+            report["errors"].append(problem)
+            print(problem, file=sys.stderr, flush=True)

@@ -10,7 +10,10 @@ checksum          checksums of arrays, for that decision
 initial           whether a run may start from a MODEL folder
 metrics_window    metrics between two reports; a loss that is not finite
 metrics_log       metrics.jsonl and TensorBoard
-processes         what several processes tell each other
+side_channel      output that may fail or hang without stopping the run
+owner             one run at a time in a folder
+settings          what must agree between processes and between starts of a run
+export            MODEL folders from a run
 interrupt         SIGTERM and Ctrl-C
 """
 

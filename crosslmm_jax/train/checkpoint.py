@@ -8,13 +8,15 @@ damaged if any process cannot read it, or if a checksum of an array differs (`ch
 """
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,10 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from crosslmm_jax.config import ExperimentConfig, names_with_role
-from crosslmm_jax.errors import ConfigError, UserError
-from crosslmm_jax.model_folder import flatten
+from crosslmm_jax.errors import UserError
 from crosslmm_jax.parallel import FailedSomewhere, succeed_on_all
 from crosslmm_jax.train.checksum import array_checksums, check_undamaged
+from crosslmm_jax.train.settings import Settings, check_resumable, with_known_digests
 from crosslmm_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -34,46 +35,53 @@ logger = logging.getLogger(__name__)
 # How tensorstore quotes the number of a system error in the text of a ValueError.
 _ERROR_NUMBER = re.compile(r"\[(?:os_error_code='|OS error )(\d+)")
 
-# Fields that may differ from the checkpoint's: they change where or how fast a run computes, not what.
-_FREE_FIELDS = frozenset(names_with_role(ExperimentConfig, "performance", "host"))
-
 
 class Checkpoints:
-    """The checkpoints of one run. Every process of the run calls every method."""
+    """The checkpoints of one run. Every process of the run calls every method. A context manager.
 
-    def __init__(self, folder: Path, *, keep: int, config: Mapping[str, object]) -> None:
+    Attributes:
+      changes: how the settings differ from those of the checkpoint that was restored.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, settings: Settings, accept_changes: bool = False) -> None:
         """Opens `folder`, creating it if it does not exist.
 
         Args:
           folder: has one folder per checkpoint, named by its step.
           keep: number of newest checkpoints to keep.
-          config: the run's settings as nested dicts of JSON values, the same on every process; saved with
-            every checkpoint.
+          settings: those of the run, the same on every process; saved with every checkpoint.
+          accept_changes: whether they may differ from a checkpoint's in how the model learns.
         """
         self.folder = folder.resolve()
-        self._config = config
+        self.changes: list[str] = []
+        self._settings, self._accept_changes = settings, accept_changes
+        self._failed = False
+        _hide_tracebacks_of_orbax()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def is_complete(self, step: int) -> bool:
-        """Whether the newest checkpoint is that of `step` and its config can be read.
+        """Whether the newest checkpoint is that of `step` and its settings can be read.
 
         Raises:
-          ConfigError: it was written with another config.
+          ConfigError: it was written with other settings.
         """
         if self._manager.latest_step() != step:
             return False
         try:
-            succeed_on_all(lambda: self._check_config(step))
+            succeed_on_all(lambda: self._check_settings(step))
         except FailedSomewhere:
             return False  # damaged: `restore` reports it and uses an older one
         return True
 
-    def _check_config(self, step: int) -> None:
-        saved = self._read(step, config=ocp.args.JsonRestore())
-        check_same_config(self._config, saved["config"], where=f"{self.folder}/{step}")
+    def _check_settings(self, step: int) -> None:
+        saved = self._read(step, config=ocp.args.JsonRestore())["config"]
+        self.changes = check_resumable(
+            self._settings, saved, where=f"{self.folder}/{step}", accept_changes=self._accept_changes
+        )
+        self._settings = with_known_digests(self._settings, saved)
 
     def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
         """Reads items of a checkpoint: of arrays, the shards of this process.
@@ -100,7 +108,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),  # type: ignore[arg-type]
             data=ocp.args.JsonSave({"position": position}),
-            config=ocp.args.JsonSave(dict(self._config)),
+            config=ocp.args.JsonSave(dict(self._settings)),
             checksums=ocp.args.JsonSave(array_checksums(state)),
         )
         with self._disk_errors():
@@ -111,6 +119,11 @@ class Checkpoints:
         with self._disk_errors():
             self._manager.wait_until_finished()
 
+    def raise_if_failed(self) -> None:
+        """Raises like `save` if a checkpoint that is written in the background has failed."""
+        with self._disk_errors():
+            self._manager.check_for_errors()
+
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
         """Turns the errors of a full or broken disk into a UserError."""
@@ -119,6 +132,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             if (reason := _system_error(error)) is None:
                 raise
+            self._failed = True
             raise UserError(
                 f"{self.folder}: a checkpoint was not written ({reason}); free space there and run the same"
                 " command again"
@@ -134,7 +148,7 @@ class Checkpoints:
           State and position in the data, or None when there is no checkpoint.
 
         Raises:
-          ConfigError: the checkpoint was written with another config.
+          ConfigError: the checkpoint was written with other settings.
           UserError: all checkpoints are damaged.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -160,7 +174,7 @@ class Checkpoints:
         """
 
         def read() -> Any:
-            self._check_config(step)
+            self._check_settings(step)
             state = ocp.args.PyTreeRestore(
                 item=abstract,  # type: ignore[arg-type]
                 restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
@@ -204,11 +218,44 @@ class Checkpoints:
         with self._disk_errors():
             self._manager.close()
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Closes. What ends the run goes first: a checkpoint that fails now is only warned of."""
+        said = self._failed
+        try:
+            self.close()
+        except UserError as also:
+            if error is None:
+                raise
+            if not said:
+                logger.warning("%s", also)
+
+
+def _hide_tracebacks_of_orbax() -> None:
+    """Hides what a failed write prints from threads, pages long: the main thread raises the error, too."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_no_traceback_of_orbax)
+    if getattr(sys.unraisablehook, "func", None) is not _unraisable:
+        sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
+
+
+def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    return error is None or not ("orbax" in record.pathname or "orbax-checkpoint-tmp" in str(error))
+
+
+def _unraisable(usual: Callable[["sys.UnraisableHookArgs"], object], args: "sys.UnraisableHookArgs") -> None:
+    """Ignores writes that end after Orbax has given up on the checkpoint and closed its event loop."""
+    if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"):
+        usual(args)
+
 
 def _system_error(error: Exception) -> str | None:
     """The system's reason for a failed write, or None if the error is another one."""
     if isinstance(error, OSError):
-        return str(error)
+        return error.strerror or str(error)
     number = _ERROR_NUMBER.search(str(error))
     return os.strerror(int(number[1])) if number else None
 
@@ -217,29 +264,6 @@ def _free_name(path: Path) -> Path:
     """`path`, or `path` with the first suffix ".1", ".2", ... that is not taken."""
     names = itertools.chain([path], (path.with_name(f"{path.name}.{i}") for i in itertools.count(1)))
     return next(name for name in names if not name.exists())
-
-
-def check_same_config(now: Mapping[str, object], saved: Mapping[str, object], *, where: str) -> None:
-    """Raises a ConfigError listing the fields that differ and that decide what a run computes.
-
-    Args:
-      now: settings of this run, nested dicts of JSON values.
-      saved: settings in the checkpoint.
-      where: the checkpoint's path, for the message.
-    """
-    flat_now, flat_saved = flatten(now), flatten(saved)
-    names = sorted((flat_now.keys() | flat_saved.keys()) - _FREE_FIELDS)
-    absent = "(no such field)"
-    different = [
-        f"{name} was {flat_saved.get(name, absent)!r} and is {flat_now.get(name, absent)!r}"
-        for name in names
-        if flat_now.get(name, absent) != flat_saved.get(name, absent)
-    ]
-    if different:
-        raise ConfigError(
-            f"{where}: this checkpoint was written with another config: {'; '.join(different)};"
-            " set these fields back, or choose another run.out"
-        )
 
 
 def state_bytes(abstract: PyTree) -> int:

@@ -5,49 +5,56 @@
     runs/x/metrics.jsonl          one line every `run.log_every` steps
     runs/x/tensorboard/           the same
     runs/x/model/                 MODEL folder, written at the end
+    runs/x/owner.json             the process that trains there, while it does
 
 The command that started a run also resumes it: after a kill, a crash, or on another mesh.
 """
 
+import contextlib
 import dataclasses
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from crosslmm_jax.batch import needed
+from crosslmm_jax.batch import Batch, needed
 from crosslmm_jax.config import ExperimentConfig
-from crosslmm_jax.config_io import to_dict
-from crosslmm_jax.data.index import open_index
 from crosslmm_jax.data.loading import BatchIterator, Dataset
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.model import logical_axes
-from crosslmm_jax.model_folder import check_replaceable, is_model_folder, load_weights, save_model_folder
+from crosslmm_jax.model_folder import check_replaceable, find_model_folder, is_model_folder, load_weights
 from crosslmm_jax.parallel import (
     check_batch_size,
     gather,
     initialize_processes,
+    is_first_process,
     make_mesh,
     param_shardings,
     row_shard,
     to_global,
+    together,
 )
 from crosslmm_jax.train.checkpoint import Checkpoints, check_disk_space, state_bytes
+from crosslmm_jax.train.export import write_model
 from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs
 from crosslmm_jax.train.interrupt import Interrupted, StopRequest
-from crosslmm_jax.train.metrics_log import MetricsLine, MetricsLog, read_metrics
+from crosslmm_jax.train.metrics_log import MAX_WAIT_S, MetricsLine, MetricsLog, read_metrics
 from crosslmm_jax.train.metrics_window import MetricsWindow, NonFiniteStep
 from crosslmm_jax.train.optimizer import learning_rates
-from crosslmm_jax.train.processes import check_same_settings
-from crosslmm_jax.train.stages import model_of_stage
+from crosslmm_jax.train.owner import RunOwner
+from crosslmm_jax.train.settings import check_same_settings, settings_of
+from crosslmm_jax.train.side_channel import SideChannel
 from crosslmm_jax.train.state import TrainState, abstract_state, random_state, state_of_params
 from crosslmm_jax.train.step import compile_train_step, with_step_visibility
 from crosslmm_jax.utils import Progress
 
 _POSITION = "global_next_index"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,29 +85,69 @@ def train(config: ExperimentConfig, *, quiet: bool = False) -> TrainResult:
     abstract = abstract_state(config.model, config.stage, mesh)
     out = Path(config.run.out)
     _check_before_start(config, mesh, abstract, out)
-    # The digest stands for the rows: the path of their index may differ between hosts and over time.
-    settings = to_dict(config) | {"index_digest": open_index(config.data.index).digest}
-    of_processes = gather(settings)
+    of_processes = gather(settings_of(config))
     check_same_settings(of_processes)
-    # Those of process 0, which writes them: on other hosts, paths such as data.tokenizer may differ.
-    checkpoints = Checkpoints(out / "checkpoints", keep=config.run.keep_checkpoints, config=of_processes[0])
+    with _owned(out) as owner:
+        checkpoints = Checkpoints(
+            out / "checkpoints", keep=config.run.keep_checkpoints,
+            # Those of process 0, which writes them: on other hosts, paths such as data.tokenizer may differ.
+            settings=of_processes[0], accept_changes=config.run.accept_changes,
+        )  # fmt: skip
+        with checkpoints:
+            return _train(config, mesh, abstract, checkpoints, owner, quiet=quiet)
+
+
+@contextlib.contextmanager
+def _owned(out: Path) -> Iterator[RunOwner]:
+    """Makes process 0 the owner of the run folder; all processes fail if another run owns it."""
+    owner = RunOwner(out)
     try:
-        if checkpoints.is_complete(config.stage.steps) and is_model_folder(out / "model"):
-            return TrainResult(out / "model", config.stage.steps, read_metrics(out), {})
-        dataset = _open_dataset(config)
-        restored = checkpoints.restore(abstract)
-        state, position = restored or (_state_before_first_step(config, mesh), 0)
-        resumed_step = int(state.step)
-        index, count = row_shard(mesh)
-        iterator = BatchIterator(dataset, global_next_index=position, shard_index=index, shard_count=count)
-        run = _Run(config, mesh, checkpoints, iterator, count, quiet)
-        with jax.set_mesh(mesh):
-            state = run.to_last_step(state, resumed_step)
-        checkpoints.wait()
-        _write_model(config, out / "model", state)
-        return TrainResult(out / "model", resumed_step, read_metrics(out), dict(iterator.bad_rows))
+        together(lambda: owner.claim() if is_first_process() else None)
+        yield owner
     finally:
-        checkpoints.close()
+        owner.release()
+
+
+def _train(
+    config: ExperimentConfig,
+    mesh: Mesh,
+    abstract: TrainState,
+    checkpoints: Checkpoints,
+    owner: RunOwner,
+    *,
+    quiet: bool,
+) -> TrainResult:
+    out, last = Path(config.run.out), config.stage.steps
+    if checkpoints.is_complete(last) and is_model_folder(out / "model"):
+        _say_changes(checkpoints, "this run is finished, so that these settings change nothing")
+        return TrainResult(out / "model", last, read_metrics(out), {})
+    dataset = _open_dataset(config)
+    restored = checkpoints.restore(abstract)
+    _say_changes(checkpoints, "this run resumes with other settings")
+    state, position = restored or (_state_before_first_step(config, mesh), 0)
+    resumed_step = int(state.step)
+    if resumed_step > last:
+        raise ConfigError(
+            f"StageConfig.steps is {last}; the checkpoint in {out} has {resumed_step} steps: set it to"
+            f" {resumed_step} or more, or choose another run.out"
+        )
+    position += -position % config.data.batch_size  # another batch size begins with the next whole batch
+    index, count = row_shard(mesh)
+    iterator = BatchIterator(dataset, global_next_index=position, shard_index=index, shard_count=count)
+    run = _Run(config, mesh, checkpoints, owner, iterator, count, quiet)
+    with (
+        StopRequest(enabled=jax.process_count() == 1, deadline_s=config.run.stop_deadline_s) as stop,
+        jax.set_mesh(mesh),
+    ):
+        state = run.to_last_step(state, resumed_step, stop)
+        checkpoints.wait()
+        write_model(config, out / "model", state)
+    return TrainResult(out / "model", resumed_step, read_metrics(out), dict(iterator.bad_rows))
+
+
+def _say_changes(checkpoints: Checkpoints, what: str) -> None:
+    if checkpoints.changes and is_first_process():
+        logger.warning("%s: %s: %s", checkpoints.folder.parent, what, "; ".join(checkpoints.changes))
 
 
 def _check_before_start(config: ExperimentConfig, mesh: Mesh, abstract: TrainState, out: Path) -> None:
@@ -139,26 +186,13 @@ def _state_before_first_step(config: ExperimentConfig, mesh: Mesh) -> TrainState
     """A state with the parameters of the MODEL folder `run.init_from`, or with random ones."""
     if config.run.init_from is None:
         return random_state(config.model, config.stage, mesh, seed=config.run.seed)
-    check_same_model(config.run.init_from, config.model)
-    warn_of_other_inputs(config.run.init_from, config.data)
+    folder = find_model_folder(config.run.init_from)
+    check_same_model(folder, config.model)
+    warn_of_other_inputs(folder, config.data)
     shapes = abstract_state(config.model, config.stage, mesh).params
     shardings = param_shardings(logical_axes(config.model), shapes, mesh)
-    params = load_weights(config.run.init_from, config.model, shardings=shardings, dtype="float32")
+    params = load_weights(folder, config.model, shardings=shardings, dtype="float32")
     return state_of_params(params, config.model, config.stage, mesh)
-
-
-def _write_model(config: ExperimentConfig, folder: Path, state: TrainState) -> None:
-    save_model_folder(
-        folder,
-        config=model_of_stage(config.model, config.stage),
-        params=state.params,
-        tokenizer_folder=config.data.tokenizer,
-        sampling=config.data.sampling,
-        system_prompt=config.data.system_prompt,
-        time_instruction=config.data.time_instruction,
-        resampling=config.data.resampling,
-        started_from=config.run.init_from,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,27 +202,31 @@ class _Run:
     config: ExperimentConfig
     mesh: Mesh
     checkpoints: Checkpoints
+    owner: RunOwner
     iterator: BatchIterator
     shard_count: int
     quiet: bool
 
-    def to_last_step(self, state: TrainState, resumed_step: int) -> TrainState:
+    def to_last_step(self, state: TrainState, resumed_step: int, stop: StopRequest) -> TrainState:
         """Runs the remaining steps; closes the iterator, the progress and the metrics log."""
-        run, stage, writes = self.config.run, self.config.stage, jax.process_index() == 0
+        run, stage, writes = self.config.run, self.config.stage, is_first_process()
         out = Path(run.out)
-        progress = Progress(
-            stage.name, unit="steps", total=stage.steps, done=resumed_step, seconds_between_lines=None,
-            quiet=self.quiet or not writes,
+        progress = SideChannel(
+            "progress",
+            lambda: Progress(
+                stage.name, unit="steps", total=stage.steps, done=resumed_step, seconds_between_lines=None,
+                quiet=self.quiet or not writes,
+            ),
+            warns=False,
         )  # fmt: skip
         log = MetricsLog(out, resumed_step=resumed_step, tensorboard=run.tensorboard) if writes else None
         try:
-            with StopRequest(enabled=jax.process_count() == 1) as stop:
-                return self._steps(state, resumed_step, progress=progress, log=log, stop=stop)
+            return self._steps(state, resumed_step, progress=progress, log=log, stop=stop)
         except NonFiniteStep as error:
             raise self._save_batch_of(error) from error
         finally:
             self.iterator.close()
-            progress.close()
+            progress.close(MAX_WAIT_S)
             if log is not None:
                 log.close()
 
@@ -197,7 +235,7 @@ class _Run:
         state: TrainState,
         resumed_step: int,
         *,
-        progress: Progress,
+        progress: SideChannel[Progress],
         log: MetricsLog | None,
         stop: StopRequest,
     ) -> TrainState:
@@ -213,17 +251,18 @@ class _Run:
             is_last = step == stage.steps
             if is_last or step == 1 or step % run.log_every == 0:
                 self._report(step, window, progress=progress, log=log)
-            progress.update(step)
+            progress.call(lambda bar, step=step: bar.update(step))
+            self.checkpoints.raise_if_failed()
             must_stop = stop.signal_name or self.checkpoints.preempted(step)
             if is_last or must_stop or step % run.save_every == 0:
-                self._save(step, state, window)
+                self._save(step, state, window, log)
             if must_stop and not is_last:
                 self.checkpoints.wait()
                 raise Interrupted(f"stopped after step {step}, which is saved; the same command resumes")
         return state
 
     def _report(
-        self, step: int, window: MetricsWindow, *, progress: Progress, log: MetricsLog | None
+        self, step: int, window: MetricsWindow, *, progress: SideChannel[Progress], log: MetricsLog | None
     ) -> None:
         line: MetricsLine = {"step": step, **window.report(), **self.iterator.take_counts()}
         gates = line.pop("gate")
@@ -237,11 +276,15 @@ class _Run:
         }
         if log is not None:
             log.write(line)
-        progress.report(step, f"loss {line['loss']:.4f}  {line['step_seconds'] * 1e3:.0f} ms/step")
+        note = f"loss {line['loss']:.4f}  {line['step_seconds'] * 1e3:.0f} ms/step"
+        progress.call(lambda bar: bar.report(step, note))
 
-    def _save(self, step: int, state: TrainState, window: MetricsWindow) -> None:
+    def _save(self, step: int, state: TrainState, window: MetricsWindow, log: MetricsLog | None) -> None:
         window.raise_if_not_finite()  # a state that is not finite is never saved
         begin = time.perf_counter()
+        together(lambda: self.owner.check() if is_first_process() else None)
+        if log is not None:
+            log.wait()  # a run that resumes from this checkpoint finds the lines up to it
         self.checkpoints.save(step, state, position=self.iterator.get_state()[_POSITION])
         window.exclude(time.perf_counter() - begin)
 
@@ -251,9 +294,20 @@ class _Run:
         batch = next(self.iterator)
         suffix = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
         path = Path(self.config.run.out) / f"nonfinite_step_{error.step}{suffix}.npz"
-        np.savez(path, **batch.arrays())  # type: ignore[arg-type]
         rows = [int(row) for row in needed(batch.row_index, "row_index")]
+        saved = save_batch(path, batch)
         return UserError(
-            f"loss or gradient is not finite at step {error.step}, rows {rows} of the index; the batch is in"
-            f" {path}, checkpoints are unchanged: look at these rows or lower stage.learning_rate"
+            f"loss or gradient is not finite at step {error.step}, rows {rows} of the index; {saved},"
+            " checkpoints are unchanged: look at these rows or lower stage.learning_rate"
         )
+
+
+def save_batch(path: Path, batch: Batch[np.ndarray]) -> str:
+    """Saves a batch for inspection. Returns where it is, or why it could not be saved."""
+    try:
+        np.savez(path, **batch.arrays())  # type: ignore[arg-type]
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink()  # of which a part may have been written
+        return f"the batch could not be saved in {path} ({error.strerror or error})"
+    return f"the batch is in {path}"

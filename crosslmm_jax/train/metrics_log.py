@@ -1,30 +1,41 @@
-"""Metrics of a run on disk: metrics.jsonl and TensorBoard scalars."""
+"""Metrics of a run on disk: metrics.jsonl and TensorBoard scalars. Neither delays or stops training."""
 
 import contextlib
 import json
+import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from crosslmm_jax.utils import atomic_write
+from crosslmm_jax.train.side_channel import SideChannel
+
+if TYPE_CHECKING:
+    from tensorboardX.event_file_writer import EventsWriter
 
 METRICS_FILE = "metrics.jsonl"
 MetricsLine = dict[str, Any]  # "step" and nested dicts of numbers
+MAX_WAIT_S = 10.0  # for a disk that hangs
 
 
 def read_metrics(folder: str | Path) -> list[MetricsLine]:
     """The lines of `metrics.jsonl` in `folder`, up to the first that is incomplete."""
-    path = Path(folder) / METRICS_FILE
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    return [line for line, _ in _lines_with_ends(Path(folder) / METRICS_FILE)]
+
+
+def _lines_with_ends(path: Path) -> Iterator[tuple[MetricsLine, int]]:
+    """The complete lines of a file, each with the position where it ends."""
+    end = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        end += len(line)
         try:
-            lines.append(json.loads(line))
+            metrics = json.loads(line)
         except ValueError:
-            break  # the process died while it wrote this line
-    return lines
+            return  # the process died while it wrote this line
+        if not line.endswith(b"\n"):
+            return
+        yield metrics, end
 
 
 def flatten_scalars(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -42,36 +53,123 @@ class MetricsLog:
     """Appends lines of metrics. In a run of several processes only process 0 has one.
 
     A run that resumes from step n drops the lines after n, so that the file reads like that of an
-    uninterrupted run.
+    uninterrupted run. Both outputs are side channels: what cannot be written is warned of once.
     """
 
     def __init__(self, folder: Path, *, resumed_step: int, tensorboard: bool) -> None:
         """Opens the files in `folder` for a run that has done `resumed_step` steps."""
-        kept = [line for line in read_metrics(folder) if line["step"] <= resumed_step]
         path = folder / METRICS_FILE
-        atomic_write(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file = path.open("a", encoding="utf-8")
-        self._writer = None
+        self._file = SideChannel(str(path), lambda: _MetricsFile(path, resumed_step=resumed_step))
+        self._file.call(lambda _: None)  # drops the lines now, not at the first report
+        self._tensorboard: SideChannel[_EventsFile] | None = None
         if tensorboard:
             with _barred("torch"):  # where it is installed, tensorboardX imports it, for seconds
-                from tensorboardX import SummaryWriter
+                import tensorboardX  # noqa: F401  (here, and not in the thread)
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+            events = folder / "tensorboard"
+            self._tensorboard = SideChannel(
+                str(events), lambda: _EventsFile(events, first_step=resumed_step + 1)
+            )
 
     def write(self, line: MetricsLine) -> None:
         """Appends one line, which has a "step"."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for name, value in flatten_scalars(line).items():
-                if name != "step":
-                    self._writer.add_scalar(name, value, line["step"])
+        self._file.call(lambda file: file.write(line))
+        if self._tensorboard is not None:
+            self._tensorboard.call(lambda file: file.write(line))
+
+    def wait(self) -> None:
+        """Returns when all lines are in metrics.jsonl, if its disk does not hang.
+
+        Called before a checkpoint is written: a run that resumes from it finds the lines up to it.
+        """
+        self._file.wait(MAX_WAIT_S)
 
     def close(self) -> None:
         """Closes the files."""
-        self._file.close()
+        self._file.close(MAX_WAIT_S)
+        if self._tensorboard is not None:
+            self._tensorboard.close(MAX_WAIT_S)
+
+
+class _MetricsFile:
+    """metrics.jsonl. Lines that could not be written are written before the next one."""
+
+    def __init__(self, path: Path, *, resumed_step: int) -> None:
+        self._path, self._unwritten = path, b""
+        if path.exists():
+            # In place: a full disk has no room for a copy.
+            ends = [end for line, end in _lines_with_ends(path) if line["step"] <= resumed_step]
+            os.truncate(path, max(ends, default=0))
+
+    def write(self, line: MetricsLine) -> None:
+        self._unwritten += json.dumps(line).encode() + b"\n"
+        self._write()
+
+    def _write(self) -> None:
+        with self._path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                written = 0
+                while written < len(self._unwritten):
+                    written += file.write(self._unwritten[written:])
+            except OSError:
+                file.truncate(end)  # no half lines
+                raise
+        self._unwritten = b""
+
+    def close(self) -> None:
+        if self._unwritten:
+            self._write()
+
+
+class _EventsFile:
+    """A TensorBoard file, written at each call. It ends at the first failure, which may leave half an event.
+
+    tensorboardX's own `SummaryWriter` hands events to a thread through a queue. If that thread fails, the
+    queue fills and the caller waits for ever.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        self._folder, self._first_step = folder, first_step
+        self._writer: EventsWriter | None = None
+        self._failed = False
+
+    def write(self, line: MetricsLine) -> None:
+        from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
+        from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
+
+        if self._failed:
+            return
+        scalars = flatten_scalars({name: value for name, value in line.items() if name != "step"})
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        try:
+            if self._writer is None:
+                self._writer = self._open()
+            self._writer.write_event(
+                Event(wall_time=time.time(), step=line["step"], summary=Summary(value=values))
+            )
+            self._writer.flush()
+        except OSError:
+            self._failed = True
+            with contextlib.suppress(OSError):
+                self.close()
+            raise
+
+    def _open(self) -> "EventsWriter":
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        writer = EventsWriter(str(self._folder / "events"), f".{os.getpid()}")
+        # TensorBoard then hides what an earlier process wrote of these steps.
+        started = SessionLog(status=SessionLog.START)
+        writer.write_event(Event(wall_time=time.time(), step=self._first_step, session_log=started))
+        return writer
+
+    def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+            self._writer = None
 
 
 @contextlib.contextmanager

@@ -1,5 +1,9 @@
-"""Progress of a long task on stderr: a bar on a terminal, plain lines elsewhere, nothing when quiet."""
+"""Progress of a long task on stderr: a bar on a terminal, plain lines elsewhere, nothing when quiet.
 
+Where stderr cannot be written, as when its reader is gone, the task goes on without progress.
+"""
+
+import contextlib
 import sys
 import time
 
@@ -41,15 +45,14 @@ class Progress:
                 rich_progress.TextColumn("{task.fields[note]}"), console=console,
             )  # fmt: skip
             self._task = self._bar.add_task(title, total=total, completed=done, note="")
-            self._bar.start()
+            with contextlib.suppress(OSError):
+                self._bar.start()
 
     def update(self, done: int, note: str | None = None) -> None:
         """Moves to `done`. Without a terminal this prints a line now and then, with `note` at its end."""
         self.done = done
         if self._bar is not None:
-            self._bar.update(self._task, completed=done)
-            if note is not None:
-                self._bar.update(self._task, note=note)
+            self._move(done, note)
             return
         now = time.monotonic()
         if self._seconds_between_lines is not None and now - self._last_line >= self._seconds_between_lines:
@@ -60,14 +63,15 @@ class Progress:
         """Moves to `done` and shows `note`. Without a terminal this prints a line at once."""
         self.done = done
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, note=note)
+            self._move(done, note)
         else:
             self._print(note)
 
     def close(self) -> None:
         """Stops the bar, which stays on the screen."""
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
 
     def __enter__(self) -> "Progress":
         return self
@@ -75,9 +79,18 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _move(self, done: int, note: str | None) -> None:
+        assert self._bar is not None
+        with contextlib.suppress(OSError):
+            if note is None:
+                self._bar.update(self._task, completed=done)
+            else:
+                self._bar.update(self._task, completed=done, note=note)
+
     def _print(self, text: str) -> None:
         if not self._quiet:
-            print(f"{self._title}: {self._amount()}  {text}".rstrip(), file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(f"{self._title}: {self._amount()}  {text}".rstrip(), file=sys.stderr, flush=True)
 
     def _amount(self) -> str:
         if self._unit == "bytes":

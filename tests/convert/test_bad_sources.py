@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -317,15 +316,8 @@ def test_a_full_disk(copies, fails, monkeypatch) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 512 KiB, for those who may mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("only root may mount a disk")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+def small_disk(mount_disk):
+    return mount_disk(kilobytes=512)
 
 
 def test_a_disk_that_is_really_full(sources, small_disk, tmp_path) -> None:

@@ -67,10 +67,19 @@ def test_the_control_has_no_cross_attention(finished: Finished) -> None:
 
 
 @pytest.mark.slow
-def test_repeating_it_gives_the_same_and_other_settings_are_refused(finished: Finished) -> None:
+def test_repeating_it_gives_the_same_and_other_settings_are_refused(finished: Finished, capsys) -> None:
+    """Also where the figure cannot be written."""
     out, report = finished
+    figure = (out / "demo.png").read_bytes()
+    (out / "demo.png").unlink()
+    (out / "demo.png").mkdir()
     before = (out / "train" / "stage2" / "metrics.jsonl").stat().st_mtime_ns
     again = run(out, seed=0, quick=True)
+    said = capsys.readouterr().out
+    assert f"{out}/demo.png: the figure is not written (Is a directory)" in said
+    assert f'a MODEL folder; ask it:\ncrosslmm ask {out} {report["questions"][0]["video"]} "' in said
+    (out / "demo.png").rmdir()
+    (out / "demo.png").write_bytes(figure)
     assert (again["accuracy"], again["control_accuracy"]) == (report["accuracy"], report["control_accuracy"])
     assert again["reused"] == {"model": True, "control": True}
     assert (out / "train" / "stage2" / "metrics.jsonl").stat().st_mtime_ns == before

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from video_files import write_video
 
 import crosslmm_jax.model
 from crosslmm_jax.cli.app import build_parser, main
@@ -270,6 +271,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) 
     train(load_experiment(ROOT / "configs" / "tiny_stage2.py", words), quiet=True)
     shutil.copytree(folder / "train" / "model", folder / "runs" / "demo" / "model")
     shutil.copy(written.heldout_videos[0], folder / "clip.mp4")
+    write_video(folder / "recording.ts", 50)
     own_data = (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8")
     (folder / "annotations.json").write_text(blocks(own_data, "json")[0])
     (folder / "my_mixture.yaml").write_text(blocks(own_data, "yaml")[0])
@@ -384,6 +386,7 @@ def check_the_csv_format(workplace: Path) -> None:
 
 EXAMPLES = {
     "ask_many_questions.py": "runs/demo videos 'Which shape is red?' 'Which shape is blue?' --frames 4",
+    "follow_a_recording.py": "runs/demo recording.ts 'What is happening?' --fps 4 --every 1 --idle 0.1",
     "train_on_a_folder.py": "annotations.json videos --out runs/example --steps 1 --batch-size 8",
     "one_training_step.py": "",
 }

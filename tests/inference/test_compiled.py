@@ -1,17 +1,20 @@
 """How often answering compiles: after a warm-up, never; and that padding changes no answer."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
 
+from crosslmm_jax import presets
 from crosslmm_jax.batch import AllOrNone, Batch, RowOrNone
 from crosslmm_jax.config import MeshConfig, SamplingConfig
 from crosslmm_jax.data.text import Tokenizer
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
-from crosslmm_jax.inference import VideoModel, load
+from crosslmm_jax.errors import UserError
+from crosslmm_jax.inference import VideoModel, compiled, devices, load, watching
 from crosslmm_jax.inference.compiled import parts_of
 from crosslmm_jax.inference.load import prepare_programs
 from crosslmm_jax.inference.prepare import prepare_params
@@ -148,9 +151,11 @@ def test_shapes_of_prompts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["compute", "int8"])
-def test_programs_that_were_prepared_are_those_that_run(model, tmp_path, compilations, precision):
+@pytest.mark.parametrize(("precision", "long"), [("compute", False), ("int8", True)])
+def test_programs_that_were_prepared_are_those_that_run(model, monkeypatch, compilations, precision, long):
     """From shapes alone, before the weights are read, and in the dtypes that inference has."""
+    for module in (watching, compiled):
+        monkeypatch.setattr(module, "is_long", lambda frames: long)
     config = dataclasses.replace(model.config, compute_dtype="bfloat16").at_precision(precision)
     mesh = model.compiled.mesh
     params = jax.tree.map(lambda x: x.astype("bfloat16"), init_params(config, jax.random.key(0)))
@@ -162,3 +167,21 @@ def test_programs_that_were_prepared_are_those_that_run(model, tmp_path, compila
     before = len(compilations)
     assert len(video_of(ready, 20).ask("What?", max_new_tokens=40)) > 0
     assert len(compilations) == before
+
+
+def test_what_does_not_fit_the_device_is_refused_with_what_does(monkeypatch):
+    config = presets.crosslmm_2b()
+    mesh = make_mesh(MeshConfig())
+    monkeypatch.setattr(devices, "_memory_limit", lambda: 139 * 10**9)
+    devices.check_memory(config, mesh, 4096)
+    with pytest.raises(UserError, match=r"16384 frames need 1\d\d.* GB.* or --precision int8") as error:
+        devices.check_memory(config, mesh, 16384)
+    fits = int(re.search(r"at most (\d+)", str(error.value))[1])
+    devices.check_memory(config, mesh, fits)
+    with pytest.raises(UserError):
+        devices.check_memory(config, mesh, fits + 1)
+    devices.check_memory(config.at_precision("int8"), mesh, 16384)
+    said = devices.cost_of(config, 4096)
+    assert said.startswith(
+        "4,096 frames take 36,864 positions and 33.9 GB beside the weights: original tokens"
+    )

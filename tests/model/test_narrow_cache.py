@@ -1,6 +1,7 @@
 """T2V's keys and values in 8 bits: what attention makes of them, and what a model that reads them says."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -12,8 +13,14 @@ from crosslmm_jax import presets
 from crosslmm_jax.batch import VisibleFrames
 from crosslmm_jax.config import MeshConfig, ModelConfig
 from crosslmm_jax.inference.generate import RowSettings, generate, start
-from crosslmm_jax.model import CrossLMM, init_params
-from crosslmm_jax.model.dual_cross_attention import KeysValues, compress, cross_attend
+from crosslmm_jax.model import CrossLMM, dual_cross_attention, init_params
+from crosslmm_jax.model.dual_cross_attention import (
+    KeysValues,
+    compress,
+    cross_attend,
+    keys_values,
+    video_cache,
+)
 from crosslmm_jax.model.quantisation.quantise import largest
 from crosslmm_jax.parallel.axis_rules import activation_rules
 from crosslmm_jax.parallel.mesh import make_mesh
@@ -63,6 +70,27 @@ def test_each_channel_is_rounded_by_its_own_largest(tiny_config, precision: str)
         step = most / largest(got.keys.dtype)
         half = step / 2 if precision == "int8" else jnp.maximum(jnp.abs(x) / 16, step / 1024)
         assert bool(jnp.all(jnp.abs(x - y) <= half * 1.001))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_long_videos_cache_is_made_in_chunks(tiny_config, monkeypatch, precision: str) -> None:
+    monkeypatch.setattr(dual_cross_attention, "CHUNK_FRAMES", 4)
+    config, rng = cached(tiny_config, precision), np.random.default_rng(0)
+    weights = jax.tree.map(lambda w: w[1], init_params(config, jax.random.key(0))["t2v"])
+    tokens, counts = (
+        rng.standard_normal((2, 12, 16, config.decoder.width)).astype(np.float32),
+        jnp.array([12, 7]),
+    )
+    tokens[1, 7:] *= 100  # padding, on which no scale may depend
+    whole = keys_values(weights, tokens, config=config)
+    made = jax.jit(functools.partial(video_cache, kv=None, config=config))
+    for real in (counts, None):
+        got, expected = made(weights, tokens, num_frames=real), compress(whole, precision, real)
+        np.testing.assert_allclose(got.key_scale, expected.key_scale, rtol=1e-5)
+        np.testing.assert_allclose(got.value_scale, expected.value_scale, rtol=1e-5)
+        for ours, theirs in zip(restored(got)[:2], restored(expected)[:2], strict=True):
+            differ = np.abs(ours - theirs) > 1e-4
+            assert differ.mean() < 1e-3  # a number halfway between two steps may go either way
 
 
 @pytest.mark.slow

@@ -148,6 +148,18 @@ def test_mistakes_show_before_anything_is_measured(
     assert message in err and err.count("\n") == 1 and out == ""
 
 
+def test_a_figure_that_cannot_be_written_is_said_once(tmp_path: Path, capsys) -> None:
+    """A folder has its name. The numbers matter more, and further systems are measured."""
+    found = report.new_report("prefill", command="crosslmm profile prefill")
+    found["rows"] = [row("tiny", 32, 1.0, ms_min=1.0, ms_max=1.0)]
+    outputs = Outputs(json=str(tmp_path / "f.json"), figure=str(tmp_path / "f.png"))
+    (tmp_path / "f.png").mkdir()
+    for _ in range(2):
+        suite.write_report(found, outputs, suite.PLAIN)
+    assert capsys.readouterr().err == f"{tmp_path}/f.png: the figure is not written (Is a directory)\n"
+    assert json.loads((tmp_path / "f.json").read_text())["errors"] == found["errors"] != []
+
+
 @pytest.mark.parametrize(
     ("assignment", "words"),
     [

@@ -14,11 +14,6 @@ import numpy as np
 import pytest
 
 from crosslmm_jax.batch import AllOrNone, VisibleFrames
-from crosslmm_jax.config import DataConfig, ExperimentConfig, RunConfig, SamplingConfig
-from crosslmm_jax.config_io import to_dict
-from crosslmm_jax.data.index.build import build_index
-from crosslmm_jax.demo.synthetic import write_dataset
-from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.model_folder import load_processor
 from crosslmm_jax.train import loop
@@ -26,54 +21,12 @@ from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs
 from crosslmm_jax.train.metrics_log import METRICS_FILE, read_metrics
 
 STEPS, SAVE_EVERY = 80, 10
-CONFIG_FILE = """
-import json
-from pathlib import Path
-from crosslmm_jax.config import ExperimentConfig
-from crosslmm_jax.config_io import from_dict
-
-def get_config():
-    path = Path(__file__).with_suffix(".json")
-    return from_dict(ExperimentConfig, json.loads(path.read_text()), source=path)
-"""
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    """Videos, an index of their rows, and a tokenizer."""
-    folder = tmp_path_factory.mktemp("files")
-    write_dataset(folder / "data", num_train=4, num_heldout=4, seed=0)
-    write_default_tokenizer(folder / "tokenizer")
-    rows, tokenizer = str(folder / "data" / "train.json"), str(folder / "tokenizer")
-    build_index(rows, folder / "index", tokenizer=tokenizer, quiet=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def experiment(files, micro_config, make_stage):
-    """`experiment(out, stage={...}, **fields)`: a run; `fields` are those of its `RunConfig`."""
-
-    def make(out: Path, *, stage: dict | None = None, **run) -> ExperimentConfig:
-        decoder = dataclasses.replace(micro_config.decoder, vocab_size=512)
-        return ExperimentConfig(
-            model=dataclasses.replace(micro_config, decoder=decoder),
-            data=DataConfig(
-                index=str(files / "index"), tokenizer=str(files / "tokenizer"), batch_size=8,
-                text_buckets=(96,), frame_buckets=(4,),
-                sampling=SamplingConfig(frames=4), frame_cache_mb=16,
-            ),
-            stage=make_stage(**({"steps": 6} | (stage or {}))),
-            run=RunConfig(**({"out": str(out), "log_every": 2, "save_every": 2, "tensorboard": False} | run)),
-        )  # fmt: skip
-
-    return make
-
 
 # ---- interrupted runs, each in a process ----
 
 
 @pytest.fixture(scope="module")
-def start(experiment, tmp_path_factory, one_device_flags):
+def start(experiment, config_file, tmp_path_factory, one_device_flags):
     """`start(name)`: starts or resumes the run `name` by the command line, on one device."""
     folder = tmp_path_factory.mktemp("runs")
     environment = os.environ | {
@@ -86,9 +39,7 @@ def start(experiment, tmp_path_factory, one_device_flags):
 
     def begin(name: str) -> tuple[subprocess.Popen, Path]:
         config = experiment(folder / name, stage={"steps": STEPS}, save_every=SAVE_EVERY, log_every=1)
-        (folder / f"{name}.json").write_text(json.dumps(to_dict(config)))
-        (folder / f"{name}.py").write_text(CONFIG_FILE)
-        command = [sys.executable, "-m", "crosslmm_jax.cli", "train", str(folder / f"{name}.py")]
+        command = [sys.executable, "-m", "crosslmm_jax.cli", "train", config_file(config)]
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -134,6 +85,11 @@ def test_killed_twice_ends_with_the_same_bits(start, uninterrupted) -> None:
     for step in (25, 52):
         process, out = start("killed")
         wait_for_step(process, out, step)
+        if step == 52:
+            process.send_signal(signal.SIGSTOP)  # it would be at its end too soon
+            second, _ = start("killed")  # by mistake
+            message = second.communicate(timeout=240)[0]
+            assert second.returncode == 2 and f"run.out {out}: process {process.pid} on host" in message
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL

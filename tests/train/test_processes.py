@@ -10,7 +10,7 @@ import pytest
 
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.parallel import FailedSomewhere, succeed_on_all
-from crosslmm_jax.train.processes import check_same_settings
+from crosslmm_jax.train.settings import check_same_settings
 
 SETTINGS = {"data": {"index": "a", "batch_size": 8}, "run": {"seed": 0}, "index_digest": "12ab"}
 
@@ -72,8 +72,8 @@ TWO_PROCESSES = """
         state = TrainState(step, {"w": jax.random.normal(jax.random.key(step), (64, 512))}, {}, {})
         return jax.lax.with_sharding_constraint(state, shardings)
 
-    def restored(config):
-        checkpoints = Checkpoints(folder, keep=3, config=config)
+    def restored(settings):
+        checkpoints = Checkpoints(folder, keep=3, settings=settings)
         abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), make(1), shardings
         )
@@ -82,7 +82,7 @@ TWO_PROCESSES = """
         finally:
             checkpoints.close()
 
-    checkpoints = Checkpoints(folder, keep=3, config={"x": 1})
+    checkpoints = Checkpoints(folder, keep=3, settings={"x": 1})
     for step in (1, 2, 3):
         checkpoints.save(step, make(step), position=10 * step)
     checkpoints.close()

@@ -10,9 +10,16 @@ json_files.py     reading JSON and JSONL, patterns of files
 json_stream.py    the values of a JSON list, one at a time
 """
 
-from crosslmm_jax.data.annotations.mixture import read_mixture, read_rows
-from crosslmm_jax.data.annotations.rows import MODALITIES, DatasetSpec, Row
+from crosslmm_jax.data.annotations.mixture import (
+    annotation_files,
+    make_row,
+    read_entries,
+    read_mixture,
+    read_rows,
+)
+from crosslmm_jax.data.annotations.rows import MODALITIES, DatasetSpec, Entry, Row
 
 __all__ = [
-    "MODALITIES", "DatasetSpec", "Row", "read_mixture", "read_rows",
+    "MODALITIES", "DatasetSpec", "Entry", "Row", "annotation_files", "make_row", "read_entries",
+    "read_mixture", "read_rows",
 ]  # fmt: skip

@@ -33,7 +33,7 @@ import yaml
 from crosslmm_jax.data.annotations.detect_format import detect_format, name_place
 from crosslmm_jax.data.annotations.formats import FORMATS
 from crosslmm_jax.data.annotations.json_files import expand_files, unreadable
-from crosslmm_jax.data.annotations.rows import DatasetSpec, MediaType, Origin, Row, is_rate
+from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, MediaType, Origin, Row, is_rate
 from crosslmm_jax.data.annotations.strategies import parse_strategy, select
 from crosslmm_jax.data.text import writable
 from crosslmm_jax.errors import DataError, Fault, UserError
@@ -230,16 +230,15 @@ def _with_unique_names(specs: list[DatasetSpec]) -> list[DatasetSpec]:
     return named
 
 
-def read_rows(spec: DatasetSpec, *, seed: int, allow_outside: bool = False) -> Iterator[Row | Fault]:
-    """Reads the rows of a data set that its strategy selects, lazily and in the order of its files.
+def read_entries(spec: DatasetSpec, *, seed: int) -> Iterator[tuple[int, Entry]]:
+    """Reads the entries of a data set that its strategy selects, with their numbers.
 
-    A row that cannot be used comes as a Fault. Strategies that depend on the number of rows (end, random,
+    They come lazily and in the order of the files. Strategies that depend on the number of rows (end, random,
     percentages) read the files twice.
 
     Args:
         spec: the data set.
         seed: seed of the random strategy; the same on every host.
-        allow_outside: media paths may leave the root.
 
     Raises:
         UserError: a file cannot be read, has another format, or holds no rows. Names the file.
@@ -252,14 +251,37 @@ def read_rows(spec: DatasetSpec, *, seed: int, allow_outside: bool = False) -> I
         if selection.ends_before(number):
             break
         if number in selection:
-            origin = Origin(writable(entry.where), number, spec, allow_outside)
-            try:
-                found = entry.value if isinstance(entry.value, Fault) else form.to_row(entry.value, origin)
-            except DataError as error:
-                found = error.fault
-            if isinstance(found, Fault):
-                path, detail = writable(found.path), writable(found.detail)
-                found = Fault(origin.where, found.reason, detail, path, spec.name, number)
-            yield found
+            yield number, entry
     if number < 0:
         raise UserError(f"{spec.path}: holds no rows; leave it out of the mixture")
+
+
+def make_row(spec: DatasetSpec, number: int, entry: Entry, *, allow_outside: bool = False) -> Row | Fault:
+    """The row of entry `number` of a data set, or why it cannot be used.
+
+    `allow_outside`: media paths may leave the root.
+    """
+    origin = Origin(writable(entry.where), number, spec, allow_outside)
+    try:
+        to_row = FORMATS[spec.format].to_row
+        found = entry.value if isinstance(entry.value, Fault) else to_row(entry.value, origin)
+    except DataError as error:
+        found = error.fault
+    if isinstance(found, Fault):
+        path, detail = writable(found.path), writable(found.detail)
+        return Fault(origin.where, found.reason, detail, path, spec.name, number)
+    return found
+
+
+def read_rows(spec: DatasetSpec, *, seed: int, allow_outside: bool = False) -> Iterator[Row | Fault]:
+    """The rows of `read_entries`; a row that cannot be used comes as a Fault."""
+    for number, entry in read_entries(spec, seed=seed):
+        yield make_row(spec, number, entry, allow_outside=allow_outside)
+
+
+def annotation_files(spec: DatasetSpec) -> Iterator[str]:
+    """The files that the rows of a data set are read from, in order; of a folder, the files in it."""
+    for path in expand_files(spec.path):
+        inside = sorted(os.listdir(path)) if os.path.isdir(path) else None
+        names = [path] if inside is None else [os.path.join(path, name) for name in inside]
+        yield from (name for name in names if inside is None or os.path.isfile(name))

@@ -3,6 +3,7 @@
 token_counts   frames and text tokens of each row
 kinds          rows of one modality and size, counted
 buckets        the static shapes of batches, and the bucket of each row
+none_fits      why no row fits the settings
 bucket_search  the search for shapes with little padding
 schedule       the rows of every step
 """

@@ -5,7 +5,7 @@ one bucket, which has one shape and one modality, so every host knows both witho
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from crosslmm_jax.config import DataConfig
 from crosslmm_jax.data.annotations import MODALITIES
 from crosslmm_jax.data.batching.bucket_search import choose_shapes
 from crosslmm_jax.data.batching.kinds import Kinds, count_kinds
-from crosslmm_jax.data.batching.token_counts import row_token_counts
+from crosslmm_jax.data.batching.none_fits import why_none_fits
+from crosslmm_jax.data.batching.token_counts import TokenCounts, row_token_counts
 from crosslmm_jax.data.index import Columns, Index
 from crosslmm_jax.errors import ConfigError
 
@@ -179,15 +180,15 @@ class BucketedRows:
 
 
 def bucket_rows(
-    config: DataConfig, index: Index, tables: Iterable[Columns], *, num_rows: int, tokens_per_frame: int,
-    more_system: int = 0,
+    config: DataConfig, index: Index, tables: Callable[[], Iterable[Columns]], *, num_rows: int,
+    tokens_per_frame: int, more_system: int = 0,
 ) -> BucketedRows:  # fmt: skip
     """Assigns the rows of an index to buckets: those of the config, or the best few by search.
 
     Args:
         config: data configuration of the run.
         index: the index.
-        tables: its columns, in parts.
+        tables: gives its columns, in parts.
         num_rows: number of rows of all parts.
         tokens_per_frame: C.
         more_system: tokens by which the system prompt exceeds the default one.
@@ -195,16 +196,14 @@ def bucket_rows(
     Raises:
         ConfigError: no row fits.
     """
-    counted = (
-        (
-            columns,
-            row_token_counts(
-                columns, config.sampling, most_text=config.most_text_tokens, style=config.style,
-                time_instruction=config.time_instruction, wording=index.wording, more_system=more_system,
-            ),
-        )
-        for columns in tables
-    )  # fmt: skip
+
+    def count(columns: Columns) -> TokenCounts:
+        return row_token_counts(
+            columns, config.sampling, most_text=config.most_text_tokens, style=config.style,
+            time_instruction=config.time_instruction, wording=index.wording, more_system=more_system,
+        )  # fmt: skip
+
+    counted = ((columns, count(columns)) for columns in tables())
     kinds, kind_of_row, dataset_of_row = count_kinds(
         counted, num_rows=num_rows, num_datasets=len(index.datasets)
     )
@@ -215,9 +214,9 @@ def bucket_rows(
     if weights:
         usable = usable & np.isin(kinds.modality, [MODALITIES.index(name) for name in weights])
     if not usable.any():
+        again = ((columns.modality, count(columns)) for columns in tables())
         raise ConfigError(
-            f"DataConfig: none of the {num_rows} rows of {config.index} fits; look at style,"
-            " text_buckets or max_text_tokens, frame_buckets and modality_weights"
+            f"DataConfig: none of the {num_rows} rows of {config.index} fits: {why_none_fits(config, again)}"
         )
     kept = kinds.where(usable)
     sizes = kept.modality, kept.frames, kept.text

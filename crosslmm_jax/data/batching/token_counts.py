@@ -32,12 +32,14 @@ class TokenCounts:
         text: int64[rows], text tokens, at most the limit of a row.
         usable: bool[rows], False where the row does not fit the style or its first exchange is too long.
         truncated: bool[rows], usable rows that may lose their last turns.
+        needed: int64[rows], text tokens that a row cannot lose, of any limit; 0 if it does not fit the style.
     """
 
     frames: np.ndarray
     text: np.ndarray
     usable: np.ndarray
     truncated: np.ndarray
+    needed: np.ndarray
 
 
 def row_token_counts(
@@ -66,7 +68,7 @@ def row_token_counts(
         frames = _sum_media(per_medium, columns, columns.media_per_row)
         text = columns.plain_tokens.astype(np.int64)
         usable = (text > 0) & (text <= most_text)
-        return TokenCounts(frames, np.minimum(text, most_text), usable, np.zeros(len(text), bool))
+        return TokenCounts(frames, np.minimum(text, most_text), usable, np.zeros(len(text), bool), text)
     times = np.zeros(len(per_medium), np.int64)
     if time_instruction != "none":
         times = _time_tokens(columns, per_medium, time_instruction, wording[time_instruction])
@@ -82,7 +84,7 @@ def row_token_counts(
     usable = least <= most_text
     return TokenCounts(
         _sum_media(per_medium, columns, media), np.minimum(text, most_text), usable,
-        usable & (whole > most_text),
+        usable & (whole > most_text), least,
     )  # fmt: skip
 
 

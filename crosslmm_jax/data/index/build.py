@@ -1,59 +1,49 @@
 """Builds an index: one parallel pass over the rows of a mixture.
 
 The pass writes to a hidden folder beside INDEX and publishes it at the end, so INDEX is complete or absent.
-Rows that an earlier index has with the same text and unchanged files are copied from it, whether that index
-was finished or not. So a pass that was killed resumes, and a pass over a changed mixture probes only what is
-new.
+What earlier passes found is used again, whether they were finished or not:
+
+- Where the annotations of a data set did not change, its blocks are taken over as they are, once the stamps
+  of their media hold and their bad rows are still bad.
+- Elsewhere, a row with the same text and unchanged files keeps its probe.
+
+So a pass that was killed resumes, and a pass over a changed mixture probes only what is new.
 """
 
-import collections
-import dataclasses
-import hashlib
 import itertools
-import json
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-
-from crosslmm_jax.data.annotations import DatasetSpec, Row, read_mixture, read_rows
-from crosslmm_jax.data.index.probe import (
-    COUNTED,
-    PROBED,
-    Chunk,
-    Found,
-    Known,
-    Prober,
-    fingerprint,
-    row_hash,
+from crosslmm_jax.data.annotations import DatasetSpec, read_entries, read_mixture
+from crosslmm_jax.data.index.blocks import (
+    BLOCK,
+    BlockKey,
+    EarlierBlock,
+    Origins,
+    Shard,
+    bad_path,
+    earlier_blocks,
+    keep_leftovers,
+    origins_of,
+    read_meta,
+    take_block,
+    write_block,
 )
-from crosslmm_jax.data.index.table import BAD, META, SCHEMA, VERSION, Record, map_table, write_table
-from crosslmm_jax.data.text import Tokenizer, wording_tokens
-from crosslmm_jax.errors import Fault, UserError, list_counts
+from crosslmm_jax.data.index.lookup import write_lookup
+from crosslmm_jax.data.index.probe import Chunk, Found, Prober, fingerprint
+from crosslmm_jax.data.index.publish import IndexReport, publish, shard_folder
+from crosslmm_jax.data.index.table import BAD, META, map_table
+from crosslmm_jax.data.text import wording_tokens
+from crosslmm_jax.errors import UserError, list_counts
 from crosslmm_jax.utils import Progress, atomic_folder, is_vacant, map_in_order
 
-_CHUNK = 64  # rows per task of a worker
-_TABLE_ROWS = 2**14  # rows per table
-_DIGESTED = ("row_hash", "duration", "num_frames")  # columns that batches depend on
-_TABLE_SECONDS = 30.0  # a table is closed after this time, so that a kill loses little
-
-
-@dataclasses.dataclass(frozen=True)
-class IndexReport:
-    """What a pass found."""
-
-    rows: int  # good rows
-    reused: int  # good rows that needed no new probe
-    bad: dict[str, int]  # reason -> rows
-
-    def lines(self) -> list[str]:
-        """The report as lines of text."""
-        lines = [f"{self.rows} rows ({self.reused} unchanged), {sum(self.bad.values())} bad"]
-        return lines + [f"  {count}" for count in list_counts(self.bad)]
+_CHUNK = 64  # entries per task of a worker
+_PART_SECONDS = 30.0  # a part of a block is written after this time, so that a kill loses little
+_PART = "rows-part.arrow"
+_IF_ONE_DIES = "run the same command again with fewer --workers: it resumes where it stopped"
 
 
 def build_index(
@@ -65,6 +55,7 @@ def build_index(
     workers: int = 0,
     seed: int = 0,
     allow_outside: bool = False,
+    shard: Shard | None = None,
     quiet: bool = False,
 ) -> IndexReport:
     """Indexes a mixture.
@@ -77,6 +68,7 @@ def build_index(
         workers: worker processes; 0: this process does everything.
         seed: seed of the random strategies of the mixture.
         allow_outside: media paths may leave their root.
+        shard: the part of the index to make, for `merge_index`; None: all of it.
         quiet: show no progress on stderr.
 
     Raises:
@@ -85,176 +77,154 @@ def build_index(
     """
     specs = read_mixture(mixture, media_root=media_root)
     prober = Prober(tokenizer, allow_outside=allow_outside)
-    loaded = prober.tokenizer
-    target = Path(os.path.realpath(out))  # a symbolic link stays one
-    if not (target / META).exists() and not is_vacant(target):
+    origins = origins_of(
+        specs, tokenizer=fingerprint(prober.tokenizer), wording=wording_tokens(prober.tokenizer), seed=seed,
+        allow_outside=allow_outside,
+    )  # fmt: skip
+    index = Path(os.path.realpath(out))  # a symbolic link stays one
+    if not (index / META).exists() and not is_vacant(index):
         raise UserError(f"--out {out}: exists and is no index; name another folder")
+    target = index if shard is None else shard_folder(index, shard)
+    finished = [target] if shard is None else [target, index]
+    progress = Progress("index", unit="rows", quiet=quiet)
     with atomic_folder(target, resume=True) as work:
-        writer = _Writer(work, specs, loaded, allow_outside=allow_outside)
-        tables = [path for kind in ("rows", "kept") for path in sorted(target.glob(f"{kind}-*.arrow"))]
-        earlier = _EarlierRows((writer.leftovers, tables), writer.tokenizer, allow_outside=allow_outside)
-        progress = Progress("index", unit="rows", quiet=quiet)
-        items = (item for spec in specs for item in read_rows(spec, seed=seed, allow_outside=allow_outside))
+        pass_ = _Pass(work, finished, origins, prober, workers=workers, shard=shard, progress=progress)
         try:
-            for found in map_in_order(
-                prober, _chunks(items, earlier), workers=workers, spare=workers + 1,
-                if_one_dies="run the same command again with fewer --workers: it resumes where it stopped",
-            ):  # fmt: skip
-                writer.add(found)
-                progress.update(writer.seen, f"{sum(writer.bad.values())} bad")
+            pass_.take_current_blocks()
+            pass_.index_the_rest(specs, seed=seed)
         finally:
             progress.close()
-            writer.flush()
-        report = writer.finish()
-        if not report.rows:
+            pass_.write_part()
+        report = publish(work, origins.to_json(), reused=pass_.reused, shard=shard)
+        if not report.rows and shard is None:
             why = f" ({', '.join(list_counts(report.bad))})" if report.bad else ""
             stays = ", so the old index stays" if (target / META).exists() else ""
             raise UserError(f"{out}: no usable row{why}{stays}; see {work / BAD}")
+        pass_.clean_up()
     return report
 
 
-def _chunks(items: Iterator[Row | Fault], earlier: "_EarlierRows") -> Iterator[Chunk]:
-    """Rows in chunks, with what earlier passes know about them."""
-    while some := list(itertools.islice(items, _CHUNK)):
-        rows = [item for item in some if isinstance(item, Row)]
-        yield Chunk(rows, earlier.find(rows), [item for item in some if isinstance(item, Fault)])
-
-
-class _EarlierRows:
-    """Records of earlier tables by row hash: tables of stopped passes, and tables of the index.
-
-    A row whose medium changed in between may have a record in both; the stamps tell which one holds.
-    """
+class _Pass:
+    """One pass over a mixture, which fills the folder `work` with blocks."""
 
     def __init__(
-        self, paths: tuple[Sequence[Path], Sequence[Path]], tokenizer: str, *, allow_outside: bool
-    ) -> None:
-        self._tables: list[pa.RecordBatch] = []
-        self._same_tokenizer: list[bool] = []
-        self._of_index = 0  # position in `_files` of the first table of the index
-        hashes, places = [], []
-        for place, path in enumerate([*paths[0], *paths[1]]):
-            try:
-                table = map_table(path, ["row_hash", *PROBED, *COUNTED])
-            except (OSError, KeyError, pa.ArrowException):
-                continue  # damaged, or of an earlier version: its rows are probed again
-            found = table.column("row_hash").to_numpy()
-            made_by = table.schema.metadata or {}
-            if made_by.get(b"outside") == b"allowed" and not allow_outside:
-                continue  # its media may be links out of the root
-            number = len(self._tables)
-            self._of_index += place < len(paths[0])
-            self._tables.append(table)
-            self._same_tokenizer.append(made_by.get(b"tokenizer", b"").decode() == tokenizer)
-            hashes.append(found)
-            places.append(np.stack([np.full(len(found), number), np.arange(len(found))], axis=1))
-        self._hashes = np.concatenate(hashes) if hashes else np.zeros(0, np.int64)
-        self._places = np.concatenate(places) if places else np.zeros((0, 2), np.int64)
-        order = np.argsort(self._hashes, kind="stable")
-        self._hashes, self._places = self._hashes[order], self._places[order]
-
-    def find(self, rows: Sequence[Row]) -> Known:
-        """Earlier records of `rows`, by place: at most two for a row, the later first."""
-        wanted = np.array([row_hash(row) for row in rows], np.int64)
-        begin, end = (np.searchsorted(self._hashes, wanted, side) for side in ("left", "right"))
-        return {
-            int(place): self._records(self._places[begin[place] : end[place]])
-            for place in np.flatnonzero(begin < end)
-        }
-
-    def _records(self, places: np.ndarray) -> list[Record]:
-        """The first record of stopped passes and the first of the index, of places with the same hash."""
-        stopped = int(np.searchsorted(places[:, 0], self._of_index))
-        firsts = [*places[:stopped][:1], *places[stopped:][:1]]
-        return [self._read(int(table), int(row)) for table, row in firsts]
-
-    def _read(self, table: int, row: int) -> Record:
-        columns = self._tables[table]
-        record = {name: columns.column(name)[row].as_py() for name in (*PROBED, *COUNTED)}
-        return record if self._same_tokenizer[table] else record | {name: None for name in COUNTED}
-
-
-class _Writer:
-    """Writes the tables and bad rows of a pass to its working folder."""
-
-    def __init__(
-        self, work: Path, specs: Sequence[DatasetSpec], tokenizer: Tokenizer, *, allow_outside: bool
-    ) -> None:
-        self.work, self.specs, self.tokenizer = work, specs, fingerprint(tokenizer)
-        self.wording = wording_tokens(tokenizer)
-        self.seen = self.reused = 0
-        self.bad: collections.Counter[str] = collections.Counter()
-        self.leftovers = self._keep_leftovers()
-        self._schema = SCHEMA.with_metadata(
-            {"tokenizer": self.tokenizer, "outside": "allowed" if allow_outside else "refused"}
-        )
-        self._records: list[Record] = []
-        self._kept: list[Record] = []
-        self._kept_files = 0
-        self._files: list[dict[str, object]] = []
-        self._digest = hashlib.blake2b(digest_size=12)
+        self, work: Path, finished: Sequence[Path], origins: Origins, prober: Prober, *, workers: int,
+        shard: Shard | None, progress: Progress,
+    ) -> None:  # fmt: skip
+        """`finished`: indexes, or shards of one, to take blocks from."""
+        self.reused = 0
+        self._work, self._origins, self._prober, self._workers = work, origins, prober, workers
+        self._shard = shard or Shard()
+        self._progress, self._seen, self._bad = progress, 0, 0
+        self._taken: set[BlockKey] = set()
+        self._complete: dict[
+            str, set[int]
+        ] = {}  # source of a data set -> all its blocks, where they are known
+        (work / META).unlink(missing_ok=True)
+        self._earlier = list(earlier_blocks(keep_leftovers(work), leftover=True))
+        for folder in finished:
+            meta = read_meta(folder)
+            blocks = list(earlier_blocks(sorted(folder.glob("rows-*.arrow")), leftover=False))
+            self._earlier += blocks
+            if meta and meta.get("shard") in (None, list(shard or ())):
+                for dataset in meta["datasets"]:  # type: ignore[attr-defined]
+                    numbers = {
+                        int(b.metadata["block"]) for b in blocks if b.metadata["dataset"] == dataset["name"]
+                    }
+                    self._complete.setdefault(dataset["source"], numbers)
+        if origins.outside == "refused":  # media of the others may be links out of the root
+            self._earlier = [one for one in self._earlier if one.metadata.get("outside") == "refused"]
+        self._key: BlockKey | None = None  # of the block that is being made
+        self._found: list[Found] = []
         self._since = time.monotonic()
-        self._bad_file = open(work / BAD, "w", encoding="utf-8")  # noqa: SIM115
 
-    def _keep_leftovers(self) -> list[Path]:
-        """Moves tables of stopped passes to names that this pass does not use; returns them, latest first."""
-        for copied in self.work.glob("kept-*.arrow"):  # copies of records in tables that still exist
-            copied.unlink()
-        folder = self.work / "earlier"
-        folder.mkdir(exist_ok=True)
-        first = 1 + max((int(path.stem) for path in folder.iterdir()), default=-1)
-        for number, path in enumerate(sorted(self.work.glob("rows-*.arrow")), first):
-            os.replace(path, folder / f"{number:06d}.arrow")
-        return sorted(folder.iterdir(), reverse=True)
+    def take_current_blocks(self) -> None:
+        """Takes over the blocks of unchanged annotations whose media did not change either."""
+        number = {name: place for place, name in enumerate(self._origins.names)}
+        candidates: list[tuple[BlockKey, EarlierBlock]] = []
+        for block in self._earlier:
+            made_from = block.metadata
+            if made_from.get("dataset") in number and made_from.get("block", "").isdecimal():
+                key = BlockKey(number[made_from["dataset"]], int(made_from["block"]))
+                if made_from == self._origins.metadata(key) and self._shard.has(key):
+                    candidates.append((key, block))
+        current = map_in_order(
+            self._prober.is_current, (block for _, block in candidates), workers=self._workers,
+            spare=self._workers + 1, if_one_dies=_IF_ONE_DIES,
+        )  # fmt: skip
+        for (key, block), is_current in zip(candidates, current, strict=True):
+            if not is_current or key in self._taken:
+                continue
+            target = self._work / key.rows_name()
+            take_block(block, target)
+            self._taken.add(key)
+            rows = len(map_table(target, ["row_hash"]))
+            bad = len(map_table(bad_path(target), ["row_hash"])) if bad_path(target).exists() else 0
+            self.reused += rows
+            self._count(rows, bad)
 
-    def add(self, found: Found) -> None:
-        """Adds the next rows."""
-        self.seen += len(found.good) + len(found.bad)
-        self.reused += found.reused
-        self._records += found.good
-        self._kept += found.kept
-        for entry in found.bad:
-            self.bad[entry.reason] += 1
-            self._bad_file.write(entry.line())
-        waiting = max(len(self._records), len(self._kept))
-        if waiting >= _TABLE_ROWS or time.monotonic() - self._since > _TABLE_SECONDS:
-            self.flush()
+    def index_the_rest(self, specs: Sequence[DatasetSpec], *, seed: int) -> None:
+        """Makes the blocks that were not taken over."""
+        for found in map_in_order(
+            self._prober,
+            self._chunks(specs, seed),
+            workers=self._workers,
+            spare=self._workers + 1,
+            if_one_dies=_IF_ONE_DIES,
+        ):
+            if found.key != self._key:
+                self._finish_block()
+                self._key = found.key
+            self._found.append(found)
+            self.reused += found.reused
+            self._count(len(found.good), len(found.bad))
+            if time.monotonic() - self._since > _PART_SECONDS:
+                self.write_part()
+        self._finish_block()
 
-    def flush(self) -> None:
-        """Writes the records that are waiting as tables."""
-        self._bad_file.flush()
+    def _chunks(self, specs: Sequence[DatasetSpec], seed: int) -> Iterator[Chunk]:
+        for number, spec in enumerate(specs):
+            blocks = self._complete.get(self._origins.sources[number])
+            ours = {key for block in blocks or () if self._shard.has(key := BlockKey(number, block))}
+            if blocks and ours <= self._taken:
+                continue  # nothing is left to read
+            lookup = write_lookup(
+                self._work / "lookup" / str(number),
+                [one for one in self._earlier if one.metadata.get("dataset") == spec.name],
+                tokenizer=self._origins.tokenizer,
+            )
+            for block, entries in itertools.groupby(
+                read_entries(spec, seed=seed), lambda one: one[0] // BLOCK
+            ):
+                key = BlockKey(number, block)
+                if key in self._taken or not self._shard.has(key):
+                    continue
+                while some := list(itertools.islice(entries, _CHUNK)):
+                    yield Chunk(key, spec, some, lookup)
+
+    def _count(self, good: int, bad: int) -> None:
+        self._seen += good + bad
+        self._bad += bad
+        self._progress.update(self._seen, f"{self._bad} bad")
+
+    def _finish_block(self) -> None:
+        if self._key is not None:
+            self._write(self._key.rows_name(), self._origins.metadata(self._key))
+            for path in (self._work / _PART, bad_path(self._work / _PART)):
+                path.unlink(missing_ok=True)
+        self._key, self._found, self._since = None, [], time.monotonic()
+
+    def write_part(self) -> None:
+        """Writes what there is of the block that is being made, for a pass that continues after a stop."""
         self._since = time.monotonic()
-        if self._kept:
-            self._write(f"kept-{self._kept_files:05d}.arrow", self._kept)
-            self._kept_files += 1
-            self._kept = []
-        if not self._records:
-            return
-        name = f"rows-{len(self._files):05d}.arrow"
-        self._write(name, self._records)
-        for record in self._records:
-            self._digest.update(json.dumps([record[name] for name in _DIGESTED]).encode())
-        self._files.append({"file": name, "rows": len(self._records)})
-        self._records = []
+        if self._key is not None:
+            self._write(_PART, self._origins.metadata(self._key) | {"block": "part"})
 
-    def _write(self, name: str, records: list[Record]) -> None:
-        write_table(self.work / name, pa.Table.from_pylist(records, schema=self._schema))
+    def _write(self, name: str, metadata: dict[str, str]) -> None:
+        good, bad = [one.good for one in self._found], [one.bad for one in self._found]
+        write_block(self._work / name, good, bad, metadata)
 
-    def finish(self) -> IndexReport:
-        """Writes meta.json if there is a good row; otherwise keeps the tables of earlier passes."""
-        self._bad_file.close()
-        report = IndexReport(self.seen - self.bad.total(), self.reused, dict(self.bad))
-        if report.rows:
-            self._describe()
-            shutil.rmtree(self.work / "earlier")
-        return report
-
-    def _describe(self) -> None:
-        weights = [[spec.name, spec.weight] for spec in self.specs]
-        self._digest.update(json.dumps([self.tokenizer, weights]).encode())
-        meta = {
-            "version": VERSION, "files": self._files, "tokenizer": self.tokenizer,
-            "wording": self.wording, "digest": self._digest.hexdigest(), "bad": dict(self.bad),
-            "datasets": [{"name": spec.name, "weight": spec.weight} for spec in self.specs],
-        }  # fmt: skip
-        (self.work / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    def clean_up(self) -> None:
+        """Deletes what only a later pass over the same folder would use."""
+        shutil.rmtree(self._work / "earlier")
+        shutil.rmtree(self._work / "lookup", ignore_errors=True)

@@ -6,12 +6,18 @@ import functools
 import hashlib
 import json
 import os
+import stat
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from crosslmm_jax.data.annotations import Row
-from crosslmm_jax.data.index.table import Record, record_of
+import numpy as np
+import pyarrow as pa
+
+from crosslmm_jax.data.annotations import DatasetSpec, Entry, Row, make_row
+from crosslmm_jax.data.index.blocks import BAD_SCHEMA, BlockKey, EarlierBlock, bad_path
+from crosslmm_jax.data.index.lookup import Lookup
+from crosslmm_jax.data.index.table import COUNTED, PROBED, SCHEMA, Record, map_table, record_of, row_of
 from crosslmm_jax.data.media import (
     Media,
     MediaOptions,
@@ -25,12 +31,6 @@ from crosslmm_jax.data.media import (
 from crosslmm_jax.data.text import Tokenizer, count_tokens, load_tokenizer, plain_sequence, writable
 from crosslmm_jax.errors import DataError, Fault, UserError
 
-PROBED = (
-    "media", "duration", "fps", "num_frames", "width", "height", "size_bytes", "codec", "keyframe_spacing",
-    "stamp",
-)  # fmt: skip
-COUNTED = ("text_tokens", "answer_tokens", "answer_media", "plain_tokens")
-Known = Mapping[int, Sequence[Record]]  # place in a list of rows -> earlier records of that row
 _KEPT_PROBES = 50_000  # a video often has many rows, one after another
 
 
@@ -58,41 +58,60 @@ def media_stamp(root: str, reference: str) -> int | None:
     """
     path = os.path.join(root, split_reference(reference)[0])
     try:
-        names = sorted(filter(is_image, os.listdir(path))) if os.path.isdir(path) else []
-        found = [os.stat(os.path.join(path, name)) for name in names] or [os.stat(path)]
+        names, found = [], [os.stat(path)]
+        if stat.S_ISDIR(found[0].st_mode):
+            names = sorted(filter(is_image, os.listdir(path)))
+            found = [os.stat(os.path.join(path, name)) for name in names] or found
     except (OSError, ValueError):
         return None
     return zlib.crc32(json.dumps([names, [[one.st_size, one.st_mtime_ns] for one in found]]).encode())
 
 
+def _stamps_hold(table: pa.RecordBatch) -> bool:
+    """Whether no medium of a table's rows has changed."""
+    stamps = table.column("stamp").flatten().fill_null(-1).to_numpy()
+    media = table.column("media").flatten().dictionary_encode()
+    row_of_medium = table.column("media").value_parent_indices().to_numpy()
+    roots = table.column("root").indices.to_numpy()[row_of_medium]
+    names, folders = media.dictionary.to_pylist(), table.column("root").dictionary.to_pylist()
+    # A video often has many rows.
+    files, of_medium = np.unique(
+        roots.astype(np.int64) * len(names) + media.indices.to_numpy(), return_inverse=True
+    )
+    found = [media_stamp(folders[file // len(names)], names[file % len(names)]) for file in files.tolist()]
+    known = np.array([-1 if stamp is None else stamp for stamp in found], np.int64)
+    return bool(np.array_equal(known[of_medium], stamps))
+
+
 class Chunk(NamedTuple):
-    """Some rows of a mixture, in order.
+    """Some entries of a block, in order.
 
     Attributes:
-        rows: rows to index.
-        known: earlier records of the same rows, by place in `rows`, the latest first. Token counts are None
-            where another tokenizer made them.
-        unread: faults of rows that could not be read.
+        key: the block.
+        spec: its data set.
+        entries: number and entry.
+        lookup: folder for `Lookup`; None where earlier passes know nothing about the rows.
     """
 
-    rows: Sequence[Row]
-    known: Known
-    unread: Sequence[Fault] = ()
+    key: BlockKey
+    spec: DatasetSpec
+    entries: Sequence[tuple[int, Entry]]
+    lookup: str | None = None
 
 
 class Found(NamedTuple):
-    """What a probe of rows finds.
+    """What is found about the rows of a chunk.
 
     Attributes:
-        good: records of the good rows.
-        bad: faults of the others, in order.
-        kept: earlier records of bad rows whose media are missing, for a pass that finds them again.
+        key: the block.
+        good: records of the good rows, by SCHEMA.
+        bad: the others in order, by BAD_SCHEMA.
         reused: number of good rows that needed no new probe.
     """
 
-    good: list[Record]
-    bad: list[Fault]
-    kept: list[Record]
+    key: BlockKey
+    good: pa.RecordBatch
+    bad: pa.RecordBatch
     reused: int
 
 
@@ -103,6 +122,7 @@ class Prober:
         """Counts tokens with a tokenizer; `allow_outside`: media may lie outside their root."""
         self.tokenizer_folder = tokenizer_folder
         self.allow_outside = allow_outside
+        self._last_lookup: tuple[str, Lookup] | None = None
         self._probes = collections.OrderedDict[tuple[str, str, bool, MediaOptions], Record | Fault]()
 
     @functools.cached_property
@@ -115,33 +135,84 @@ class Prober:
         return functools.partial(Prober, self.tokenizer_folder, allow_outside=self.allow_outside), ()
 
     def __call__(self, chunk: Chunk) -> Found:
-        """Probes rows."""
-        good, bad, kept, reused = [], [*chunk.unread], [], 0
-        for place, row in enumerate(chunk.rows):
-            record: Record = record_of(row) | {"row_hash": row_hash(row)}
-            records = chunk.known.get(place, ())
-            stamps = [media_stamp(row.root, name) for name in row.media] if records else []
-            earlier = next((one for one in records if one["stamp"] == stamps), None)
-            if earlier is not None:
-                record |= {name: earlier[name] for name in PROBED}
-            else:
-                fault = self._probe_media(row, record)
-                if fault is not None:
-                    bad.append(fault)
-                    if records and fault.reason == "missing":
-                        kept.append(record | {name: records[0][name] for name in (*PROBED, *COUNTED)})
-                    continue
-            fault = late_start(row, record["duration"])
-            if fault is not None:
-                bad.append(fault)
+        """Makes the rows of a chunk, probes their media, and counts their tokens."""
+        good: list[Record] = []
+        bad: list[Record] = []
+        reused = 0
+        rows = [
+            make_row(chunk.spec, number, entry, allow_outside=self.allow_outside)
+            for number, entry in chunk.entries
+        ]
+        hashes = [row_hash(row) if isinstance(row, Row) else 0 for row in rows]
+        known = self._lookup(chunk.lookup).find(hashes) if chunk.lookup else [[]] * len(rows)
+        for row, number, records in zip(rows, hashes, known, strict=True):
+            if isinstance(row, Fault):
+                bad.append({"dataset": row.dataset, "row": row.row, "fault": row.line()})
                 continue
-            if earlier is not None and earlier["text_tokens"] is not None:
-                record |= {name: earlier[name] for name in COUNTED}
+            record, fault, again = self._index(row, records)
+            record["row_hash"] = number
+            if fault is None:
+                good.append(record)
+                reused += again
             else:
-                record |= self._count(row)
-            good.append(record)
-            reused += earlier is not None
-        return Found(good, sorted(bad, key=lambda fault: fault.row), kept, reused)
+                bad.append(record | {"fault": fault.line()})
+        return Found(
+            chunk.key, pa.RecordBatch.from_pylist(good, schema=SCHEMA),
+            pa.RecordBatch.from_pylist(bad, schema=BAD_SCHEMA), reused,
+        )  # fmt: skip
+
+    def is_current(self, block: EarlierBlock) -> bool:
+        """Whether a pass over the same annotations would write this block again.
+
+        That is so if no medium of its good rows changed, and its bad rows are still bad.
+        """
+        try:
+            good = map_table(block.rows, ("root", "media", "stamp"))
+            bad = map_table(path) if (path := bad_path(block.rows)).exists() else None
+        except (OSError, KeyError, pa.ArrowException):
+            return False
+        if not _stamps_hold(good):
+            return False
+        unread = bad.column("turns").is_null().to_pylist() if bad is not None else []
+        for place in (place for place, is_unread in enumerate(unread) if not is_unread):
+            record = bad.slice(place, 1).to_pylist()[0]  # type: ignore[union-attr]
+            _, fault, _ = self._index(row_of(record), [record] if record["stamp"] is not None else [])
+            known = json.loads(record["fault"])
+            if fault is None or (fault.reason, fault.path) != (known["reason"], known["path"]):
+                return False
+        return True
+
+    def _lookup(self, folder: str) -> Lookup:
+        if self._last_lookup is None or self._last_lookup[0] != folder:
+            self._last_lookup = folder, Lookup(folder)
+        return self._last_lookup[1]
+
+    def _index(self, row: Row, records: Sequence[Record]) -> tuple[Record, Fault | None, bool]:
+        """The record of a row, its fault, and whether one of the earlier `records` made a probe unnecessary.
+
+        A bad row keeps what was found about its media, so that a disk that was not mounted is not probed
+        again.
+        """
+        record: Record = record_of(row)
+        stamps = [media_stamp(row.root, name) for name in row.media] if records else []
+        earlier = next((one for one in records if one["stamp"] == stamps), None)
+        if earlier is not None:
+            record |= {name: earlier[name] for name in PROBED}
+        else:
+            fault = self._probe_media(row, record)
+            if fault is not None:
+                facts: Record = dict.fromkeys(PROBED) | {"media": list(row.media)}
+                if records and fault.reason == "missing":
+                    facts = {name: records[0][name] for name in (*PROBED, *COUNTED)}
+                return record | facts, fault, False
+        fault = late_start(row, record["duration"])
+        if fault is not None:
+            return record, fault, False
+        if earlier is not None and earlier["text_tokens"] is not None:
+            record |= {name: earlier[name] for name in COUNTED}
+        else:
+            record |= self._count(row)
+        return record, None, earlier is not None
 
     def _count(self, row: Row) -> Record:
         try:

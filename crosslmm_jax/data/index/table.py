@@ -1,11 +1,10 @@
 """What an INDEX folder holds on disk, and how it is read.
 
-    INDEX/rows-00000.arrow ...   one record per training row: its text, its media, and what a probe of them
-                                 found; rows are numbered over all files, in order
-    INDEX/meta.json              files, data sets, fingerprint of the tokenizer, digest of the content
-    INDEX/kept-00000.arrow ...   records of rows whose media are missing now; only the next pass reads them,
-                                 so that a disk that was not mounted is not probed again
-    INDEX/bad.jsonl              rows that cannot be used, one `Fault` per line
+    INDEX/rows-00000-00000.arrow ...   one record per training row: its text, its media, and what a probe of
+                                       them found; rows are numbered over all files, in order
+    INDEX/meta.json                    files, data sets, fingerprint of the tokenizer, digest of the content
+    INDEX/bad-00000-00000.arrow ...    rows that cannot be used; only the next pass reads them
+    INDEX/bad.jsonl                    the same rows for people, one `Fault` per line
 
 Tables are Arrow IPC files of one record batch, not compressed, so that they are read where they are mapped: a
 run reads the columns of numbers at its start, table by table, and the text of a row when the row is loaded.
@@ -15,6 +14,7 @@ import bisect
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from crosslmm_jax.data.media import MediaOptions
 from crosslmm_jax.data.text import Turn
 from crosslmm_jax.errors import UserError
 
-VERSION = 5
+VERSION = 5  # rises too when the same annotations give other rows, or a probe finds more
 META = "meta.json"
 BAD = "bad.jsonl"
 
@@ -54,6 +54,11 @@ SCHEMA = pa.schema([
     ("row_hash", pa.int64()),
     *((name, pa.list_(kind)) for name, kind in _PER_MEDIUM.items()),
 ])  # fmt: skip
+PROBED = (
+    "media", "duration", "fps", "num_frames", "width", "height", "size_bytes", "codec", "keyframe_spacing",
+    "stamp",
+)  # fmt: skip
+COUNTED = ("text_tokens", "answer_tokens", "answer_media", "plain_tokens")
 _LISTS = ("answer_tokens", "answer_media", "duration", "fps", "num_frames")  # those of `Columns`
 _NUMBERS = (
     "modality", "dataset", "text_tokens", "plain_tokens", "own_system", "start", "end", *_LISTS,
@@ -195,6 +200,9 @@ def open_index(folder: str | os.PathLike[str]) -> Index:
                 f"{path}: has version {meta['version']} and this program reads {VERSION}; make the index anew"
                 f" with `crosslmm data index MIXTURE.yaml --out {folder}`"
             )
+        if "shard" in meta:
+            whole = re.sub(r"\.shard-\d+-of-\d+$", "", str(folder))
+            raise UserError(f"{folder}: is a part of an index; run `crosslmm data merge {whole}` first")
         index = Index(
             folder=str(folder),
             files=tuple(entry["file"] for entry in meta["files"]),

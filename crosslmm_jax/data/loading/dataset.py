@@ -55,7 +55,7 @@ class Dataset:
         more = len(self.tokenizer.encode_plain(config.system_prompt))
         more -= len(self.tokenizer.encode_plain(DEFAULT_SYSTEM_PROMPT))
         bucketed = bucket_rows(
-            config, index, index.tables_of_columns(), num_rows=len(index), tokens_per_frame=tokens_per_frame,
+            config, index, index.tables_of_columns, num_rows=len(index), tokens_per_frame=tokens_per_frame,
             more_system=more,
         )  # fmt: skip
         self.buckets: list[Bucket] = bucketed.buckets

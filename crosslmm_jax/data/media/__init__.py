@@ -5,13 +5,16 @@ frame_sampling  which frames of a video are read, by their times
 locate          references of annotations to files, folders and parts of files; deadlines
 tar             members of tar files
 array_record    records of ArrayRecord files
+content         what a file holds, by its first bytes
 image           still images; `Clip`
+animation       animated pictures as videos
 orientation     how stored pictures are turned and mirrored
 frames_folder   a folder of pictures as a video
 demux           opening a video with PyAV; its packets
 packet_index    times and keyframes of all packets of a video
 mp4_tables      the same from the tables of an mp4
 decode          decoding the GOPs that hold wanted frames
+live            `follow`: a video that is still being written
 """
 
 from crosslmm_jax.data.media.array_record import (
@@ -22,6 +25,7 @@ from crosslmm_jax.data.media.array_record import (
     read_record,
     value_member,
 )
+from crosslmm_jax.data.media.content import suffix_by_content
 from crosslmm_jax.data.media.frame_sampling import count_frames
 from crosslmm_jax.data.media.frames_folder import list_pictures
 from crosslmm_jax.data.media.image import (
@@ -31,6 +35,7 @@ from crosslmm_jax.data.media.image import (
     is_image,
     stack_clips,
 )
+from crosslmm_jax.data.media.live import LiveFrames, follow
 from crosslmm_jax.data.media.locate import (
     DEADLINE_S,
     Media,
@@ -44,15 +49,15 @@ from crosslmm_jax.data.media.locate import (
     resolve_path,
     size_of,
     split_reference,
-    suffix_by_content,
 )
 from crosslmm_jax.data.media.tar import read_member, tar_member, walk_tar
 from crosslmm_jax.data.media.video import VideoInfo, import_readers, probe, read_frames
 
 __all__ = [
-    "Clip", "DEADLINE_S", "FRAMES_PREFIX", "IMAGE_SUFFIXES", "Media", "MediaOptions", "PathOrMedia",
-    "VIDEO_SUFFIXES", "VideoInfo", "count_frames", "direct_reference", "from_bytes", "import_readers",
-    "is_image", "is_record_file", "kind_of", "list_pictures", "mean_record_size", "open_file", "open_media",
-    "parse_example", "probe", "read_frames", "read_member", "read_record", "resolve_path", "size_of",
-    "split_reference", "stack_clips", "suffix_by_content", "tar_member", "value_member", "walk_tar",
+    "Clip", "DEADLINE_S", "FRAMES_PREFIX", "IMAGE_SUFFIXES", "LiveFrames", "Media", "MediaOptions",
+    "PathOrMedia", "VIDEO_SUFFIXES", "VideoInfo", "count_frames", "direct_reference", "follow", "from_bytes",
+    "import_readers", "is_image", "is_record_file", "kind_of", "list_pictures", "mean_record_size",
+    "open_file", "open_media", "parse_example", "probe", "read_frames", "read_member", "read_record",
+    "resolve_path", "size_of", "split_reference", "stack_clips", "suffix_by_content", "tar_member",
+    "value_member", "walk_tar",
 ]  # fmt: skip

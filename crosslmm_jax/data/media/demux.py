@@ -6,7 +6,7 @@ address: playlists, lists of files and numbered pictures are refused.
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from crosslmm_jax.data.media.locate import (
     MAX_PIXELS,
@@ -34,23 +34,42 @@ _FORMATS = (
 )
 
 
+class Readable(Protocol):
+    """What gives bytes, from front to back: an open file, a pipe, a file that grows."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Up to `size` bytes; none at the end."""
+        ...
+
+
 @contextlib.contextmanager
-def open_video(path: PathOrMedia, deadline: Deadline, num_threads: int = 1) -> "Iterator[VideoStream]":
-    """Opens a file and gives the video stream to read. Decoding errors inside become a DataError."""
+def open_video(
+    path: PathOrMedia, deadline: Deadline, num_threads: int = 1, *, live: "Readable | None" = None
+) -> "Iterator[VideoStream]":
+    """Opens a file and gives the video stream to read. Decoding errors inside become a DataError.
+
+    With `live`, its bytes are read from there, from front to back, and `path` is for messages.
+    """
     import av
     import av.error
     from av.stream import Discard
 
-    if kind_of(path) == "folder":
+    if live is None and kind_of(path) == "folder":
         raise DataError(path, "not_a_file", "is a folder; give the path of a video")
     opened = False
     try:
         with contextlib.ExitStack() as stack:
-            file = whole_file(path)
+            file = whole_file(path) if live is None else None
+            opened_file = live or (stack.enter_context(open_file(path)) if file is None else f"file:{file}")
+            options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+            if (
+                live is not None
+            ):  # ffmpeg's own limits are 5 MB and 5 s of video, which would have to be waited for
+                options |= {"probesize": "250000", "analyzeduration": "500000"}
             container = stack.enter_context(av.open(
                 # Without "file:" a name such as "concat:a|b" would be a protocol.
-                stack.enter_context(open_file(path)) if file is None else f"file:{file}",
-                container_options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"},
+                opened_file,
+                container_options=options,
                 timeout=deadline.seconds,  # of each call
                 **_metadata_options(),
             ))  # fmt: skip

@@ -13,15 +13,18 @@ from typing import BinaryIO, Literal, NamedTuple
 
 from crosslmm_jax.config import DataConfig
 from crosslmm_jax.data.media.array_record import is_record_file, read_values
+from crosslmm_jax.data.media.content import (
+    HEAD_BYTES,
+    is_mp4,
+    is_video,
+    picture_suffix,
+    suffix_by_content,
+)
 from crosslmm_jax.data.media.tar import is_tar, member_name, member_span, tar_member
 from crosslmm_jax.errors import DataError
 
 MAX_PIXELS = 2**27  # per frame; 16k video has 2**27
 DEADLINE_S = DataConfig.deadline_s  # the default of every reader
-
-_PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")
-_VIDEO_STARTS = (b"\x1a\x45\xdf\xa3", b"FLV\x01", b"OggS", b"\x00\x00\x01\xba", b"GIF8", b"\x30\x26\xb2\x75")
-_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
 
 
 class MediaOptions(NamedTuple):
@@ -147,6 +150,12 @@ def open_file(source: PathOrMedia) -> BinaryIO:
     if source.length is None:
         return open(source.path, "rb")
     return io.BufferedReader(_FileSlice(source.path, source.offset, source.length))
+
+
+def head_of(source: PathOrMedia) -> bytes:
+    """The first bytes of a medium that is no folder, as `content` needs them."""
+    with open_file(source) as file:
+        return file.read(HEAD_BYTES)
 
 
 class _FileSlice(io.RawIOBase):
@@ -280,27 +289,16 @@ def kind_of(path: PathOrMedia) -> Literal["file", "folder"]:
     return "file"
 
 
-def suffix_by_content(content: bytes) -> str:
-    """A suffix for a medium without a name: that of its picture format, or ".mp4" for anything else."""
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return ".webp"
-    starts = zip(_PICTURE_STARTS, (".jpg", ".png", ".bmp", ".gif"), strict=True)
-    return next((suffix for start, suffix in starts if content.startswith(start)), ".mp4")
-
-
 def unreadable_reason(
     path: PathOrMedia, kind: Literal["picture", "video"]
 ) -> Literal["truncated", "corrupt", "wrong_type"]:
     """Why no reader can read a file, by its first bytes."""
-    with open_file(path) as file:
-        head = file.read(16)
+    head = head_of(path)
     if kind == "picture":
-        webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
-        return "corrupt" if webp or head.startswith(_PICTURE_STARTS) else "wrong_type"
-    if head[4:8] in _MP4_BOXES:
+        return "corrupt" if picture_suffix(head) else "wrong_type"
+    if is_mp4(head):
         return "truncated"  # its table of frames is often at the end
-    avi = head[:4] == b"RIFF" and head[8:11] == b"AVI"
-    return "corrupt" if avi or head.startswith(_VIDEO_STARTS) else "wrong_type"
+    return "corrupt" if is_video(head) or picture_suffix(head) == ".gif" else "wrong_type"
 
 
 def check_pixels(path: PathOrMedia, width: int, height: int) -> None:

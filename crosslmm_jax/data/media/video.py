@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from crosslmm_jax.config import SamplingConfig
+from crosslmm_jax.data.media.animation import TICK, frame_times, is_animated, read_animation
 from crosslmm_jax.data.media.decode import SeekError, can_seek, decode_gops
 from crosslmm_jax.data.media.demux import DAMAGED, SEEKABLE, format_of, open_video
 from crosslmm_jax.data.media.frame_sampling import choose_frames
 from crosslmm_jax.data.media.frames_folder import list_pictures, read_pictures
-from crosslmm_jax.data.media.image import Clip, Resampling, holds_image, open_image, read_image, resize
+from crosslmm_jax.data.media.image import Clip, Resampling, holds_image, open_image, resize, still_clip
 from crosslmm_jax.data.media.locate import (
     DEADLINE_S,
     Deadline,
@@ -83,7 +84,7 @@ class VideoInfo:
 def probe(path: PathOrMedia, *, deadline_s: float | None = DEADLINE_S) -> VideoInfo:
     """Length, frame rate and size of a video, from its tables or packets. At most one frame is decoded.
 
-    Of pictures only the headers are read, also in a folder. Damage after the header shows at decoding.
+    Of still pictures only the headers are read, also in a folder. Damage after the header shows at decoding.
 
     Args:
         path: a video, a folder of its frames, or a still image: a path, or a result of `open_media`.
@@ -98,7 +99,7 @@ def probe(path: PathOrMedia, *, deadline_s: float | None = DEADLINE_S) -> VideoI
         infos, rate = [], options_of(path).folder_fps
         for picture in list_pictures(path):
             deadline.check()
-            infos.append(_probe_image(picture))
+            infos.append(_probe_image(picture, deadline))
         return dataclasses.replace(
             infos[0],
             duration=len(infos) / rate,
@@ -109,7 +110,7 @@ def probe(path: PathOrMedia, *, deadline_s: float | None = DEADLINE_S) -> VideoI
         )
     if holds_image(path):
         _check_no_stream(path)
-        return _probe_image(path)
+        return _probe_image(path, deadline)
     with open_indexed(path, deadline) as (stream, index):
         duration = (index.end - int(index.times[index.shown].min())) * index.tick
         frames = int(index.shown.sum())
@@ -135,15 +136,27 @@ def _check_no_stream(path: PathOrMedia) -> None:
         raise DataError(path, "no_video", "is no file with streams; leave stream out of its row")
 
 
-def _probe_image(path: PathOrMedia) -> VideoInfo:
-    """Size and format of a still image, from its header."""
+def _probe_image(path: PathOrMedia, deadline: Deadline) -> VideoInfo:
+    """Size and format of a still image from its header; of an animated one all frames are decoded."""
     with open_image(path) as image:
         orientation = of_exif(image.getexif().get(EXIF_FIELD))
-        return VideoInfo(
+        info = VideoInfo(
             duration=0.0, fps=0.0, num_frames=1, width=image.width, height=image.height,
             size_bytes=size_of(path), codec=(image.format or "").lower(), keyframe_spacing=0.0,
             rotation=orientation.rotation, mirrored=orientation.is_mirror_image,
         )  # fmt: skip
+        if not is_animated(image):
+            return info
+        times, end = frame_times(image, deadline)
+        duration = end * TICK
+        # Frames build on the ones before, so that the first one alone is a keyframe.
+        return dataclasses.replace(
+            info,
+            duration=duration,
+            fps=len(times) / duration,
+            num_frames=len(times),
+            keyframe_spacing=duration,
+        )
 
 
 def _first_orientation(stream: "VideoStream", index: PacketIndex, deadline: Deadline) -> Orientation:
@@ -169,6 +182,8 @@ def import_readers() -> None:
 
     for name in ("av", "av.error", "av.stream", "av.video.reformatter", "PIL.ImageOps"):
         importlib.import_module(name)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif")  # a plugin that users may install
     Image.init()  # the plugins of all image formats
 
 
@@ -215,7 +230,13 @@ def read_frames(
         return chosen.clip(images)
     if holds_image(path):
         _check_no_stream(path)
-        return read_image(path, size, resampling)
+        with open_image(path) as image:
+            if not is_animated(image):
+                return still_clip(image, size, resampling)
+            times, end = frame_times(image, deadline)
+            chosen = _choose(times, sampling, end=end, tick=TICK, bounds=bounds, path=path)
+            images = read_animation(image, chosen.frames, size=size, resampling=resampling, deadline=deadline)
+            return chosen.clip(images)
     to_square = _ToSquare(size, resampling, path, num_threads)
     for shortcuts in (True, False):  # without shortcuts if they do not find every frame
         with open_indexed(path, deadline, num_threads, use_tables=shortcuts) as (stream, index):

@@ -23,7 +23,9 @@ def describe(config: DataConfig, *, tokens_per_frame: int) -> list[str]:
     """
     index = open_index(config.index)
     columns = index.columns()
-    bucketed = bucket_rows(config, index, [columns], num_rows=len(index), tokens_per_frame=tokens_per_frame)
+    bucketed = bucket_rows(
+        config, index, lambda: [columns], num_rows=len(index), tokens_per_frame=tokens_per_frame
+    )
     kinds = bucketed.kinds
     lines = [f"{len(index)} rows, {len(columns.duration)} media, {columns.duration.sum() / 3600:.2f} hours"]
     lines += _counts(index, columns)

@@ -64,11 +64,19 @@ def quantise(x: Array, dtype: DTypeLike, axes: int | Sequence[int]) -> tuple[Arr
       8-bit values of the shape of `x`, and scales with size 1 along `axes`: `x` is about `values * scale`.
     """
     x32 = x.astype(jnp.float32)
-    most = jnp.max(jnp.abs(x32), axis=axes, keepdims=True)
-    scale = jnp.maximum(most, SMALLEST) / largest(dtype)
-    scaled = x32 / scale
-    # int8 has no NaN; the scale carries it.
-    return (jnp.round(scaled) if jnp.issubdtype(dtype, jnp.integer) else scaled).astype(dtype), scale
+    scale = scale_for(jnp.max(jnp.abs(x32), axis=axes, keepdims=True), dtype)
+    return quantise_at(scale, x32, dtype), scale
+
+
+def scale_for(most: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+    """The scale of 8-bit numbers that reach up to `most`."""
+    return jnp.maximum(most, SMALLEST) / largest(dtype)
+
+
+def quantise_at(scale: Float[Array, "..."], x: Float[Array, "..."], dtype: DTypeLike) -> Array:
+    """`x / scale` in 8 bits. int8 has no NaN; the scale carries it."""
+    scaled = x / scale
+    return (jnp.round(scaled) if jnp.issubdtype(dtype, jnp.integer) else scaled).astype(dtype)
 
 
 def power_of_two(bound: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:

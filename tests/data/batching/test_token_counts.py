@@ -146,7 +146,7 @@ def test_what_the_loader_returns_fits_the_planned_bucket(
     loader = FilmLoader([row], config, tokenizer=any_tokenizer, image_size=1)  # type: ignore[arg-type]
     loader.media = media
     try:
-        bucketed = bucket_rows(config, index, [columns], num_rows=1, tokens_per_frame=9)
+        bucketed = bucket_rows(config, index, lambda: [columns], num_rows=1, tokens_per_frame=9)
     except ConfigError:
         return
     assert bucketed.bucket_of_row[0] != NO_BUCKET
@@ -186,7 +186,7 @@ def test_training_and_inference_read_the_same_words_about_a_video(
     loader.media = (film,)
     bucketed = bucket_rows(
         config, Index("x", (), (), (), (), "", wording_tokens(any_tokenizer), ""),
-        [columns_of(row, (film,), any_tokenizer)], num_rows=1, tokens_per_frame=1,
+        lambda: [columns_of(row, (film,), any_tokenizer)], num_rows=1, tokens_per_frame=1,
     )  # fmt: skip
     trained = loader.load(0, bucketed.buckets[0])
     assert isinstance(trained, Example)
@@ -207,7 +207,7 @@ def test_a_row_whose_placeholders_do_not_fit_is_rejected_by_name(tokenizer: Toke
         loader.media = (film,)
         bucketed = bucket_rows(
             config, Index("x", (), (), (), (), "", wording_tokens(tokenizer), ""),
-            [columns_of(row, (film,), tokenizer)], num_rows=1, tokens_per_frame=1,
+            lambda: [columns_of(row, (film,), tokenizer)], num_rows=1, tokens_per_frame=1,
         )  # fmt: skip
         found = loader.load(0, bucketed.buckets[0])
         assert isinstance(found, Fault) and found.reason == "placeholders"

@@ -42,7 +42,7 @@ def test_more_tables_than_a_process_may_open(
     tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """20 million rows are 1,200 tables; most systems let a process open 1,024 files."""
-    monkeypatch.setattr(indexing, "_TABLE_ROWS", 1)
+    monkeypatch.setattr(indexing, "BLOCK", 1)
     monkeypatch.setattr(indexing, "_CHUNK", 1)
     talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
     (tmp_path / "rows.json").write_text(json.dumps([{"id": n, "conversations": talk} for n in range(300)]))
@@ -81,7 +81,7 @@ def test_workers_make_the_same_index(
     monkeypatch.setattr(indexing, "_CHUNK", 8)
     one, two = make_index(videos.train), make_index(videos.train, workers=2)
     assert open_index(one).digest == open_index(two).digest
-    tables = [map_table(folder / "rows-00000.arrow").drop_columns(["stamp"]) for folder in (one, two)]
+    tables = [map_table(folder / "rows-00000-00000.arrow").drop_columns(["stamp"]) for folder in (one, two)]
     assert tables[0].equals(tables[1])
 
 
@@ -129,7 +129,7 @@ def test_a_pass_that_was_stopped_goes_on(
     videos: SyntheticSet, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(indexing, "_CHUNK", 4)
-    monkeypatch.setattr(indexing, "_TABLE_ROWS", 8)
+    monkeypatch.setattr(indexing, "BLOCK", 8)
     real, calls = probing.Prober.__call__, []
 
     def failing(self, chunk):
@@ -147,7 +147,7 @@ def test_a_pass_that_was_stopped_goes_on(
     report = build_index(str(videos.train), tmp_path / "index", **options)
     assert report.rows == 32 and 0 < report.reused <= 20 and len(probed) < 8
     assert sorted(path.name for path in (tmp_path / "index").iterdir()) == [
-        "bad.jsonl", "meta.json", *(f"rows-0000{n}.arrow" for n in range(4)),
+        "bad.jsonl", "meta.json", *(f"rows-00000-0000{n}.arrow" for n in range(4)),
     ]  # fmt: skip
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert [RowStore(open_index(tmp_path / "index"))[n] for n in range(32)] == rows_in(videos.train)
@@ -284,7 +284,7 @@ def test_an_index_that_is_made_anew_is_not_read_on(
     videos: SyntheticSet, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tables of a rebuilt index have other rows under the same numbers."""
-    monkeypatch.setattr(indexing, "_TABLE_ROWS", 16)
+    monkeypatch.setattr(indexing, "BLOCK", 16)
     monkeypatch.setattr(indexing, "_CHUNK", 16)
     options = {"tokenizer": str(tokenizer_folder), "quiet": True}
     build_index(str(videos.train), tmp_path / "index", **options)
@@ -301,8 +301,7 @@ def test_the_digest_does_not_hang_on_where_tables_end(
     videos: SyntheticSet, make_index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = open_index(make_index(videos.train))
-    monkeypatch.setattr(indexing, "_TABLE_ROWS", 1)
-    monkeypatch.setattr(indexing, "_CHUNK", 5)
+    monkeypatch.setattr(indexing, "BLOCK", 5)
     parts = open_index(make_index(videos.train))
     assert len(parts.files) == 7 and len(whole.files) == 1 and parts.digest == whole.digest
 
@@ -326,8 +325,10 @@ def test_an_index_of_an_earlier_version_is_made_again(
     options = {"tokenizer": str(tokenizer_folder), "quiet": True}
     index = tmp_path / "index"
     build_index(str(videos.train), index, **options)
-    table = pa.table(map_table(index / "rows-00000.arrow")).drop_columns(["answer_tokens", "answer_media"])
-    write_table(index / "rows-00000.arrow", table)
+    table = pa.table(map_table(index / "rows-00000-00000.arrow")).drop_columns(
+        ["answer_tokens", "answer_media"]
+    )
+    write_table(index / "rows-00000-00000.arrow", table)
     meta = json.loads((index / "meta.json").read_text())
     (index / "meta.json").write_text(json.dumps(meta | {"version": 2}))
     with pytest.raises(UserError, match="has version 2 and .* make the index anew with `crosslmm data index"):

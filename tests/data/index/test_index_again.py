@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from crosslmm_jax.data.annotations.rows import Row
+from crosslmm_jax.data.index import blocks
 from crosslmm_jax.data.index import build as indexing
 from crosslmm_jax.data.index import probe as probing
 from crosslmm_jax.data.index.build import IndexReport, build_index
@@ -28,7 +29,7 @@ class Passes:
         self.probed: list[str] = []
         real = probing._probe
         monkeypatch.setattr(indexing, "_CHUNK", 4)
-        monkeypatch.setattr(indexing, "_TABLE_ROWS", 8)
+        monkeypatch.setattr(indexing, "BLOCK", 8)
 
         def counting(row: Row, reference: str, **options: Any):
             self.probed.append(reference)
@@ -120,10 +121,11 @@ def test_leftovers_never_take_each_others_names(passes: Passes) -> None:
     passes.killed(9)
     passes.killed(2)
     earlier = passes.folder / ".index.building" / "earlier"
-    (earlier / "000001.arrow").unlink()  # as if a pass was killed during clean-up
+    (lost,) = earlier.glob("rows-*")  # the second pass took over the three blocks before it
+    lost.unlink()  # as if a pass was killed during clean-up
     passes.killed(2)
     passes.killed(2)
-    assert passes.run().reused == 24 and len(passes.probed) == 40
+    assert passes.run().reused == 24 + 4 and len(passes.probed) == 64 - 28
 
 
 def test_one_disk_of_two_is_away(passes: Passes, tmp_path: Path) -> None:
@@ -137,14 +139,14 @@ def test_one_disk_of_two_is_away(passes: Passes, tmp_path: Path) -> None:
     passes.back("b")
     report = passes.run()
     assert (report.rows, report.reused, passes.probed) == (64, 64, [])
-    assert not list(passes.index.glob("kept-*"))
+    assert not list(passes.index.glob("bad-*"))
 
 
 def test_a_disk_that_is_full(passes: Passes) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for module, name in ((indexing, "write_table"), (os, "rename")):  # os.rename: publishing
+    for module, name in ((blocks, "write_table"), (os, "rename")):  # os.rename: publishing
         with passes.monkeypatch.context() as patch:
             patch.setattr(module, name, full)
             with pytest.raises(UserError, match=r"index: cannot be written .No space left on device.; free"):

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -285,11 +286,53 @@ def test_batch_of_given_rows(damage) -> None:
         dataset.batch([0, 4])
 
 
+@pytest.mark.parametrize(
+    ("limits", "fix"),
+    [
+        ({"text_buckets": (8, 16)}, r"raise the largest of (text_buckets) from 16 to (\d+) or more$"),
+        ({"max_text_tokens": 5}, r"raise (max_text_tokens) from 5 to (\d+) or more$"),
+        (
+            {"frame_buckets": (1,)},
+            r"raise the largest of (frame_buckets) from 1 to (\d+) or more, or read few",
+        ),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_the_smallest_settings_that_fit_are_named(config: DataConfig, limits: dict, fix: str) -> None:
+    empty = {"text_buckets": (), "frame_buckets": ()}
+    with pytest.raises(ConfigError, match=r"none of the 64 rows of .* fits: up to the first answer") as error:
+        dataset_of(dataclasses.replace(config, **(empty | limits)))
+    message = str(error.value)
+    lengths = re.search(
+        r"they have (\d+)(?: to (\d+))? text tokens, and (\d+)(?: to (\d+))? frames; ", message
+    )
+    found = re.search(fix, message)
+    assert lengths and found, message
+    field, least = found[1], int(found[2])
+    assert str(least) == lengths[3 if field == "frame_buckets" else 1]
+
+    def with_limit(value: int) -> DataConfig:
+        return dataclasses.replace(config, **(empty | {field: value if "max" in field else (value,)}))
+
+    assert dataset_of(with_limit(least)).buckets
+    with pytest.raises(ConfigError, match="none of the 64 rows"):
+        dataset_of(with_limit(least - 1))
+
+
+def test_rows_of_other_modalities_or_styles(config: DataConfig, synthetic: SyntheticSet, make_index) -> None:
+    text = dataclasses.replace(config, modality_weights=ModalityWeights(text=1.0))
+    with pytest.raises(
+        ConfigError, match="fits: they are video, and modality_weights gives steps to text only"
+    ):
+        dataset_of(text)
+    with pytest.raises(ConfigError, match="fits: none is of style 'plain'; set style to 'chat'"):
+        dialogues = str(make_index(synthetic.dialogues))
+        dataset_of(dataclasses.replace(config, index=dialogues, style="plain"))
+
+
 def test_rows_that_are_too_long_are_cut_by_whole_turns_and_counted(
     config: DataConfig, synthetic: SyntheticSet, tmp_path: Path, make_index
 ) -> None:
-    with pytest.raises(ConfigError, match="none of the 64 rows of .* fits; look at"):
-        dataset_of(dataclasses.replace(config, text_buckets=(8, 16)))
     lines = [f"  - {{json_path: {path}}}" for path in (synthetic.train, synthetic.dialogues)]
     (tmp_path / "mixture.yaml").write_text("\n".join(["datasets:", *lines]))
     both = dataclasses.replace(config, index=str(make_index(tmp_path / "mixture.yaml")), batch_size=4)

@@ -89,8 +89,9 @@ def test_lists_of_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile good.ts\n")
     assert reason_of(tmp_path / "list.mp4") == "wrong_type"
     Image.new("RGB", (8, 8)).save(tmp_path / "frame-001.png")
+    video = write_video(tmp_path / "frame-001.mp4", 10)
     (tmp_path / "frame-001.png").rename(tmp_path / "frame-%03d.mp4")
-    assert reason_of(tmp_path / "frame-%03d.mp4") == "wrong_type"
+    assert probe(tmp_path / "frame-%03d.mp4").num_frames == 1 and probe(video).num_frames == 10
 
 
 def test_a_name_is_never_a_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

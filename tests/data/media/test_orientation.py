@@ -76,7 +76,7 @@ def test_an_angle_between_two_orientations_counts_as_the_nearer(
     np.testing.assert_array_equal(nothing, square(stored))
 
 
-@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg", ".avif"])
 @pytest.mark.parametrize("way", WAYS)
 def test_exif_orientation(tmp_path: Path, suffix: str, way: int) -> None:
     path, exif = tmp_path / f"a{suffix}", Image.Exif()

@@ -1,0 +1,115 @@
+"""A video that has not ended, against watching the same frames at once."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from crosslmm_jax import presets
+from crosslmm_jax.config import SamplingConfig
+from crosslmm_jax.demo.tokenizer import write_default_tokenizer
+from crosslmm_jax.errors import UserError
+from crosslmm_jax.inference import Stream, VideoModel, compiled, load, watching
+from crosslmm_jax.model import init_params
+from crosslmm_jax.model_folder import save_model_folder
+
+QUESTION = "What shape is the red object?"
+rng = np.random.default_rng(0)
+FRAMES = rng.integers(0, 256, (48, 32, 32, 3), dtype=np.uint8)
+TIMES = np.arange(48, dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> VideoModel:
+    """Each compact token reads its own frame, so that what is appended later changes nothing before it."""
+    folder, config = tmp_path_factory.mktemp("stream"), presets.tiny()
+    write_default_tokenizer(folder / "tokenizer")
+    cross = dataclasses.replace(config.cross_attention, v2v_scope="frame")
+    save_model_folder(
+        folder / "model", config=(config := dataclasses.replace(config, cross_attention=cross)),
+        params=init_params(config, jax.random.key(0)), tokenizer_folder=folder / "tokenizer",
+        sampling=SamplingConfig(frames=4), system_prompt="You are a helpful assistant.",
+    )  # fmt: skip
+    return load(folder / "model")
+
+
+def caches(video, frames: int) -> list[np.ndarray]:
+    """Keys and values of the tokens and frames that are there."""
+    cache, length = video.prefix.cache, video.prefix.lengths[0]
+    tokens = [x[:, :length] for x in (*cache.keys, *cache.values)]
+    return [*tokens, *(x[:, :frames] for kv in cache.t2v for x in (kv.keys, kv.values))]
+
+
+def assert_same(ours, theirs, frames: int) -> None:
+    assert ours.prefix.lengths == theirs.prefix.lengths and len(ours.frame_times) == frames
+    for a, b in zip(caches(ours, frames), caches(theirs, frames), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert ours.ask(QUESTION, max_new_tokens=6) == theirs.ask(QUESTION, max_new_tokens=6)
+
+
+@pytest.mark.slow
+def test_a_stream_equals_watching_at_once_and_encodes_each_frame_once(model, monkeypatch):
+    stream, encoded = Stream(model, most_frames=40), []
+    encode = model.compiled.encode
+    monkeypatch.setattr(
+        model.compiled, "encode", lambda params, frames: (encoded.append(frames), encode(params, frames))[1]
+    )
+    begin, answers = 0, []
+    for count in (5, 1, 3, 19):
+        stream.append(FRAMES[begin : begin + count], TIMES[begin : begin + count])
+        begin += count
+        answers.append(stream.watched())
+    shown = [frame for group in encoded for frame in group[0] if frame.any()]
+    np.testing.assert_array_equal(shown, FRAMES[:28])
+    monkeypatch.undo()
+    assert_same(stream.watched(), model.watch_frames(FRAMES[:28], TIMES[:28], 28.0), 28)
+    # What was watched before is as it was.
+    assert_same(answers[1], model.watch_frames(FRAMES[:6], TIMES[:6], 6.0), 6)
+    conversation = stream.watched().chat(max_new_tokens=4)
+    assert "".join(conversation.ask(QUESTION)) and "".join(conversation.ask("And now?"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("when_full", "kept"), [("thin", range(0, 48, 4)), ("drop", range(32, 48))])
+def test_a_full_stream_lets_go_of_frames_and_keeps_its_memory(model, when_full, kept):
+    stream, sizes = Stream(model, most_frames=16, when_full=when_full), []
+    for begin in range(0, 48, 4):
+        stream.append(FRAMES[begin : begin + 4], TIMES[begin : begin + 4])
+        stream.watched().ask(QUESTION, max_new_tokens=1)
+        sizes.append(sum(array.nbytes for array in jax.live_arrays()))
+    assert stream.num_received == 48
+    np.testing.assert_array_equal(stream.frame_times, TIMES[list(kept)])
+    chosen = stream.frame_times.astype(int)
+    again = model.watch_frames(FRAMES[chosen], TIMES[chosen], 48.0)
+    assert_same(stream.watched(), again, len(chosen))
+    assert len(set(sizes[1:])) == 1
+
+
+def test_what_a_stream_cannot_take_is_refused(model):
+    with pytest.raises(UserError, match="most_frames is 5000; this model has positions for 1792 at most"):
+        Stream(model, most_frames=5000)
+    with pytest.raises(UserError, match="when_full is 'stop'; it must be thin or drop"):
+        Stream(model, when_full="stop")
+    stream = Stream(model, most_frames=16)
+    with pytest.raises(UserError, match="there are no frames yet"):
+        stream.watched()
+    with pytest.raises(UserError, match=r"frames are uint8\[2, 32, 32, 3\]; give uint8\[1, 32, 32, 3\]"):
+        stream.append(FRAMES[:2], TIMES[:1])
+    stream.append(FRAMES[:2], TIMES[:2])
+    with pytest.raises(UserError, match="times of frames do not ascend"):
+        stream.append(FRAMES[:1], TIMES[1:2])
+    narrow = VideoModel(
+        model.config.at_precision("int8"), model.params, model.tokenizer, model.processor, model.compiled.mesh
+    )
+    with pytest.raises(UserError, match="load with precision='compute'"):
+        Stream(narrow)
+
+
+@pytest.mark.slow
+def test_tokens_of_a_long_video_are_written_to_one_place(model, monkeypatch):
+    """As 600 frames are; against parts that are joined."""
+    joined = model.watch_frames(FRAMES[:40], TIMES[:40], 40.0)
+    for module in (watching, compiled):
+        monkeypatch.setattr(module, "is_long", lambda frames: frames > 32)
+    assert_same(model.watch_frames(FRAMES[:40], TIMES[:40], 40.0), joined, 40)
