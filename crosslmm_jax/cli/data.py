@@ -59,6 +59,9 @@ def add_data(commands: Commands) -> None:
     for parser in (index, pack):
         parser.add_argument("mixture", metavar="MIXTURE", help="a YAML mixture, or one annotation file")
         parser.add_argument("--media-root", metavar="DIR", help="of media, where no data_root is named")
+        parser.add_argument(
+            "--path-map", metavar="MAP", help="YAML: `beginning of a path or address: local folder` per line"
+        )
     stats = actions.add_parser("stats", help="rows, durations, frames, tokens, buckets and padding")
     stats.add_argument("--tokens-per-frame", type=int, default=9, metavar="N", help="default: 9")
     check = actions.add_parser(
@@ -101,7 +104,8 @@ def _index(args: argparse.Namespace) -> None:
             write_default_tokenizer(folder)
         report = build_index(
             args.mixture, args.out, tokenizer=args.tokenizer or folder, media_root=args.media_root,
-            workers=args.workers, seed=args.seed, allow_outside=args.allow_outside, shard=shard,
+            path_map=args.path_map, workers=args.workers, seed=args.seed, allow_outside=args.allow_outside,
+            shard=shard,
         )  # fmt: skip
     if shard is None:
         print("\n".join([*report.lines(), f"written: {args.out}"]))
@@ -125,8 +129,8 @@ def _to_tfds(args: argparse.Namespace) -> None:
     from crosslmm_jax.data.tfds_export import to_tfds
 
     report = to_tfds(
-        args.mixture, args.out, media_root=args.media_root, shards=args.shards, shard_mb=args.shard_mb,
-        workers=args.workers, seed=args.seed, allow_outside=args.allow_outside,
+        args.mixture, args.out, media_root=args.media_root, path_map=args.path_map, shards=args.shards,
+        shard_mb=args.shard_mb, workers=args.workers, seed=args.seed, allow_outside=args.allow_outside,
     )  # fmt: skip
     print("\n".join([*report.lines(), f"written: {args.out}"]))
 

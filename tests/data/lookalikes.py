@@ -22,6 +22,10 @@ datasets:
   - {json_path: videochat2.json, format: videochat2, data_root: media}
   - {json_path: moviechat, format: moviechat, data_root: media, weight: 2}
   - {json_path: vript, format: vript, data_root: media/vript}
+  - {json_path: moviechat_list.json, data_root: media}
+  - {json_path: vript_list.json, data_root: media/vript}
+  - {json_path: sharegpt4video.jsonl, data_root: media}
+  - {json_path: video_chatgpt.json, data_root: media}
   - {json_path: internvid.jsonl, format: internvid, data_root: media}
   - json_path: internvid_cut.jsonl
     format: internvid
@@ -47,6 +51,8 @@ def write_lookalikes(folder: Path) -> Path:
     _write_videochat2(folder)
     _write_moviechat(folder)
     _write_vript(folder)
+    _write_sharegpt4video(folder)
+    _write_video_chatgpt(folder)
     _write_internvid(folder)
     _write_capsfusion(folder)
     _write_webdataset(folder)
@@ -154,14 +160,16 @@ def _write_videochat2(folder: Path) -> None:
 
 def _write_moviechat(folder: Path) -> None:
     info = {"video_path": "AWA-1.mp4", "fps": 10, "num_frame": 20, "w": 64, "h": 48, "class": "x", "url": ""}
-    _dump(folder / "moviechat" / "AWA-1.json", {
+    video = {
         "info": info,
         "caption": "A bar crosses a grey field.",
         "global": [{"question": "Does anything move?", "answer": "Yes."},
                    {"question": "What?", "answer": "A bar."}],
         "breakpoint": [{"question": "Where is it now?", "time": 9, "answer": "In the middle."},
                        {"question": "And now?", "time": "late", "answer": "Right."}],
-    })  # fmt: skip
+    }  # fmt: skip
+    _dump(folder / "moviechat" / "AWA-1.json", video)
+    _dump(folder / "moviechat_list.json", [video, {"info": info, "global": []}])
     (folder / "moviechat" / "AWA-2.json").write_text('{"info": {', encoding="utf-8")
 
 
@@ -179,6 +187,23 @@ def _write_vript(folder: Path) -> None:
     scenes["vid0-Scene-003"] = {"video_id": "vid0", "clip_id": "vid0-Scene-003", "caption": {"content": ""}}
     meta = {"video_id": "vid0", "video_title": "Bars", "num_clips": 3, "integrity": True}
     _dump(folder / "vript" / "vid0.json", {"meta": meta, "data": scenes})
+    _dump(folder / "vript_list.json", [{"meta": meta, "data": scenes}, {"meta": meta}])
+
+
+def _write_sharegpt4video(folder: Path) -> None:
+    captions = [{"idx": "0", "content": "A bar."}, {"idx": "-1", "content": "A bar crosses a grey field."}]
+    video = {"video_id": "invented", "video_path": "one.mp4", "zip_folder": "a.zip", "keyframe": ["00:00:00"]}
+    _dump_lines(folder / "sharegpt4video.jsonl", [
+        {**video, "captions": captions},
+        {**video, "captions": captions[:1]},
+    ])  # fmt: skip
+
+
+def _write_video_chatgpt(folder: Path) -> None:
+    _dump(folder / "video_chatgpt.json", [
+        {"q": "What moves?", "a": "A bar.", "video_id": "one"},
+        {"q": "Where to?", "a": "", "video_id": "two"},
+    ])  # fmt: skip
 
 
 def _write_internvid(folder: Path) -> None:

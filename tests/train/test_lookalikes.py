@@ -16,7 +16,8 @@ from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 WRITER = Path(__file__).resolve().parents[1] / "data" / "lookalikes.py"
 DATASETS = {
     "llava", "llava#2", "frames", "gifs", "videochat2", "moviechat", "vript", "internvid", "internvid_cut",
-    "capsfusion", "shards", "pictures", "clips",
+    "moviechat_list", "vript_list", "sharegpt4video", "video_chatgpt", "capsfusion", "shards", "pictures",
+    "clips",
 }  # fmt: skip
 SPOILT = {
     "clip_times", "conversation", "malformed", "missing", "not_downloaded", "outside_root", "placeholders",

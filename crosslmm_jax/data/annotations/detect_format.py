@@ -61,7 +61,7 @@ def _format_by_fields(path: str, *, where: str) -> str:
         if not isinstance(row, Mapping):
             continue
         first = row if first is None else first
-        found = [name for name, form in FORMATS.items() if form.fields and form.fields <= row.keys()]
+        found = [name for name, form in FORMATS.items() if form.fields and form.has_fields(row.keys())]
         if len(found) > 1:
             fields = ", ".join(sorted(set().union(*(FORMATS[name].fields for name in found))))
             raise UserError(f"{where}: its rows have fields of several formats ({fields}); {_FIX}")

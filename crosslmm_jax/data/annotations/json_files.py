@@ -141,15 +141,23 @@ def read_json_rows(path: str) -> Iterator[Entry]:
     yield from _read_json_lines(path) if _holds_lines(path) else _read_json_list(path)
 
 
+def _starts_with(path: str, mark: bytes) -> bool:
+    """Whether `mark` is the first character of a JSON file."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(1024).lstrip(_BEFORE_JSON).startswith(mark)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
 def _holds_lines(path: str) -> bool:
     """Whether a file is JSONL: by its name, or because its first line is a complete object."""
     if path.endswith(".jsonl"):
         return True
+    if not _starts_with(path, b"{"):
+        return False
     try:
         with open(path, "rb") as file:
-            if file.read(1024).lstrip(_BEFORE_JSON)[:1] != b"{":
-                return False
-            file.seek(0)
             return isinstance(json.loads(next(filter(bytes.strip, file))), dict)
     except OSError as error:
         raise unreadable(path, error) from error
@@ -158,9 +166,9 @@ def _holds_lines(path: str) -> bool:
 
 
 def read_json_folder(pattern: str) -> Iterator[Entry]:
-    """Reads files with one JSON value each, or JSONL.
+    """Reads files with one JSON value each, or a list of them, or JSONL.
 
-    There are thousands of such files, so a JSON file that cannot be read is a Fault of its row only.
+    There are thousands of such files, so a JSON file that cannot be read is a Fault at its place only.
 
     Raises:
         UserError: a folder has no such file, or a JSONL file cannot be read.
@@ -170,6 +178,9 @@ def read_json_folder(pattern: str) -> Iterator[Entry]:
             yield from _read_json_lines(file)
             continue
         try:
-            yield Entry(file, read_json(file))
+            if _starts_with(file, b"["):
+                yield from _read_json_list(file)
+            else:
+                yield Entry(file, read_json(file))
         except UserError as error:
             yield Entry(file, Fault(file, "malformed", str(error).removeprefix(f"{file}: ")))

@@ -15,7 +15,15 @@
         options: {clips: cut}          # settings of the format
       - path: my_set/1.0.0             # folder of a data set of TensorFlow Datasets stored as ArrayRecord
 
-`skip_missing` beside `datasets` holds for all of them. Paths are relative to the YAML file.
+`skip_missing` beside `datasets` holds for all of them. Other keys there may define anchors. Paths are
+relative to the YAML file. A key that appears twice is refused, unless both values are the same.
+
+VideoChat-Flash's own mixtures name web pages as `data_root`. A second YAML file (`--path-map`) says where
+their content lies:
+
+    https://huggingface.co/datasets/lmms-lab: /data/lmms-lab    # the longest beginning that fits counts
+    annotations: /data/videochat_flash/annotations              # of `json_path` too
+    http://activity-net.org: null                               # its data sets are left out
 """
 
 import dataclasses
@@ -23,16 +31,14 @@ import itertools
 import logging
 import os
 import re
-from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar, get_args
 
-import yaml
-
 from crosslmm_jax.data.annotations.detect_format import detect_format, name_place
 from crosslmm_jax.data.annotations.formats import FORMATS
-from crosslmm_jax.data.annotations.json_files import expand_files, unreadable
+from crosslmm_jax.data.annotations.json_files import expand_files
+from crosslmm_jax.data.annotations.mixture_yaml import PathMap, read_path_map, read_yaml
 from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, MediaType, Origin, Row, is_rate
 from crosslmm_jax.data.annotations.strategies import parse_strategy, select
 from crosslmm_jax.data.text import writable
@@ -43,19 +49,24 @@ _KEYS = {
     "json_path", "path", "sampling_strategy", "data_root", "media_type", "video_read_type", "format",
     "folder_fps", "weight", "name", "skip_missing", "options",
 }  # fmt: skip
+_PATHS = ("path", "json_path", "data_root")  # keys that hold paths
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 READ_TYPES = ("decord", "av", "gif", "img", "lazy")
 TVQA_FPS = 3.0  # the rate at which TVQA publishes its frames
 _Word = TypeVar("_Word", bound=str)
 
 
-def read_mixture(path: str, *, media_root: str | None = None) -> list[DatasetSpec]:
+def read_mixture(
+    path: str, *, media_root: str | None = None, path_map: str | None = None
+) -> list[DatasetSpec]:
     """Reads the data sets of a mixture.
 
     Args:
         path: a YAML file, or the annotations of one data set ("{a,b}.json": of several).
         media_root: folder of the media where the mixture names none; a relative `data_root` is relative to
             it. By default the folder of the annotations, and for `data_root` that of the YAML file.
+        path_map: a YAML file that maps beginnings of the mixture's paths to local folders, as
+            `mixture_yaml.read_path_map` reads it.
 
     Raises:
         UserError: the mixture is malformed, a file is missing without `skip_missing`, or a folder of media
@@ -68,49 +79,45 @@ def read_mixture(path: str, *, media_root: str | None = None) -> list[DatasetSpe
         folder = os.path.dirname(path)
     else:
         items, skip_missing, folder = [{"path": path}], False, ""
+    paths = read_path_map(path_map)
     specs: list[DatasetSpec] = []
+    remote: dict[str, str] = {}  # address -> place in the mixture
     for number, item in enumerate(items):
         where = f"{path}: datasets[{number}]" if folder or len(items) > 1 else path
         if not isinstance(item, Mapping):
             raise UserError(f"{where}: must hold keys such as json_path")
-        for spec in _read_item(item, where=where, folder=folder, media_root=media_root):
-            if _exists(spec, where, skip=_flag(item, "skip_missing", where) or skip_missing):
-                specs.append(spec)
+        skip = _flag(item, "skip_missing", where) or skip_missing
+        local = _localise(item, paths, where=where)
+        if local is None:
+            _LOG.warning("%s: left out, as %s says", where, path_map)
+        elif elsewhere := [str(local[key]) for key in _PATHS if "://" in str(local.get(key))]:
+            if skip:
+                _LOG.warning("%s: skipped, as %s is on another machine", where, elsewhere[0])
+            else:
+                remote |= dict.fromkeys(elsewhere, where)
+        else:
+            found = _read_item(local, where=where, folder=folder, media_root=media_root)
+            specs += [spec for spec in found if _exists(spec, where, skip=skip)]
+    if remote:
+        raise UserError(
+            f"{next(iter(remote.values()))}: on another machine: {', '.join(remote)}; write the folder that"
+            " you downloaded it to, or map it there with --path-map MAP.yaml, one `address: folder` per line"
+        )
     if not specs:
         raise UserError(f"{path}: names no data set that exists; list files under `datasets`")
     return _with_unique_names(specs)
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a map with the same key twice. YAML would silently keep the last value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        counts = Counter(key.value for key in keys)
-        for key in keys:
-            if counts[key.value] > 1:
-                problem = f"{key.value!r} appears twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: str) -> tuple[list[object], bool]:
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise unreadable(path, error) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}" if mark else "it"
-        why = getattr(error, "problem", None) or "unknown characters"
-        raise UserError(f"{path}: {line} is no valid YAML ({why}); fix it") from error
-    if not isinstance(content, Mapping) or not isinstance(content.get("datasets"), list):
+    content = read_yaml(path) or {}
+    items = content.get("datasets")
+    if not isinstance(items, list):
         raise UserError(f"{path}: must hold `datasets:` and a list below it")
     if unknown := content.keys() - {"datasets", "skip_missing"}:
         raise UserError(
             f"{path}: unknown key {sorted(map(str, unknown))[0]!r}; known: datasets, skip_missing"
         )
-    return content["datasets"], _flag(content, "skip_missing", path)
+    return items, _flag(content, "skip_missing", path)
 
 
 def _flag(entry: Mapping[str, object], key: str, where: str) -> bool:
@@ -118,6 +125,20 @@ def _flag(entry: Mapping[str, object], key: str, where: str) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"{where}: {key} is {value!r}; write true or false")
     return value
+
+
+def _localise(item: Mapping[str, object], paths: PathMap, *, where: str) -> dict[str, object] | None:
+    """An item with local paths; None when the map of paths leaves it out."""
+    local = dict(item)
+    if item.get("folder_fps") is None and _is_tvqa(item):
+        local["folder_fps"] = TVQA_FPS
+    for key in _PATHS:
+        value = item.get(key)
+        if isinstance(value, str):
+            local[key] = paths.local(value)
+            if local[key] is None:
+                return None
+    return local
 
 
 def _read_item(
@@ -135,8 +156,6 @@ def _read_item(
     media_type = _choice(item, "media_type", get_args(MediaType), where)
     _choice(item, "video_read_type", READ_TYPES, where)
     rate = item.get("folder_fps")
-    if rate is None and _is_tvqa(item):
-        rate = TVQA_FPS
     if rate is not None and not is_rate(rate):
         raise UserError(f"{where}: folder_fps is {rate!r}; write a number of pictures per second above 0")
     weight = item.get("weight", 1.0)
@@ -158,7 +177,7 @@ def _read_item(
 
 def _is_tvqa(item: Mapping[str, object]) -> bool:
     """Whether an item lists rows of TVQA, by the names in it: mixtures of VideoChat-Flash say no rate."""
-    return any("tvqa" in str(item.get(key)).lower() for key in ("path", "json_path", "data_root"))
+    return any("tvqa" in str(item.get(key)).lower() for key in _PATHS)
 
 
 def _short_name(path: str) -> str:
@@ -191,7 +210,7 @@ def _root(data_root: object, file: str, *, where: str, folder: str, media_root: 
     if data_root is None:
         folder = file if os.path.isdir(file) else os.path.dirname(file)
         return media_root if media_root is not None else folder or "."
-    if not isinstance(data_root, str) or "://" in data_root:
+    if not isinstance(data_root, str):
         raise UserError(f"{where}: data_root is {data_root!r}; write the folder that you downloaded it to")
     return os.path.join(folder if media_root is None else media_root, data_root)
 

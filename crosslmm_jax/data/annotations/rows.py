@@ -18,7 +18,7 @@ MODALITIES: tuple[Modality, ...] = ("text", "image", "multi_image", "video")
 CAPTION_QUESTIONS = {"images": "Describe the image briefly.", "videos": "Describe the video briefly."}
 MediaType = Literal["image", "video", "text", "mix"]
 _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d{1,2}(?:\.\d*)?)")  # [hours:]minutes:seconds
-_ELSEWHERE = re.compile(r"[A-Za-z]:|.*:$")  # a drive letter, or the scheme of a URL
+_ELSEWHERE = re.compile(r"[A-Za-z]:[/\\]|[A-Za-z][\w+.-]+://")  # a drive of Windows, or the scheme of a URL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,9 +196,7 @@ class Origin:
             relative = os.path.relpath(os.path.normpath(file), root)
             file = relative if relative != "." else ""
         path = PurePosixPath(file.replace("\\", "/"))
-        if not path.parts or (
-            not self.allow_outside and (".." in path.parts or _ELSEWHERE.match(path.parts[0]))
-        ):
+        if not path.parts or (not self.allow_outside and (".." in path.parts or _ELSEWHERE.match(file))):
             detail = f"media path {name!r} must be relative to media_root and stay inside it"
             raise self.error("outside_root", detail, name)
         return file + mark + member

@@ -52,6 +52,7 @@ def build_index(
     *,
     tokenizer: str,
     media_root: str | None = None,
+    path_map: str | None = None,
     workers: int = 0,
     seed: int = 0,
     allow_outside: bool = False,
@@ -65,6 +66,7 @@ def build_index(
         out: INDEX folder; an existing index is updated.
         tokenizer: folder of the tokenizer that counts tokens.
         media_root: folder of the media where the mixture names none.
+        path_map: YAML file that maps beginnings of the mixture's paths to local folders.
         workers: worker processes; 0: this process does everything.
         seed: seed of the random strategies of the mixture.
         allow_outside: media paths may leave their root.
@@ -75,7 +77,7 @@ def build_index(
         UserError: a file of the mixture cannot be read, `out` is no index or cannot be written, no row is
             good, or a worker process died. `out` is then unchanged.
     """
-    specs = read_mixture(mixture, media_root=media_root)
+    specs = read_mixture(mixture, media_root=media_root, path_map=path_map)
     prober = Prober(tokenizer, allow_outside=allow_outside)
     origins = origins_of(
         specs, tokenizer=fingerprint(prober.tokenizer), wording=wording_tokens(prober.tokenizer), seed=seed,

@@ -23,9 +23,9 @@ class Turn:
 def parse_turns(conversations: object, *, where: str) -> list[Turn]:
     """Parses the LLaVA (`from`/`value`) or chat (`role`/`content`) turns of a row to train on.
 
-    A leading assistant turn is dropped, as in LLaVA. A row without an answer is refused, because it would be
-    decoded without adding to the loss. An answer without words is refused in every format; LLaVA trains on
-    it, which teaches the model to say nothing.
+    A greeting, an assistant turn before the first human one, is dropped as in LLaVA, also after a system
+    turn. A row without an answer is refused, because it would be decoded without adding to the loss. An
+    answer without words is refused in every format; LLaVA trains on it, which teaches to say nothing.
 
     Raises:
         DataError: a turn is malformed or of an unknown role, or there is no question or no answer.
@@ -42,8 +42,9 @@ def parse_turns(conversations: object, *, where: str) -> list[Turn]:
         if writable(text) != text:
             raise DataError(where, "conversation", f"conversations[{number}] holds an unpaired surrogate")
         turns.append(Turn(role, text.replace(_NOISE, "")))
-    if turns and turns[0].role == "assistant":
-        turns = turns[1:]
+    first = next((number for number, turn in enumerate(turns) if turn.role != "system"), len(turns))
+    if turns[first:] and turns[first].role == "assistant":
+        del turns[first]
     if not any(turn.role == "user" for turn in turns):
         raise DataError(where, "conversation", "conversations holds no human turn")
     answers = [turn.text for turn in turns if turn.role == "assistant"]

@@ -58,6 +58,7 @@ def to_tfds(
     out: str | os.PathLike[str],
     *,
     media_root: str | None = None,
+    path_map: str | None = None,
     shards: int | None = None,
     shard_mb: float = 512,
     workers: int = 0,
@@ -71,6 +72,7 @@ def to_tfds(
         mixture: a YAML file, or one file of annotations.
         out: folder to write; unchanged if it was written from the same rows and files.
         media_root: folder of the media where the mixture names none.
+        path_map: YAML file that maps beginnings of the mixture's paths to local folders.
         shards: number of files, fewer where rows are few or large; None: by `shard_mb`.
         shard_mb: approximate megabytes per file.
         workers: worker processes; 0: this process does everything.
@@ -84,7 +86,7 @@ def to_tfds(
     """
     if not 0 < shard_mb < float("inf") or (shards is not None and shards < 1):
         raise UserError("--shards and --shard-mb must be above 0")
-    specs = read_mixture(mixture, media_root=media_root)
+    specs = read_mixture(mixture, media_root=media_root, path_map=path_map)
     target = Path(os.path.realpath(out))  # a symbolic link stays one
 
     def items() -> Iterator[Row | Fault]:

@@ -42,6 +42,16 @@ EXPECTED: dict[str, list[Any]] = {
         ("video", ("vid0/vid0-Scene-001.mp4",), None), ("video", ("vid0/vid0-Scene-002.mp4",), None),
         "conversation",
     ],
+    "moviechat_list": [
+        ("video", ("AWA-1.mp4",), None), ("video", ("AWA-1.mp4",), (0.0, 1.0)), "clip_times",
+        ("video", ("AWA-1.mp4",), None), "conversation",
+    ],
+    "vript_list": [
+        ("video", ("vid0/vid0-Scene-001.mp4",), None), ("video", ("vid0/vid0-Scene-002.mp4",), None),
+        "conversation", "malformed",
+    ],
+    "sharegpt4video": [("video", ("one.mp4",), None), "conversation"],
+    "video_chatgpt": [("video", ("one.mp4",), None), "conversation"],
     "internvid": [
         ("video", ("dQw-invented.mp4",), (0.5, 1.25)), ("video", ("dQw-invented.mp4",), (1.0, 1.5)),
         "clip_times",
@@ -122,6 +132,11 @@ def test_conversations(read: dict[str, list[Row | Fault]]) -> None:
     assert texts(moment) == ["<image>\nWhere is it now?", "In the middle."]
     assert texts(described)[1] == "A bar crosses a grey field."
     assert texts(good(read["vript"])[1])[1] == "Bar 2 moves."
+    for name in ("moviechat", "vript"):
+        assert list(map(texts, good(read[f"{name}_list"]))) == list(map(texts, good(read[name])))
+    [caption], [answer] = good(read["sharegpt4video"]), good(read["video_chatgpt"])
+    assert texts(caption) == ["<image>\nDescribe the video in detail.", "A bar crosses a grey field."]
+    assert texts(answer) == ["<image>\nWhat moves?", "A bar."]
     assert texts(good(read["internvid"])[0])[1] == "a bar moves"
     assert texts(good(read["internvid_cut"])[0])[1] == "a bar that was cut out"
     assert [texts(row)[1] for row in good(read["capsfusion"])] == [

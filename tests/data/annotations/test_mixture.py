@@ -201,7 +201,11 @@ def test_mistakes_in_a_mixture_name_the_data_set(tmp_path: Path, entry: str, wor
     ("text", "words"),
     [
         ("datasets:\n  - {json_path: a.json, json_path: b.json}\n", "line 2 .*'json_path' appears twice"),
-        ("datasets: []\ndatasets: []\n", "line 1 .*'datasets' appears twice"),
+        (
+            "datasets:\n- json_path: x.json\n- json_path: a.json\n  data_root: b\n\n  data_root: c\n",
+            "line 6 .*'data_root' appears twice with different values in the data set a.json",
+        ),
+        ("datasets: []\ndatasets: [a]\n", "line 2 .*'datasets' appears twice"),
         ("datasets: [\n - {a: b", "line 2 is no valid YAML .expected"),
         ("datasets: \x01", "unknown characters"),
     ],
@@ -218,6 +222,109 @@ def test_merged_keys_may_be_overridden(tmp_path: Path) -> None:
         "datasets:\n  - &a {json_path: a.json, weight: 2}\n  - {<<: *a, weight: 3}\n"
     )
     assert [spec.weight for spec in read_mixture(str(tmp_path / "m.yaml"))] == [2, 3]
+
+
+def test_anchors_at_the_top_level(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.json", 1)
+    (tmp_path / "media").mkdir()
+    (tmp_path / "m.yaml").write_text(
+        "root: &root media\n"
+        "defaults:\n  heavy: &heavy {weight: 2, data_root: *root}\n  twice: &twice {<<: *heavy, weight: 4}\n"
+        "datasets:\n"
+        "  - {<<: *heavy, json_path: a.json}\n"
+        "  - {<<: *twice, json_path: a.json}\n"
+        "  - {<<: *twice, json_path: a.json, weight: 8}\n"
+    )
+    specs = read_mixture(str(tmp_path / "m.yaml"))
+    assert [(spec.weight, spec.root) for spec in specs] == [(w, f"{tmp_path}/media") for w in (2, 4, 8)]
+    (tmp_path / "m.yaml").write_text("skip_mising: true\ndatasets: [{json_path: a.json}]\n")
+    with pytest.raises(UserError, match="unknown key 'skip_mising'; known: datasets, skip_missing"):
+        read_mixture(str(tmp_path / "m.yaml"))
+
+
+# In the form of VideoChat-Flash's stage files: web pages as roots, a key repeated, a set that nobody has.
+STAGE = """\
+datasets:
+  # image sft datasets
+  - json_path: annotations/image/iam(cauldron)_fix.json # 5658
+    sampling_strategy: all
+    data_root: https://huggingface.co/datasets/lmms-lab/OV/image/iam(cauldron)
+
+  - json_path: https://huggingface.co/datasets/lmms-lab/M4/m4.json
+    sampling_strategy: "first:50%"
+    data_root: https://huggingface.co/datasets/lmms-lab/M4
+  - json_path: annotations/video/vqa_tvqa-tvqa_123k.jsonl
+    sampling_strategy: "all"
+    data_root: https://nlp.example.org/tvqa/index.html
+    video_read_type: img
+
+    data_root: https://nlp.example.org/tvqa/index.html
+  - json_path: annotations/video/timeit.json
+    sampling_strategy: "first:25%"
+    data_root: http://activity.example.org//train
+  - json_path: annotations/video/gone.json
+    data_root: http://gone.example.org/
+"""
+
+
+def test_a_mixture_of_web_pages_is_read_with_a_map(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for folder in (
+        "hf/OV/image/iam(cauldron)",
+        "hf/M4",
+        "frames",
+        "anet/train",
+        "there/image",
+        "there/video",
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+    annotations = {
+        "there/image/iam(cauldron)_fix.json": 1, "hf/M4/m4.json": 4,
+        "there/video/vqa_tvqa-tvqa_123k.jsonl": 1, "there/video/timeit.json": 4,
+    }  # fmt: skip
+    for name, rows in annotations.items():
+        write_rows(tmp_path / name, rows)
+    mixture, paths = tmp_path / "stage.yaml", tmp_path / "map.yaml"
+    mixture.write_text(STAGE)
+    with pytest.raises(UserError) as caught:
+        read_mixture(str(mixture))
+    message = str(caught.value)
+    assert message.startswith(
+        f"{mixture}: datasets[0]: on another machine: https://huggingface.co/datasets/lmms-lab/OV/image/iam(cauldron)"
+        ", https://huggingface.co/datasets/lmms-lab/M4/m4.json, https://huggingface.co/datasets/lmms-lab/M4, "
+    )
+    assert "--path-map MAP.yaml, one `address: folder` per line" in message
+    paths.write_text(
+        "https://huggingface.co/datasets/lmms-lab: hf\n"
+        "https://huggingface.co/datasets/lmms-lab/OV/image: hf/OV/image/\n"
+        "https://nlp.example.org/tvqa/index.html: frames\n"
+        f"http://activity.example.org: {tmp_path}/anet\n"
+        "annotations: there\n"
+        "annotations/video/gone.json: null\n"
+    )
+    specs = read_mixture(str(mixture), path_map=str(paths))
+    assert "line 15 repeats 'data_root' with the same value" in caplog.text
+    assert f"datasets[4]: left out, as {paths} says" in caplog.text
+    roots = ["hf/OV/image/iam(cauldron)", "hf/M4", "frames", "anet/train"]
+    assert [os.path.normpath(spec.root) for spec in specs] == [str(tmp_path / root) for root in roots]
+    read = [list(read_rows(spec, seed=0)) for spec in specs]
+    assert [len(rows) for rows in read] == [1, 2, 1, 1]
+    assert all(isinstance(row, Row) for rows in read for row in rows)
+    assert [spec.folder_fps for spec in specs] == [None, None, 3.0, None]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 3\n", "'a': 3 is no mapping to a folder; write the beginning of a path, a colon and a folder"),
+        ("- a\n", "maps no path; write one"),
+        ("a: b\na: c\n", "line 2 is no valid YAML ('a' appears twice with different values)"),
+    ],
+)
+def test_a_wrong_map_of_paths_is_named(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "map.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_mixture(write_rows(tmp_path / "a.json", 1), path_map=str(tmp_path / "map.yaml"))
+    assert str(caught.value).startswith(f"{tmp_path}/map.yaml: ") and words in str(caught.value)
 
 
 def test_bad_rows_are_reported_and_the_others_read(tmp_path: Path) -> None:

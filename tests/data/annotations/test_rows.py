@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from video_files import write_video
 
 from crosslmm_jax.data.annotations.mixture import read_rows
 from crosslmm_jax.data.annotations.rows import DatasetSpec, Row
+from crosslmm_jax.data.media import open_media, probe
 from crosslmm_jax.errors import Fault, UserError
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
@@ -51,12 +53,61 @@ def test_json_and_jsonl(tmp_path: Path) -> None:
         assert found[0].where == f"{file}: row 0 (id 7)" and found[1].where == f"{file}: row 1"
 
 
-@pytest.mark.parametrize("name", ["../a.mp4", "/etc/a.mp4", "x/../../a.mp4", "..", "C:\\a.mp4"])
+@pytest.mark.parametrize("name", [
+    "../a.mp4", "/etc/a.mp4", "x/../../a.mp4", "..", "C:\\a.mp4", "c:/a.mp4", "http://a.org/b.mp4", "s3://a/b.mp4",
+])  # fmt: skip
 def test_media_stay_inside_the_root(tmp_path: Path, name: str) -> None:
     file = write(tmp_path / "a.json", [{"image": [name], "conversations": TURNS}])
     entry = fault(file, tmp_path)
     assert entry.reason == "outside_root" and entry.where.endswith("row 0")
     assert "must be relative to media_root" in entry.detail
+
+
+@pytest.mark.parametrize("name", ["A: movie.mp4", "a:b.mp4", "Part 1:/a.mp4", "x/C:/a.mp4", "10:30.mp4"])
+def test_a_colon_in_a_name_is_no_drive(tmp_path: Path, name: str) -> None:
+    """Read to its frames, since readers know protocols too."""
+    video = tmp_path / name
+    video.parent.mkdir(parents=True, exist_ok=True)
+    write_video(tmp_path / "plain.mp4", 5).rename(video)
+    file = write(tmp_path / "a.json", [{"video": name, "conversations": TURNS}])
+    [row] = read(file, tmp_path)
+    assert isinstance(row, Row) and row.media == (name,)
+    assert probe(open_media(row.root, row.media[0])).num_frames == 5
+
+
+@pytest.mark.parametrize("before", [[], ["system"], ["system", "system"]])
+@pytest.mark.parametrize("greeting", [0, 1])
+def test_a_greeting_is_left_out(tmp_path: Path, before: list[str], greeting: int) -> None:
+    """The assistant's first words answer nothing, whether or not a system turn comes before them."""
+    turns = [{"from": role, "value": "Be brief."} for role in before]
+    hello = [{"from": "gpt", "value": "Hello! How can I help?"}] * greeting
+    [row] = read(
+        write(tmp_path / "a.json", [{"video": "a.mp4", "conversations": [*turns, *hello, *TURNS]}]), tmp_path
+    )
+    assert isinstance(row, Row)
+    assert [turn.role for turn in row.turns] == [*before, "user", "assistant"]
+    assert row.turns[-1].text == "That."
+
+
+@pytest.mark.parametrize("videos", ["videos", "video"])
+def test_plural_names_of_fields(tmp_path: Path, videos: str) -> None:
+    """As LLaMA-Factory and others write them."""
+    rows = [
+        {
+            videos: ["a.mp4", "b.mp4"],
+            "conversations": [TURNS[0] | {"value": "<video><video>\nWhat?"}, TURNS[1]],
+        },
+        {"images": "a.jpg", "messages": TURNS},
+        {"images": [], "video": "a.mp4", "conversations": TURNS},
+        {"image": "a.jpg", "images": ["b.jpg"], "conversations": TURNS},
+    ]
+    found = read(write(tmp_path / "a.json", rows), tmp_path)
+    assert [row.media for row in found if isinstance(row, Row)] == [
+        ("a.mp4", "b.mp4"),
+        ("a.jpg",),
+        ("a.mp4",),
+    ]
+    assert isinstance(found[3], Fault) and "holds both image and images; keep one" in found[3].detail
 
 
 @pytest.mark.parametrize(

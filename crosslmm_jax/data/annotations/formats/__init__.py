@@ -29,7 +29,7 @@ How to add a data format:
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 from crosslmm_jax.data.annotations.formats import (
@@ -37,7 +37,9 @@ from crosslmm_jax.data.annotations.formats import (
     internvid,
     llava,
     moviechat,
+    sharegpt4video,
     tfds,
+    video_chatgpt,
     videochat2,
     vript,
     webdataset,
@@ -57,6 +59,7 @@ class Format:
         to_row: makes the row of an entry's value. Raises DataError.
         options: keys of `DatasetSpec.options` that it knows.
         fields: fields that each of its rows has and those of other formats lack, to detect it in JSON.
+        aliases: other names of its fields -> the names in `fields`.
         suffix: suffix of its files, to detect it, e.g. ".tar".
         many_files: a data set is a folder or a pattern of files, and not one file.
     """
@@ -65,17 +68,34 @@ class Format:
     to_row: Callable[[Any, Origin], Row]
     options: Set[str] = frozenset()
     fields: Set[str] = frozenset()
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     suffix: str = ""
     many_files: bool = False
 
+    def has_fields(self, names: Set[str]) -> bool:
+        """Whether a row with these fields is of this format."""
+        return self.fields <= names | {self.aliases[name] for name in names if name in self.aliases}
+
 
 FORMATS = {
-    "llava": Format(llava.entries, llava.to_row, fields={"conversations"}),
+    "llava": Format(llava.entries, llava.to_row, fields={"conversations"}, aliases=llava.ALIASES),
     "videochat2": Format(llava.entries, videochat2.to_row, fields={"QA"}),
     "moviechat": Format(
         moviechat.entries, moviechat.to_row, moviechat.OPTIONS, fields={"info", "global"}, many_files=True
     ),
     "vript": Format(vript.entries, vript.to_row, vript.OPTIONS, fields={"meta", "data"}, many_files=True),
+    "sharegpt4video": Format(
+        sharegpt4video.entries,
+        sharegpt4video.to_row,
+        sharegpt4video.OPTIONS,
+        fields={"video_path", "captions"},
+    ),
+    "video_chatgpt": Format(
+        video_chatgpt.entries,
+        video_chatgpt.to_row,
+        video_chatgpt.OPTIONS,
+        fields={"q", "a", "video_id"},
+    ),
     "internvid": Format(
         internvid.entries,
         internvid.to_row,

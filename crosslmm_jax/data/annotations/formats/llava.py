@@ -1,9 +1,14 @@
-"""LLaVA's annotations: a JSON list of rows, or JSONL with one row per line."""
+"""LLaVA's annotations: a JSON list of rows, or JSONL with one row per line.
+
+The names that other trainers give to the same fields are read too (ALIASES).
+"""
 
 from collections.abc import Iterator, Mapping
 
 from crosslmm_jax.data.annotations.json_files import read_json_rows
 from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, Origin, Row
+
+ALIASES = {"messages": "conversations", "images": "image", "videos": "video"}
 
 
 def entries(spec: DatasetSpec) -> Iterator[Entry]:
@@ -18,6 +23,7 @@ def to_row(value: object, origin: Origin) -> Row:
     """
     if not isinstance(value, Mapping):
         raise origin.error("malformed", "must be an object with conversations and image or video")
+    value = canonical(value, origin)
     if "conversations" not in value:
         raise origin.error("conversation", "conversations is missing")
     media_type = origin.spec.media_type
@@ -29,6 +35,18 @@ def to_row(value: object, origin: Origin) -> Row:
     bounds = origin.bounds(value.get("start"), value.get("end"))
     options = origin.media_options(value)
     return origin.make_row(value["conversations"], bounds=bounds, options=options, **media)
+
+
+def canonical(value: Mapping[str, object], origin: Origin) -> Mapping[str, object]:
+    """A row with LLaVA's names of its fields. Raises DataError when it has a field under two names."""
+    named = dict(value)
+    for alias, name in ALIASES.items():
+        other = named.pop(alias, None)
+        if other and named.get(name):
+            raise origin.error("malformed", f"holds both {name} and {alias}; keep one")
+        if other:
+            named[name] = other
+    return named
 
 
 def media_names(value: Mapping[str, object], field: str, origin: Origin) -> list[str]:

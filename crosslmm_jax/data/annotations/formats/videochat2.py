@@ -6,7 +6,7 @@ question, where inference can put one too, and not the system prompt. A caption 
 
 from collections.abc import Mapping
 
-from crosslmm_jax.data.annotations.formats.llava import media_names
+from crosslmm_jax.data.annotations.formats.llava import canonical, media_names
 from crosslmm_jax.data.annotations.rows import Origin, Row
 
 
@@ -14,6 +14,7 @@ def to_row(value: object, origin: Origin) -> Row:
     """The row of all questions about all media of one object."""
     if not isinstance(value, Mapping):
         raise origin.error("malformed", "must be an object with video or image and QA")
+    value = canonical(value, origin)
     pairs = value.get("QA")
     if not isinstance(pairs, list) or not pairs:
         raise origin.error("conversation", "QA must be a list of objects with i, q and a")
