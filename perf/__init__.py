@@ -16,6 +16,7 @@
 | `clips.py` | frames of videos, and clips that are made |
 | `decode_speed.py`, `decode_speed_files.py` | our video reader, decord and OpenCV |
 | `input_throughput.py` | frames per second of the input pipeline |
+| `index_scale.py` | an index over the number of rows |
 
 A measuring command is a module with `run(record)`, which `crosslmm_jax.profiling` runs in one process per
 system. The package imports nothing of this folder, and the wheel does not hold it.

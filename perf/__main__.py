@@ -20,6 +20,7 @@ COMMANDS = {
     "precision": "errors of encoder, tokens and logits in 8 bits, on frames of real videos",
     "decode_speed": "our video reader, decord and OpenCV on the same files",
     "input_throughput": "frames per second of the input pipeline, and how long training waits for it",
+    "index_scale": "an index over the number of rows: making it, making it again, starting, reading",
     "report": "a report of `crosslmm profile` with the project's bars and goals and the paper's numbers",
 }
 HELP = "\n".join(

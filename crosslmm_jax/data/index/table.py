@@ -324,9 +324,10 @@ def record_of(row: Row) -> Record:
     The media root becomes absolute, so that the index can be used from any working folder.
     """
     start, end = row.bounds or (None, None)
+    root = row.root if os.path.isabs(row.root) else os.path.join(os.getcwd(), row.root)
     return {
         "where": row.where, "dataset": row.dataset, "row": row.row, "modality": row.modality,
-        "root": os.path.join(os.getcwd(), row.root), "start": start, "end": end,
+        "root": root, "start": start, "end": end,
         "media": list(row.media),
         **{
             name: None if value == MediaOptions._field_defaults[name] else value

@@ -1,0 +1,36 @@
+"""`python -m perf index_scale` on a few rows: every stage runs, and the table holds what they found."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from crosslmm_jax.data.index import blocks, build
+from crosslmm_jax.data.index import probe as probing
+from crosslmm_jax.errors import UserError
+from perf import index_scale
+
+
+def test_every_stage_of_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_scale, "measure", index_scale._measured)  # in this process
+    monkeypatch.setattr(probing, "_probe", probing._probe)  # a stage replaces it
+    for name, value in {"VIDEOS": 4, "CLIPS": 2, "READS": 20, "BATCHES": 2}.items():
+        monkeypatch.setattr(index_scale, name, value)
+    for module in (blocks, build):
+        monkeypatch.setattr(module, "BLOCK", 64)
+    out = tmp_path / "scale.json"
+    words = ["--sizes", "300", "--copies", "2", "--folder", str(tmp_path), "--out", str(out)]
+    index_scale.main(words)
+    result = json.loads(out.read_text())
+    made, copied = result["sizes"]
+    assert result["probe"]["files"] == 4
+    assert made["index"] | {"rows": 300, "unchanged": 0, "bad": 0} == made["index"]
+    assert made["again"]["unchanged"] == 300
+    assert [part["rows"] for part in made["shards"]] == [128, 108, 64] and made["merge"]["rows"] == 300
+    assert made["merged_is_equal"] and made["start"]["rows"] == 300
+    assert copied["rows"] == copied["start"]["rows"] == 600
+    table = [line for line in out.with_suffix(".md").read_text().splitlines() if line.startswith("|")]
+    assert [line.split(" | ")[0] for line in table] == ["| rows", "| ---", "| 300", "| 600 (2 copies)"]
+    assert "NO" not in table[2] and [path.name for path in tmp_path.iterdir()] == ["scale.json", "scale.md"]
+    with pytest.raises(UserError, match="--sizes must be above 0"):
+        index_scale.main(["--sizes", "0"])
