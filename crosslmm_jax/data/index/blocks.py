@@ -179,7 +179,8 @@ def earlier_blocks(files: Iterable[Path], *, leftover: bool) -> Iterator[Earlier
         except (OSError, KeyError, pa.ArrowException):
             continue
         metadata = {name.decode(): text.decode() for name, text in (table.schema.metadata or {}).items()}
-        yield EarlierBlock(path, metadata, leftover)
+        if "block" in metadata:
+            yield EarlierBlock(path, metadata, leftover)
 
 
 def keep_leftovers(work: Path) -> list[Path]:

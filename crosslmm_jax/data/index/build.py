@@ -119,9 +119,8 @@ class _Pass:
         self._shard = shard or Shard()
         self._progress, self._seen, self._bad = progress, 0, 0
         self._taken: set[BlockKey] = set()
-        self._complete: dict[
-            str, set[int]
-        ] = {}  # source of a data set -> all its blocks, where they are known
+        # Source of a data set -> all its blocks, where they are known.
+        self._complete: dict[str, set[int]] = {}
         (work / META).unlink(missing_ok=True)
         self._earlier = list(earlier_blocks(keep_leftovers(work), leftover=True))
         for folder in finished:
@@ -130,10 +129,8 @@ class _Pass:
             self._earlier += blocks
             if meta and meta.get("shard") in (None, list(shard or ())):
                 for dataset in meta["datasets"]:  # type: ignore[attr-defined]
-                    numbers = {
-                        int(b.metadata["block"]) for b in blocks if b.metadata["dataset"] == dataset["name"]
-                    }
-                    self._complete.setdefault(dataset["source"], numbers)
+                    held = [one.metadata for one in blocks if one.metadata["dataset"] == dataset["name"]]
+                    self._complete.setdefault(dataset.get("source", ""), {int(one["block"]) for one in held})
         if origins.outside == "refused":  # media of the others may be links out of the root
             self._earlier = [one for one in self._earlier if one.metadata.get("outside") == "refused"]
         self._key: BlockKey | None = None  # of the block that is being made
@@ -195,9 +192,8 @@ class _Pass:
                 [one for one in self._earlier if one.metadata.get("dataset") == spec.name],
                 tokenizer=self._origins.tokenizer,
             )
-            for block, entries in itertools.groupby(
-                read_entries(spec, seed=seed), lambda one: one[0] // BLOCK
-            ):
+            numbered = read_entries(spec, seed=seed)
+            for block, entries in itertools.groupby(numbered, lambda one: one[0] // BLOCK):
                 key = BlockKey(number, block)
                 if key in self._taken or not self._shard.has(key):
                     continue

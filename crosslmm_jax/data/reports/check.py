@@ -46,24 +46,23 @@ def check_index(
     if sample is not None and sample < len(index):
         numbers = np.sort(np.random.default_rng(seed).choice(len(index), sample, replace=False))
     size = min(max(len(numbers) // (8 * max(workers, 1)), 1), _CHUNK)
-    chunks = [numbers[begin : begin + size].tolist() for begin in range(0, len(numbers), size)]
+    begins = range(0, len(numbers), size)
     progress = Progress("check", unit="rows", total=len(numbers), quiet=quiet)
     bad: list[Fault] = []
-    done = 0
     check = functools.partial(
         _check_rows, RowStore(index), sampling=sampling, allow_outside=allow_outside, deadline_s=deadline_s
     )
     results = map_in_order(
-        check, chunks, workers=workers, spare=8 * workers, if_one_dies="check again with fewer --workers"
-    )
+        check, (numbers[begin : begin + size].tolist() for begin in begins), workers=workers,
+        spare=8 * workers, if_one_dies="check again with fewer --workers",
+    )  # fmt: skip
     try:
-        for chunk, found in zip(chunks, results, strict=True):
+        for begin, found in zip(begins, results, strict=True):
             bad += found
             if on_bad_row is not None:
                 for row in found:
                     on_bad_row(row)
-            done += len(chunk)
-            progress.update(done, f"{len(bad)} bad")
+            progress.update(min(begin + size, len(numbers)), f"{len(bad)} bad")
     finally:
         progress.close()
     return len(numbers), bad

@@ -5,7 +5,7 @@ import numpy as np
 from crosslmm_jax.config import DataConfig
 from crosslmm_jax.data.annotations import MODALITIES
 from crosslmm_jax.data.batching import FRAME_COST, BucketedRows, bucket_rows
-from crosslmm_jax.data.index import Columns, Index, open_index
+from crosslmm_jax.data.index import Index, open_index
 
 _BAR = 40  # characters
 _BINS = 10
@@ -22,27 +22,27 @@ def describe(config: DataConfig, *, tokens_per_frame: int) -> list[str]:
         UserError: the index cannot be read, or none of its rows fits.
     """
     index = open_index(config.index)
-    columns = index.columns()
     bucketed = bucket_rows(
-        config, index, lambda: [columns], num_rows=len(index), tokens_per_frame=tokens_per_frame
+        config, index, index.tables_of_columns, num_rows=len(index), tokens_per_frame=tokens_per_frame
     )
     kinds = bucketed.kinds
-    lines = [f"{len(index)} rows, {len(columns.duration)} media, {columns.duration.sum() / 3600:.2f} hours"]
-    lines += _counts(index, columns)
-    lines += _histogram("seconds of a video", columns.duration[columns.duration > 0])
+    durations = np.concatenate([columns.duration for columns in index.tables_of_columns()])
+    lines = [f"{len(index)} rows, {len(durations)} media, {durations.sum() / 3600:.2f} hours"]
+    lines += _counts(index, bucketed)
+    lines += _histogram("seconds of a video", durations[durations > 0])
     lines += _histogram("frames of a row", np.repeat(kinds.frames, kinds.rows))
     lines += _histogram("text tokens of a row", np.repeat(kinds.text, kinds.rows))
     return lines + _buckets(bucketed, tokens_per_frame)
 
 
-def _counts(index: Index, columns: Columns) -> list[str]:
+def _counts(index: Index, bucketed: BucketedRows) -> list[str]:
     lines = []
     for code, name in enumerate(MODALITIES):
-        if count := int((columns.modality == code).sum()):
+        if count := int(bucketed.kinds.rows[bucketed.kinds.modality == code].sum()):
             lines.append(f"  {name:<12} {count:>10}")
-    for number, name in enumerate(index.datasets):
-        count = int((columns.dataset == number).sum())
-        lines.append(f"  {name:<24} {count:>10}  weight {index.weights[number]:g}")
+    counts = np.bincount(bucketed.dataset_of_row, minlength=len(index.datasets)).tolist()
+    for name, count, weight in zip(index.datasets, counts, index.weights, strict=True):
+        lines.append(f"  {name:<24} {count:>10}  weight {weight:g}")
     return lines
 
 

@@ -21,8 +21,8 @@ def test_faults_found_before_a_worker_died_are_printed(
     index = make_index(videos.train)
     (videos.folder / "videos/train_00000.mp4").write_text("no video")
 
-    def dying(function: Callable[[Any], Any], chunks: list[Any], **options: Any) -> Iterator[Any]:
-        yield function(chunks[0])
+    def dying(function: Callable[[Any], Any], chunks: Iterator[Any], **options: Any) -> Iterator[Any]:
+        yield function(next(chunks))
         raise UserError(f"a worker process died; {options['if_one_dies']}")
 
     monkeypatch.setattr(check, "map_in_order", dying)
