@@ -32,6 +32,7 @@ datasets:
     data_root: media/cut
     options: {clips: cut, fields: {video: id, start: from, end: to, caption: text}}
   - {json_path: "capsfusion/*.parquet"}
+  - {json_path: "onevision/*.parquet"}
   - {json_path: "shards/shard-{000..002}.tar"}
   - {path: pictures, weight: 2}
   - path: clips/1.0.0
@@ -55,6 +56,7 @@ def write_lookalikes(folder: Path) -> Path:
     _write_video_chatgpt(folder)
     _write_internvid(folder)
     _write_capsfusion(folder)
+    _write_onevision(folder)
     _write_webdataset(folder)
     _write_tfds(folder)
     mixture = folder / "mixture.yaml"
@@ -237,6 +239,33 @@ def _write_capsfusion(folder: Path) -> None:
             "capsfusion": [f"An orange bar, shard {shard}.", "A picture that is gone."],
         }
         parquet.write_table(pyarrow.table(columns), folder / "capsfusion" / f"{shard}.parquet")
+
+
+def _write_onevision(folder: Path) -> None:
+    """Parquet as the library `datasets` writes it, with the bytes of the images."""
+    import pyarrow
+    from pyarrow import parquet
+
+    picture, clip = ((folder / "media" / name).read_bytes() for name in ("a.jpg", "one.mp4"))
+    rows = [
+        ("p0", {"bytes": picture, "path": "a.jpg"}, _talk("<image>\nWhat is it?", "A bar.")),
+        ("p1", None, _talk("Say hello.", "Hello.")),
+        ("p2", {"bytes": picture, "path": None}, _talk("What is it?", "A bar.")),
+    ]
+    names = ("id", "image", "conversations")
+    table = pyarrow.table({name: [row[place] for row in rows] for place, name in enumerate(names)})
+    (folder / "onevision").mkdir(exist_ok=True)
+    parquet.write_table(table, folder / "onevision" / "train-00000.parquet", row_group_size=2)
+    table = pyarrow.table({
+        "messages": [_talk("<image> or <image>?", "Both.")],
+        "images": [[{"bytes": picture, "path": "a.jpg"}, {"bytes": picture + bytes(9), "path": None}]],
+    })  # fmt: skip
+    parquet.write_table(table, folder / "onevision" / "train-00001.parquet")
+    table = pyarrow.table({
+        "conversations": [_talk("<video>\nWhat moves?", "A bar.")], "start": [0.5],
+        "video": [{"bytes": clip, "path": "one.mp4"}],
+    })  # fmt: skip
+    parquet.write_table(table, folder / "onevision" / "train-00002.parquet")
 
 
 def _write_webdataset(folder: Path) -> None:

@@ -17,7 +17,7 @@ WRITER = Path(__file__).resolve().parents[1] / "data" / "lookalikes.py"
 DATASETS = {
     "llava", "llava#2", "frames", "gifs", "videochat2", "moviechat", "vript", "internvid", "internvid_cut",
     "moviechat_list", "vript_list", "sharegpt4video", "video_chatgpt", "capsfusion", "shards", "pictures",
-    "clips",
+    "clips", "onevision",
 }  # fmt: skip
 SPOILT = {
     "clip_times", "conversation", "malformed", "missing", "not_downloaded", "outside_root", "placeholders",

@@ -30,9 +30,9 @@ def detect_format(path: str, *, where: str) -> str:
     if os.path.isfile(os.path.join(path, "dataset_info.json")):
         return "tfds"
     suffix = Path(path).suffix
-    for name, form in FORMATS.items():
-        if suffix and suffix == form.suffix:
-            return name
+    forms = [name for name, form in FORMATS.items() if suffix and suffix == form.suffix]
+    if forms:
+        return forms[0] if len(forms) == 1 else _format_by_columns(path, forms, where=where)
     if suffix not in (".json", ".jsonl"):
         raise UserError(f"{name_place(where, path)}: its name does not tell its format; {_FIX}")
     files = [file for file in expand_files(path) if os.path.isfile(file)]
@@ -61,7 +61,10 @@ def _format_by_fields(path: str, *, where: str) -> str:
         if not isinstance(row, Mapping):
             continue
         first = row if first is None else first
-        found = [name for name, form in FORMATS.items() if form.fields and form.has_fields(row.keys())]
+        found = [
+            name for name, form in FORMATS.items()
+            if form.fields and not form.suffix and form.has_fields(row.keys())
+        ]  # fmt: skip
         if len(found) > 1:
             fields = ", ".join(sorted(set().union(*(FORMATS[name].fields for name in found))))
             raise UserError(f"{where}: its rows have fields of several formats ({fields}); {_FIX}")
@@ -71,6 +74,31 @@ def _format_by_fields(path: str, *, where: str) -> str:
         fields = ", ".join(map(repr, first)) or "no fields"
         raise UserError(f"{where}: its fields ({fields}) do not tell its format; {_FIX}")
     return "llava"
+
+
+def _format_by_columns(pattern: str, names: list[str], *, where: str) -> str:
+    """The one of `names` that the columns of the first Parquet file of a pattern tell.
+
+    Raises:
+        UserError: they tell none.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    file = next(filter(os.path.isfile, expand_files(pattern)), None)
+    if file is None:
+        return names[0]  # the caller names the missing file
+    try:
+        columns = parquet.read_schema(file).names
+    except (OSError, pyarrow.ArrowException):
+        return names[0]  # the reader of the file raises it again, with its name
+    found = [name for name in names if FORMATS[name].has_fields(set(columns))]
+    if not found and "image_url" in columns:
+        return "capsfusion"  # as it is published; its reader says what to do
+    if not found:
+        listed = ", ".join(map(repr, columns)) or "no columns"
+        raise UserError(f"{name_place(where, file)}: its columns ({listed}) do not tell its format; {_FIX}")
+    return found[0]
 
 
 def _first_values(path: str) -> Iterator[object]:

@@ -3,8 +3,7 @@
 video           `read_frames` and `probe`: the way in
 frame_sampling  which frames of a video are read, by their times
 locate          references of annotations to files, folders and parts of files; deadlines
-tar             members of tar files
-array_record    records of ArrayRecord files
+archives        files that hold many media: tar, ArrayRecord, Parquet
 content         what a file holds, by its first bytes
 image           still images; `Clip`
 animation       animated pictures as videos
@@ -17,13 +16,19 @@ decode          decoding the GOPs that hold wanted frames
 live            `follow`: a video that is still being written
 """
 
-from crosslmm_jax.data.media.array_record import (
+from crosslmm_jax.data.media.archives import (
     FRAMES_PREFIX,
+    cell_member,
+    is_parquet,
     is_record_file,
+    mean_cell_size,
     mean_record_size,
     parse_example,
+    read_member,
     read_record,
+    tar_member,
     value_member,
+    walk_tar,
 )
 from crosslmm_jax.data.media.content import suffix_by_content
 from crosslmm_jax.data.media.frame_sampling import count_frames
@@ -50,14 +55,13 @@ from crosslmm_jax.data.media.locate import (
     size_of,
     split_reference,
 )
-from crosslmm_jax.data.media.tar import read_member, tar_member, walk_tar
 from crosslmm_jax.data.media.video import VideoInfo, import_readers, probe, read_frames
 
 __all__ = [
     "Clip", "DEADLINE_S", "FRAMES_PREFIX", "IMAGE_SUFFIXES", "LiveFrames", "Media", "MediaOptions",
-    "PathOrMedia", "VIDEO_SUFFIXES", "VideoInfo", "count_frames", "direct_reference", "follow", "from_bytes",
-    "import_readers", "is_image", "is_record_file", "kind_of", "list_pictures", "mean_record_size",
-    "open_file", "open_media", "parse_example", "probe", "read_frames", "read_member", "read_record",
-    "resolve_path", "size_of", "split_reference", "stack_clips", "suffix_by_content", "tar_member",
-    "value_member", "walk_tar",
+    "PathOrMedia", "VIDEO_SUFFIXES", "VideoInfo", "cell_member", "count_frames", "direct_reference", "follow",
+    "from_bytes", "import_readers", "is_image", "is_parquet", "is_record_file", "kind_of", "list_pictures",
+    "mean_cell_size", "mean_record_size", "open_file", "open_media", "parse_example", "probe", "read_frames",
+    "read_member", "read_record", "resolve_path", "size_of", "split_reference", "stack_clips",
+    "suffix_by_content", "tar_member", "value_member", "walk_tar",
 ]  # fmt: skip

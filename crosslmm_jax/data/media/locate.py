@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 from crosslmm_jax.config import DataConfig
-from crosslmm_jax.data.media.array_record import is_record_file, read_values
+from crosslmm_jax.data.media.archives import (
+    is_parquet,
+    is_record_file,
+    is_tar,
+    member_name,
+    member_span,
+    read_cell,
+    read_values,
+    tar_member,
+)
 from crosslmm_jax.data.media.content import (
     HEAD_BYTES,
     is_mp4,
@@ -20,7 +29,6 @@ from crosslmm_jax.data.media.content import (
     picture_suffix,
     suffix_by_content,
 )
-from crosslmm_jax.data.media.tar import is_tar, member_name, member_span, tar_member
 from crosslmm_jax.errors import DataError
 
 MAX_PIXELS = 2**27  # per frame; 16k video has 2**27
@@ -70,9 +78,10 @@ PathOrMedia = str | os.PathLike[str] | Media
 def open_media(
     root: str, reference: str, options: MediaOptions = MediaOptions(), *, allow_outside: bool = False
 ) -> Media:
-    """The medium of a reference: "a/b.mp4", a folder, "a.tar::b.mp4" or "a.array_record::17".
+    """The medium of a reference: a path, "a.tar::b.mp4", "a.array_record::17" or "a.parquet::17/image".
 
-    In a tar the header of the member is read; in an ArrayRecord file, the whole record.
+    In a tar the header of the member is read; in an ArrayRecord file, the whole record; in a Parquet file,
+    the column of the whole row group.
 
     Args:
         root: folder of the media; may be a symbolic link.
@@ -94,6 +103,8 @@ def open_media(
         raise DataError(path, "not_a_file", "is a folder; give the path of a file")
     if is_record_file(file):
         return _medium_of(path, member, *read_values(path, member))._replace(options=options)
+    if is_parquet(file):
+        return _medium_of(path, member, [read_cell(path, member)], "", False)._replace(options=options)
     offset, length = member_span(path, member)
     return Media(path, member_name(member), offset, length, options=options)
 
@@ -113,7 +124,8 @@ def from_bytes(data: bytes) -> Media:
 def split_reference(reference: str) -> tuple[str, str | None]:
     """The file of a reference, and the member in it or None. A file's name may contain "::" too."""
     file, mark, member = reference.partition("::")
-    return (file, member) if mark and (is_tar(file) or is_record_file(file)) else (reference, None)
+    holds_members = is_tar(file) or is_record_file(file) or is_parquet(file)
+    return (file, member) if mark and holds_members else (reference, None)
 
 
 def _medium_of(path: str, member: str, values: list[bytes], suffix: str, in_folder: bool) -> Media:

@@ -19,9 +19,11 @@ from crosslmm_jax.data.media import (
     FRAMES_PREFIX,
     Media,
     PathOrMedia,
+    is_parquet,
     is_record_file,
     kind_of,
     list_pictures,
+    mean_cell_size,
     mean_record_size,
     open_file,
     open_media,
@@ -93,6 +95,8 @@ def _size(root: str, reference: str, allow_outside: bool) -> int:
     with contextlib.suppress(OSError, DataError):
         if member is not None and is_record_file(file):
             return mean_record_size(resolve_path(root, file, allow_outside=allow_outside))
+        if member is not None and is_parquet(file):
+            return mean_cell_size(resolve_path(root, file, allow_outside=allow_outside))
         medium = open_media(root, reference, allow_outside=allow_outside)
         return sum(size_of(file) for file in _files(medium))
     return 0

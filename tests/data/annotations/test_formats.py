@@ -9,15 +9,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from crosslmm_jax.data.annotations.formats import FORMATS
 from crosslmm_jax.data.annotations.mixture import read_mixture, read_rows
 from crosslmm_jax.data.annotations.rows import DatasetSpec, Row
-from crosslmm_jax.data.media.tar import member_name, member_span
-from crosslmm_jax.errors import Fault, UserError
+from crosslmm_jax.data.media import MediaOptions, open_media, probe
+from crosslmm_jax.data.media.archives.tar import member_name, member_span
+from crosslmm_jax.errors import DataError, Fault, UserError
 
 # (modality, media, bounds) of a good row, the reason of a bad one, in order.
 EXPECTED: dict[str, list[Any]] = {
@@ -68,6 +71,11 @@ EXPECTED: dict[str, list[Any]] = {
         ("image", ("00000/000000000.jpg",), None), "not_downloaded",
         ("image", ("00001/000010000.jpg",), None), "not_downloaded",
     ],
+    "onevision": [
+        ("image", ("train-00000.parquet::0/image",), None), ("text", (), None), "placeholders",
+        ("multi_image", ("train-00001.parquet::0/images/0", "train-00001.parquet::0/images/1"), None),
+        ("video", ("train-00002.parquet::0/video",), (0.5, math.inf)),
+    ],
     "pictures": [
         ("image", ("invented-train.array_record-00000::0/image/0.jpg",), None), "conversation",
         ("image", ("invented-train.array_record-00001::0/image/0.jpg",), None),
@@ -101,6 +109,7 @@ def test_the_mixture_gives_the_expected_rows_and_faults(read: dict[str, list[Row
     found = {name: [brief(row) for row in rows] for name, rows in read.items()}
     assert found == EXPECTED
     assert FORMATS.keys() - EXPECTED.keys() == {
+        "llava_parquet",
         "webdataset",
         "tfds",
     }  # their data sets are named after folders
@@ -132,6 +141,7 @@ def test_conversations(read: dict[str, list[Row | Fault]]) -> None:
     assert texts(moment) == ["<image>\nWhere is it now?", "In the middle."]
     assert texts(described)[1] == "A bar crosses a grey field."
     assert texts(good(read["vript"])[1])[1] == "Bar 2 moves."
+    assert texts(good(read["onevision"])[0]) == ["<image>\nWhat is it?", "A bar."]
     for name in ("moviechat", "vript"):
         assert list(map(texts, good(read[f"{name}_list"]))) == list(map(texts, good(read[name])))
     [caption], [answer] = good(read["sharegpt4video"]), good(read["video_chatgpt"])
@@ -252,6 +262,46 @@ def test_wrong_options_and_files_are_named(
     assert words in str(caught.value) and str(caught.value).startswith(str(lookalikes / path))
 
 
+def test_media_in_parquet_files(lookalikes: Path, tmp_path: Path) -> None:
+    files = lookalikes / "onevision"
+    picture, clip = ((lookalikes / "media" / name).read_bytes() for name in ("a.jpg", "one.mp4"))
+    for name, content in (
+        ("train-00000.parquet::0/image", picture), ("train-00000.parquet::2/image", picture),
+        ("train-00001.parquet::0/images/1", picture + bytes(9)), ("train-00002.parquet::0/video", clip),
+    ):  # fmt: skip
+        medium = open_media(str(files), name)
+        assert medium.data == content and str(medium).startswith(f"{files}/{name}")
+    options = MediaOptions(stream=0)
+    assert probe(open_media(str(files), "train-00002.parquet::0/video", options)).num_frames == 20
+    for member in ("1/image", "3/image", "0/picture", "0/image/0", "0", "x/image"):
+        with pytest.raises(DataError) as caught:
+            open_media(str(files), f"train-00000.parquet::{member}")
+        assert caught.value.fault.reason == "missing" and f"::{member}: " in str(caught.value)
+    damaged = tmp_path / "a.parquet"
+    content = (files / "train-00000.parquet").read_bytes()
+    damaged.write_bytes(content[:4] + bytes(200) + content[204:])
+    with pytest.raises(DataError) as caught:
+        open_media(str(tmp_path), "a.parquet::0/image")
+    assert caught.value.fault.reason == "corrupt"
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"image": ["a.jpg"], "text": ["b"]}, r"its columns \('image', 'text'\) do not tell its format; set"),
+        ({"conversations": [[]], "image": ["a.jpg"]}, "column 'image' holds no bytes of files; write the"),
+        ({"image_url": ["a"], "capsfusion": ["b"]}, "has no column 'key'; download its images with img2data"),
+    ],
+)
+def test_parquet_files_of_other_kinds_say_what_to_do(
+    tmp_path: Path, columns: dict[str, list[Any]], words: str
+) -> None:
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=words):
+        [spec] = read_mixture(str(tmp_path / "a.parquet"))
+        list(read_rows(spec, seed=0))
+
+
 def test_halves_of_characters_are_faults(tmp_path: Path) -> None:
     """JSON and tars can hold text that Parquet and records cannot."""
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A."}]
@@ -278,7 +328,9 @@ def test_halves_of_characters_are_faults(tmp_path: Path) -> None:
             text.encode()
 
 
-@pytest.mark.parametrize("kind", sorted(FORMATS.keys() - {"capsfusion", "tfds", "webdataset"}))  # not JSON
+@pytest.mark.parametrize(
+    "kind", sorted(FORMATS.keys() - {"capsfusion", "llava_parquet", "tfds", "webdataset"})
+)  # not JSON
 @pytest.mark.parametrize(
     "value",
     [None, 3, "x", [], {}, {"video": 3}, {"QA": [3], "video": "a"}, {"info": {}, "global": [3]},
@@ -295,7 +347,9 @@ def test_malformed_rows_are_faults_never_errors(tmp_path: Path, kind: str, value
 def test_a_format_that_no_one_reads_yet_is_refused_by_name(tmp_path: Path) -> None:
     for name in ("a.npz", "b"):
         (tmp_path / name).touch()
-        with pytest.raises(UserError, match="set format to one of llava, videochat2, moviechat"):
+        with pytest.raises(
+            UserError, match="set format to one of llava, llava_parquet, videochat2, moviechat"
+        ):
             read_mixture(str(tmp_path / name))
 
 

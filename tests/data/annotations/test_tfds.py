@@ -17,8 +17,8 @@ from video_files import assert_same
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.annotations.mixture import read_mixture, read_rows
 from crosslmm_jax.data.annotations.rows import DatasetSpec, Row
-from crosslmm_jax.data.media import array_record as records
-from crosslmm_jax.data.media.array_record import read_record
+from crosslmm_jax.data.media.archives import array_record as records
+from crosslmm_jax.data.media.archives.array_record import read_record
 from crosslmm_jax.data.media.locate import open_media
 from crosslmm_jax.data.media.video import probe, read_frames
 from crosslmm_jax.errors import Fault, UserError

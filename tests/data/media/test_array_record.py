@@ -13,8 +13,8 @@ from lookalikes import write_records
 from video_files import assert_same
 
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.data.media import array_record as records
-from crosslmm_jax.data.media.array_record import read_record
+from crosslmm_jax.data.media.archives import array_record as records
+from crosslmm_jax.data.media.archives.array_record import read_record
 from crosslmm_jax.data.media.locate import open_media
 from crosslmm_jax.data.media.video import read_frames
 from crosslmm_jax.errors import DataError
@@ -120,7 +120,7 @@ def test_a_file_that_is_written_anew_is_opened_anew(tmp_path: Path) -> None:
 
 FORKING = """
 import multiprocessing, sys
-from crosslmm_jax.data.media.array_record import read_record
+from crosslmm_jax.data.media.archives.array_record import read_record
 
 def read(number):
     numbers = [(number + step) % 64 for step in range(300)]

@@ -15,8 +15,8 @@ from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.index.build import build_index
 from crosslmm_jax.data.index.table import RowStore, open_index
 from crosslmm_jax.data.media import locate as media
+from crosslmm_jax.data.media.archives.tar import tar_member
 from crosslmm_jax.data.media.locate import direct_reference, open_file, open_media, size_of
-from crosslmm_jax.data.media.tar import tar_member
 from crosslmm_jax.data.media.video import probe, read_frames
 from crosslmm_jax.errors import DataError
 

@@ -52,7 +52,7 @@ def packed(lookalikes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_and_frames_come_back(lookalikes: Path, packed: Path) -> None:
     wanted, found = rows_in(lookalikes / "mixture.yaml"), rows_in(packed / "mixture.yaml")
-    assert [brief(row) for row in found] == [brief(row) for row in wanted] and len(found) == 36
+    assert [brief(row) for row in found] == [brief(row) for row in wanted] and len(found) == 40
     assert {row.modality for row in found} == {"text", "image", "multi_image", "video"}
     for one, other in zip(found, wanted, strict=True):
         for copy, original in zip(one.media, other.media, strict=True):
@@ -77,9 +77,9 @@ def test_weights_and_bad_rows_are_kept(
     options = {"tokenizer": str(tokenizer_folder), "quiet": True}
     build_index(str(lookalikes / "mixture.yaml"), tmp_path / "index", **options)
     told = [(folder / "bad.jsonl").read_text().splitlines() for folder in (packed, tmp_path / "index")]
-    assert sorted(told[0]) == sorted(told[1]) and len(told[0]) == 25
+    assert sorted(told[0]) == sorted(told[1]) and len(told[0]) == 26
     report = build_index(str(packed / "mixture.yaml"), tmp_path / "other", **options)
-    assert (report.rows, report.bad) == (36, {})
+    assert (report.rows, report.bad) == (40, {})
 
 
 def test_tfds_opens_it_where_it_lies_and_elsewhere(packed: Path, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from crosslmm_jax.data.annotations.formats import (
     capsfusion,
     internvid,
     llava,
+    llava_parquet,
     moviechat,
     sharegpt4video,
     tfds,
@@ -58,7 +59,8 @@ class Format:
             be read.
         to_row: makes the row of an entry's value. Raises DataError.
         options: keys of `DatasetSpec.options` that it knows.
-        fields: fields that each of its rows has and those of other formats lack, to detect it in JSON.
+        fields: fields that each of its rows has and those of other formats lack, to detect it in JSON, or in
+            files with `suffix`.
         aliases: other names of its fields -> the names in `fields`.
         suffix: suffix of its files, to detect it, e.g. ".tar".
         many_files: a data set is a folder or a pattern of files, and not one file.
@@ -79,6 +81,14 @@ class Format:
 
 FORMATS = {
     "llava": Format(llava.entries, llava.to_row, fields={"conversations"}, aliases=llava.ALIASES),
+    "llava_parquet": Format(
+        llava_parquet.entries,
+        llava_parquet.to_row,
+        fields={"conversations"},
+        aliases=llava.ALIASES,
+        suffix=".parquet",
+        many_files=True,
+    ),
     "videochat2": Format(llava.entries, videochat2.to_row, fields={"QA"}),
     "moviechat": Format(
         moviechat.entries, moviechat.to_row, moviechat.OPTIONS, fields={"info", "global"}, many_files=True
@@ -107,7 +117,12 @@ FORMATS = {
         webdataset.entries, webdataset.to_row, webdataset.OPTIONS, suffix=".tar", many_files=True
     ),
     "capsfusion": Format(
-        capsfusion.entries, capsfusion.to_row, capsfusion.OPTIONS, suffix=".parquet", many_files=True
+        capsfusion.entries,
+        capsfusion.to_row,
+        capsfusion.OPTIONS,
+        fields={"key", "status"},
+        suffix=".parquet",
+        many_files=True,
     ),
     "tfds": Format(tfds.entries, tfds.to_row, tfds.OPTIONS),
 }
