@@ -14,6 +14,7 @@ from crosslmm_jax.cli.ask import add_ask_and_chat
 from crosslmm_jax.cli.convert import add_convert
 from crosslmm_jax.cli.data import add_data
 from crosslmm_jax.cli.demo import add_demo
+from crosslmm_jax.cli.export import add_export
 from crosslmm_jax.cli.options import OneLineParser
 from crosslmm_jax.cli.params import add_params
 from crosslmm_jax.cli.profile import add_profile
@@ -23,7 +24,7 @@ from crosslmm_jax.parallel import compilation_cache, xla_flags
 
 USER_MISTAKE = 2  # exit code, as argparse uses
 # Commands that compile nothing worth keeping; and `train`, for the reason in `compilation_cache`.
-WITHOUT_COMPILATION_CACHE = ("data", "params", "train")
+WITHOUT_COMPILATION_CACHE = ("data", "export", "params", "train")
 INTERRUPTED = 130  # exit code, 128 + SIGINT, as shells use
 
 
@@ -39,6 +40,7 @@ def build_parser() -> OneLineParser:
     add_convert(commands)
     add_profile(commands)
     add_train(commands)
+    add_export(commands)
     add_ask_and_chat(commands)
     return parser
 

@@ -8,6 +8,7 @@ A command that takes fields of a configuration has one option per field, spelled
 
 import argparse
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import UnionType
@@ -107,6 +108,13 @@ def _option_words(assignment: str) -> list[str]:
     except ValueError:
         value = text
     return [option_of(name), *(str(item) for item in (value if isinstance(value, list) else [value]))]
+
+
+def next_commands(model: str | Path) -> str:
+    """What can be done with a MODEL folder, or the folder of a run that has one."""
+    folder = shlex.quote(str(model))
+    ask = f'crosslmm ask {folder} VIDEO "QUESTION"'
+    return f"next: {ask}, or train a further stage with --run.init-from {folder}"
 
 
 def check_output(option: str, path: str | None) -> None:

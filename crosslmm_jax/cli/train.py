@@ -2,7 +2,7 @@
 
 import argparse
 
-from crosslmm_jax.cli.options import Commands
+from crosslmm_jax.cli.options import Commands, next_commands
 
 
 def add_train(commands: Commands) -> None:
@@ -26,6 +26,13 @@ def _train(args: argparse.Namespace) -> None:
         print_help(load_experiment(args.config), command=f"crosslmm train {args.config}")
         return
     config = load_experiment(args.config, args.overrides)
+    from crosslmm_jax.parallel import is_first_process
     from crosslmm_jax.train import train
 
-    train(config)
+    result = train(config)
+    if is_first_process():
+        steps = config.stage.steps
+        done = f"trained for {steps} steps"
+        if result.resumed_step == steps:
+            done = f"which an earlier command has {done}; nothing was left to do"
+        print(f"{result.model_folder}: a MODEL folder, {done}; {next_commands(config.run.out)}")

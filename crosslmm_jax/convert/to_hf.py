@@ -26,6 +26,7 @@ from crosslmm_jax.model_folder import (
     Reader,
     WeightsWriter,
     copy_tokenizer,
+    find_model_folder,
     load_model_config,
     load_processor,
     open_weights,
@@ -57,7 +58,7 @@ def convert_to_hf(
     Raises:
       UserError: the model is damaged, or `out` cannot be written.
     """
-    model, out = Path(model), Path(out)
+    model, out = find_model_folder(model), Path(out)
     if dtype is not None and dtype not in FLOATS:
         raise UserError(f"--dtype is {dtype!r}; choose one of {', '.join(FLOATS)}")
     _check_out(out)

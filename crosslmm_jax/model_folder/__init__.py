@@ -40,6 +40,7 @@ from crosslmm_jax.model_folder.weights import (
     open_weights,
     parameter_shapes,
     read_index,
+    unflatten,
     write_index,
 )
 
@@ -48,6 +49,6 @@ __all__ = [
     "Reader", "Resampling", "Shape", "WeightsWriter", "check_replaceable", "content_digest", "copy_tokenizer",
     "find_model_folder", "flatten", "indexed_files", "is_model_folder", "load_model_config",
     "load_processor", "load_weights", "make_processor", "open_weights", "parameter_shapes",
-    "processor_from_dict", "read_index", "read_json", "save_model_folder", "write_index", "write_json",
-    "write_settings",
+    "processor_from_dict", "read_index", "read_json", "save_model_folder", "unflatten", "write_index",
+    "write_json", "write_settings",
 ]  # fmt: skip

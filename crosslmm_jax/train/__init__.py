@@ -13,14 +13,15 @@ metrics_log       metrics.jsonl and TensorBoard
 side_channel      output that may fail or hang without stopping the run
 owner             one run at a time in a folder
 settings          what must agree between processes and between starts of a run
-export            MODEL folders from a run
+export            a MODEL folder from a checkpoint
 interrupt         SIGTERM and Ctrl-C
 """
 
+from crosslmm_jax.train.export import export
 from crosslmm_jax.train.loop import train
 from crosslmm_jax.train.state import abstract_state, random_state
 from crosslmm_jax.train.step import compile_train_step, with_step_visibility
 
 __all__ = [
-    "abstract_state", "compile_train_step", "random_state", "train", "with_step_visibility",
+    "abstract_state", "compile_train_step", "export", "random_state", "train", "with_step_visibility",
 ]  # fmt: skip

@@ -77,22 +77,11 @@ class Checkpoints:
         return True
 
     def _check_settings(self, step: int) -> None:
-        saved = self._read(step, config=ocp.args.JsonRestore())["config"]
+        saved = read_items(self.folder / str(step), config=ocp.args.JsonRestore())["config"]
         self.changes = check_resumable(
             self._settings, saved, where=f"{self.folder}/{step}", accept_changes=self._accept_changes
         )
         self._settings = with_known_digests(self._settings, saved)
-
-    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
-        """Reads items of a checkpoint: of arrays, the shards of this process.
-
-        Not by the manager's own `restore`: it waits for all processes, and forever when one of them cannot
-        read.
-        """
-        here = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader:
-            return reader.restore(self.folder / str(step), args=ocp.args.Composite(**items))
 
     def save(self, step: int, state: TrainState, *, position: int) -> None:
         """Starts to write a checkpoint; returns once `state` may be donated.
@@ -179,9 +168,10 @@ class Checkpoints:
                 item=abstract,  # type: ignore[arg-type]
                 restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             )
-            return self._read(
-                step, state=state, data=ocp.args.JsonRestore(), checksums=ocp.args.JsonRestore()
-            )
+            return read_items(
+                self.folder / str(step), state=state, data=ocp.args.JsonRestore(),
+                checksums=ocp.args.JsonRestore(),
+            )  # fmt: skip
 
         restored = succeed_on_all(read)
         # Checksums of sharded arrays are a collective operation: only once every process has its shards.
@@ -231,6 +221,17 @@ class Checkpoints:
                 raise
             if not said:
                 logger.warning("%s", also)
+
+
+def read_items(checkpoint: Path, **items: ocp.args.CheckpointArgs) -> Any:
+    """Reads items of a checkpoint: of arrays, the shards of this process.
+
+    Not by the manager's own `restore`: it waits for all processes, and forever when one of them cannot read.
+    """
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader:
+        return reader.restore(checkpoint, args=ocp.args.Composite(**items))
 
 
 def _hide_tracebacks_of_orbax() -> None:

@@ -141,7 +141,7 @@ def _train(
     ):
         state = run.to_last_step(state, resumed_step, stop)
         checkpoints.wait()
-        write_model(config, out / "model", state)
+        write_model(out / "model", config, state.params, tokenizer=config.data.tokenizer)
     return TrainResult(out / "model", resumed_step, read_metrics(out), dict(iterator.bad_rows))
 
 
@@ -177,7 +177,8 @@ def _open_dataset(config: ExperimentConfig) -> Dataset:
     if longest > model.decoder.max_positions:
         raise ConfigError(
             f"DataConfig: text and frames make rows of up to {longest} tokens; the decoder's max_positions is"
-            f" {model.decoder.max_positions}: lower text_buckets, max_text_tokens or the frames"
+            f" {model.decoder.max_positions}: raise it to {longest}, or lower text_buckets, max_text_tokens"
+            " or the frames"
         )
     return dataset
 

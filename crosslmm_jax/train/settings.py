@@ -4,13 +4,15 @@ The settings of a run are its config and, under names that end in "_digest", wha
 move between two starts, and their places may differ between hosts, as long as their content is the same.
 """
 
+import dataclasses
+import typing
 from collections.abc import Mapping, Sequence
 
 from crosslmm_jax.config import ExperimentConfig, names_with_role
-from crosslmm_jax.config_io import option_of, to_dict
+from crosslmm_jax.config_io import from_dict, option_of, to_dict
 from crosslmm_jax.data.index import open_index
 from crosslmm_jax.errors import ConfigError, UserError
-from crosslmm_jax.model_folder import content_digest, find_model_folder, flatten
+from crosslmm_jax.model_folder import content_digest, find_model_folder, flatten, unflatten
 
 Settings = Mapping[str, object]  # nested dicts of JSON values
 
@@ -37,6 +39,23 @@ _FIXED = dict.fromkeys(
 _ABSENT = "(no such field)"
 
 
+def _defaults(config_class: type) -> dict[str, object]:
+    """Default of every field that has one, as JSON holds it, by dotted name."""
+    found: dict[str, object] = {}
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(hint := hints[field.name]):
+            inner = _defaults(typing.cast(type, hint))
+            found |= {f"{field.name}.{name}": value for name, value in inner.items()}
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = list(field.default) if isinstance(field.default, tuple) else field.default
+    return found
+
+
+# A field that is younger than a checkpoint had no other meaning than its default.
+_DEFAULTS = _defaults(ExperimentConfig)
+
+
 def settings_of(config: ExperimentConfig) -> dict[str, object]:
     """The settings of a run. Raises a UserError when there is no index."""
     index = open_index(config.data.index)
@@ -49,6 +68,16 @@ def settings_of(config: ExperimentConfig) -> dict[str, object]:
     return to_dict(config) | {
         "index_digest": index.digest, "tokenizer_digest": index.tokenizer, "init_from_digest": weights,
     }  # fmt: skip
+
+
+def config_of(saved: Settings, *, source: str) -> ExperimentConfig:
+    """The config in the settings of a checkpoint, which may be older than some of its fields.
+
+    Raises:
+      ConfigError: a field cannot be read. Names `source`, the checkpoint.
+    """
+    config = {name: value for name, value in saved.items() if name not in _DIGESTS.values()}
+    return from_dict(ExperimentConfig, unflatten({**_DEFAULTS, **flatten(config)}), source=source)
 
 
 def check_same_settings(settings: Sequence[Settings]) -> None:
@@ -122,7 +151,7 @@ def _changes(now: Settings, saved: Settings) -> dict[str, str]:
     names = sorted((now.keys() | saved.keys()) - _FREE - set(_DIGESTS.values()))
     found = {}
     for name in [*names, *(path for path in by_content if path in _FREE)]:
-        before, after = saved.get(name, _ABSENT), now.get(name, _ABSENT)
+        before, after = saved.get(name, _DEFAULTS.get(name, _ABSENT)), now.get(name, _ABSENT)
         if name not in by_content:
             if before != after:
                 found[name] = f"{name} was {before!r} and is {after!r}"

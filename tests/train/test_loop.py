@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,9 +16,10 @@ import numpy as np
 import pytest
 
 from crosslmm_jax.batch import AllOrNone, VisibleFrames
+from crosslmm_jax.cli.app import build_parser, main
 from crosslmm_jax.errors import ConfigError, UserError
-from crosslmm_jax.model_folder import load_processor
-from crosslmm_jax.train import loop
+from crosslmm_jax.model_folder import find_model_folder, load_processor
+from crosslmm_jax.train import export, loop
 from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs
 from crosslmm_jax.train.metrics_log import METRICS_FILE, read_metrics
 
@@ -70,7 +73,8 @@ def weights_of(out: Path) -> bytes:
 @pytest.fixture(scope="module")
 def uninterrupted(start) -> Path:
     process, out = start("uninterrupted")
-    finish(process)
+    output = finish(process)
+    assert f"{out}/model: a MODEL folder, trained for {STEPS} steps; next: crosslmm ask {out} " in output
     return out
 
 
@@ -174,6 +178,86 @@ def test_repeating_a_finished_run_does_nothing(finished, monkeypatch) -> None:
     again = loop.train(config, quiet=True)
     assert again.resumed_step == config.stage.steps
     assert again.metrics == result.metrics
+
+
+def next_command(said: str) -> list[str]:
+    """The words of the command that an ending names, with a video and a question."""
+    found = re.search(r"next: crosslmm (.*), or train a further stage with --run\.init-from (.*)", said)
+    assert found, said
+    model, words = shlex.split(found[2]), shlex.split(found[1])
+    assert words[1:2] == model
+    return words
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_where_its_model_is(finished, config_file, capfd) -> None:
+    config, result = finished
+    assert main(["train", config_file(config)]) == 0
+    said = capfd.readouterr().out
+    assert said.startswith(
+        f"{result.model_folder}: a MODEL folder, which an earlier command has trained for 6 steps; nothing"
+    )
+    args = build_parser().parse_args(next_command(said))
+    assert args.command == "ask" and find_model_folder(args.model) == result.model_folder
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_a_model_of_any_checkpoint(finished, tmp_path, capfd) -> None:
+    config, result = finished
+    out = Path(config.run.out)
+    assert main(["export", str(out), "--out", str(tmp_path / "newest")]) == 0
+    assert files_of(tmp_path / "newest") == files_of(result.model_folder)
+    tokenizer = tmp_path / "moved"
+    shutil.copytree(config.data.tokenizer, tokenizer)
+    assert main(["export", str(out), "--step", "4", "--tokenizer", str(tokenizer)]) == 0
+    said = capfd.readouterr().out.splitlines()[-1]
+    assert said.startswith(f"{out}/model_4: a MODEL folder with the weights of step 4; next: crosslmm ask ")
+    model = find_model_folder(next_command(said)[1])
+    shutil.move(model, tmp_path / "earlier")
+    earlier, last = files_of(tmp_path / "earlier"), files_of(result.model_folder)
+    assert {name for name in last if earlier[name] != last[name]} == {"model.safetensors"}
+    assert not (out / "owner.json").exists()
+    check_same_model(tmp_path / "earlier", config.model)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_exported(finished, tmp_path) -> None:
+    config, _ = finished
+    out = tmp_path / "run"
+    shutil.copytree(Path(config.run.out) / "checkpoints", out / "checkpoints")
+    with pytest.raises(UserError, match=f"this run has written no MODEL .* with `crosslmm export {out}`"):
+        find_model_folder(out)
+    with pytest.raises(UserError, match="has no checkpoint of step 5; --step takes 4 or 6"):
+        export(out, step=5)
+    with pytest.raises(UserError, match=f"{tmp_path}: holds no checkpoints; give the folder of a run"):
+        export(tmp_path)
+    with pytest.raises(UserError, match="no_such: the run's tokenizer is not there; name its .* --tokenizer"):
+        export(out, tokenizer="no_such")
+    other = tmp_path / "tokenizer"
+    shutil.copytree(config.data.tokenizer, other)
+    described = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = described["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match="tokenizer: is not the tokenizer that the run was trained with"):
+        export(out, tokenizer=str(other))
+    for path in (out / "checkpoints" / "6" / "state").glob("**/d/*"):
+        content = bytearray(path.read_bytes())
+        for position in range(0, len(content), 500):  # damage of the moments alone would not matter
+            content[position] ^= 4
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="checkpoints/6: damaged, or removed .*; choose --step 4"):
+        export(out)
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoints"]
+    assert export(out, step=4).folder == out / "model_4"
+    path = out / "checkpoints" / "4" / "checksums" / "metadata"
+    path.write_text(json.dumps({name: value + 1 for name, value in json.loads(path.read_text()).items()}))
+    with pytest.raises(UserError, match=r"checkpoints/4: damaged, .*\(checksums differ in "):
+        export(out, step=4)
 
 
 def test_another_config_in_the_same_folder(finished) -> None:

@@ -107,6 +107,12 @@ def test_checkpoints_of_earlier_versions_are_compared_by_path() -> None:
         compare(changed(data__tokenizer="u"), saved=saved)
 
 
+def test_a_field_that_is_younger_than_the_checkpoint_had_its_default() -> None:
+    assert compare(changed(stage__clip_norm=1.0, data__modality_weights={"video": 0.0})) == []
+    with pytest.raises(ConfigError, match=r"stage\.clip_norm was 1\.0 and is 2\.0"):
+        compare(changed(stage__clip_norm=2.0))
+
+
 def test_what_a_path_led_to_stays_known() -> None:
     gone = changed(init_from_digest=None)
     check_same_settings([SETTINGS, gone])

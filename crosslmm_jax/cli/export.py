@@ -1,0 +1,25 @@
+"""`crosslmm export`."""
+
+import argparse
+
+from crosslmm_jax.cli.options import Commands, next_commands
+
+
+def add_export(commands: Commands) -> None:
+    """Adds `export` to the commands of `crosslmm`."""
+    parser = commands.add_parser("export", help="a MODEL folder from any checkpoint of a run")
+    parser.add_argument("run_folder", metavar="RUN", help="folder of a run: run.out of its config")
+    parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the newest")
+    parser.add_argument("--out", metavar="MODEL", help="folder to write; default: RUN/model_STEP")
+    parser.add_argument("--tokenizer", metavar="DIR", help="default: as the run's config says")
+    parser.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from crosslmm_jax.train import export
+
+    written = export(args.run_folder, step=args.step, out=args.out, tokenizer=args.tokenizer)
+    print(
+        f"{written.folder}: a MODEL folder with the weights of step {written.step};"
+        f" {next_commands(written.folder)}"
+    )
