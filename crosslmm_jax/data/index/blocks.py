@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -109,7 +109,7 @@ class Origins:
             "tokenizer": self.tokenizer, "outside": self.outside,
         }  # fmt: skip
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """The part of `meta.json` that is the same for all shards of an index."""
         rows = zip(self.names, self.weights, self.sources, strict=True)
         return {
@@ -193,6 +193,8 @@ def keep_leftovers(work: Path) -> list[Path]:
         if bad_path(path).exists():
             os.replace(bad_path(path), folder / f"bad-{number:06d}.arrow")
         os.replace(path, folder / f"rows-{number:06d}.arrow")
+    for path in [*work.glob("bad-*.arrow"), *work.glob("*.incomplete")]:  # of blocks that were not finished
+        path.unlink()
     return sorted(folder.glob("rows-*.arrow"), reverse=True)
 
 
@@ -219,7 +221,7 @@ def link(source: Path, target: Path) -> None:
         os.replace(incomplete, target)
 
 
-def read_meta(folder: Path) -> dict[str, object]:
+def read_meta(folder: Path) -> dict[str, Any]:
     """`meta.json` of an index or of a shard of one; empty when there is none of this version."""
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))

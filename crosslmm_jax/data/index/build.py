@@ -125,12 +125,12 @@ class _Pass:
         self._earlier = list(earlier_blocks(keep_leftovers(work), leftover=True))
         for folder in finished:
             meta = read_meta(folder)
-            blocks = list(earlier_blocks(sorted(folder.glob("rows-*.arrow")), leftover=False))
-            self._earlier += blocks
+            self._earlier += earlier_blocks(sorted(folder.glob("rows-*.arrow")), leftover=False)
             if meta and meta.get("shard") in (None, list(shard or ())):
-                for dataset in meta["datasets"]:  # type: ignore[attr-defined]
-                    held = [one.metadata for one in blocks if one.metadata["dataset"] == dataset["name"]]
-                    self._complete.setdefault(dataset.get("source", ""), {int(one["block"]) for one in held})
+                keys = [BlockKey.of_file(Path(entry["file"])) for entry in meta["files"]]
+                for place, dataset in enumerate(meta["datasets"]):
+                    held = {key.block for key in keys if key is not None and key.dataset == place}
+                    self._complete.setdefault(dataset.get("source", ""), held)
         if origins.outside == "refused":  # media of the others may be links out of the root
             self._earlier = [one for one in self._earlier if one.metadata.get("outside") == "refused"]
         self._key: BlockKey | None = None  # of the block that is being made
@@ -164,13 +164,11 @@ class _Pass:
 
     def index_the_rest(self, specs: Sequence[DatasetSpec], *, seed: int) -> None:
         """Makes the blocks that were not taken over."""
-        for found in map_in_order(
-            self._prober,
-            self._chunks(specs, seed),
-            workers=self._workers,
-            spare=self._workers + 1,
+        results = map_in_order(
+            self._prober, self._chunks(specs, seed), workers=self._workers, spare=self._workers + 1,
             if_one_dies=_IF_ONE_DIES,
-        ):
+        )  # fmt: skip
+        for found in results:
             if found.key != self._key:
                 self._finish_block()
                 self._key = found.key

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -36,7 +37,7 @@ class IndexReport:
 
 
 def publish(
-    work: Path, meta: dict[str, object], *, reused: int | None, shard: Shard | None = None
+    work: Path, meta: dict[str, Any], *, reused: int | None, shard: Shard | None = None
 ) -> IndexReport:
     """Writes bad.jsonl and `meta.json` for the blocks in `work`.
 
@@ -51,16 +52,16 @@ def publish(
     with open(work / BAD, "w", encoding="utf-8") as lines:
         for path in sorted(work.glob("rows-*.arrow"), key=BlockKey.of_file):  # type: ignore[arg-type]
             table = map_table(path, _DIGESTED)
-            if len(table):
-                files.append({"file": path.name, "rows": len(table)})
-                _update(hashes, table)
+            files.append({"file": path.name, "rows": len(table)})
+            _update(hashes, table)
             if bad_path(path).exists():
                 for line in map_table(bad_path(path)).column("fault").to_pylist():
                     bad[json.loads(line)["reason"]] += 1
                     lines.write(line)
     rows = sum(entry["rows"] for entry in files)
     if rows or shard is not None:
-        inside = [meta["tokenizer"], meta["datasets"], [one.hexdigest() for one in hashes.values()]]
+        weights = [[one["name"], one["weight"]] for one in meta["datasets"]]
+        inside = [meta["tokenizer"], weights, [one.hexdigest() for one in hashes.values()]]
         part = {} if shard is None else {"shard": list(shard)}
         digest = hashlib.blake2b(json.dumps(inside).encode(), digest_size=12).hexdigest()
         content = meta | part | {"digest": digest, "bad": dict(sorted(bad.items())), "files": files}

@@ -76,13 +76,19 @@ def test_it_holds_every_row_and_what_a_probe_tells(synthetic: SyntheticSet, make
 
 @pytest.mark.slow
 def test_workers_make_the_same_index(
-    videos: SyntheticSet, make_index, monkeypatch: pytest.MonkeyPatch
+    videos: SyntheticSet, make_index, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(indexing, "_CHUNK", 8)
     one, two = make_index(videos.train), make_index(videos.train, workers=2)
     assert open_index(one).digest == open_index(two).digest
     tables = [map_table(folder / "rows-00000-00000.arrow").drop_columns(["stamp"]) for folder in (one, two)]
     assert tables[0].equals(tables[1])
+    monkeypatch.setattr(indexing, "BLOCK", 16)  # so that there are blocks enough for two processes to look at
+    reports = [
+        build_index(str(videos.train), two, tokenizer=str(tokenizer_folder), workers=2, quiet=True)
+        for _ in range(2)
+    ]
+    assert [report.reused for report in reports] == [32, 32]
 
 
 def counted_probes(monkeypatch: pytest.MonkeyPatch) -> list[str]:

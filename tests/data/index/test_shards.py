@@ -1,6 +1,7 @@
 """An index that several machines make, and what a pass over unchanged annotations does not do again."""
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -103,6 +104,8 @@ def test_a_shard_goes_on_where_it_was_killed(
         with pytest.raises(KeyboardInterrupt):
             build_index(str(mixture), tmp_path / "many", shard=Shard(0, 2), **options)
     first = len(probed)
+    # A kill between the two tables of a block leaves the first.
+    (tmp_path / ".many.shard-0-of-2.building" / "bad-00000-00004.arrow").write_bytes(b"")
     for number in range(2):
         build_index(str(mixture), tmp_path / "many", shard=Shard(number, 2), **options)
     assert first > 16 and len(probed) <= 2 * ROWS + 2  # a missing file is looked for again
@@ -151,8 +154,19 @@ def test_unchanged_annotations_are_not_read_again(
     report = build_index(str(mixture), index, **options)
     assert (report.rows, report.reused, report.bad) == (76, 76, {"missing": 2, "conversation": 2})
     assert read == [] and probed == ["no.png"] and content(index) == before
+    # A table that cannot be read is made again, and the digest does not hang on the age of files.
+    table = index / "rows-00001-00002.arrow"
+    table.write_bytes(table.read_bytes()[:-100])
+    assert (build_index(str(mixture), index, **options).reused, read) == (76 - 8, ["b"])
+    assert content(index) == before
+    digest = open_index(index).digest
+    os.utime(tmp_path / "a.json", ns=(5, 5))
+    read.clear()
+    assert (build_index(str(mixture), index, **options).reused, read) == (76, ["a"])
+    assert open_index(index).digest == digest
     # A medium that changed, or is there now, is noticed; its data set is read for the block that holds it.
     Image.new("RGB", (8, 8)).save(tmp_path / "no.png")
+    read.clear()
     probed.clear()
     report = build_index(str(mixture), index, **options)
     assert (report.rows, report.reused, report.bad) == (78, 76, {"conversation": 2})
