@@ -39,7 +39,16 @@ from crosslmm_jax.data.annotations.detect_format import detect_format, name_plac
 from crosslmm_jax.data.annotations.formats import FORMATS
 from crosslmm_jax.data.annotations.json_files import expand_files
 from crosslmm_jax.data.annotations.mixture_yaml import PathMap, read_path_map, read_yaml
-from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, MediaType, Origin, Row, is_rate
+from crosslmm_jax.data.annotations.rows import (
+    TVQA_FPS,
+    DatasetSpec,
+    Entry,
+    MediaType,
+    Origin,
+    Row,
+    is_rate,
+    is_tvqa,
+)
 from crosslmm_jax.data.annotations.strategies import parse_strategy, select
 from crosslmm_jax.data.text import writable
 from crosslmm_jax.errors import DataError, Fault, UserError
@@ -52,7 +61,6 @@ _KEYS = {
 _PATHS = ("path", "json_path", "data_root")  # keys that hold paths
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 READ_TYPES = ("decord", "av", "gif", "img", "lazy")
-TVQA_FPS = 3.0  # the rate at which TVQA publishes its frames
 _Word = TypeVar("_Word", bound=str)
 
 
@@ -130,7 +138,7 @@ def _flag(entry: Mapping[str, object], key: str, where: str) -> bool:
 def _localise(item: Mapping[str, object], paths: PathMap, *, where: str) -> dict[str, object] | None:
     """An item with local paths; None when the map of paths leaves it out."""
     local = dict(item)
-    if item.get("folder_fps") is None and _is_tvqa(item):
+    if item.get("folder_fps") is None and any(is_tvqa(str(item.get(key))) for key in _PATHS):
         local["folder_fps"] = TVQA_FPS
     for key in _PATHS:
         value = item.get(key)
@@ -173,11 +181,6 @@ def _read_item(
             root=_root(item.get("data_root"), file, where=where, folder=folder, media_root=media_root),
             weight=float(weight), folder_fps=rate, options=_options(item, kind, where),
         )  # fmt: skip
-
-
-def _is_tvqa(item: Mapping[str, object]) -> bool:
-    """Whether an item lists rows of TVQA, by the names in it: mixtures of VideoChat-Flash say no rate."""
-    return any("tvqa" in str(item.get(key)).lower() for key in _PATHS)
 
 
 def _short_name(path: str) -> str:
@@ -224,7 +227,11 @@ def _exists(spec: DatasetSpec, where: str, *, skip: bool) -> bool:
     if writable(root := os.path.abspath(spec.root)) != root:
         raise UserError(f"{where}: {writable(root)}: the name of a folder of media must be UTF-8; rename it")
     missing = next((file for file in expand_files(spec.path) if not os.path.exists(file)), None)
-    fix = "correct it" if where == spec.path else "correct json_path, or set skip_missing: true"
+    fix = (
+        "correct it"
+        if where == spec.path
+        else "correct json_path or map it with --path-map, or set skip_missing: true"
+    )
     if missing is None and not os.path.isdir(spec.root):
         missing, fix = spec.root, "correct data_root or set media_root, or set skip_missing: true"
     if missing is None:

@@ -16,6 +16,7 @@ Modality = Literal["text", "image", "multi_image", "video"]
 MODALITIES: tuple[Modality, ...] = ("text", "image", "multi_image", "video")
 # What asks for the caption of a medium, where neither the row nor the mixture has a question.
 CAPTION_QUESTIONS = {"images": "Describe the image briefly.", "videos": "Describe the video briefly."}
+TVQA_FPS = 3.0  # pictures per second at which TVQA publishes its frames
 MediaType = Literal["image", "video", "text", "mix"]
 _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d{1,2}(?:\.\d*)?)")  # [hours:]minutes:seconds
 _ELSEWHERE = re.compile(r"[A-Za-z]:[/\\]|[A-Za-z][\w+.-]+://")  # a drive of Windows, or the scheme of a URL
@@ -143,6 +144,8 @@ class Origin:
             moving = bool(videos) or any(name.lower().endswith(".gif") for name in media)
             modality = "video" if moving else "multi_image" if len(media) > 1 else "image"
         options = options or self.media_options({})
+        if options.folder_fps is None and any(map(is_tvqa, media)):
+            options = options._replace(folder_fps=TVQA_FPS)
         if options.stream is not None and modality != "video":
             raise self.error("malformed", "stream is that of a video, and the row has none; leave it out")
         return Row(
@@ -174,7 +177,7 @@ class Origin:
             raise self.error("malformed", detail)
         if rate is None:
             rate = self.spec.folder_fps
-        return MediaOptions(stream, MediaOptions().folder_fps if rate is None else float(rate))
+        return MediaOptions(stream, None if rate is None else float(rate))
 
     def media_path(self, name: object) -> str:
         """The media path `name`, relative to the root.
@@ -219,6 +222,11 @@ class Origin:
             detail = f"start {start!r} and end {end!r} are no times with 0 <= start < end; {fix}"
             raise self.error("clip_times", detail) from None
         return first, last
+
+
+def is_tvqa(name: str) -> bool:
+    """Whether a path is that of TVQA's frames or rows: annotations that use them say no rate."""
+    return "tvqa" in name.lower()
 
 
 def is_stream(value: object) -> TypeGuard[int]:

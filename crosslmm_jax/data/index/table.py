@@ -45,7 +45,7 @@ SCHEMA = pa.schema([
     ("where", pa.string()), ("dataset", _NAME), ("row", pa.int64()), ("modality", _NAME),
     ("root", _NAME), ("start", pa.float64()), ("end", pa.float64()),
     ("turns", pa.large_string()),  # the text of a table may exceed 2 GiB
-    ("stream", pa.int32()), ("folder_fps", pa.float64()),  # `MediaOptions`; null where it is the default
+    ("stream", pa.int32()), ("folder_fps", pa.float64()),  # `MediaOptions`; null where the row says none
     ("own_system", pa.bool_()),
     ("text_tokens", pa.int32()),  # in the chat style with the default system prompt
     # Tokens and media up to the end of each answer: the lengths that truncation can choose from.
@@ -309,12 +309,11 @@ def row_of(record: Record) -> Row:
     bounds = None
     if record["start"] is not None:
         bounds = (record["start"], record["end"])
-    given = {name: record[name] for name in MediaOptions._fields if record[name] is not None}
     turns = tuple(Turn(role, text) for role, text in json.loads(record["turns"]))
     return Row(
         where=record["where"], dataset=record["dataset"], row=record["row"], modality=record["modality"],
         media=tuple(record["media"]), root=record["root"], bounds=bounds, turns=turns,
-        media_options=MediaOptions(**given),
+        media_options=MediaOptions(record["stream"], record["folder_fps"]),
     )  # fmt: skip
 
 
@@ -329,10 +328,7 @@ def record_of(row: Row) -> Record:
         "where": row.where, "dataset": row.dataset, "row": row.row, "modality": row.modality,
         "root": root, "start": start, "end": end,
         "media": list(row.media),
-        **{
-            name: None if value == MediaOptions._field_defaults[name] else value
-            for name, value in row.media_options._asdict().items()
-        },
+        **row.media_options._asdict(),
         "turns": json.dumps([[turn.role, turn.text] for turn in row.turns], ensure_ascii=False),
         "own_system": bool(row.turns) and row.turns[0].role == "system",
     }  # fmt: skip

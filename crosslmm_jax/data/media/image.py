@@ -19,7 +19,8 @@ Resampling = Literal["bicubic", "bilinear"]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".avif", ".heic", ".heif")
 VIDEO_SUFFIXES = (
     ".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".gif", ".ts", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp",
-    ".ogv", ".mjpeg", ".mjpg",
+    ".ogv", ".mjpeg", ".mjpg", ".m2ts", ".mts", ".m2v", ".mpe", ".vob", ".f4v", ".qt", ".asf", ".divx", ".rm",
+    ".rmvb", ".mxf", ".dv", ".nut", ".y4m",
 )  # fmt: skip
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF")  # some other formats of PIL start other programs
 _JPEGS_IN_A_ROW = (".mjpeg", ".mjpg")  # a video that begins as its first picture does

@@ -32,6 +32,7 @@ from crosslmm_jax.data.media.content import (
 from crosslmm_jax.errors import DataError
 
 MAX_PIXELS = 2**27  # per frame; 16k video has 2**27
+FOLDER_FPS = 1.0  # of a folder of pictures whose annotation says no rate
 DEADLINE_S = DataConfig.deadline_s  # the default of every reader
 
 
@@ -40,11 +41,11 @@ class MediaOptions(NamedTuple):
 
     Attributes:
         stream: number of the video stream in its file, as ffprobe counts; None: the one that players show.
-        folder_fps: pictures per second of a folder of pictures.
+        folder_fps: pictures per second of a folder of pictures; None: FOLDER_FPS.
     """
 
     stream: int | None = None
-    folder_fps: float = 1.0
+    folder_fps: float | None = None
 
 
 class Media(NamedTuple):
@@ -107,6 +108,11 @@ def open_media(
         return _medium_of(path, member, [read_cell(path, member)], "", False)._replace(options=options)
     offset, length = member_span(path, member)
     return Media(path, member_name(member), offset, length, options=options)
+
+
+def folder_rate(source: PathOrMedia) -> float:
+    """Pictures per second of a folder of pictures."""
+    return options_of(source).folder_fps or FOLDER_FPS
 
 
 def options_of(source: PathOrMedia) -> MediaOptions:

@@ -32,6 +32,7 @@ from crosslmm_jax.data.media.locate import (
     Deadline,
     PathOrMedia,
     check_pixels,
+    folder_rate,
     kind_of,
     options_of,
     size_of,
@@ -96,7 +97,7 @@ def probe(path: PathOrMedia, *, deadline_s: float | None = DEADLINE_S) -> VideoI
     deadline = Deadline(path, deadline_s)
     if kind_of(path) == "folder":
         _check_no_stream(path)
-        infos, rate = [], options_of(path).folder_fps
+        infos, rate = [], folder_rate(path)
         for picture in list_pictures(path):
             deadline.check()
             infos.append(_probe_image(picture, deadline))
@@ -219,7 +220,7 @@ def read_frames(
     if kind_of(path) == "folder":
         _check_no_stream(path)
         pictures = list_pictures(path)
-        tick = 1 / options_of(path).folder_fps
+        tick = 1 / folder_rate(path)
         chosen = _choose(
             np.arange(len(pictures)), sampling, end=len(pictures), tick=tick, bounds=bounds, path=path
         )

@@ -217,8 +217,7 @@ def _example(row: Row, *, allow_outside: bool) -> dict[str, object] | Fault:
         "media_files": counts,
         "start": "" if start is None else repr(float(start)),
         "end": "" if end == math.inf else repr(float(end)),
-        "stream": "" if row.media_options.stream is None else str(row.media_options.stream),
-        "folder_fps": repr(row.media_options.folder_fps),
+        **{name: "" if value is None else repr(value) for name, value in row.media_options._asdict().items()},
         "dataset": row.dataset,
         "row": row.row,
     }

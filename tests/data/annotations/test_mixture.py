@@ -158,6 +158,9 @@ def test_folders_of_frames_have_a_rate(tmp_path: Path) -> None:
     for name in ("a.json", "vqa_tvqa-tvqa_123k.jsonl"):
         write_rows(tmp_path / name, 1)
     rows = [{"video": "x", "conversations": TURNS}, {"video": "y", "conversations": TURNS, "folder_fps": 8}]
+    (tmp_path / "c.json").write_text(
+        json.dumps([rows[0] | {"video": "TVQA/z"}, rows[0], rows[1] | {"video": "TVQA/z"}])
+    )
     (tmp_path / "b.json").write_text(json.dumps(rows))
     (tmp_path / "m.yaml").write_text(
         "datasets:\n"
@@ -165,9 +168,12 @@ def test_folders_of_frames_have_a_rate(tmp_path: Path) -> None:
         "  - {json_path: b.json, folder_fps: 2}\n"
         "  - {json_path: vqa_tvqa-tvqa_123k.jsonl, data_root: frames, video_read_type: img}\n"
         "  - {json_path: vqa_tvqa-tvqa_123k.jsonl, folder_fps: 1}\n"
+        "  - {json_path: c.json}\n"
+        "  - {json_path: c.json, folder_fps: 1}\n"
     )
     read = [row for spec in read_mixture(str(tmp_path / "m.yaml")) for row in read_rows(spec, seed=0)]
-    assert [row.media_options.folder_fps for row in read if isinstance(row, Row)] == [1, 2, 8, 3, 1]
+    rates = [row.media_options.folder_fps for row in read if isinstance(row, Row)]
+    assert rates == [None, 2, 8, 3, 1, 3, None, 8, 1, 1, 8]
 
 
 @pytest.mark.parametrize(
@@ -301,6 +307,14 @@ def test_a_mixture_of_web_pages_is_read_with_a_map(tmp_path: Path, caplog: pytes
         "annotations: there\n"
         "annotations/video/gone.json: null\n"
     )
+    in_full = paths.read_text()
+    paths.write_text(in_full.replace("annotations: there\n", ""))
+    with pytest.raises(
+        UserError, match="no such file or folder; correct json_path or map it with --path-map"
+    ):
+        read_mixture(str(mixture), path_map=str(paths))
+    paths.write_text(in_full)
+    caplog.clear()
     specs = read_mixture(str(mixture), path_map=str(paths))
     assert "line 15 repeats 'data_root' with the same value" in caplog.text
     assert f"datasets[4]: left out, as {paths} says" in caplog.text
