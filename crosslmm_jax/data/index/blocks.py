@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -109,7 +109,7 @@ class Origins:
             "tokenizer": self.tokenizer, "outside": self.outside,
         }  # fmt: skip
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Record:
         """The part of `meta.json` that is the same for all shards of an index."""
         rows = zip(self.names, self.weights, self.sources, strict=True)
         return {
@@ -221,7 +221,7 @@ def link(source: Path, target: Path) -> None:
         os.replace(incomplete, target)
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
+def read_meta(folder: Path) -> Record:
     """`meta.json` of an index or of a shard of one; empty when there is none of this version."""
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))

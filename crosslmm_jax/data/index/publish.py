@@ -8,12 +8,11 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from crosslmm_jax.data.index.blocks import BlockKey, Shard, bad_path, link, read_meta
-from crosslmm_jax.data.index.table import BAD, META, map_table
+from crosslmm_jax.data.index.table import BAD, META, Record, map_table
 from crosslmm_jax.errors import UserError, list_counts
 from crosslmm_jax.utils import atomic_folder, is_vacant
 
@@ -36,9 +35,7 @@ class IndexReport:
         return lines + [f"  {count}" for count in list_counts(self.bad)]
 
 
-def publish(
-    work: Path, meta: dict[str, Any], *, reused: int | None, shard: Shard | None = None
-) -> IndexReport:
+def publish(work: Path, meta: Record, *, reused: int | None, shard: Shard | None = None) -> IndexReport:
     """Writes bad.jsonl and `meta.json` for the blocks in `work`.
 
     Args:

@@ -32,7 +32,7 @@ VERSION = 5  # rises too when the same annotations give other rows, or a probe f
 META = "meta.json"
 BAD = "bad.jsonl"
 
-Record = dict[str, Any]  # one row of a table: column of SCHEMA -> value
+Record = dict[str, Any]  # one row of a table, column of SCHEMA -> value; or the content of `meta.json`
 
 _NAME = pa.dictionary(pa.int32(), pa.string())  # few different values, stored once per table
 _PER_MEDIUM = {
