@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 from video_files import SIZE, write_video
 
 from crosslmm_jax.config import SamplingConfig
@@ -166,6 +166,17 @@ def test_heic_names_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             with pytest.raises(DataError, match="is HEIC, .*`pip install pillow-heif`") as caught:
                 read(medium)
             assert caught.value.fault.reason == "wrong_type"
+
+
+def test_avif_without_its_decoder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a Pillow that a distribution built."""
+    Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "a.jpg", "AVIF")
+    monkeypatch.setattr(features, "check", lambda name: name != "avif")
+    with pytest.raises(
+        DataError, match="is AVIF, which this Pillow was built without; `pip install"
+    ) as caught:
+        probe(tmp_path / "a.jpg")
+    assert caught.value.fault.reason == "wrong_type"
 
 
 def test_heic_with_the_plugin(tmp_path: Path) -> None:
