@@ -74,6 +74,8 @@ def open_video(
                 **_metadata_options(),
             ))  # fmt: skip
             opened = True
+            if live is not None and not len(container.streams):
+                raise _not_live(path, None)
             stream = _video_stream(container, path)
             if format_of(stream) in SEEKABLE:  # other formats tell streams apart by their packets
                 for other in container.streams:
@@ -88,6 +90,8 @@ def open_video(
     except av.error.ExitError as error:
         raise deadline.error() from error
     except (av.error.FFmpegError, ValueError, OverflowError, MemoryError) as error:
+        if live is not None and not opened:
+            raise _not_live(path, error) from error
         raise _open_error(path, error, opened) from error
 
 
@@ -126,6 +130,13 @@ def _video_stream(container: "InputContainer", path: PathOrMedia) -> "VideoStrea
         raise DataError(path, "wrong_type", "its video codec is unknown to ffmpeg; convert it to h264")
     check_pixels(path, context.width, context.height)
     return streams[wanted]
+
+
+def _not_live(path: PathOrMedia, error: Exception | None) -> DataError:
+    """The error for what is read from front to back, of which there is no file to look at."""
+    words = getattr(error, "strerror", None) or "no stream is found"
+    detail = f"cannot be read from front to back ({words}); write MPEG-TS, Matroska or fragmented mp4"
+    return DataError(path, "corrupt", detail)
 
 
 def _open_error(path: PathOrMedia, error: Exception, opened: bool) -> DataError:

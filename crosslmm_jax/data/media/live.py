@@ -5,7 +5,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -41,7 +41,7 @@ class GrowingFile:
 
     def __init__(self, path: str | os.PathLike[str], idle_s: float) -> None:
         """Opens the file. Raises DataError if that fails."""
-        self._idle_s, self.caught_up = idle_s, False
+        self._idle_s, self._ended, self.caught_up = idle_s, False, False
         try:
             self._file = open(path, "rb", buffering=0)
         except OSError as error:
@@ -50,18 +50,41 @@ class GrowingFile:
             ) from error
 
     def read(self, size: int = -1, /) -> bytes:
-        """Up to `size` bytes; none once nothing new came for `idle_s` seconds."""
+        """Up to `size` bytes; none once nothing new came for `idle_s` seconds, and from then on."""
         until = time.monotonic() + self._idle_s
-        while not (data := self._file.read(size)):
-            self.caught_up = True
-            if time.monotonic() >= until:
-                break
-            time.sleep(_LOOK_AGAIN_S)
-        return data or b""
+        while not self._ended:  # ffmpeg asks again at the end
+            if data := self._file.read(size):
+                return data
+            self.caught_up, self._ended = True, time.monotonic() >= until
+            time.sleep(0 if self._ended else _LOOK_AGAIN_S)
+        return b""
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+class _Arriving:
+    """What can be read from an open pipe or a growing file by now, instead of as much as was asked for.
+
+    A buffered pipe would wait until it is full: for seconds, if little comes.
+    """
+
+    def __init__(self, source: Readable, name: str) -> None:
+        self._read: Callable[[int], bytes | None] = getattr(source, "read1", source.read)
+        self._name = name
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Up to `size` bytes; none at the end. Raises DataError if the pipe breaks."""
+        try:
+            while (data := self._read(size)) is None:  # nothing yet, in a pipe that does not wait
+                time.sleep(_LOOK_AGAIN_S)
+        except OSError as error:
+            words = error.strerror or str(error) or type(error).__name__
+            raise DataError(
+                self._name, "truncated", f"breaks off ({words}); start what writes it again"
+            ) from error
+        return data
 
 
 def follow(
@@ -82,7 +105,8 @@ def follow(
       resampling: filter of the resizing.
 
     Raises:
-      DataError: the file is missing, cannot be read from front to back, or holds no video.
+      DataError: the file is missing, cannot be read from front to back or breaks off, or it holds no video or
+        no frame that can be decoded.
     """
     if not 0 < fps < float("inf"):
         raise DataError(str(source), "other", f"fps is {fps}; it must be greater than 0")
@@ -92,13 +116,14 @@ def follow(
     else:
         live = source
     name = str(source) if file is not None else str(getattr(source, "name", "pipe"))
-    to_square, waiting = ToSquare(size, resampling, name, 1), []
+    to_square, waiting, given = ToSquare(size, resampling, name, 1), [], False
     with contextlib.ExitStack() as stack:
         if file is not None:
             stack.callback(file.close)
-        stream = stack.enter_context(open_video(name, Deadline(name, None), live=live))
+        stream = stack.enter_context(open_video(name, Deadline(name, None), live=_Arriving(live, name)))
         for frame, seconds in _on_display(_timed(stream), fps):
             waiting.append((to_square(frame), seconds))
+            given = True
             # What was written long ago is given in groups, what is new at once.
             if len(waiting) == TOGETHER or file is None or file.caught_up:
                 yield _joined(waiting)
@@ -107,6 +132,8 @@ def follow(
                     file.caught_up = False
         if waiting:
             yield _joined(waiting)
+    if not given:
+        raise DataError(name, "corrupt", "holds no frame that can be decoded; begin at a keyframe")
 
 
 def _timed(stream: "VideoStream") -> "Iterator[tuple[VideoFrame, float]]":
