@@ -326,6 +326,9 @@ class DataConfig:
     time_instruction: Identity[TimeInstruction] = "none"  # what a chat says of each video's length and times
     modality_weights: ModalityWeights = field(default_factory=ModalityWeights)
     max_bad_fraction: Recipe[float] = 0.05  # a larger share of damaged rows stops the run
+    # A video is refused if a larger share of its frames is damaged; damaged frames are read as decoders show
+    # them.
+    max_damaged: Recipe[float] = 0.1
     # Seconds without new data after which a file fails; None: no limit. The total time has no limit, since it
     # depends on the load of the machine, and batches must not.
     deadline_s: Host[float | None] = 1800.0
@@ -347,7 +350,8 @@ class DataConfig:
         _require(self, "time_instruction", timed, '"none" with style "plain", which has no place for it')
         limited = self.deadline_s is None or self.deadline_s > 0
         _require(self, "deadline_s", limited, "greater than 0, or None")
-        _require(self, "max_bad_fraction", 0 <= self.max_bad_fraction <= 1, "within 0..1")
+        for name in ("max_bad_fraction", "max_damaged"):
+            _require(self, name, 0 <= getattr(self, name) <= 1, "within 0..1")
         _require(self, "num_workers", self.num_workers >= 0, "0 or more")
         _require(self, "frame_cache_mb", self.frame_cache_mb >= 0, "0 or more")
 

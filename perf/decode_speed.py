@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.data.media.decode import decode_gops
+from crosslmm_jax.data.media.decoding import GopDecoder, take_exactly
 from crosslmm_jax.data.media.locate import Deadline
 from crosslmm_jax.data.media.packet_index import open_indexed
 from crosslmm_jax.data.media.video import read_frames
@@ -148,8 +148,8 @@ def decode_alone(path: Path, frames: int) -> float:
         order = np.argsort(index.times)
         wanted = order[np.arange(frames) * (len(order) - 1) // (frames - 1)]
         start = time.process_time()
-        for _ in decode_gops(stream, index, wanted=wanted, shortcuts=True, deadline=deadline):
-            pass
+        decoder = GopDecoder(stream, index, shortcuts=True, wanted=set(wanted.tolist()), deadline=deadline)
+        take_exactly(decoder, index, wanted, lambda frame, first, end: None)
         return time.process_time() - start
 
 

@@ -12,7 +12,7 @@ frames_folder   a folder of pictures as a video
 demux           opening a video with PyAV; its packets
 packet_index    times and keyframes of all packets of a video
 mp4_tables      the same from the tables of an mp4
-decode          decoding the GOPs that hold wanted frames
+decoding        times of frames, and the decoding of those that are wanted
 live            `follow`: a video that is still being written
 """
 

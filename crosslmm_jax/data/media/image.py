@@ -34,11 +34,13 @@ class Clip:
         frames: uint8[F, R, R, 3], RGB.
         times: float32[F], seconds since the first frame of the video.
         duration: seconds of the video, or of the part within the bounds; 0 for an image.
+        damaged: number of damaged frames of the whole file. They are counted if damage was met.
     """
 
     frames: np.ndarray
     times: np.ndarray
     duration: float
+    damaged: int = 0
 
 
 def is_image(path: PathOrMedia) -> bool:

@@ -2,7 +2,8 @@
 
 1. All frame times are listed without decoding: from the tables of an mp4, or from all packets (packet_index).
 2. The sampling rule chooses frames by these times (frame_sampling).
-3. Only the GOPs that hold chosen frames are read, each up to its last chosen frame (decode).
+3. Only the GOPs that hold chosen frames are read, each up to its last chosen frame (decode, wanted_frames). A
+   file that turns out to be damaged is decoded whole, and refused if too much of it is damaged (damage).
 4. Only the chosen frames are converted to RGB and resized.
 
 Folders of pictures and still images are read by the same functions.
@@ -16,13 +17,27 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.media.animation import TICK, frame_times, is_animated, read_animation
-from crosslmm_jax.data.media.decode import SeekError, can_seek, decode_gops
+from crosslmm_jax.data.media.decoding import (
+    MAX_DAMAGED,
+    DamagedFrameError,
+    GopDecoder,
+    LostFrameError,
+    Part,
+    PlainDecode,
+    Put,
+    SeekError,
+    count_damaged,
+    shows_damage,
+    take_around,
+    take_exactly,
+    take_shown,
+)
 from crosslmm_jax.data.media.demux import DAMAGED, SEEKABLE, format_of, open_video
 from crosslmm_jax.data.media.frame_sampling import choose_frames
 from crosslmm_jax.data.media.frames_folder import list_pictures, read_pictures
@@ -38,7 +53,7 @@ from crosslmm_jax.data.media.locate import (
     size_of,
 )
 from crosslmm_jax.data.media.orientation import EXIF_FIELD, Orientation, of_exif, of_matrix
-from crosslmm_jax.data.media.packet_index import PacketIndex, open_indexed
+from crosslmm_jax.data.media.packet_index import PacketIndex, at_beginning, open_indexed
 from crosslmm_jax.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,8 +64,8 @@ if TYPE_CHECKING:
 # that is read again starts with another array. The clip that is returned has the last one.
 OnFrames = Callable[[np.ndarray, int], None]
 
+DECODE_UP_TO = 1000  # frames of a video that a probe decodes whole, by default: a second of work at most
 _RESIZING_THREADS = 8  # at most; decoding keeps no more busy
-_LOST_TAIL = 3  # this many frames at the end may fail to decode; with more the file counts as damaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +83,7 @@ class VideoInfo:
         keyframe_spacing: mean seconds from one keyframe to the next.
         rotation: degrees anticlockwise by which the stored picture is to be rotated: 0, 90, 180 or 270.
         mirrored: the picture is to be mirrored left to right after that.
+        damaged: number of damaged frames; None if they were not counted.
     """
 
     duration: float
@@ -80,16 +96,23 @@ class VideoInfo:
     keyframe_spacing: float
     rotation: int
     mirrored: bool = False
+    damaged: int | None = 0
 
 
-def probe(path: PathOrMedia, *, deadline_s: float | None = DEADLINE_S) -> VideoInfo:
-    """Length, frame rate and size of a video, from its tables or packets. At most one frame is decoded.
+def probe(
+    path: PathOrMedia, *, deadline_s: float | None = DEADLINE_S, decode_up_to: int | None = DECODE_UP_TO,
+    max_damaged: float = MAX_DAMAGED,
+) -> VideoInfo:  # fmt: skip
+    """Length, frame rate and size of a video, from its tables or packets.
 
-    Of still pictures only the headers are read, also in a folder. Damage after the header shows at decoding.
+    Short videos are decoded to count damaged frames. Of long ones at most one frame is decoded, unless their
+    packets already show damage. Of still pictures only the headers are read, also in a folder.
 
     Args:
         path: a video, a folder of its frames, or a still image: a path, or a result of `open_media`.
         deadline_s: fail after this many seconds without a packet or picture; None for no limit.
+        decode_up_to: most frames of a video that is decoded; None: all videos are.
+        max_damaged: as of `read_frames`.
 
     Raises:
         DataError: the file is missing or damaged, or holds no video.
@@ -128,7 +151,22 @@ def probe(path: PathOrMedia, *, deadline_s: float | None = DEADLINE_S) -> VideoI
             keyframe_spacing=duration / (int(index.gops.max()) + 1),
             rotation=orientation.rotation,
             mirrored=orientation.is_mirror_image,
+            damaged=_count(stream, index, path, deadline, decode_up_to, max_damaged),
         )
+
+
+def _count(
+    stream: "VideoStream", index: PacketIndex, path: PathOrMedia, deadline: Deadline,
+    decode_up_to: int | None, max_damaged: float,
+) -> int | None:  # fmt: skip
+    """Number of damaged frames, or None where they are not counted."""
+    if decode_up_to is not None and len(index.times) > decode_up_to and not shows_damage(index):
+        return None
+    with open_video(path, deadline) if index.packets is None else contextlib.nullcontext(stream) as start:
+        decode = PlainDecode(start, index, deadline)
+        for _ in decode.frames():
+            pass
+        return count_damaged(decode, index, path, most=max_damaged)
 
 
 def _check_no_stream(path: PathOrMedia) -> None:
@@ -166,9 +204,10 @@ def _first_orientation(stream: "VideoStream", index: PacketIndex, deadline: Dead
 
     if format_of(stream) not in SEEKABLE:
         return Orientation()  # other formats store none
-    first = np.flatnonzero(index.shown)[:1]
-    with contextlib.suppress(av.error.InvalidDataError, SeekError):
-        for frame in decode_gops(stream, index, wanted=first, shortcuts=True, deadline=deadline):
+    first = int(np.flatnonzero(index.shown)[0])
+    with contextlib.suppress(av.error.FFmpegError, SeekError, DamagedFrameError, LostFrameError):
+        decoder = GopDecoder(stream, index, shortcuts=True, wanted={first}, deadline=deadline)
+        for _, frame in decoder.frames(0, first + 1):
             return _orientation_of(frame)
     return Orientation()
 
@@ -197,6 +236,7 @@ def read_frames(
     num_threads: int = 1,
     resampling: Resampling = "bicubic",
     deadline_s: float | None = DEADLINE_S,
+    max_damaged: float = MAX_DAMAGED,
     on_frames: OnFrames | None = None,
 ) -> Clip:
     """Reads the frames that `sampling` chooses, each resized to `size` x `size` by PIL.
@@ -210,8 +250,9 @@ def read_frames(
         num_threads: threads of the decoder, and at most as many that resize; 0: as many as there are cores.
         resampling: filter of the resizing.
         deadline_s: fail after this many seconds without a packet or picture; None for no limit.
+        max_damaged: a video is refused if a larger share of its frames is damaged.
         on_frames: called while a video is decoded, so that work on its first frames can begin. Not called for
-            pictures and folders, or if a frame is chosen twice.
+            pictures, folders and damaged files, or if a frame is chosen twice.
 
     Raises:
         DataError: the file is missing, damaged or stalls, or it holds no video or no frame within the bounds.
@@ -238,30 +279,54 @@ def read_frames(
             chosen = _choose(times, sampling, end=end, tick=TICK, bounds=bounds, path=path)
             images = read_animation(image, chosen.frames, size=size, resampling=resampling, deadline=deadline)
             return chosen.clip(images)
-    to_square = _ToSquare(size, resampling, path, num_threads)
-    for shortcuts in (True, False):  # without shortcuts if they do not find every frame
-        with open_indexed(path, deadline, num_threads, use_tables=shortcuts) as (stream, index):
+    damaged = False
+    for effort in ("exactly", "around", "plainly"):
+        if damaged and effort == "around":
+            continue
+        threads = 1 if effort == "plainly" else num_threads  # several would report damage late
+        with open_indexed(path, deadline, threads, use_tables=effort == "exactly") as (stream, index):
+            damaged |= shows_damage(index)
+            if damaged and effort != "plainly":
+                continue
             shown = np.flatnonzero(index.shown)
             chosen = _choose(
                 index.times[shown], sampling, end=index.end, tick=index.tick, bounds=bounds, path=path
             )
-            wanted = shown[chosen.frames]
-            for whole_gops in (False,) if shortcuts else (False, True):
-                with contextlib.ExitStack() as stack:
-                    at_start = stream
-                    if index.packets is None and not (shortcuts and can_seek(index)):
-                        at_start = stack.enter_context(open_video(path, deadline, num_threads))
-                    frames = decode_gops(
-                        at_start, index, wanted=wanted, whole_gops=whole_gops, shortcuts=shortcuts,
-                        deadline=deadline,
+            images = np.empty((len(chosen.frames), size, size, 3), np.uint8)
+            # The other efforts may replace an image, so one thread makes them and nobody is told.
+            in_order = effort == "exactly"
+            to_square = _ToSquare(size, resampling, path, num_threads if in_order else 1)
+            tell = on_frames if in_order and not chosen.repeated else None
+            try:
+                with to_square.into(images, tell) as put:
+                    count = _take(
+                        stream, index, shown[chosen.frames], put, effort=effort, path=path, deadline=deadline,
+                        max_damaged=max_damaged,
                     )  # fmt: skip
-                    images = _take_wanted(
-                        frames, index, wanted=wanted, to_square=to_square, exact=shortcuts,
-                        on_frames=None if chosen.repeated else on_frames,
-                    )  # fmt: skip
-                if images is not None:
-                    return chosen.clip(images)
+            except DamagedFrameError:
+                damaged = True
+            except (LostFrameError, SeekError):
+                pass
+            else:
+                return chosen.clip(images, damaged=count)
     raise DataError(path, "truncated", DAMAGED)
+
+
+def _take(
+    stream: "VideoStream", index: PacketIndex, wanted: np.ndarray, put: Put, *, path: PathOrMedia,
+    effort: Literal["exactly", "around", "plainly"], deadline: Deadline, max_damaged: float,
+) -> int:  # fmt: skip
+    """Puts the frames at the times of the `wanted` packets. Returns the number of damaged frames."""
+    exactly = effort == "exactly"
+    with at_beginning(stream, index, path, deadline, unless_sought=exactly) as stream:
+        if effort == "plainly":
+            decode = PlainDecode(stream, index, deadline)
+            everything = Part(0, len(index.times), wanted, 0)
+            take_shown(decode.frames(), index, everything, put, from_beginning=True)
+            return count_damaged(decode, index, path, most=max_damaged)
+        decoder = GopDecoder(stream, index, shortcuts=exactly, wanted=set(wanted.tolist()), deadline=deadline)
+        (take_exactly if exactly else take_around)(decoder, index, wanted, put)
+        return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,11 +350,11 @@ class _ChosenFrames:
         """Whether the clip has a frame twice."""
         return len(self.repeats) > len(self.frames)
 
-    def clip(self, images: np.ndarray) -> Clip:
+    def clip(self, images: np.ndarray, *, damaged: int = 0) -> Clip:
         """The clip made of the images uint8[n, R, R, 3] of `frames`."""
         if self.repeated:  # without repeats indexing would only copy, and images are large
             images = images[self.repeats]
-        return Clip(images, self.seconds, self.duration)
+        return Clip(images, self.seconds, self.duration, damaged)
 
 
 def _choose(
@@ -320,41 +385,6 @@ def _choose(
         seconds=((times[chosen] - first) * tick).astype(np.float32),
         duration=float(end - times[0]) * tick,
     )
-
-
-def _take_wanted(
-    frames: "Iterator[VideoFrame]", index: PacketIndex, *, wanted: np.ndarray, to_square: "_ToSquare",
-    exact: bool, on_frames: OnFrames | None,
-) -> np.ndarray | None:  # fmt: skip
-    """uint8[n, R, R, 3] of the `wanted` packets (positions, ascending in time), or None if one is lost.
-
-    Unless `exact`, the next frame replaces a lost one, and at the end of the video the previous one.
-    """
-    images = np.empty((len(wanted), to_square.size, to_square.size, 3), np.uint8)
-    targets = index.times[wanted].tolist()
-    done, last = 0, None
-    with to_square.into(images, on_frames) as put, contextlib.suppress(SeekError):
-        for number, frame in enumerate(frames):
-            time = number if index.untimed else frame.pts
-            last = frame
-            first = done
-            while time is not None and done < len(targets) and targets[done] <= time:
-                done += 1
-            if done > first:
-                if exact and (targets[first] != time or frame.is_corrupt):
-                    return None
-                put(frame, first, done)
-            if done == len(targets):
-                return images
-    tail = np.sort(index.times[index.shown])[-_LOST_TAIL - 1 :]
-    if exact or last is None or targets[done] < tail[0]:
-        return None
-    images[done:] = to_square(last)
-    return images
-
-
-# (frame, first, end): the frame becomes images `first` to `end`.
-Put = Callable[["VideoFrame", int, int], None]
 
 
 class _ToSquare:
@@ -418,7 +448,10 @@ class _ToSquare:
 
 def _orientation_of(frame: "VideoFrame") -> Orientation:
     """How the metadata turn and mirror the frame."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV does not know a kind of side data, such as the EXIF data of a TIFF picture
+        return Orientation()
     if matrix is None or matrix.buffer_size != 36:
         return Orientation()
     return of_matrix(np.frombuffer(matrix, np.int32).tolist())

@@ -13,6 +13,7 @@ from video_files import SIZE, decode_all, write_sound, write_video
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.media import locate as media
 from crosslmm_jax.data.media import packet_index, video
+from crosslmm_jax.data.media.decoding import decode
 from crosslmm_jax.data.media.video import probe, read_frames
 from crosslmm_jax.errors import DataError, UserError
 
@@ -175,14 +176,14 @@ def test_absurd_sizes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_only_gops_with_wanted_frames_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", 40, options={"g": "5", "sc_threshold": "0"})
     decoded = []
-    original = video.decode_gops
+    original = decode.decode_packet
 
-    def counted(*arguments: Any, **options: Any) -> Iterator[Any]:
-        for frame in original(*arguments, **options):
-            decoded.append(frame.pts)
-            yield frame
+    def counted(*arguments: Any) -> Iterator[Any]:
+        for number, frame in original(*arguments):
+            decoded.append(number)
+            yield number, frame
 
-    monkeypatch.setattr(video, "decode_gops", counted)
+    monkeypatch.setattr(decode, "decode_packet", counted)
     read_frames(path, SamplingConfig(frames=2), size=SIZE)
     assert len(decoded) <= 6  # the first frame and the last group
 

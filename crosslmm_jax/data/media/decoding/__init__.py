@@ -1,0 +1,25 @@
+"""From the packets of a video to the frames that are wanted, each as a plain decode shows it.
+
+frame_times    times that rise, from the timestamps of a file
+decode         decoding parts of a video, or all of it
+nal_units      which packets of H.264 and HEVC no other packet needs
+wanted_frames  takes the wanted frames out of a decoding
+damage         how much of a video is damaged, and when it is refused
+"""
+
+from crosslmm_jax.data.media.decoding.damage import MAX_DAMAGED, count_damaged, shows_damage
+from crosslmm_jax.data.media.decoding.decode import (
+    DamagedFrameError,
+    GopDecoder,
+    LostFrameError,
+    PlainDecode,
+    SeekError,
+)
+from crosslmm_jax.data.media.decoding.frame_times import Timeline, Timestamps, lay_out, longest_gap, rising
+from crosslmm_jax.data.media.decoding.wanted_frames import Part, Put, take_around, take_exactly, take_shown
+
+__all__ = [
+    "MAX_DAMAGED", "DamagedFrameError", "GopDecoder", "LostFrameError", "Part", "PlainDecode", "Put",
+    "SeekError", "Timeline", "Timestamps", "count_damaged", "lay_out", "longest_gap", "rising",
+    "shows_damage", "take_around", "take_exactly", "take_shown",
+]  # fmt: skip

@@ -1,0 +1,201 @@
+"""Takes the wanted frames out of a decoding, with as little decoding as the file allows.
+
+1. Exactly: each wanted frame alone, from the keyframe before it. This is enough for good files.
+2. With their surroundings: some packets have no frame of their own, so the frame before is shown.
+3. From a plain decode of the whole file, which also counts the damage: for damaged files.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from crosslmm_jax.data.media.decoding.decode import Decoded, GopDecoder, LostFrameError, SeekError
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+
+    from crosslmm_jax.data.media.packet_index import PacketIndex
+
+# (frame, first, end): the frame becomes images `first` to `end`.
+Put = Callable[["VideoFrame", int, int], None]
+
+
+def take_exactly(decoder: GopDecoder, index: "PacketIndex", wanted: np.ndarray, put: Put) -> None:
+    """Puts the frames of the `wanted` packets (numbers, ascending in time), in this order.
+
+    Raises:
+        LostFrameError: one has no frame, or two.
+        SeekError, DamagedFrameError: as of `GopDecoder.frames`.
+    """
+    for part in _parts(decoder, index, wanted, stops=wanted + 1):
+        taken = 0
+        for frames, from_beginning in _earlier_and_earlier(decoder, part.start, part.stop):
+            taken, too_late = _take_in_order(frames, index, part, put)
+            if taken == len(part.wanted):
+                break
+            if from_beginning or not too_late:
+                raise LostFrameError
+        assert taken == len(part.wanted)
+
+
+def take_around(decoder: GopDecoder, index: "PacketIndex", wanted: np.ndarray, put: Put) -> None:
+    """Puts for each wanted time the last frame at or before it, or the first frame of the video.
+
+    Raises:
+        LostFrameError: nothing can be decoded.
+        SeekError, DamagedFrameError: as of `GopDecoder.frames`.
+    """
+    order = np.argsort(index.times, kind="stable")
+    last = np.maximum.accumulate(order)  # last packet of all that are displayed up to each time
+    places = np.searchsorted(index.times[order], index.times[wanted], side="right") - 1
+    for part in _parts(decoder, index, wanted, stops=last[places] + 1):
+        # Frames that are displayed before a keyframe are complete only from the keyframe before that one.
+        start = _last_start(decoder.starts, part.start - 1) if part.start else 0
+        for frames, from_beginning in _earlier_and_earlier(decoder, start, part.stop):
+            if take_shown(frames, index, part, put, from_beginning=from_beginning):
+                break
+        else:
+            raise LostFrameError
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Packets to decode together.
+
+    Attributes:
+        start: first packet.
+        stop: packet at which to stop.
+        wanted: int64[w], the wanted packets among them, ascending in time.
+        first: number of wanted packets in earlier parts.
+    """
+
+    start: int
+    stop: int
+    wanted: np.ndarray
+    first: int
+
+
+def _parts(
+    decoder: GopDecoder, index: "PacketIndex", wanted: np.ndarray, *, stops: np.ndarray
+) -> Iterator[Part]:
+    """Parts of a video that hold the wanted packets; each wanted packet ends at its entry of `stops`."""
+    place = 0
+    while place < len(wanted):
+        first, start, stop = place, _start(decoder, index, int(wanted[place])), 0
+        while place < len(wanted):
+            begin = _start(decoder, index, int(wanted[place]))
+            if place > first and not start <= begin <= stop:
+                break
+            stop = max(stop, _stop(index, int(wanted[place]), int(stops[place])))
+            place += 1
+        yield Part(start, stop, wanted[first:place], first)
+
+
+def _start(decoder: GopDecoder, index: "PacketIndex", number: int) -> int:
+    """The packet at which to begin for frame `number`."""
+    starts = decoder.starts
+    start = _last_start(starts, number)
+    if index.counted:  # the frames before the keyframe of a GOP are only complete from the GOP before
+        return _last_start(starts, start - 1) if start else 0
+    while start and index.times[start] > index.times[number]:  # displayed before its keyframe: an open GOP
+        start = _last_start(starts, start - 1)
+    return start
+
+
+def _last_start(starts: np.ndarray, number: int) -> int:
+    """The last start at or before packet `number`."""
+    return number - int(starts[number::-1].argmax())
+
+
+def _stop(index: "PacketIndex", number: int, stop: int) -> int:
+    if not index.counted:
+        return stop
+    return int(np.searchsorted(index.gops, index.gops[number], side="right"))  # counted to the end of the GOP
+
+
+def _earlier_and_earlier(decoder: GopDecoder, start: int, stop: int) -> Iterator[tuple[Decoded, bool]]:
+    """Decodings up to `stop`, each from an earlier start, and whether it is the beginning of the file."""
+    step = 1
+    while True:
+        yield decoder.frames(start, stop), start == 0
+        if start == 0:
+            return
+        if not decoder.goes_back:
+            raise SeekError("decoding has to begin earlier")
+        for _ in range(step):
+            start = _last_start(decoder.starts, start - 1) if start else 0
+        step *= 2
+
+
+def _take_in_order(frames: Decoded, index: "PacketIndex", part: Part, put: Put) -> tuple[int, bool]:
+    """Puts frames whose packets are wanted, in order.
+
+    The frames after the last wanted one are decoded too: it may refer to one of them that is damaged.
+
+    Returns:
+        How many were put, and whether the first complete frame came after the first wanted one.
+    """
+    targets, times = index.times[part.wanted].tolist(), index.times
+    taken, first = 0, None
+    for number, frame in frames:
+        time = times[number]
+        first = time if first is None else first
+        if taken and number == part.wanted[taken - 1]:
+            raise LostFrameError  # two frames of one packet: the second is shown
+        if taken == len(targets):
+            continue
+        if time > targets[taken]:
+            break
+        if number == part.wanted[taken]:
+            put(frame, part.first + taken, part.first + taken + 1)
+            taken += 1
+    return taken, first is None or first > targets[0]
+
+
+def take_shown(frames: Decoded, index: "PacketIndex", part: Part, put: Put, *, from_beginning: bool) -> bool:
+    """Puts for each wanted time the last frame at or before it. Late frames replace earlier choices.
+
+    Args:
+        frames: any frames, usually in order of display.
+        index: gives the times.
+        part: what is wanted.
+        put: may be called again for the same images.
+        from_beginning: what is wanted before the first frame is that frame.
+
+    Returns:
+        False if there is no frame for one of them, or it might not be the last one.
+    """
+    targets = index.times[part.wanted].tolist()
+    shown: list[int | None] = [None] * len(targets)  # the time of the frame that was put for each target
+    held: tuple[int, VideoFrame] | None = None
+    for number, frame in frames:
+        time = int(index.times[number])
+        begin = bisect.bisect_left(targets, time)
+        if held is None:
+            if not from_beginning and (begin or number >= part.start):
+                return False
+            _put_span(put, part, frame, 0, begin)
+            held = time, frame
+        elif time >= held[0]:
+            since = bisect.bisect_left(targets, held[0])
+            _put_span(put, part, held[1], since, begin)
+            shown[since:begin] = [held[0]] * (begin - since)
+            held = time, frame
+        else:  # a late frame
+            end = begin
+            while end < len(targets) and targets[end] < held[0] and (shown[end] or time) <= time:
+                shown[end] = time
+                end += 1
+            _put_span(put, part, frame, begin, end)
+    if held is None:
+        return False
+    _put_span(put, part, held[1], bisect.bisect_left(targets, held[0]), len(targets))
+    return True
+
+
+def _put_span(put: Put, part: Part, frame: "VideoFrame", begin: int, end: int) -> None:
+    if begin < end:
+        put(frame, part.first + begin, part.first + end)

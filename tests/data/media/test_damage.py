@@ -1,0 +1,133 @@
+"""One damaged packet costs one frame; a file is refused by its share of damage, whatever is read of it."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from plain_decode import plain_decode
+from zoo import FRAMES, SIDE, STRUCTURES, payload, write
+
+from crosslmm_jax.config import ConfigError, DataConfig, SamplingConfig
+from crosslmm_jax.data.media.decoding import nal_units
+from crosslmm_jax.data.media.video import probe, read_frames
+from crosslmm_jax.errors import DataError
+
+
+def spoil(path: Path, numbers: list[int]) -> None:
+    """Makes the decoder refuse packets: their NAL units claim to be longer than they are."""
+    content, spans = bytearray(path.read_bytes()), payload(path)
+    for number in numbers:
+        content[spans[number][0]] = 0x7F
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def one_bad(tmp_path: Path) -> Path:
+    path = tmp_path / "onebad.mp4"
+    assert write(path, *STRUCTURES["h264-open"])
+    spoil(path, [20])
+    return path
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 8, 16, FRAMES])
+def test_one_damaged_packet_costs_one_frame(one_bad: Path, frames: int) -> None:
+    plain = plain_decode(one_bad, SIDE)
+    assert (len(plain.images), plain.errors, plain.corrupt) == (FRAMES - 1, 1, 0)
+    assert probe(one_bad).damaged == 1
+    clip = read_frames(one_bad, SamplingConfig(frames=frames), size=SIDE)
+    np.testing.assert_array_equal(clip.frames, plain.images[plain.at(clip.times)])
+    assert len(clip.frames) == frames and clip.damaged in (0, 1)
+    if frames == FRAMES:
+        assert clip.damaged == 1
+        lost = int(np.flatnonzero((clip.frames[1:] == clip.frames[:-1]).all((1, 2, 3)))[0])
+        np.testing.assert_array_equal(clip.frames[lost + 1], clip.frames[lost])  # the frame before is shown
+
+
+def test_a_damaged_packet_that_is_not_wanted(one_bad: Path) -> None:
+    """In a GOP of its own it is not even met."""
+    clip = read_frames(one_bad, SamplingConfig(frames=2), size=SIDE, bounds=(0, 0.2))
+    assert clip.damaged == 0
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.1, 0.5])
+def test_the_share_of_the_file_decides(tmp_path: Path, limit: float) -> None:
+    path = tmp_path / "a.mp4"
+    assert write(path, *STRUCTURES["h264-every"])
+    spoil(path, list(range(0, FRAMES, 4)))
+    refused = limit < 0.25
+    for frames in (3, 8, 16, FRAMES):
+        if refused:
+            with pytest.raises(DataError, match="10 of its 40 frames are lost") as caught:
+                read_frames(path, SamplingConfig(frames=frames), size=SIDE, max_damaged=limit)
+            assert caught.value.fault.reason == "corrupt"
+        else:
+            clip = read_frames(path, SamplingConfig(frames=frames), size=SIDE, max_damaged=limit)
+            assert (len(clip.frames), clip.damaged) == (frames, 10)
+    if refused:
+        with pytest.raises(DataError, match="10 of its 40 frames are lost") as caught:
+            probe(path, max_damaged=limit)
+        assert caught.value.fault.reason == "corrupt"
+    else:
+        assert probe(path, max_damaged=limit).damaged == 10
+
+
+def test_long_videos_are_counted_on_request(one_bad: Path) -> None:
+    assert probe(one_bad, decode_up_to=10).damaged is None
+    assert probe(one_bad, decode_up_to=FRAMES).damaged == 1
+    assert probe(one_bad, decode_up_to=None).damaged == 1
+
+
+def test_the_limit_is_a_setting() -> None:
+    assert DataConfig(index="a", tokenizer="b", batch_size=1).max_damaged == 0.1
+    with pytest.raises(ConfigError, match="max_damaged"):
+        DataConfig(index="a", tokenizer="b", batch_size=1, max_damaged=1.5)
+
+
+def test_a_file_without_its_end(tmp_path: Path) -> None:
+    """Packets that the tables list and the file does not hold are lost frames."""
+    path = tmp_path / "a.mp4"
+    codec, options = STRUCTURES["h264-every"]
+    assert write(path, codec, options, mux={"movflags": "faststart"})
+    whole, spans = path.read_bytes(), payload(path)
+    path.write_bytes(whole[: spans[-2][0]])
+    assert probe(path).damaged == 2
+    assert read_frames(path, SamplingConfig(frames=FRAMES), size=SIDE).damaged == 2
+    path.write_bytes(whole[: spans[FRAMES // 2][0]])
+    for read in (lambda: probe(path), lambda: read_frames(path, SamplingConfig(frames=1), size=SIDE)):
+        with pytest.raises(DataError, match="20 of its 40 frames are lost") as caught:
+            read()
+        assert caught.value.fault.reason == "truncated"
+
+
+def test_flagged_packets_of_a_broadcast(tmp_path: Path) -> None:
+    """ffmpeg flags a packet with a lost part. The file is read, and the flag shows in the count."""
+    path = tmp_path / "a.ts"
+    assert write(path, "libx264", {"g": "1"})
+    content = path.read_bytes()
+    packets = [content[at : at + 188] for at in range(0, len(content), 188)]
+    del packets[len(packets) // 2]
+    path.write_bytes(b"".join(packets))
+    plain = plain_decode(path, SIDE)
+    count = probe(path).damaged
+    assert count is not None and 1 <= count <= 2
+    for frames in (1, 2, 7, FRAMES):
+        clip = read_frames(path, SamplingConfig(frames=frames), size=SIDE)
+        assert clip.damaged == count
+        np.testing.assert_array_equal(clip.frames, plain.images[plain.at(clip.times)])
+
+
+def test_packets_that_no_other_needs(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    assert write(path, "libx264", {"g": "12", "bf": "2", "x264-params": "b-pyramid=0:scenecut=0:b-adapt=0"})
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        assert nal_units.knows_references(context)
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        unreferenced = [nal_units.is_unreferenced(packet, "h264") for packet in packets]
+        assert unreferenced[:7] == [False, False, True, True, False, True, True]
+        content = bytearray(bytes(packets[2]))
+        for place, value in ((0, 0x7F), (4, content[4] | 0x60), (4, 0x80)):  # longer, referenced, forbidden
+            spoiled = bytearray(content)
+            spoiled[place] = value
+            assert not nal_units.is_unreferenced(av.Packet(bytes(spoiled)), "h264")
