@@ -30,7 +30,7 @@ def fill_before(monkeypatch, fill):
 
 @pytest.mark.slow
 def test_a_run_on_a_disk_that_fills(experiment, config_file, mount_disk, fill_before, capfd, caplog) -> None:
-    disk = mount_disk(kilobytes=3000)
+    disk = mount_disk(kilobytes=16_000)
     out = disk / "run"
     words = ["train", config_file(experiment(out, save_every=3, log_every=1, tensorboard=True))]
 
