@@ -54,6 +54,10 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
         " the weights)",
     )  # fmt: skip
     parser.add_argument(
+        "--keyframes", action="store_true",
+        help="read the keyframes nearest to the wanted times: faster for a long video, at other times",
+    )  # fmt: skip
+    parser.add_argument(
         "--yarn", action="store_true",
         help="scale positions if the frames need more than MODEL has (YaRN, documented for up to 4 times)",
     )  # fmt: skip
@@ -84,8 +88,8 @@ def _ask(args: argparse.Namespace) -> None:
 
     report = ask(
         args.model, _part_of_video(args), args.question, frames=args.frames, precision=args.precision,
-        mesh=_mesh(args), yarn=args.yarn, attention_path=args.attention, options=_options(args),
-        started=_STARTED if args.timings else None,
+        mesh=_mesh(args), yarn=args.yarn, keyframes=args.keyframes, attention_path=args.attention,
+        options=_options(args), started=_STARTED if args.timings else None,
     )  # fmt: skip
     if not is_first_process():
         return
@@ -118,7 +122,8 @@ def _ask_many(args: argparse.Namespace) -> None:
 
     written = ask_many(
         args.model, args.questions, args.out, media_root=args.media_root or "", frames=args.frames,
-        precision=args.precision, mesh=_mesh(args), yarn=args.yarn, options=_options(args),
+        precision=args.precision, mesh=_mesh(args), yarn=args.yarn, keyframes=args.keyframes,
+        options=_options(args),
     )  # fmt: skip
     if is_first_process():
         print(written)
@@ -135,7 +140,7 @@ def _chat(args: argparse.Namespace) -> None:
 
     chat(
         args.model, _part_of_video(args), frames=args.frames, precision=args.precision, mesh=_mesh(args),
-        yarn=args.yarn, options=_options(args),
+        yarn=args.yarn, keyframes=args.keyframes, options=_options(args),
     )  # fmt: skip
 
 

@@ -140,8 +140,8 @@ def draw_scenes(glyphs: Sequence[Glyph]) -> np.ndarray:
     return np.round(scenes).astype(np.uint8)
 
 
-def write_video(path: Path, scenes: np.ndarray) -> None:
-    """Encodes `scenes` (uint8[scenes, height, width, 3]) as h264 in mp4, FRAMES_PER_SCENE frames each."""
+def write_video(path: Path, scenes: np.ndarray, *, repeats: int = FRAMES_PER_SCENE) -> None:
+    """Encodes `scenes` (uint8[scenes, height, width, 3]) as h264 in mp4, `repeats` frames each."""
     import av
 
     with av.open(str(path), "w", format="mp4", options={"fflags": "bitexact"}) as container:
@@ -151,7 +151,7 @@ def write_video(path: Path, scenes: np.ndarray) -> None:
         stream.codec_context.thread_count = 1  # the same bytes on every machine
         stream.options = {"preset": "ultrafast", "crf": "8"}
         for scene in scenes:
-            for _ in range(FRAMES_PER_SCENE):
+            for _ in range(repeats):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(scene, format="rgb24")))
         container.mux(stream.encode(None))
 

@@ -123,7 +123,7 @@ class VideoModel:
         self.seconds = seconds or {}  # of `load`, by part
 
     def watch(
-        self, media: AnyMedia, frames: int | None = None, *, timed: bool = False,
+        self, media: AnyMedia, frames: int | None = None, *, keyframes: bool = False, timed: bool = False,
         on_progress: Callable[[int], None] | None = None,
     ) -> "Video":  # fmt: skip
         """Decodes and encodes a video, a picture, or several. Each question then costs only its own tokens.
@@ -132,6 +132,8 @@ class VideoModel:
           media: a path, the bytes of a file, a folder of frames, or a `Medium` with start and end; or a list
             of these, which the model sees in this order.
           frames: number of frames to read of each video; None: as in training.
+          keyframes: read the keyframes nearest to the wanted times, which takes a fraction of the time for a
+            long video. `Video.frame_times` has the real times; wanted times that share a keyframe give one.
           timed: wait for each phase, so that `Video.seconds` has its time.
           on_progress: called with the number of frames that have gone to the encoder, of one medium.
 
@@ -143,7 +145,7 @@ class VideoModel:
         # must run the same programs, and one of them may fail to decode the rest.
         at_once = len(media_of(media)) == 1 and jax.process_count() == 1
         encoding = Encoding(self.compiled, self.params, on_progress) if at_once else None
-        clips = read_everywhere(lambda: self.read(media, frames, encoding=encoding))
+        clips = read_everywhere(lambda: self.read(media, frames, encoding=encoding, keyframes=keyframes))
         seconds = {"decode": time.perf_counter() - begun} if timed else None
         return self.watch_clips(clips, encoding=encoding, seconds=seconds)
 
@@ -165,7 +167,7 @@ class VideoModel:
 
     def read(
         self, media: AnyMedia, frames: int | None = None, *, encoding: Encoding | None = None,
-        num_threads: int = 0,
+        num_threads: int = 0, keyframes: bool = False,
     ) -> tuple[Clip, ...]:  # fmt: skip
         """Decodes media, as `watch` does.
 
@@ -174,13 +176,15 @@ class VideoModel:
           frames: likewise.
           encoding: is given the frames of the one medium as soon as they are decoded.
           num_threads: of the decoder; 0: as many as there are cores.
+          keyframes: as for `watch`.
 
         Raises:
           UserError: as `watch`.
         """
         return read_media(
-            media, frames, self.config, self.processor, encoding=encoding, num_threads=num_threads
-        )
+            media, frames, self.config, self.processor, encoding=encoding, num_threads=num_threads,
+            keyframes=keyframes,
+        )  # fmt: skip
 
     def watch_frames(self, frames: np.ndarray, times: np.ndarray, duration: float) -> "Video":
         """Like `watch`, for frames that were decoded elsewhere.

@@ -50,6 +50,7 @@ def ask(
     options: Options,
     mesh: MeshConfig | None = None,
     yarn: bool = False,
+    keyframes: bool = False,
     started: float | None = None,
 ) -> Json:
     """Answers one question. Several processes do it together, and each returns the report.
@@ -64,6 +65,7 @@ def ask(
       options: fields of `AnswerOptions`.
       mesh: see `load`.
       yarn: scale positions where these frames need more; see `load`.
+      keyframes: see `VideoModel.watch`.
       started: when the process started, by `time.perf_counter`: the report then has `timings`, and phases
         are waited for one by one, which takes a little longer. The file is decoded while the model is loaded;
         "decode" is what is left of it then.
@@ -92,10 +94,10 @@ def ask(
     check_frames(most, config, given="--frames is {}")
     if is_long(most):
         loaded = load(folder, precision, mesh=mesh, yarn_frames=most if yarn else 0)
-        watched = _watch_long(loaded, video, frames, most, timed=started is not None)
+        watched = _watch_long(loaded, video, frames, most, keyframes=keyframes, timed=started is not None)
     else:
         with ThreadPoolExecutor(1) as beside:  # the file is decoded while the weights are read
-            reading = beside.submit(read_media, video, frames, config, processor)
+            reading = beside.submit(read_media, video, frames, config, processor, keyframes=keyframes)
             loaded = load(
                 folder, precision, mesh=mesh, yarn_frames=most if yarn else 0,
                 frames=lambda: sum(len(clip.frames) for clip in reading.result()),
@@ -120,6 +122,7 @@ def ask(
         "seconds": round(answer.seconds, 3),
         "tokens_per_second": round(answer.tokens_per_second, 2),
         "finish_reason": answer.finish_reason,
+        "keyframes": keyframes,
         "yarn_factor": loaded.config.decoder.yarn_factor,
     }
     if started is not None:
@@ -131,19 +134,21 @@ def ask(
     return report
 
 
-def _watch_long(model: VideoModel, media: AnyMedia, frames: int | None, most: int, *, timed: bool) -> Video:
+def _watch_long(
+    model: VideoModel, media: AnyMedia, frames: int | None, most: int, *, keyframes: bool, timed: bool
+) -> Video:
     """Watches with what it costs said beforehand, and with progress."""
     check_memory(model.config, model.compiled.mesh, most)
     first = is_first_process()
     if first:
         print(cost_of(model.config, most), file=sys.stderr)
     with Progress("watch", unit="frames", total=most, quiet=not first) as progress:
-        return model.watch(media, frames, timed=timed, on_progress=progress.update)
+        return model.watch(media, frames, keyframes=keyframes, timed=timed, on_progress=progress.update)
 
 
 def chat(
     model: str, video: AnyMedia, *, frames: int | None, precision: Precision | None, options: Options,
-    mesh: MeshConfig | None = None, yarn: bool = False,
+    mesh: MeshConfig | None = None, yarn: bool = False, keyframes: bool = False,
 ) -> None:  # fmt: skip
     """Reads questions line by line and streams answers, until an empty line or the end of the input.
 
@@ -154,7 +159,7 @@ def chat(
     loaded = load(
         model, precision, mesh=mesh, yarn_frames=_yarn_frames(model, [video], frames) if yarn else 0
     )
-    watched, first = loaded.watch(video, frames=frames), is_first_process()
+    watched, first = loaded.watch(video, frames=frames, keyframes=keyframes), is_first_process()
     conversation = watched.chat(**options)
     if sys.stdin.isatty() and first:
         print(f"{len(watched.frame_times)} frames read. Ask a question; an empty line ends the chat.")
@@ -187,6 +192,7 @@ def ask_many(
     precision: Precision | None = None,
     mesh: MeshConfig | None = None,
     yarn: bool = False,
+    keyframes: bool = False,
     videos_at_once: int | None = None,
     options: Options | None = None,
     quiet: bool = False,
@@ -209,6 +215,7 @@ def ask_many(
       precision: see `load`.
       mesh: see `load`.
       yarn: scale positions, for all questions alike, where the one with most frames needs more; see `load`.
+      keyframes: see `VideoModel.watch`.
       videos_at_once: see `answers_as_ready`.
       options: fields of `AnswerOptions`, where a line has none.
       quiet: show no progress on stderr.
@@ -241,7 +248,9 @@ def ask_many(
             most = _yarn_frames(model, (item.media for item in given), frames) if yarn else 0
             loaded = load(model, precision, mesh=mesh, yarn_frames=most)
             items = (given[place] for place in left)
-            ready = answers_as_ready(loaded, items, frames=frames, videos_at_once=videos_at_once)
+            ready = answers_as_ready(
+                loaded, items, frames=frames, keyframes=keyframes, videos_at_once=videos_at_once
+            )
             for number, answer in ready:
                 errors += isinstance(answer, UserError)
                 together(functools.partial(_write, file, lines[left[number]].answered(answer)))

@@ -58,7 +58,7 @@ class _Watched(NamedTuple):
 
 def answer_many(
     model: VideoModel, items: Sequence[Item | tuple], *, frames: int | None = None,
-    videos_at_once: int | None = None,
+    keyframes: bool = False, videos_at_once: int | None = None,
 ) -> list[Answer | UserError]:  # fmt: skip
     """Answers questions about many videos; see `answers_as_ready`.
 
@@ -66,18 +66,25 @@ def answer_many(
         model: the model.
         items: (media, question) or (media, question, `AnswerOptions`) each.
         frames: of each video; None: as in training.
+        keyframes: as for `VideoModel.watch`.
         videos_at_once: as for `answers_as_ready`.
 
     Returns:
         For each item its answer, or why its media or its question cannot be used.
     """
     each = [Item(*item) for item in items]  # type: ignore[arg-type]  # two or three of its fields
-    answers = dict(answers_as_ready(model, each, frames=frames, videos_at_once=videos_at_once))
+    ready = answers_as_ready(model, each, frames=frames, keyframes=keyframes, videos_at_once=videos_at_once)
+    answers = dict(ready)
     return [answers[number] for number in range(len(items))]
 
 
 def answers_as_ready(
-    model: VideoModel, items: Iterable[Item], *, frames: int | None = None, videos_at_once: int | None = None
+    model: VideoModel,
+    items: Iterable[Item],
+    *,
+    frames: int | None = None,
+    keyframes: bool = False,
+    videos_at_once: int | None = None,
 ) -> Iterator[tuple[int, Answer | UserError]]:
     """Answers questions, each as soon as it is there.
 
@@ -89,6 +96,7 @@ def answers_as_ready(
         model: the model.
         items: read as needed, some videos ahead.
         frames: of each video; None: as in training.
+        keyframes: as for `VideoModel.watch`.
         videos_at_once: videos of a batch; None: as many as `devices.videos_at_once` says.
 
     Yields:
@@ -102,7 +110,7 @@ def answers_as_ready(
     pool = ThreadPoolExecutor(DECODERS)
     try:
         batch: list[_Watched] = []
-        for group, clips in _decoded(model, items, pool, frames):
+        for group, clips in _decoded(model, items, pool, frames, keyframes):
             if isinstance(clips, UserError):
                 yield from ((number, clips) for number, _ in group)
                 continue
@@ -117,7 +125,7 @@ def answers_as_ready(
 
 
 def _decoded(
-    model: VideoModel, items: Iterable[Item], pool: ThreadPoolExecutor, frames: int | None
+    model: VideoModel, items: Iterable[Item], pool: ThreadPoolExecutor, frames: int | None, keyframes: bool
 ) -> Iterator[tuple[list[tuple[int, Item]], tuple[Clip, ...] | UserError]]:
     """Groups of questions about the same media with their clips, decoded ahead in threads."""
     threads = max(1, (os.cpu_count() or 1) // DECODERS)
@@ -132,7 +140,9 @@ def _decoded(
 
     for _, grouped in itertools.groupby(enumerate(items), key=lambda numbered: _key(numbered[1].media)):
         group = list(grouped)
-        waiting.append((group, pool.submit(model.read, group[0][1].media, frames, num_threads=threads)))
+        media = group[0][1].media
+        clips = pool.submit(model.read, media, frames, num_threads=threads, keyframes=keyframes)
+        waiting.append((group, clips))
         if len(waiting) > MOST_AHEAD:
             yield collect()
     while waiting:

@@ -104,7 +104,7 @@ def read_everywhere(read: Callable[[], tuple[Clip, ...]]) -> tuple[Clip, ...]:
 
 def read_media(
     media: AnyMedia, frames: int | None, config: ModelConfig, processor: Processor, *,
-    encoding: "Encoding | None" = None, num_threads: int = 0,
+    encoding: "Encoding | None" = None, num_threads: int = 0, keyframes: bool = False,
 ) -> tuple[Clip, ...]:  # fmt: skip
     """Decodes media.
 
@@ -115,6 +115,7 @@ def read_media(
         processor: likewise.
         encoding: is given the frames of the one medium as soon as they are decoded.
         num_threads: of the decoder; 0: as many as there are cores.
+        keyframes: take the keyframes nearest to the times that are wanted, which is faster.
 
     Raises:
         UserError: a medium is missing or damaged, has no frame within its bounds, or more frames are wanted
@@ -122,12 +123,15 @@ def read_media(
     """
     sampling = sampling_of(processor, frames)
     check_frames(sampling.most_frames, config, given="--frames is {}")
-    return tuple(_read_clip(medium, sampling, processor, encoding, num_threads) for medium in media_of(media))
+    return tuple(
+        _read_clip(medium, sampling, processor, encoding, num_threads, keyframes)
+        for medium in media_of(media)
+    )
 
 
 def _read_clip(
     medium: Medium, sampling: SamplingConfig, processor: Processor, encoding: "Encoding | None",
-    num_threads: int,
+    num_threads: int, keyframes: bool,
 ) -> Clip:  # fmt: skip
     source = from_bytes(medium.source) if isinstance(medium.source, bytes) else medium.source
     bounds = None
@@ -136,6 +140,7 @@ def _read_clip(
     return read_frames(
         source, sampling, size=processor.image_size, bounds=bounds, num_threads=num_threads,
         resampling=processor.resampling, deadline_s=None, on_frames=encoding and encoding.add,
+        keyframes=keyframes,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from crosslmm_jax.data.media.demux import Readable, open_video, packets_of
 from crosslmm_jax.data.media.image import Resampling
 from crosslmm_jax.data.media.locate import Deadline
-from crosslmm_jax.data.media.video import _ToSquare as ToSquare
+from crosslmm_jax.data.media.to_square import ToSquare
 from crosslmm_jax.errors import DataError
 
 if TYPE_CHECKING:

@@ -9,14 +9,12 @@
 Folders of pictures and still images are read by the same functions.
 """
 
-import collections
 import contextlib
 import dataclasses
+import functools
 import importlib
 import os
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -36,36 +34,33 @@ from crosslmm_jax.data.media.decoding import (
     shows_damage,
     take_around,
     take_exactly,
+    take_in_threads,
     take_shown,
 )
 from crosslmm_jax.data.media.demux import DAMAGED, SEEKABLE, format_of, open_video
 from crosslmm_jax.data.media.frame_sampling import choose_frames
 from crosslmm_jax.data.media.frames_folder import list_pictures, read_pictures
-from crosslmm_jax.data.media.image import Clip, Resampling, holds_image, open_image, resize, still_clip
+from crosslmm_jax.data.media.image import Clip, Resampling, holds_image, open_image, still_clip
 from crosslmm_jax.data.media.locate import (
     DEADLINE_S,
     Deadline,
     PathOrMedia,
-    check_pixels,
     folder_rate,
     kind_of,
     options_of,
     size_of,
 )
-from crosslmm_jax.data.media.orientation import EXIF_FIELD, Orientation, of_exif, of_matrix
+from crosslmm_jax.data.media.orientation import EXIF_FIELD, Orientation, of_exif
 from crosslmm_jax.data.media.packet_index import PacketIndex, at_beginning, open_indexed
+from crosslmm_jax.data.media.to_square import OnFrames, ToSquare, orientation_of
 from crosslmm_jax.errors import DataError
 
 if TYPE_CHECKING:
-    from av import VideoFrame
     from av.video.stream import VideoStream
 
-# Called with the array of all frames of a clip, uint8[F, R, R, 3], and how many of them are there. A file
-# that is read again starts with another array. The clip that is returned has the last one.
-OnFrames = Callable[[np.ndarray, int], None]
-
+THREADS_FROM = 500  # packets to decode from which on several threads open the file
+SEEK_PACKETS = 8  # packets that take as long as a seek and a keyframe
 DECODE_UP_TO = 1000  # frames of a video that a probe decodes whole, by default: a second of work at most
-_RESIZING_THREADS = 8  # at most; decoding keeps no more busy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +203,7 @@ def _first_orientation(stream: "VideoStream", index: PacketIndex, deadline: Dead
     with contextlib.suppress(av.error.FFmpegError, SeekError, DamagedFrameError, LostFrameError):
         decoder = GopDecoder(stream, index, shortcuts=True, wanted={first}, deadline=deadline)
         for _, frame in decoder.frames(0, first + 1):
-            return _orientation_of(frame)
+            return orientation_of(frame)
     return Orientation()
 
 
@@ -237,6 +232,7 @@ def read_frames(
     resampling: Resampling = "bicubic",
     deadline_s: float | None = DEADLINE_S,
     max_damaged: float = MAX_DAMAGED,
+    keyframes: bool = False,
     on_frames: OnFrames | None = None,
 ) -> Clip:
     """Reads the frames that `sampling` chooses, each resized to `size` x `size` by PIL.
@@ -251,6 +247,8 @@ def read_frames(
         resampling: filter of the resizing.
         deadline_s: fail after this many seconds without a packet or picture; None for no limit.
         max_damaged: a video is refused if a larger share of its frames is damaged.
+        keyframes: of a video file, take the keyframe nearest to each time that `sampling` chooses; the clip
+            has their times, and each of them once.
         on_frames: called while a video is decoded, so that work on its first frames can begin. Not called for
             pictures, folders and damaged files, or if a frame is chosen twice.
 
@@ -292,15 +290,24 @@ def read_frames(
             chosen = _choose(
                 index.times[shown], sampling, end=index.end, tick=index.tick, bounds=bounds, path=path
             )
+            if keyframes:
+                chosen = _nearest(chosen, index, shown)
             images = np.empty((len(chosen.frames), size, size, 3), np.uint8)
             # The other efforts may replace an image, so one thread makes them and nobody is told.
-            in_order = effort == "exactly"
-            to_square = _ToSquare(size, resampling, path, num_threads if in_order else 1)
+            in_order, wanted = effort == "exactly", shown[chosen.frames]
+            to_square = ToSquare(size, resampling, path, num_threads if in_order else 1)
             tell = on_frames if in_order and not chosen.repeated else None
             try:
+                if in_order and _is_worth_threads(index, wanted, num_threads):
+                    with to_square.at_any_time(images, tell) as put:
+                        take_in_threads(
+                            functools.partial(_open_decoder, path, index, wanted, deadline_s), index, wanted,
+                            put, threads=num_threads or os.cpu_count() or 1,
+                        )  # fmt: skip
+                    return chosen.clip(images)
                 with to_square.into(images, tell) as put:
                     count = _take(
-                        stream, index, shown[chosen.frames], put, effort=effort, path=path, deadline=deadline,
+                        stream, index, wanted, put, effort=effort, path=path, deadline=deadline,
                         max_damaged=max_damaged,
                     )  # fmt: skip
             except DamagedFrameError:
@@ -310,6 +317,26 @@ def read_frames(
             else:
                 return chosen.clip(images, damaged=count)
     raise DataError(path, "truncated", DAMAGED)
+
+
+def _is_worth_threads(index: PacketIndex, wanted: np.ndarray, num_threads: int) -> bool:
+    """Whether GOPs are decoded side by side: each thread opens the file by itself, which takes a while."""
+    if num_threads == 1 or index.packets is not None or not index.seekable or index.counted:
+        return False
+    begins = np.maximum.accumulate(np.where(index.keyframes, np.arange(len(index.keyframes)), 0))
+    _, gops = np.unique(index.gops[wanted], return_inverse=True)
+    packets = np.zeros(gops.max() + 1, np.int64)
+    np.maximum.at(packets, gops, wanted - begins[wanted] + 1)
+    return len(packets) > 1 and packets.sum() + SEEK_PACKETS * len(packets) >= THREADS_FROM
+
+
+@contextlib.contextmanager
+def _open_decoder(
+    path: PathOrMedia, index: PacketIndex, wanted: np.ndarray, deadline_s: float | None
+) -> Iterator[GopDecoder]:
+    deadline = Deadline(path, deadline_s)
+    with open_video(path, deadline) as stream:
+        yield GopDecoder(stream, index, shortcuts=True, wanted=set(wanted.tolist()), deadline=deadline)
 
 
 def _take(
@@ -357,6 +384,24 @@ class _ChosenFrames:
         return Clip(images, self.seconds, self.duration, damaged)
 
 
+def _nearest(chosen: _ChosenFrames, index: PacketIndex, shown: np.ndarray) -> _ChosenFrames:
+    """The keyframes nearest to the chosen times; `shown` are the packets that are displayed."""
+    first = int(index.times[shown].min())
+    places = np.flatnonzero(index.keyframes[shown])
+    if not len(places):
+        return chosen
+    places = places[np.argsort(index.times[shown[places]], kind="stable")]
+    seconds = (index.times[shown[places]] - first) * index.tick
+    after = np.clip(np.searchsorted(seconds, chosen.seconds), 1, max(len(places) - 1, 1))
+    after = np.minimum(after, len(places) - 1)
+    before = np.maximum(after - 1, 0)
+    nearer = chosen.seconds - seconds[before] <= seconds[after] - chosen.seconds
+    taken = np.unique(np.where(nearer, before, after))
+    return dataclasses.replace(
+        chosen, frames=places[taken], repeats=np.arange(len(taken)), seconds=seconds[taken].astype(np.float32)
+    )
+
+
 def _choose(
     times: np.ndarray, sampling: SamplingConfig, *, end: float, tick: float,
     bounds: tuple[float, float] | None, path: PathOrMedia,
@@ -385,73 +430,3 @@ def _choose(
         seconds=((times[chosen] - first) * tick).astype(np.float32),
         duration=float(end - times[0]) * tick,
     )
-
-
-class _ToSquare:
-    """Converts video frames to uint8[size, size, 3], in several threads or in the caller's."""
-
-    def __init__(self, size: int, resampling: Resampling, path: PathOrMedia, num_threads: int) -> None:
-        """`num_threads` as of `read_frames`."""
-        self.size = size
-        self.path = path
-        self._resampling: Resampling = resampling
-        self._threads = min(num_threads or os.cpu_count() or 1, _RESIZING_THREADS)
-        self._of_thread = threading.local()  # ffmpeg's converter, kept between frames
-
-    @contextlib.contextmanager
-    def into(self, images: np.ndarray, on_frames: OnFrames | None) -> Iterator[Put]:
-        """Gives a function that fills `images`. When the block ends, all of them are there."""
-        tell = on_frames or (lambda images, count: None)
-        waiting: collections.deque[tuple[int, Future[None]]] = collections.deque()
-
-        def fill(frame: "VideoFrame", first: int, end: int) -> None:
-            images[first:end] = self(frame)
-
-        def collect() -> None:
-            end, future = waiting.popleft()
-            future.result()
-            tell(images, end)
-
-        def put_now(frame: "VideoFrame", first: int, end: int) -> None:
-            fill(frame, first, end)
-            tell(images, end)
-
-        def put(frame: "VideoFrame", first: int, end: int) -> None:
-            waiting.append((end, pool.submit(fill, frame, first, end)))
-            # Decoded frames are large: few of them wait.
-            while waiting and (len(waiting) > 2 * self._threads or waiting[0][1].done()):
-                collect()
-
-        if self._threads == 1:
-            yield put_now
-            return
-        with ThreadPoolExecutor(self._threads) as pool:
-            yield put
-            while waiting:
-                collect()
-
-    def __call__(self, frame: "VideoFrame") -> np.ndarray:
-        """The frame turned and mirrored as its metadata says, and resized."""
-        from PIL import Image
-
-        check_pixels(self.path, frame.width, frame.height)
-        if not hasattr(self._of_thread, "reformatter"):
-            from av.video.reformatter import VideoReformatter
-
-            self._of_thread.reformatter = VideoReformatter()
-        pixels = self._of_thread.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        orientation = _orientation_of(frame)
-        if any(orientation):
-            pixels = orientation.apply(pixels)
-        return resize(Image.fromarray(pixels), self.size, self._resampling)
-
-
-def _orientation_of(frame: "VideoFrame") -> Orientation:
-    """How the metadata turn and mirror the frame."""
-    try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV does not know a kind of side data, such as the EXIF data of a TIFF picture
-        return Orientation()
-    if matrix is None or matrix.buffer_size != 36:
-        return Orientation()
-    return of_matrix(np.frombuffer(matrix, np.int32).tolist())

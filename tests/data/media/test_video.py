@@ -12,8 +12,9 @@ from video_files import SIZE, decode_all, write_sound, write_video
 
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.media import locate as media
-from crosslmm_jax.data.media import packet_index, video
+from crosslmm_jax.data.media import packet_index
 from crosslmm_jax.data.media.decoding import decode
+from crosslmm_jax.data.media.to_square import ToSquare
 from crosslmm_jax.data.media.video import probe, read_frames
 from crosslmm_jax.errors import DataError, UserError
 
@@ -242,7 +243,7 @@ def test_real_clips() -> None:
 @pytest.mark.parametrize("shape", [(64, 48), (50, 98), (322, 242)])
 def test_the_kept_converter_gives_the_same_pixels(tmp_path: Path, codec: str, shape: tuple[int, int]) -> None:
     path = write_video(tmp_path / "a.mkv", 5, codec=codec, width=shape[0], height=shape[1])
-    to_square = video._ToSquare(SIZE, "bicubic", path, 1)
+    to_square = ToSquare(SIZE, "bicubic", path, 1)
     expected, _ = decode_all(path)
     with av.open(str(path)) as container:
         squares = [to_square(frame) for frame in container.decode(video=0)]

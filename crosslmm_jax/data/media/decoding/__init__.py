@@ -16,10 +16,17 @@ from crosslmm_jax.data.media.decoding.decode import (
     SeekError,
 )
 from crosslmm_jax.data.media.decoding.frame_times import Timeline, Timestamps, lay_out, longest_gap, rising
-from crosslmm_jax.data.media.decoding.wanted_frames import Part, Put, take_around, take_exactly, take_shown
+from crosslmm_jax.data.media.decoding.wanted_frames import (
+    Part,
+    Put,
+    take_around,
+    take_exactly,
+    take_in_threads,
+    take_shown,
+)
 
 __all__ = [
     "MAX_DAMAGED", "DamagedFrameError", "GopDecoder", "LostFrameError", "Part", "PlainDecode", "Put",
     "SeekError", "Timeline", "Timestamps", "count_damaged", "lay_out", "longest_gap", "rising",
-    "shows_damage", "take_around", "take_exactly", "take_shown",
+    "shows_damage", "take_around", "take_exactly", "take_in_threads", "take_shown",
 ]  # fmt: skip

@@ -6,8 +6,13 @@
 """
 
 import bisect
+import collections
 import dataclasses
+import functools
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,6 +44,49 @@ def take_exactly(decoder: GopDecoder, index: "PacketIndex", wanted: np.ndarray, 
             if from_beginning or not too_late:
                 raise LostFrameError
         assert taken == len(part.wanted)
+
+
+def take_in_threads(
+    open_decoder: Callable[[], AbstractContextManager[GopDecoder]], index: "PacketIndex", wanted: np.ndarray,
+    put: Put, *, threads: int,
+) -> None:  # fmt: skip
+    """`take_exactly` with GOPs side by side. `put` is called from several threads, in no order.
+
+    Args:
+        open_decoder: opens the file; each thread has a decoder of its own.
+        index: of the file, without packets.
+        wanted: numbers of packets, ascending in time.
+        put: as of `take_exactly`.
+        threads: at most so many.
+
+    Raises:
+        LostFrameError, SeekError, DamagedFrameError: as `take_exactly`, by the first thread that meets one.
+    """
+    gops = index.gops[wanted]
+    runs = np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(gops)) + 1)
+    waiting, stopped = collections.deque(runs), threading.Event()
+
+    def work() -> None:
+        try:
+            with open_decoder() as decoder:
+                while not stopped.is_set():
+                    try:
+                        run = waiting.popleft()  # in order, so that the first frames are there soon
+                    except IndexError:
+                        return
+                    shifted = functools.partial(_put_from, put, int(run[0]))
+                    take_exactly(decoder, index, wanted[run], shifted)
+        except BaseException:
+            stopped.set()
+            raise
+
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work) for _ in range(min(threads, len(runs)))]:
+            done.result()
+
+
+def _put_from(put: Put, start: int, frame: "VideoFrame", first: int, end: int) -> None:
+    put(frame, start + first, start + end)
 
 
 def take_around(decoder: GopDecoder, index: "PacketIndex", wanted: np.ndarray, put: Put) -> None:
