@@ -76,18 +76,30 @@ def test_an_angle_between_two_orientations_counts_as_the_nearer(
     np.testing.assert_array_equal(nothing, square(stored))
 
 
-@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg", ".avif"])
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg", ".avif", ".heic"])
 @pytest.mark.parametrize("way", WAYS)
-def test_exif_orientation(tmp_path: Path, suffix: str, way: int) -> None:
-    path, exif = tmp_path / f"a{suffix}", Image.Exif()
-    exif[0x0112] = way
+def test_a_picture_is_turned_and_mirrored(tmp_path: Path, suffix: str, way: int) -> None:
+    """By EXIF data; in AVIF and HEIC by the boxes `irot` and `imir`, which PIL writes in their place."""
+    options = {"lossless": True, "quality": 95}
+    if suffix == ".heic":
+        pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+        pillow_heif.register_heif_opener()
+        options = {"quality": 95, "chroma": 444}
     pixels = np.random.default_rng(way).integers(0, 256, (20, 32, 3), np.uint8)
-    Image.fromarray(pixels).save(path, exif=exif, lossless=True, quality=95)
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(pixels).save(path, **options)
     stored = np.asarray(Image.open(path).convert("RGB"))
+    exif = Image.Exif()
+    exif[0x0112] = way
+    Image.fromarray(pixels).save(path, exif=exif.tobytes(), **options)
+    assert (b"imir" in path.read_bytes()) == (suffix in (".avif", ".heic") and way in (2, 4, 5, 7))
     show = WAYS[way][1]
     found = read_frames(path, ONE, size=SIZE).frames[0]
     np.testing.assert_array_equal(found, square(np.ascontiguousarray(show(stored))))
     info = probe(path)
+    if suffix == ".heic":  # libheif has turned the picture already
+        assert (info.height, info.width, info.rotation, info.mirrored) == (*show(stored).shape[:2], 0, False)
+        return
     turned = np.rot90(stored, info.rotation // 90)
     np.testing.assert_array_equal(turned[:, ::-1] if info.mirrored else turned, show(stored))
 
