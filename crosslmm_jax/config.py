@@ -41,6 +41,7 @@ AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn", "splash", 
 Precision = Literal["compute", "fp8", "int8"]
 TimeInstruction = Literal["none", "short", "full"]
 Part = Literal["encoder", "projector", "v2v", "t2v", "decoder"]
+LARGEST_SEED = 2**32 - 1
 PARTS: tuple[Part, ...] = ("encoder", "projector", "v2v", "t2v", "decoder")
 
 
@@ -54,6 +55,17 @@ def _require(config: object, name: str, ok: bool, expected: str) -> None:
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
         _require(config, name, getattr(config, name) > 0, "greater than 0")
+        _require(config, name, getattr(config, name) < float("inf"), "finite")
+
+
+def _require_not_negative(config: object, *names: str) -> None:
+    for name in names:
+        _require(config, name, 0 <= getattr(config, name) < float("inf"), "0 or more, and finite")
+
+
+def _require_seed(config: object, name: str) -> None:
+    """Random generators take 32 bits; others would be dropped in silence."""
+    _require(config, name, 0 <= getattr(config, name) <= LARGEST_SEED, f"within 0..{LARGEST_SEED}")
 
 
 class Leaf(NamedTuple):
@@ -113,6 +125,10 @@ class VisionConfig:
         _require(self, "patch_size", self.patch_size <= self.image_size, "at most image_size")
         _require(self, "num_heads", self.width % self.num_heads == 0, f"a divisor of width {self.width}")
         lowest = -self.num_layers
+        finite = all(abs(value) < float("inf") for value in self.image_mean)
+        _require(self, "image_mean", finite, "finite numbers")
+        above = all(0 < value < float("inf") for value in self.image_std)
+        _require(self, "image_std", above, "finite numbers greater than 0")
         _require(self, "feature_layer", lowest <= self.feature_layer <= -1, f"within {lowest}..-1")
 
     @property
@@ -213,6 +229,7 @@ class CrossAttentionConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "cross_attn_every", "v2v_window")
+        _require(self, "gate_init", abs(self.gate_init) < float("inf"), "a finite number")
         _require(self, "cross_attn_offset", self.cross_attn_offset >= 0, "0 or more")
         known = set(self.directions) <= {"v2v", "t2v"} and len(set(self.directions)) == len(self.directions)
         _require(self, "directions", known, 'made of "v2v" and "t2v", each at most once')
@@ -348,8 +365,9 @@ class DataConfig:
         _require(self, "index", bool(self.index), "the name of a folder")
         timed = self.time_instruction == "none" or self.style == "chat"
         _require(self, "time_instruction", timed, '"none" with style "plain", which has no place for it')
-        limited = self.deadline_s is None or self.deadline_s > 0
-        _require(self, "deadline_s", limited, "greater than 0, or None")
+        limited = self.deadline_s is None or 0 < self.deadline_s < float("inf")
+        _require(self, "deadline_s", limited, "a finite number greater than 0, or None")
+        _require_seed(self, "seed")
         for name in ("max_bad_fraction", "max_damaged"):
             _require(self, name, 0 <= getattr(self, name) <= 1, "within 0..1")
         _require(self, "num_workers", self.num_workers >= 0, "0 or more")
@@ -382,7 +400,10 @@ class StageConfig:
     microbatches: Performance[int] = 1  # gradient accumulation: microbatches per global batch
 
     def __post_init__(self) -> None:
-        _require_positive(self, "steps", "learning_rate", "clip_norm", "microbatches")
+        _require_positive(self, "steps", "learning_rate", "eps", "clip_norm", "microbatches")
+        _require_not_negative(self, "weight_decay", "vision_lr_scale", "cross_attn_lr_scale", "gate_lr_scale")
+        for name in ("b1", "b2"):
+            _require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         known = bool(self.trainable) and set(self.trainable) <= set(PARTS)
         _require(self, "trainable", known, f"some of {', '.join(PARTS)}")
         _require(self, "directions", set(self.directions) <= {"v2v", "t2v"}, 'made of "v2v" and "t2v"')
@@ -424,6 +445,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "log_every", "save_every", "keep_checkpoints", "stop_deadline_s")
         _require(self, "out", bool(self.out), "the name of a folder")
+        mounted = "://" not in self.out
+        _require(self, "out", mounted, "a folder of a mounted disk; object stores are not supported yet")
+        _require_seed(self, "seed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

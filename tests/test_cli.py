@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -75,10 +76,20 @@ MISTAKES = [
     (["ask", "m", "v.mp4", "  \n"], "the question is empty"),
     (["ask", "no_model", "v.mp4", "What?"], "no_model"),
     (["chat", "no_model", "v.mp4"], "no_model"),
-    (["data", "check", "index", "--deadline-s", "0"], "DataConfig.deadline_s is 0.0; it must be greater"),
+    (["data", "check", "index", "--deadline-s", "0"], "DataConfig.deadline_s is 0.0; it must be a finite"),
     (["data", "stats", "index", "--frames", "8"], "--frames 8 is now written --sampling.frames 8"),
     (["data", "stats", "index", "--style", "prose"], "'prose' for argument '--style'"),
     (["data", "stats", "index", "--sampling.frames", "0"], "data stats: SamplingConfig.frames is 0; it must"),
+    (["train", "configs/tiny_stage1.py", "--run.out", "gs://b/x"], "must be a folder of a mounted disk"),
+    (
+        ["train", "configs/tiny_stage1.py", "--data.seed", "-1"],
+        "DataConfig.seed is -1; it must be within",
+    ),
+    (
+        ["ask", "m", "v.mp4", "What?", "--seed", "-1"],
+        "argument --seed: '-1' is not a whole number",
+    ),
+    (["ask", "m", "v.mp4", "What?", "--json", "s3://b/x"], "s3://b/x: object stores are not supported yet"),
     (["data", "check", "index", "--sample", "-1"], "argument --sample: '-1' is not a whole number of 0"),
 ]
 
@@ -151,6 +162,84 @@ def test_ctrl_c(
     put_demo(monkeypatch, fail(KeyboardInterrupt(*words)))
     assert main(["demo"]) == 130
     assert capsys.readouterr().err == said
+
+
+STUCK = """
+import sys, threading, time, types
+from concurrent.futures import ThreadPoolExecutor
+from crosslmm_jax.cli import main
+
+class Pool(ThreadPoolExecutor):
+    def shutdown(self, *args, **kwargs):
+        print("waits", flush=True)
+        super().shutdown(*args, **kwargs)
+
+def clean_up(out, **options):
+    with Pool(1) as pool:
+        pool.submit(time.sleep, 60)
+        print("runs", flush=True)
+        time.sleep(60)
+
+def thread(out, **options):
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    print("runs", flush=True)
+    time.sleep(60)
+
+sys.modules["crosslmm_jax.demo"] = types.SimpleNamespace(run=globals()[sys.argv.pop()])
+code = main()
+print("waits", flush=True)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("stuck", ["clean_up", "thread"])
+def test_ctrl_c_twice_ends_at_once_without_a_traceback(stuck: str) -> None:
+    words = [sys.executable, "-c", STUCK, "demo", stuck]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for said in ("runs\n", "waits\n"):
+        assert process.stdout.readline() == said
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "")
+
+
+def test_words_that_are_not_utf_8(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ask", "m", os.fsdecode(b"caf\xe9.mp4"), "What?"]) == 2
+    err = capsys.readouterr().err
+    assert "word 3 after crosslmm is b'caf\\xe9.mp4', which is not UTF-8; rename the file" in err
+
+
+@pytest.mark.parametrize(
+    ("platform", "said"),
+    [("nowhere", "Unable to initialize backend 'nowhere'"), ("cuda", "jax has no support for it")],
+)
+def test_a_platform_that_is_not_there(
+    platform: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """jax has started in this process, so its refusal is given as it raises it."""
+    error = RuntimeError(f"{said}\nmore") if platform == "nowhere" else AssertionError()
+    put_demo(monkeypatch, fail(error))
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(devices=fail(error)))
+    assert main(["demo"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"crosslmm: error: JAX_PLATFORMS is '{platform}', which is not there ({said}")
+    assert err.endswith("; unset it, or try cpu\n")
+    monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(devices=list))  # it is there: another fault
+    with pytest.raises(type(error)):
+        main(["demo"])
+
+
+@pytest.mark.slow
+def test_jax_refuses_a_platform_as_the_message_expects() -> None:
+    env = os.environ | {"JAX_PLATFORMS": "nowhere"}
+    words = [sys.executable, "-m", "crosslmm_jax.cli", "params", "--preset", "tiny"]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "JAX_PLATFORMS is 'nowhere', which is not there (Unable to initialize backend" in result.stderr
+    env["JAX_PLATFORMS"] = "cpu"
+    assert subprocess.run(words, cwd=ROOT, capture_output=True, env=env).returncode == 0
 
 
 def test_demo_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:

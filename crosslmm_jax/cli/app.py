@@ -5,6 +5,7 @@ on stderr and exit code 2; `--debug` adds the traceback.
 """
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -58,20 +59,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = _take_debug(words)
     try:
+        _check_words(words)
         args = build_parser().parse_args(words)
         # Before a room imports jax, which reads the environment once.
         xla_flags.apply(os.environ)
         if args.command not in WITHOUT_COMPILATION_CACHE:
             compilation_cache.apply(os.environ)
         return args.run(args) or 0
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"crosslmm: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_MISTAKE
     except KeyboardInterrupt as stop:
         if debug:
             traceback.print_exc()
         if str(stop):  # training says what it saved
             print(f"crosslmm: {stop}", file=sys.stderr)
+        if argv is None:
+            _end_at_next_interrupt(stop)
         return INTERRUPTED
+    except Exception as error:
+        mistake = error if isinstance(error, UserError) else _absent_platform()
+        if mistake is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        print(f"crosslmm: error: {' '.join(str(mistake).split())}", file=sys.stderr)
+        return USER_MISTAKE
+
+
+def _end_at_next_interrupt(stop: KeyboardInterrupt) -> None:
+    """Makes a second Ctrl-C end the process at once, without the traceback of what it interrupts.
+
+    If the second one has come already, while the first was on its way here, ends the process.
+    """
+    before = stop.__context__
+    while before is not None and not isinstance(before, KeyboardInterrupt):
+        before = before.__context__
+    if before is not None:
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # Python still waits for its threads
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Raises a `UserError` for a word whose bytes are no text: no file that is written could hold it."""
+    for number, word in enumerate(words, start=1):
+        if any("\udc80" <= character <= "\udcff" for character in word):
+            raise UserError(
+                f"word {number} after crosslmm is {os.fsencode(word)!r}, which is not UTF-8; rename the file,"
+                " or set the terminal to UTF-8"
+            )
+
+
+def _absent_platform() -> UserError | None:
+    """The reason if jax cannot start because of JAX_PLATFORMS, of which it has errors of several types."""
+    wanted = os.environ.get("JAX_PLATFORMS")
+    if not wanted or "jax" not in sys.modules:
+        return None
+    try:
+        sys.modules["jax"].devices()
+    except Exception as error:
+        reason = (str(error).splitlines() or ["jax has no support for it installed"])[0]
+        return UserError(f"JAX_PLATFORMS is {wanted!r}, which is not there ({reason}); unset it, or try cpu")
+    return None

@@ -4,7 +4,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING, get_args
 
-from crosslmm_jax.cli.options import Commands, add_json_option, check_output, write_json
+from crosslmm_jax.cli.options import Commands, add_json_option, check_output, seed, write_json
 from crosslmm_jax.config import MeshConfig, Precision
 from crosslmm_jax.errors import UserError
 
@@ -26,7 +26,9 @@ def add_ask_and_chat(commands: Commands) -> None:
     ask.add_argument("question", metavar="QUESTION", nargs="?")
     add_json_option(ask)
     ask.add_argument("--timings", action="store_true", help="say where the time went, from the start on")
-    ask.add_argument("--attention", metavar="PNG", help="draw the frames and patches that the answer read")
+    ask.add_argument(
+        "--attention", metavar="FIGURE", help="draw what the answer read: .png, .jpg, .webp, .svg, .pdf"
+    )
     ask.add_argument("--questions", metavar="FILE.jsonl", help="answer these, in place of VIDEO and QUESTION")
     ask.add_argument("--out", metavar="FILE.jsonl", help="with --questions: where the answers go")
     ask.add_argument("--media-root", metavar="DIR", help="with --questions: where paths of videos start")
@@ -64,7 +66,7 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1, all tokens")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling, when the temperature is above 0")
+    parser.add_argument("--seed", type=seed, default=0, help="of sampling, when the temperature is above 0")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="a text that ends an answer"
     )

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 
-from crosslmm_jax.cli.options import Commands, add_field_options, add_json_option, write_json
+from crosslmm_jax.cli.options import Commands, add_field_options, add_json_option, seed, write_json
 from crosslmm_jax.config import ModelConfig, names_with_role
 
 DIFFERENT = 1  # exit code of `verify` when the models disagree, as diff uses
@@ -39,7 +39,7 @@ def _add_from_hf(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--preset", metavar="NAME", help="sizes are checked against it, e.g. crosslmm_2b")
     parser.add_argument("--out", required=True, metavar="MODEL", help="folder to write")
     parser.add_argument("--tokenizer", metavar="DIR", help="default: the language model's folder")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters that no source has; default: 0")
+    parser.add_argument("--seed", type=seed, default=0, help="of parameters that no source has; default: 0")
     # The source states the architecture and the positions.
     of_source = ("decoder.max_positions", "decoder.yarn_factor", "decoder.yarn_trained_positions")
     names = names_with_role(ModelConfig, "identity", "recipe", "performance")
@@ -71,7 +71,7 @@ def _add_verify(commands: Commands) -> None:
     parser.add_argument("--llava", metavar="DIR", help="or the LLaVA folder it was made from, any layout")
     parser.add_argument("--projector", metavar="FILE", help="mm_projector.bin, if it was made from one")
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="default: 1e-4")
-    parser.add_argument("--seed", type=int, default=0, help="of the random frames and tokens; default: 0")
+    parser.add_argument("--seed", type=seed, default=0, help="of the random frames and tokens; default: 0")
     add_json_option(parser)
     parser.set_defaults(run=_verify)
 

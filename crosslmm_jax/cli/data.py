@@ -6,7 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 
-from crosslmm_jax.cli.options import Commands, Renamed, add_field_options
+from crosslmm_jax.cli.options import Commands, Renamed, add_field_options, seed
 from crosslmm_jax.config import DataConfig, leaf_fields
 from crosslmm_jax.config_io import apply_overrides
 from crosslmm_jax.errors import Fault, list_counts
@@ -73,7 +73,7 @@ def add_data(commands: Commands) -> None:
         parser.add_argument(
             "--workers", type=_natural, default=os.cpu_count() or 1, metavar="N", help="processes"
         )
-        parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random; default: 0")
+        parser.add_argument("--seed", type=seed, default=0, help="of what is drawn at random; default: 0")
         parser.add_argument("--allow-outside", action="store_true", help="media paths may leave their root")
     for parser, fields in ((stats, _STATS_FIELDS), (check, _CHECK_FIELDS)):
         parser.add_argument("index", metavar="INDEX", help="folder that `crosslmm data index` wrote")

@@ -14,9 +14,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Literal, NoReturn, TypeAlias, get_args, get_origin
 
-from crosslmm_jax.config import leaf_fields
+from crosslmm_jax.config import LARGEST_SEED, leaf_fields
 from crosslmm_jax.config_io import option_of
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.utils import check_local
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -117,10 +118,18 @@ def next_commands(model: str | Path) -> str:
     return f"next: {ask}, or train a further stage with --run.init-from {folder}"
 
 
+def seed(text: str) -> int:
+    """Parses an argument that is a seed."""
+    if not text.isdecimal() or int(text) > LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number within 0..{LARGEST_SEED}")
+    return int(text)
+
+
 def check_output(option: str, path: str | None) -> None:
     """Raises a UserError for an output that cannot be written, before long work begins."""
     if path in (None, "-"):
         return
+    check_local(path)
     folder = Path(path).absolute().parent
     if not folder.is_dir():
         raise UserError(f"{option} {path}: the folder {folder} does not exist; create it or name another")

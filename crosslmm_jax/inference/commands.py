@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from crosslmm_jax.config import MeshConfig, Precision
+from jax import process_count
+
+from crosslmm_jax.config import MeshConfig, ModelConfig, Precision
 from crosslmm_jax.data.text import check_question, writable
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.inference.assistant import Answer, Video, VideoModel
+from crosslmm_jax.inference.assistant import Answer, Chat, Video, VideoModel
 from crosslmm_jax.inference.devices import check_memory, cost_of
-from crosslmm_jax.inference.figure import draw_attention
+from crosslmm_jax.inference.figure import check_format, draw_attention
 from crosslmm_jax.inference.load import find_model_folder, load
 from crosslmm_jax.inference.many import Item, answers_as_ready
 from crosslmm_jax.inference.replies import AnswerOptions, Options
@@ -32,7 +34,7 @@ from crosslmm_jax.inference.watching import (
     read_everywhere,
     read_media,
 )
-from crosslmm_jax.model_folder import load_model_config, load_processor
+from crosslmm_jax.model_folder import Processor, load_model_config, load_processor
 from crosslmm_jax.parallel import gather, initialize_processes, is_first_process, together
 from crosslmm_jax.utils import Progress, atomic_write, cannot_write
 
@@ -61,7 +63,8 @@ def ask(
       question: the question.
       frames: number of frames to read; None: as in training.
       precision: see `load`.
-      attention_path: PNG file to draw the answer's T2V attention in; the first process writes it.
+      attention_path: figure of the answer's T2V attention, in a format of its suffix; the first process
+        writes it.
       options: fields of `AnswerOptions`.
       mesh: see `load`.
       yarn: scale positions where these frames need more; see `load`.
@@ -77,11 +80,13 @@ def ask(
       UserError: an input cannot be read, the figure cannot be written, or an option is out of range.
     """
     check_question(question)
+    if attention_path is not None:
+        check_format(attention_path)
     AnswerOptions(**options)
     initialize_processes()
     begun = time.perf_counter()
     folder = find_model_folder(model)
-    config, processor = together(lambda: (load_model_config(folder), load_processor(folder)))
+    config, processor = _settings(folder, options)
     if attention_path is not None and "t2v" not in config.cross_attention.directions:
         raise UserError(
             f"--attention {attention_path}: {model} has no T2V, so there is no attention to draw; leave the"
@@ -156,6 +161,8 @@ def chat(
     """
     AnswerOptions(**options)
     initialize_processes()
+    _settings(find_model_folder(model), options)
+    together(lambda: check_media(video))  # before the weights are read
     loaded = load(
         model, precision, mesh=mesh, yarn_frames=_yarn_frames(model, [video], frames) if yarn else 0
     )
@@ -164,9 +171,40 @@ def chat(
     if sys.stdin.isatty() and first:
         print(f"{len(watched.frame_times)} frames read. Ask a question; an empty line ends the chat.")
     while (question := gather(_read_question() if first else "")[0]).strip():
+        _answer(conversation, question, prints=first)
+
+
+def _answer(conversation: Chat, question: str, *, prints: bool) -> None:
+    """Streams an answer. If it is refused, or stopped by Ctrl-C, the conversation stays as it was."""
+    try:
         for piece in conversation.ask(question):
-            print(piece if first else "", end="", flush=True)
-        print(end="\n" if first else "")
+            print(piece if prints else "", end="", flush=True)
+    except UserError as error:  # the same one on every process
+        if prints:
+            print(f"crosslmm: error: {error}", file=sys.stderr)
+        return
+    except KeyboardInterrupt:
+        if process_count() > 1:  # the others are in the middle of a program that all run
+            raise
+        print(flush=True)
+        print("(stopped; the question does not count. Ctrl-C again leaves)", file=sys.stderr)
+        return
+    print(end="\n" if prints else "")
+
+
+def _settings(folder: Path, options: Options) -> tuple[ModelConfig, Processor]:
+    """Config and processor of a MODEL folder, before its weights are read.
+
+    Raises:
+      UserError: they cannot be read, or not even an answer of `options` alone has room.
+    """
+    config, processor = together(lambda: (load_model_config(folder), load_processor(folder)))
+    wanted, limit = AnswerOptions(**options).max_new_tokens, config.decoder.max_positions
+    if wanted >= limit:
+        raise UserError(
+            f"--max-new-tokens is {wanted}; this model has {limit} positions, for media and question too"
+        )
+    return config, processor
 
 
 def _yarn_frames(model: str, media: Iterable[AnyMedia], frames: int | None) -> int:
@@ -176,10 +214,17 @@ def _yarn_frames(model: str, media: Iterable[AnyMedia], frames: int | None) -> i
 
 
 def _read_question() -> str:
-    try:
-        return input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-        return ""
+    """The next line; "" at the end of the input, which ends the chat."""
+    while True:
+        try:
+            return input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return ""
+        except KeyboardInterrupt:
+            print(file=sys.stderr)  # what follows begins a line
+            raise
+        except UnicodeDecodeError:
+            print("crosslmm: error: the question is not UTF-8; set the terminal to UTF-8", file=sys.stderr)
 
 
 def ask_many(
@@ -227,7 +272,9 @@ def ask_many(
       UserError: a file cannot be read or written, a line is not as above, or the processes have other
         questions.
     """
+    AnswerOptions(**(options or {}))
     initialize_processes()
+    _settings(find_model_folder(model), options or {})
     lines = together(
         lambda: [_Line(number, row, questions) for number, row in _rows(questions)],
         same=lambda lines: hashlib.sha256(json.dumps([line.row for line in lines]).encode()).hexdigest(),

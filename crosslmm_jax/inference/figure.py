@@ -11,6 +11,7 @@ from crosslmm_jax.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".svg", ".pdf")
 MAX_DRAWN_FRAMES = 16  # with more of them each is too small to see anything
 
 
@@ -22,18 +23,19 @@ def draw_attention(
     *,
     title: str,
 ) -> None:
-    """Writes a PNG of the frames with the most attention, each shaded by its attention.
+    """Writes a figure of the frames with the most attention, each shaded by its attention.
 
     Args:
-      path: the PNG file.
+      path: the file, with a suffix of FORMATS, which chooses the format.
       frames: uint8[F, R, R, 3].
       times: float32[F], seconds.
       maps: float32[X, F, P] of `Video.attention`; layers are averaged.
       title: shown above the frames.
 
     Raises:
-      UserError: the file cannot be written.
+      UserError: the file cannot be written, or its suffix is no format.
     """
+    check_format(path)
     from matplotlib.figure import Figure
 
     attention = maps.mean(axis=0)
@@ -49,9 +51,19 @@ def draw_attention(
         axis.set_title(f"{times[index]:.1f} s: {attention[index].sum():.0%}", fontsize=8)
     figure.suptitle(title, fontsize=9, wrap=True)
     try:
-        figure.savefig(path, dpi=120, format="png")
+        figure.savefig(path, dpi=120, format=_suffix(path)[1:])
     except OSError as error:
         raise UserError(f"--attention {path}: {error.strerror}; name a file that can be written") from error
+
+
+def check_format(path: str | Path) -> None:
+    """Raises a UserError unless the suffix of `path` is a format that figures are written in."""
+    if _suffix(path) not in FORMATS:
+        raise UserError(f"--attention {path}: end the name in {', '.join(FORMATS)}")
+
+
+def _suffix(path: str | Path) -> str:
+    return Path(path).suffix.lower()
 
 
 def draw_frame(

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.utils.paths import check_local
 
 
 @contextlib.contextmanager
@@ -26,9 +27,10 @@ def atomic_folder(target: str | Path, *, resume: bool) -> Iterator[Path]:
             False starts with an empty folder and deletes it after an error.
 
     Raises:
-        UserError: `target` cannot be written, is a mount point, or another process is writing it. An OSError
-            inside the block becomes one too.
+        UserError: `target` cannot be written, is a mount point or in an object store, or another process is
+            writing it. An OSError inside the block becomes one too.
     """
+    check_local(target)
     target = Path(os.path.realpath(target))
     if os.path.ismount(target):
         raise UserError(f"{target}: a disk is mounted there; name a folder inside it")

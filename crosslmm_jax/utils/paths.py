@@ -15,6 +15,12 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]+:/", os.fspath(path)) is not None
 
 
+def check_local(path: str | os.PathLike[str]) -> None:
+    """Raises a `UserError` for an output in an object store, which would become a folder named "gs:"."""
+    if is_remote(path):
+        raise UserError(f"{path}: object stores are not supported yet; name a folder of a mounted disk")
+
+
 def guess_meant(path: str | os.PathLike[str]) -> str:
     """A hint about a path that does not exist: "; did you mean X?", or "" without a guess.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -20,7 +21,9 @@ from crosslmm_jax.demo.synthetic import write_dataset
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference import Medium, Sampling, VideoModel, load
+from crosslmm_jax.inference.assistant import Chat
 from crosslmm_jax.inference.commands import ask
+from crosslmm_jax.inference.figure import draw_attention
 from crosslmm_jax.model import CrossLMM, init_params
 from crosslmm_jax.model_folder import save_model_folder
 
@@ -281,6 +284,106 @@ def test_bad_input_is_one_clear_error(model_folder, clip, change, message, capsy
     assert main(["ask", *map(str, words)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        ("ask", ["clip", "What?", "--max-new-tokens", 5000], "--max-new-tokens is 5000; this model has"),
+        ("ask", ["clip", "What?", "--temperature", "nan"], "--temperature nan"),
+        ("ask", ["clip", "What?", "--attention", "map"], "--attention map: end the name in .png, .jpg"),
+        ("ask", ["clip", "What?", "--attention", "map.bmp"], "--attention map.bmp: end the name in .png"),
+        ("chat", ["clip", "--max-new-tokens", 5000], "--max-new-tokens is 5000; this model has"),
+        ("chat", ["clip", "--top-p", "nan"], "--top-p nan"),
+        ("chat", ["gone.mp4"], "gone.mp4"),
+        (
+            "ask",
+            ["--questions", "q.jsonl", "--out", "o", "--max-new-tokens", 5000],
+            "--max-new-tokens is 5000",
+        ),
+        ("ask", ["--questions", "q.jsonl", "--out", "o", "--temperature", "nan"], "error: --temperature nan"),
+    ],
+)
+def test_options_are_checked_before_weights_are_read(
+    model_folder, clip, command, words, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q.jsonl").write_text(json.dumps({"video": str(clip), "question": "What?"}) + "\n")
+    monkeypatch.setattr(
+        "crosslmm_jax.inference.commands.load", lambda *_, **__: pytest.fail("weights are read")
+    )
+    assert (
+        main([command, str(model_folder), *(str(clip) if word == "clip" else str(word) for word in words)])
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"),
+    [
+        ("a.png", b"\x89PNG"),
+        ("a.JPG", b"\xff\xd8\xff"),
+        ("a.svg", b"<?xml"),
+    ],
+)
+def test_a_figure_of_attention_is_what_its_name_says(tmp_path, name, begin):
+    frames = np.zeros((2, 8, 8, 3), np.uint8)
+    draw_attention(tmp_path / name, frames, np.arange(2.0), np.full((1, 2, 4), 0.125), title="What?")
+    assert (tmp_path / name).read_bytes().startswith(begin)
+
+
+@pytest.fixture
+def chat(model, clip, monkeypatch, capsys):
+    """`chat(*lines)`: exit code, answers and messages of a chat in which a user types these lines."""
+
+    def run(*lines: object):
+        typed = iter(lines)
+
+        def read(prompt: str) -> str:
+            line = next(typed)
+            if isinstance(line, BaseException):
+                raise line
+            return str(line)
+
+        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr("crosslmm_jax.inference.commands.load", lambda *_, **__: model)
+        code = main(["chat", str(model.tokenizer.folder), str(clip), "--max-new-tokens", "4"])
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err.splitlines()
+
+    return run
+
+
+def test_a_question_that_is_too_long_is_refused_and_the_chat_goes_on(chat, model):
+    alone = chat("What shape is it?", "")
+    too_long = "very " * model.config.decoder.max_positions
+    bad = UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid")
+    code, answers, errors = chat(too_long, "half \ud800", bad, "What shape is it?", "")
+    assert (code, answers) == (0, alone[1]) and len(answers) == 1
+    assert [error.startswith("crosslmm: error: ") for error in errors] == [True] * 3
+    assert "positions: ask a shorter question" in errors[0]
+    assert "half of a character" in errors[1] and "is not UTF-8" in errors[2]
+
+
+def test_ctrl_c_stops_an_answer_and_leaves_at_the_next_prompt(chat, monkeypatch):
+    questions = ["What shape is it?", "Which colour?"]
+    alone = chat(questions[1], "")
+    ask_chat = Chat.ask
+
+    def interrupted(self, question):
+        pieces = ask_chat(self, question)
+        if question == questions[0]:
+            yield next(pieces)
+            signal.raise_signal(signal.SIGINT)
+        yield from pieces
+
+    monkeypatch.setattr(Chat, "ask", interrupted)
+    code, answers, errors = chat(*questions, KeyboardInterrupt())
+    assert code == 130 and answers[-1] == alone[1][0], "as if the first question had not been asked"
+    assert len(answers) == 2 and answers[0]
+    assert errors == ["(stopped; the question does not count. Ctrl-C again leaves)", ""]
 
 
 @pytest.mark.slow

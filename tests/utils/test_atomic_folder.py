@@ -150,3 +150,15 @@ def test_vacant(older: Path, tmp_path: Path) -> None:
     assert is_vacant(tmp_path / "absent") and not is_vacant(older) and not is_vacant(older / "file")
     (older / "file").unlink()
     assert is_vacant(older)
+
+
+@pytest.mark.parametrize("name", ["gs://bucket/run", "s3://bucket/run", "gs:/bucket/run"])
+def test_an_object_store_is_refused_before_anything_is_written(tmp_path, monkeypatch, name) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="object stores are not supported yet; name a folder"):
+        with atomic_folder(name, resume=False):
+            pass
+    assert not list(tmp_path.iterdir())
+    with atomic_folder(tmp_path / "A: film", resume=False) as folder:
+        (folder / "x").touch()
+    assert (tmp_path / "A: film" / "x").exists()
