@@ -100,7 +100,7 @@ def test_the_commands_that_are_written_down_are_understood(
         suite, "_measure",
         lambda request, _: asked.append(request) or {"request": {}, "facts": {}, "rows": [], "errors": []},
     )  # fmt: skip
-    measured_here = {"decode_speed": [], "input_throughput": []}
+    measured_here = {"decode_speed": [], "index_scale": [], "input_throughput": []}
     for name, words_seen in measured_here.items():
         module = importlib.import_module(f"perf.{name}")
         monkeypatch.setattr(module, "main", words_seen.extend)

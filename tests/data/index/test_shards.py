@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,10 @@ def test_shards_of_different_files_do_not_merge(mixture: Path, options: dict, tm
     with pytest.raises(UserError, match=f"is a part of an index; run `crosslmm data merge {index}` first"):
         open_index(part)
     build_index(str(mixture), index, shard=Shard(0, 2), **options)
+    build_index(str(mixture), index, shard=Shard(2, 3), **options)
+    with pytest.raises(UserError, match="many: has shards of 2 and 3; delete those of one number"):
+        merge_index(index)
+    shutil.rmtree(tmp_path / "many.shard-2-of-3")
     assert merge_index(index).rows == len(RowStore(open_index(index))) == 76
     with pytest.raises(UserError, match="many: there are no finished shards of it; make them with `crosslmm"):
         merge_index(index)
