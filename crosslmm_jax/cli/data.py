@@ -17,7 +17,7 @@ _STATS_FIELDS = (
     "batch_size", "text_buckets", "frame_buckets", "max_shapes", "max_text_tokens", "style",
     "time_instruction", "sampling.", "modality_weights.",
 )  # fmt: skip
-_CHECK_FIELDS = ("sampling.", "deadline_s")
+_CHECK_FIELDS = ("sampling.", "deadline_s", "max_damaged")
 
 
 def add_data(commands: Commands) -> None:
@@ -31,6 +31,15 @@ def add_data(commands: Commands) -> None:
         " be used are listed in INDEX/bad.jsonl. A second call probes only what changed.",
     )  # fmt: skip
     index.add_argument("--out", required=True, metavar="INDEX", help="folder to write")
+    index.add_argument(
+        "--decode-up-to", type=_count_or_all, default=argparse.SUPPRESS, metavar="N|all",
+        help="count the damaged frames of videos of up to so many frames, by decoding them; default: 1000",
+    )  # fmt: skip
+    index.add_argument(
+        "--max-damaged", type=_share, default=DataConfig.max_damaged, metavar="SHARE",
+        help="refuse videos with a larger share of damaged frames; train with the same --data.max-damaged;"
+        f" default: {DataConfig.max_damaged}",
+    )  # fmt: skip
     index.add_argument(
         "--tokenizer", metavar="DIR",
         help="counts tokens: MODEL, or a folder with tokenizer.json, the same as in training (default: the"
@@ -93,10 +102,24 @@ def _natural(text: str) -> int:
     return int(text)
 
 
+def _count_or_all(text: str) -> int | None:
+    """Parses a count, or "all" as None."""
+    return None if text == "all" else _natural(text)
+
+
+def _share(text: str) -> float:
+    """Parses a share of a whole."""
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not within 0..1")
+    return share
+
+
 def _index(args: argparse.Namespace) -> None:
     from crosslmm_jax.data.index import build_index, parse_shard
 
     shard = None if args.shard is None else parse_shard(args.shard)
+    given = {"decode_up_to": args.decode_up_to} if hasattr(args, "decode_up_to") else {}
     with tempfile.TemporaryDirectory() as folder:
         if args.tokenizer is None:
             from crosslmm_jax.demo import write_default_tokenizer
@@ -105,7 +128,7 @@ def _index(args: argparse.Namespace) -> None:
         report = build_index(
             args.mixture, args.out, tokenizer=args.tokenizer or folder, media_root=args.media_root,
             path_map=args.path_map, workers=args.workers, seed=args.seed, allow_outside=args.allow_outside,
-            shard=shard,
+            shard=shard, max_damaged=args.max_damaged, **given,
         )  # fmt: skip
     if shard is None:
         print("\n".join([*report.lines(), f"written: {args.out}"]))
@@ -144,16 +167,21 @@ def _stats(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from crosslmm_jax.data.reports import check_index
+    from crosslmm_jax.data.reports import Damaged, check_index
 
     config = DataConfig(index=args.index, tokenizer="", batch_size=1)
     config = apply_overrides(config, args.overrides, source="data check")
+    damaged: list[Damaged] = []
     count, faults = check_index(
         args.index, sampling=config.sampling, sample=args.sample, workers=args.workers, seed=args.seed,
         allow_outside=args.allow_outside, deadline_s=config.deadline_s, on_bad_row=_print_fault,
+        max_damaged=config.max_damaged, on_damaged=damaged.append,
     )  # fmt: skip
+    for video in damaged:
+        print(f"damaged\t{video.path}: {video.damaged} of {video.frames} frames are damaged")
     reasons = ", ".join(list_counts(Counter(fault.reason for fault in faults)))
-    print(f"{count} rows decoded, {len(faults)} bad{f' ({reasons})' if faults else ''}")
+    bad = f"{len(faults)} bad{f' ({reasons})' if faults else ''}"
+    print(f"{count} rows decoded, {bad}, {len(damaged)} videos with damaged frames")
     return FAILURES if faults else 0
 
 

@@ -121,3 +121,18 @@ def assert_same(found: Clip, wanted: Clip) -> None:
     np.testing.assert_array_equal(found.frames, wanted.frames)
     np.testing.assert_array_equal(found.times, wanted.times)
     assert found.duration == wanted.duration
+
+
+def packet_spans(path: Path) -> list[tuple[int, int]]:
+    """First byte and length of each video packet, where the container stores it in one piece."""
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size and (packet.pos or -1) >= 0]
+    return [(packet.pos or 0, packet.size) for packet in packets]
+
+
+def spoil_packets(path: Path, numbers: list[int]) -> None:
+    """Makes the decoder refuse packets of H.264 in mp4: their NAL units claim to be longer than they are."""
+    content, spans = bytearray(path.read_bytes()), packet_spans(path)
+    for number in numbers:
+        content[spans[number][0]] = 0x7F
+    path.write_bytes(content)

@@ -18,6 +18,7 @@ import av
 import av.error
 import numpy as np
 from av.codec import Codec, codecs_available
+from video_files import packet_spans
 
 SIDE, FRAMES = 64, 40
 # Containers into which ffmpeg writes any codec, but reads only some back.
@@ -243,7 +244,7 @@ def damaged_animals(folder: Path, rng: random.Random) -> Iterator[Animal]:
         source = folder / victim
         if not source.exists():
             continue
-        content, spans = source.read_bytes(), payload(source)
+        content, spans = source.read_bytes(), packet_spans(source)
         made = {"cut": content[: rng.randrange(len(content) // 3, len(content))]}
         for number in range(3):
             made[f"one packet {number}"] = _spoil(content, [rng.choice(spans)], rng)
@@ -260,13 +261,6 @@ def damaged_animals(folder: Path, rng: random.Random) -> Iterator[Animal]:
             path = folder / f"{name.replace(' ', '-')}-{victim}"
             path.write_bytes(spoiled)
             yield Animal(path, name.rstrip(" 0123456789"), damaged=True)
-
-
-def payload(path: Path) -> list[tuple[int, int]]:
-    """First byte and length of each video packet, where the container stores it in one piece."""
-    with av.open(str(path)) as container:
-        packets = [packet for packet in container.demux(video=0) if packet.size and (packet.pos or -1) >= 0]
-    return [(packet.pos or 0, packet.size) for packet in packets]
 
 
 def _spoil(content: bytes, spans: list[tuple[int, int]], rng: random.Random) -> bytes:

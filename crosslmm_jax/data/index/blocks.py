@@ -29,6 +29,7 @@ from crosslmm_jax.data.index.table import (
     PROBED,
     SCHEMA,
     VERSION,
+    ProbeOptions,
     Record,
     map_table,
     write_table,
@@ -121,20 +122,20 @@ class Origins:
 
 def origins_of(
     specs: Sequence[DatasetSpec], *, tokenizer: str, wording: Mapping[str, int], seed: int,
-    allow_outside: bool,
+    options: ProbeOptions,
 ) -> Origins:  # fmt: skip
     """What an index of `specs` is made from now; `tokenizer` is a fingerprint."""
     return Origins(
         names=tuple(spec.name for spec in specs),
         weights=tuple(spec.weight for spec in specs),
-        sources=tuple(_source(spec, seed=seed, allow_outside=allow_outside) for spec in specs),
+        sources=tuple(_source(spec, seed=seed, options=options) for spec in specs),
         tokenizer=tokenizer,
         wording=wording,
-        outside="allowed" if allow_outside else "refused",
+        outside="allowed" if options.allow_outside else "refused",
     )
 
 
-def _source(spec: DatasetSpec, *, seed: int, allow_outside: bool) -> str:
+def _source(spec: DatasetSpec, *, seed: int, options: ProbeOptions) -> str:
     files = []
     for path in annotation_files(spec):
         try:
@@ -143,7 +144,7 @@ def _source(spec: DatasetSpec, *, seed: int, allow_outside: bool) -> str:
         except OSError:
             files.append([path])  # its reader says what is wrong
     content = [
-        VERSION, BLOCK, dataclasses.asdict(spec), os.path.abspath(spec.root), seed, allow_outside, files,
+        VERSION, BLOCK, dataclasses.asdict(spec), os.path.abspath(spec.root), seed, options, files,
     ]  # fmt: skip
     return hashlib.blake2b(json.dumps(content, default=str).encode(), digest_size=12).hexdigest()
 

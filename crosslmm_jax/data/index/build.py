@@ -35,7 +35,8 @@ from crosslmm_jax.data.index.blocks import (
 from crosslmm_jax.data.index.lookup import write_lookup
 from crosslmm_jax.data.index.probe import Chunk, Found, Prober, fingerprint
 from crosslmm_jax.data.index.publish import IndexReport, publish, shard_folder
-from crosslmm_jax.data.index.table import BAD, META, map_table
+from crosslmm_jax.data.index.table import BAD, META, ProbeOptions, map_table
+from crosslmm_jax.data.media import DECODE_UP_TO, MAX_DAMAGED
 from crosslmm_jax.data.text import wording_tokens
 from crosslmm_jax.errors import UserError, list_counts
 from crosslmm_jax.utils import Progress, atomic_folder, is_vacant, map_in_order
@@ -56,6 +57,8 @@ def build_index(
     workers: int = 0,
     seed: int = 0,
     allow_outside: bool = False,
+    decode_up_to: int | None = DECODE_UP_TO,
+    max_damaged: float = MAX_DAMAGED,
     shard: Shard | None = None,
     quiet: bool = False,
 ) -> IndexReport:
@@ -70,6 +73,8 @@ def build_index(
         workers: worker processes; 0: this process does everything.
         seed: seed of the random strategies of the mixture.
         allow_outside: media paths may leave their root.
+        decode_up_to: most frames of a video that is decoded to count damaged frames; None: all videos are.
+        max_damaged: a video is refused if a larger share of its frames is damaged.
         shard: the part of the index to make, for `merge_index`; None: all of it.
         quiet: show no progress on stderr.
 
@@ -78,10 +83,11 @@ def build_index(
             good, or a worker process died. `out` is then unchanged.
     """
     specs = read_mixture(mixture, media_root=media_root, path_map=path_map)
-    prober = Prober(tokenizer, allow_outside=allow_outside)
+    options = ProbeOptions(allow_outside, decode_up_to, max_damaged)
+    prober = Prober(tokenizer, options)
     origins = origins_of(
         specs, tokenizer=fingerprint(prober.tokenizer), wording=wording_tokens(prober.tokenizer), seed=seed,
-        allow_outside=allow_outside,
+        options=options,
     )  # fmt: skip
     index = Path(os.path.realpath(out))  # a symbolic link stays one
     if not (index / META).exists() and not is_vacant(index):

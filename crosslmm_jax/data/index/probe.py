@@ -17,7 +17,16 @@ import pyarrow as pa
 from crosslmm_jax.data.annotations import DatasetSpec, Entry, Row, make_row
 from crosslmm_jax.data.index.blocks import BAD_SCHEMA, BlockKey, EarlierBlock, bad_path
 from crosslmm_jax.data.index.lookup import Lookup
-from crosslmm_jax.data.index.table import COUNTED, PROBED, SCHEMA, Record, map_table, record_of, row_of
+from crosslmm_jax.data.index.table import (
+    COUNTED,
+    PROBED,
+    SCHEMA,
+    ProbeOptions,
+    Record,
+    map_table,
+    record_of,
+    row_of,
+)
 from crosslmm_jax.data.media import (
     Media,
     MediaOptions,
@@ -118,10 +127,10 @@ class Found(NamedTuple):
 class Prober:
     """Makes records of the index from rows."""
 
-    def __init__(self, tokenizer_folder: str, *, allow_outside: bool = False) -> None:
-        """Counts tokens with a tokenizer; `allow_outside`: media may lie outside their root."""
+    def __init__(self, tokenizer_folder: str, options: ProbeOptions) -> None:
+        """Counts tokens with a tokenizer."""
         self.tokenizer_folder = tokenizer_folder
-        self.allow_outside = allow_outside
+        self.options = options
         self._last_lookup: tuple[str, Lookup] | None = None
         self._probes = collections.OrderedDict[tuple[str, str, bool, MediaOptions], Record | Fault]()
 
@@ -132,7 +141,7 @@ class Prober:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy in another process starts empty."""
-        return functools.partial(Prober, self.tokenizer_folder, allow_outside=self.allow_outside), ()
+        return functools.partial(Prober, self.tokenizer_folder, self.options), ()
 
     def __call__(self, chunk: Chunk) -> Found:
         """Makes the rows of a chunk, probes their media, and counts their tokens."""
@@ -140,7 +149,7 @@ class Prober:
         bad: list[Record] = []
         reused = 0
         rows = [
-            make_row(chunk.spec, number, entry, allow_outside=self.allow_outside)
+            make_row(chunk.spec, number, entry, allow_outside=self.options.allow_outside)
             for number, entry in chunk.entries
         ]
         hashes = [row_hash(row) if isinstance(row, Row) else 0 for row in rows]
@@ -195,7 +204,7 @@ class Prober:
         """
         record: Record = record_of(row)
         stamps = [media_stamp(row.root, name) for name in row.media] if records else []
-        earlier = next((one for one in records if one["stamp"] == stamps), None)
+        earlier = next((one for one in records if one["stamp"] == stamps and self.options.settles(one)), None)
         if earlier is not None:
             record |= {name: earlier[name] for name in PROBED}
         else:
@@ -227,7 +236,7 @@ class Prober:
         for reference in row.media:
             key = (row.root, reference, row.modality == "video", row.media_options)
             if key not in self._probes:
-                self._probes[key] = _probe(row, reference, allow_outside=self.allow_outside)
+                self._probes[key] = _probe(row, reference, options=self.options)
                 if len(self._probes) > _KEPT_PROBES:
                     self._probes.popitem(last=False)
             facts = self._probes[key]
@@ -238,9 +247,9 @@ class Prober:
         return None
 
 
-def probe_for(row: Row, medium: Media) -> VideoInfo:
+def probe_for(row: Row, medium: Media, options: ProbeOptions = ProbeOptions()) -> VideoInfo:  # noqa: B008
     """Probes a medium of a row. Raises DataError, "wrong_type" for a video that the row calls an image."""
-    info = probe(medium)
+    info = probe(medium, decode_up_to=options.decode_up_to, max_damaged=options.max_damaged)
     if row.modality != "video" and info.duration > 0:  # of a single frame too
         raise DataError(medium, "wrong_type", "is a video; name it under video in its row")
     return info
@@ -258,12 +267,12 @@ def late_start(row: Row, durations: Sequence[float]) -> Fault | None:
     return None
 
 
-def _probe(row: Row, reference: str, *, allow_outside: bool) -> Record | Fault:
+def _probe(row: Row, reference: str, *, options: ProbeOptions) -> Record | Fault:
     before = media_stamp(row.root, reference)
     try:
         with only_data_errors(row.root, reference):
-            medium = open_media(row.root, reference, row.media_options, allow_outside=allow_outside)
-            info = probe_for(row, medium)
+            medium = open_media(row.root, reference, row.media_options, allow_outside=options.allow_outside)
+            info = probe_for(row, medium, options)
     except DataError as error:
         return error.fault
     facts = {name: getattr(info, name) for name in PROBED if name not in ("media", "stamp")}

@@ -17,28 +17,54 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import ipc
 
 from crosslmm_jax.data.annotations import MODALITIES, Row
-from crosslmm_jax.data.media import MediaOptions
+from crosslmm_jax.data.media import DECODE_UP_TO, MAX_DAMAGED, MediaOptions
 from crosslmm_jax.data.text import Turn
 from crosslmm_jax.errors import UserError
 
-VERSION = 5  # rises too when the same annotations give other rows, or a probe finds more
+VERSION = 6  # rises too when the same annotations give other rows, or a probe finds more
 META = "meta.json"
 BAD = "bad.jsonl"
 
 Record = dict[str, Any]  # one row of a table, column of SCHEMA -> value; or the content of `meta.json`
+
+
+class ProbeOptions(NamedTuple):
+    """How media are probed, which decides on the rows of an index.
+
+    Attributes:
+        allow_outside: media may lie outside their root.
+        decode_up_to: most frames of a video that is decoded to count damaged frames; None: all videos are.
+        max_damaged: a video is refused if a larger share of its frames is damaged.
+    """
+
+    allow_outside: bool = False
+    decode_up_to: int | None = DECODE_UP_TO
+    max_damaged: float = MAX_DAMAGED
+
+    def settles(self, record: Record) -> bool:
+        """Whether a probe with these options would find again what an earlier `record` says of damage."""
+        for damaged, frames in zip(record["damaged"], record["num_frames"], strict=True):
+            if damaged is None:
+                if self.decode_up_to is None or frames <= self.decode_up_to:
+                    return False
+            elif damaged > self.max_damaged * frames:
+                return False
+        return True
+
 
 _NAME = pa.dictionary(pa.int32(), pa.string())  # few different values, stored once per table
 _PER_MEDIUM = {
     "media": pa.string(), "duration": pa.float64(), "fps": pa.float64(), "num_frames": pa.int64(),
     "width": pa.int32(), "height": pa.int32(), "size_bytes": pa.int64(), "codec": pa.string(),
     "keyframe_spacing": pa.float64(),
+    "damaged": pa.int64(),  # frames; null where they were not counted
     "stamp": pa.int64(),  # hash of the file's size and modification time
 }  # fmt: skip
 SCHEMA = pa.schema([
@@ -56,7 +82,7 @@ SCHEMA = pa.schema([
 ])  # fmt: skip
 PROBED = (
     "media", "duration", "fps", "num_frames", "width", "height", "size_bytes", "codec", "keyframe_spacing",
-    "stamp",
+    "damaged", "stamp",
 )  # fmt: skip
 COUNTED = ("text_tokens", "answer_tokens", "answer_media", "plain_tokens")
 _LISTS = ("answer_tokens", "answer_media", "duration", "fps", "num_frames")  # those of `Columns`

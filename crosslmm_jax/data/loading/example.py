@@ -158,5 +158,5 @@ class ExampleLoader:
             medium = open_media(row.root, reference, row.media_options, allow_outside=config.allow_outside)
             return read_frames(
                 medium, config.sampling, size=self.image_size, bounds=row.bounds,
-                resampling=config.resampling, deadline_s=config.deadline_s,
+                resampling=config.resampling, deadline_s=config.deadline_s, max_damaged=config.max_damaged,
             )  # fmt: skip

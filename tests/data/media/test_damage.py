@@ -6,7 +6,8 @@ import av
 import numpy as np
 import pytest
 from plain_decode import plain_decode
-from zoo import FRAMES, SIDE, STRUCTURES, payload, write
+from video_files import packet_spans, spoil_packets
+from zoo import FRAMES, SIDE, STRUCTURES, write
 
 from crosslmm_jax.config import ConfigError, DataConfig, SamplingConfig
 from crosslmm_jax.data.media.decoding import nal_units
@@ -14,19 +15,11 @@ from crosslmm_jax.data.media.video import probe, read_frames
 from crosslmm_jax.errors import DataError
 
 
-def spoil(path: Path, numbers: list[int]) -> None:
-    """Makes the decoder refuse packets: their NAL units claim to be longer than they are."""
-    content, spans = bytearray(path.read_bytes()), payload(path)
-    for number in numbers:
-        content[spans[number][0]] = 0x7F
-    path.write_bytes(content)
-
-
 @pytest.fixture
 def one_bad(tmp_path: Path) -> Path:
     path = tmp_path / "onebad.mp4"
     assert write(path, *STRUCTURES["h264-open"])
-    spoil(path, [20])
+    spoil_packets(path, [20])
     return path
 
 
@@ -54,7 +47,7 @@ def test_a_damaged_packet_that_is_not_wanted(one_bad: Path) -> None:
 def test_the_share_of_the_file_decides(tmp_path: Path, limit: float) -> None:
     path = tmp_path / "a.mp4"
     assert write(path, *STRUCTURES["h264-every"])
-    spoil(path, list(range(0, FRAMES, 4)))
+    spoil_packets(path, list(range(0, FRAMES, 4)))
     refused = limit < 0.25
     for frames in (3, 8, 16, FRAMES):
         if refused:
@@ -89,7 +82,7 @@ def test_a_file_without_its_end(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     codec, options = STRUCTURES["h264-every"]
     assert write(path, codec, options, mux={"movflags": "faststart"})
-    whole, spans = path.read_bytes(), payload(path)
+    whole, spans = path.read_bytes(), packet_spans(path)
     path.write_bytes(whole[: spans[-2][0]])
     assert probe(path).damaged == 2
     assert read_frames(path, SamplingConfig(frames=FRAMES), size=SIDE).damaged == 2
