@@ -144,6 +144,19 @@ def test_debug_shows_the_traceback(
     assert err.endswith("crosslmm: error: bad\n")
 
 
+@pytest.mark.parametrize("closed", [False, True], ids=["full disk", "closed pipe"])
+def test_an_ending_that_nobody_hears_is_no_failure(closed: bool) -> None:
+    reader, pipe = os.pipe()
+    os.close(reader)
+    program = "from crosslmm_jax.cli.options import say; say('written')"
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, stdout=pipe if closed else full, stderr=subprocess.PIPE
+        )
+    os.close(pipe)
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
 def test_debug_reaches_train_wherever_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "nope.py", "--debug"]) == 2
     assert capsys.readouterr().err.startswith("Traceback")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from crosslmm_jax.cli.options import Commands, next_commands
+from crosslmm_jax.cli.options import Commands, next_commands, say
 
 
 def add_export(commands: Commands) -> None:
@@ -19,7 +19,7 @@ def _export(args: argparse.Namespace) -> None:
     from crosslmm_jax.train import export
 
     written = export(args.run_folder, step=args.step, out=args.out, tokenizer=args.tokenizer)
-    print(
+    say(
         f"{written.folder}: a MODEL folder with the weights of step {written.step};"
         f" {next_commands(written.folder)}"
     )

@@ -8,7 +8,9 @@ A command that takes fields of a configuration has one option per field, spelled
 
 import argparse
 import json
+import os
 import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import UnionType
@@ -123,6 +125,15 @@ def seed(text: str) -> int:
     if not text.isdecimal() or int(text) > LARGEST_SEED:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number within 0..{LARGEST_SEED}")
     return int(text)
+
+
+def say(ending: str) -> None:
+    """Prints the last line of a command. Its work is done: it succeeds also where stdout cannot be written."""
+    try:
+        print(ending, flush=True)
+    except OSError:
+        # Python fails at its exit over what is left in the buffer, so that must have a place to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_output(option: str, path: str | None) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from crosslmm_jax.cli.options import Commands, next_commands
+from crosslmm_jax.cli.options import Commands, next_commands, say
 
 
 def add_train(commands: Commands) -> None:
@@ -35,4 +35,4 @@ def _train(args: argparse.Namespace) -> None:
         done = f"trained for {steps} steps"
         if result.resumed_step == steps:
             done = f"which an earlier command has {done}; nothing was left to do"
-        print(f"{result.model_folder}: a MODEL folder, {done}; {next_commands(config.run.out)}")
+        say(f"{result.model_folder}: a MODEL folder, {done}; {next_commands(config.run.out)}")
