@@ -3,7 +3,14 @@
 import argparse
 from collections.abc import Mapping, Sequence
 
-from crosslmm_jax.cli.options import Commands, add_field_options, add_json_option, seed, write_json
+from crosslmm_jax.cli.options import (
+    Commands,
+    add_field_options,
+    add_json_option,
+    next_commands,
+    seed,
+    write_json,
+)
 from crosslmm_jax.config import ModelConfig, names_with_role
 
 DIFFERENT = 1  # exit code of `verify` when the models disagree, as diff uses
@@ -85,7 +92,9 @@ def _from_hf(args: argparse.Namespace) -> None:
         seed=args.seed,
     )  # fmt: skip
     report = convert_from_hf(request, args.out, tokenizer=args.tokenizer)
-    _print_report(args, [*report.lines(), f"written: {args.out}"], report.as_dict())
+    _print_report(
+        args, [*report.lines(), f"written: {args.out}; {next_commands(args.out)}"], report.as_dict()
+    )
 
 
 def _to_hf(args: argparse.Namespace) -> None:

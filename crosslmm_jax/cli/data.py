@@ -131,7 +131,8 @@ def _index(args: argparse.Namespace) -> None:
             shard=shard, max_damaged=args.max_damaged, **given,
         )  # fmt: skip
     if shard is None:
-        print("\n".join([*report.lines(), f"written: {args.out}"]))
+        end = f"written: {args.out}; next: crosslmm data stats {args.out}, or train with --data.index"
+        print("\n".join([*report.lines(), f"{end} {args.out}"]))
     else:
         end = f"written: shard {args.shard}; once all are: crosslmm data merge {args.out}"
         print("\n".join([*report.lines(), end]))

@@ -128,7 +128,7 @@ def seed(text: str) -> int:
 
 
 def say(ending: str) -> None:
-    """Prints the last line of a command. Its work is done: it succeeds also where stdout cannot be written."""
+    """Prints the last line of a command. Its work is done: it succeeds even where nobody can hear it."""
     try:
         print(ending, flush=True)
     except OSError:

@@ -299,7 +299,8 @@ class _Run:
         saved = save_batch(path, batch)
         return UserError(
             f"loss or gradient is not finite at step {error.step}, rows {rows} of the index; {saved},"
-            " checkpoints are unchanged: look at these rows or lower stage.learning_rate"
+            " checkpoints are unchanged: look at these rows, or lower stage.learning_rate and resume with"
+            " --run.accept-changes"
         )
 
 

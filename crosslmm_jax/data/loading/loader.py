@@ -13,6 +13,7 @@ thread for each core, and the read-ahead begins behind it.
 
 import functools
 import logging
+import math
 import os
 import sys
 from collections import Counter
@@ -194,7 +195,9 @@ class BatchIterator(Iterator[Batch[np.ndarray]]):
         named = "; ".join(list(self.bad_rows.values())[:_LISTED])
         raise UserError(
             f"{count} of {self._seen} rows could not be read ({reasons}), more than"
-            f" DataConfig.max_bad_fraction {limit}; repair the files or raise it. First: {named}"
+            f" DataConfig.max_bad_fraction {limit}; repair the files, or raise it to"
+            f" {math.ceil(100 * count / self._seen) / 100} or more, which a run that resumes takes with"
+            f" --run.accept-changes. First: {named}"
         )
 
     def _make_first(self) -> _HostBatch:

@@ -192,12 +192,16 @@ def test_too_many_bad_files_stop_with_the_list(config: DataConfig, damage) -> No
     iterator = BatchIterator(
         dataset_of(dataclasses.replace(spoilt, max_bad_fraction=0.1)), on_bad_row=[].append
     )
-    with pytest.raises(
-        UserError, match=r"rows could not be read \(\d+ wrong_type\), .*max_bad_fraction 0.1"
-    ) as error:
+    steps = 0
+    with pytest.raises(UserError, match=r"rows could not be read \(\d+ wrong_type\), ") as error:
         for _ in range(30):
             next(iterator)
+            steps += 1
     iterator.close()
+    named = re.search(r"max_bad_fraction 0\.1; repair .* raise it to (\S+) or more", str(error.value))
+    assert named and float(named[1]) > 0.1
+    raised = dataset_of(dataclasses.replace(spoilt, max_bad_fraction=float(named[1])))
+    take(BatchIterator(raised, on_bad_row=[].append), steps + 1)
     assert "train_00001.mp4" in str(error.value) or "train_00005.mp4" in str(error.value)
     patient = BatchIterator(dataset_of(spoilt), on_bad_row=[].append)
     take(patient, 30)
