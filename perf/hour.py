@@ -54,6 +54,7 @@ def write_hour(clips: Path, out: Path, *, seconds: float) -> None:
     files = sorted(clips.glob("*.mp4"))
     if not files:
         raise UserError(f"--clips {clips}: holds no .mp4 file; name a folder of real clips")
+    out.parent.mkdir(parents=True, exist_ok=True)
     once = out.with_name(f"once-{out.name}")
     with av.open(str(once), "w") as container:
         stream = container.add_stream("libx264", rate=RATE)
@@ -158,6 +159,17 @@ def draw(report: Report, path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
+def request_of(case: str, preset: str, folder: str, video: str) -> HourRequest:
+    """The request of a case such as "256k". Raises a UserError for anything else."""
+    parts = re.fullmatch(r"(\d+)(k?)(/8)?", case)
+    if parts is None:
+        raise UserError(f"--cases {case}: write frames, then k for keyframes, then /8 for 8 bits")
+    return HourRequest(
+        task="perf.hour", system=preset, frames=(int(parts[1]),), model=folder, video=video,
+        keyframes=bool(parts[2]), eight_bits=bool(parts[3]), times=2 if int(parts[1]) <= 256 else 1,
+    )  # fmt: skip
+
+
 def main(argv: Sequence[str]) -> None:
     """Makes MODEL and file if they are not there, and measures each case."""
     parser = parser_of("hour", __doc__)
@@ -169,22 +181,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="CASE", help=f"of {' '.join(CASES)}")
     add_output_options(parser)
     args = parser.parse_args(argv)
-    args.work.mkdir(parents=True, exist_ok=True)
     video, folder = args.work / "hour.mp4", str(args.work / args.preset)
-    if not video.exists():
-        write_hour(args.clips, video, seconds=args.seconds)
     requests: list[Request] = [FolderRequest(
         task="perf.ask.folder", system=args.preset, frames=(32,), folder=folder, tokenizer=args.tokenizer,
         work=str(args.work),
     )]  # fmt: skip
-    for case in args.cases:
-        parts = re.fullmatch(r"(\d+)(k?)(/8)?", case)
-        if parts is None:
-            raise UserError(f"--cases {case}: write frames, then k for keyframes, then /8 for 8 bits")
-        requests.append(HourRequest(
-            task="perf.hour", system=args.preset, frames=(int(parts[1]),), model=folder, video=str(video),
-            keyframes=bool(parts[2]), eight_bits=bool(parts[3]), times=2 if int(parts[1]) <= 256 else 1,
-        ))  # fmt: skip
+    requests += [request_of(case, args.preset, folder, str(video)) for case in args.cases]
+    if not video.exists():
+        write_hour(args.clips, video, seconds=args.seconds)
     profile(
         "hour", requests, command=command_line(), outputs=outputs_of(args), timeout=args.timeout,
         presentation=Presentation(page=page, draw=draw),

@@ -15,6 +15,7 @@ import pytest
 from crosslmm_jax.cli import app
 from crosslmm_jax.cli.profile import TASKS
 from crosslmm_jax.profiling import Request, suite
+from perf import hour
 from perf.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +53,9 @@ MISTAKES = [
     (["precision", "--preset", "tiny", "--videos", "x", "--figure", "x.png"], "--figure with precision"),
     (["ask", "--preset", "tiny"], "invalid choice: 'tiny'"),
     (["ask", "--tiny", "--max-new-tokens", "0"], "--max-new-tokens 0: give a number of at least 1"),
+    (["hour", "--clips", ".", "--work", "w", "--cases", "12x"], "--cases 12x: write frames, then k"),
+    (["hour", "--clips", "none", "--work", "w"], "--clips none: holds no .mp4 file"),
+    (["needle"], "the following arguments are required: --model"),
     (["precision", "--preset", "tiny"], "the following arguments are required: --videos"),
     (["attention", "--preset", "tiny", "--videos", "x"], "unrecognized arguments: --videos x"),
 ]
@@ -100,7 +104,8 @@ def test_the_commands_that_are_written_down_are_understood(
         suite, "_measure",
         lambda request, _: asked.append(request) or {"request": {}, "facts": {}, "rows": [], "errors": []},
     )  # fmt: skip
-    measured_here = {"decode_speed": [], "index_scale": [], "input_throughput": []}
+    measured_here = {"decode_speed": [], "index_scale": [], "input_throughput": [], "needle": []}
+    monkeypatch.setattr(hour, "write_hour", lambda *_, **__: None)
     for name, words_seen in measured_here.items():
         module = importlib.import_module(f"perf.{name}")
         monkeypatch.setattr(module, "main", words_seen.extend)
@@ -118,7 +123,7 @@ def test_the_commands_that_are_written_down_are_understood(
     assert all(measured_here.values())
     assert reports and {request.task for request in asked} == {
         *(f"crosslmm_jax.profiling.tasks.{task}" for task in TASKS),
-        *(f"perf.{name}" for name in ("peers", "attention", "long_video", "scaling", "precision")),
+        *(f"perf.{name}" for name in ("peers", "attention", "long_video", "scaling", "precision", "hour")),
         *(f"perf.ask.{name}" for name in ("folder", "many", "inputs", "peer")),
         "crosslmm_jax.profiling.tasks.ask",
     }
