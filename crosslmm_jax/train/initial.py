@@ -69,6 +69,20 @@ def warn_of_other_inputs(folder: str | Path, data: DataConfig) -> None:
             )  # fmt: skip
 
 
+def warn_of_other_positions(folder: str | Path, config: ModelConfig) -> None:
+    """Warns when the MODEL `folder` has YaRN and the run has another, or none."""
+    theirs, ours = load_model_config(folder).decoder, config.decoder
+    names = ("yarn_factor", "yarn_trained_positions")
+    if theirs.yarn_factor == 1 or all(getattr(theirs, name) == getattr(ours, name) for name in names):
+        return
+    logger.warning(
+        "run.init_from %s: decoder has yarn_factor %g of %d positions, the run %g of %d; set"
+        " --model.decoder.yarn-factor and --model.decoder.yarn-trained-positions to train as the weights were"
+        " trained", Path(folder) / CONFIG_FILE, theirs.yarn_factor, theirs.yarn_trained_positions,
+        ours.yarn_factor, ours.yarn_trained_positions,
+    )  # fmt: skip
+
+
 def _bound_to_weights(config: ModelConfig) -> dict[str, object]:
     """Field -> value of all fields that the weights depend on."""
     names = names_with_role(ModelConfig, "architecture", "identity")

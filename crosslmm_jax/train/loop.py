@@ -40,7 +40,7 @@ from crosslmm_jax.parallel import (
 )
 from crosslmm_jax.train.checkpoint import Checkpoints, check_disk_space, state_bytes
 from crosslmm_jax.train.export import write_model
-from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs
+from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs, warn_of_other_positions
 from crosslmm_jax.train.interrupt import Interrupted, StopRequest
 from crosslmm_jax.train.metrics_log import MAX_WAIT_S, MetricsLine, MetricsLog, read_metrics
 from crosslmm_jax.train.metrics_window import MetricsWindow, NonFiniteStep
@@ -190,6 +190,7 @@ def _state_before_first_step(config: ExperimentConfig, mesh: Mesh) -> TrainState
     folder = find_model_folder(config.run.init_from)
     check_same_model(folder, config.model)
     warn_of_other_inputs(folder, config.data)
+    warn_of_other_positions(folder, config.model)
     shapes = abstract_state(config.model, config.stage, mesh).params
     shardings = param_shardings(logical_axes(config.model), shapes, mesh)
     params = load_weights(folder, config.model, shardings=shardings, dtype="float32")
