@@ -65,14 +65,23 @@ def map_in_order(
 
 def _start(function: Callable[[Any], Any]) -> None:
     global _FUNCTION
-    end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
+    work_for_parent()
     _FUNCTION = function
 
 
 def _call(task: Any) -> Any:
     assert _FUNCTION is not None
     return _FUNCTION(task)
+
+
+def work_for_parent() -> None:
+    """Makes this process end with its parent, and with nothing else. Does nothing in a process without one.
+
+    Ctrl-C in a terminal reaches all processes; the parent ends its workers.
+    """
+    end_with_parent()
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def end_with_parent() -> None:

@@ -28,7 +28,7 @@ from crosslmm_jax.data.loading.dataset import Dataset
 from crosslmm_jax.data.loading.example import Example
 from crosslmm_jax.data.media import import_readers
 from crosslmm_jax.errors import ConfigError, Fault, UserError, list_counts
-from crosslmm_jax.utils import end_with_parent
+from crosslmm_jax.utils import work_for_parent
 
 if TYPE_CHECKING:
     from grain import DatasetIterator
@@ -77,7 +77,7 @@ class _BatchLoader:
     def __setstate__(self, state: dict[str, object]) -> None:
         """Runs in a worker process, which grain would leave running after the training is killed."""
         self.__dict__.update(state)
-        end_with_parent()
+        work_for_parent()
         self._get_ready()
 
     def __call__(self, number: int) -> _HostBatch:

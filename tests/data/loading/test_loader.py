@@ -228,6 +228,13 @@ def workers_alive() -> set[int]:
     return {int(one.pid or 0) for one in found if one.name.startswith("grain-process-prefetch")}
 
 
+def ignores(process: int, number: int) -> bool:
+    """Whether a process ignores a signal."""
+    status = Path(f"/proc/{process}/status").read_text()
+    (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigIgn:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced(config: DataConfig) -> None:
     """Its batches come from a new one, the same ones."""
@@ -240,6 +247,7 @@ def test_a_killed_worker_is_replaced(config: DataConfig) -> None:
         time.sleep(0.05)
     batches.append(next(iterator))
     for worker in workers:
+        assert ignores(worker, signal.SIGINT), "Ctrl-C reaches it too, and only the parent acts on it"
         os.kill(worker, signal.SIGKILL)
     batches += [next(iterator) for _ in range(5)]
     iterator.close()
