@@ -202,13 +202,17 @@ class DecoderConfig:
         _require(self, "max_positions", reached, f"at most yarn_factor * yarn_trained_positions, {most:g}")
 
     def with_positions(self, needed: int) -> "DecoderConfig":
-        """The same decoder with at least `needed` positions, by YaRN with the smallest whole factor."""
+        """The same decoder with at least `needed` positions, by YaRN.
+
+        It keeps its factor as far as that reaches; else the factor is the smallest whole one.
+        """
         if needed <= self.max_positions:
             return self
         trained = self.max_positions if self.yarn_factor == 1 else self.yarn_trained_positions
-        factor = -(-needed // trained)
+        enough = needed <= self.yarn_factor * trained
+        factor = self.yarn_factor if enough else float(-(-needed // trained))
         return dataclasses.replace(
-            self, yarn_factor=float(factor), yarn_trained_positions=trained, max_positions=factor * trained
+            self, yarn_factor=factor, yarn_trained_positions=trained, max_positions=int(factor * trained)
         )
 
 

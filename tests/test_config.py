@@ -415,6 +415,23 @@ def test_fields_that_weights_depend_on() -> None:
     assert c.names_with_role(c.DataConfig, "identity") == ("tokenizer", "resampling", "time_instruction")
 
 
+@pytest.mark.parametrize(
+    ("factor", "positions", "needed", "expected"),
+    [
+        (1.0, 1000, 1000, (1.0, 1000)), (1.0, 1000, 1001, (2.0, 2000)),
+        (4.0, 2000, 2500, (4.0, 4000)), (2.5, 2000, 2400, (2.5, 2500)),  # trained with YaRN, on short videos
+        (2.5, 2000, 2501, (3.0, 3000)),
+    ],
+)  # fmt: skip
+def test_yarn_is_scaled_further_only_where_its_factor_does_not_reach(factor, positions, needed, expected):
+    decoder = dataclasses.replace(
+        tiny().decoder, yarn_factor=factor, yarn_trained_positions=1000, max_positions=positions
+    )
+    scaled = decoder.with_positions(needed)
+    assert (scaled.yarn_factor, scaled.max_positions) == expected
+    assert scaled.yarn_trained_positions == 1000
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),

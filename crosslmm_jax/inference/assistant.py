@@ -44,7 +44,7 @@ from crosslmm_jax.inference.shapes import (
     round_up,
 )
 from crosslmm_jax.inference.watching import (
-    RESERVED_POSITIONS,
+    ANSWER_POSITIONS,
     AnyMedia,
     Encoding,
     check_frames,
@@ -156,7 +156,7 @@ class VideoModel:
         has no positions for, text included, are left out.
         """
         pixels = (self.processor.image_size,) * 2 + (3,)
-        positions = self.config.decoder.max_positions - RESERVED_POSITIONS
+        positions = self.config.decoder.max_positions - ANSWER_POSITIONS
         most = min(most_frames, most_frames_of(self.config))
         for count in (min(size, most) for size in frame_sizes(most)):
             text = usual_text(count, self.tokenizer, self.processor)
@@ -275,7 +275,7 @@ class VideoModel:
             for prompt, frames in zip(prompts, counts, strict=True)
         ]
         for layout, frames in zip(layouts, counts, strict=True):
-            if len(layout.tokens) + RESERVED_POSITIONS > config.decoder.max_positions:
+            if len(layout.tokens) + ANSWER_POSITIONS > config.decoder.max_positions:
                 raise UserError(
                     f"{sum(frames)} frames and the text about them take {len(layout.tokens)} tokens; this"
                     f" model has {config.decoder.max_positions} positions: read fewer --frames, or give"

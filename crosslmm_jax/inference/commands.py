@@ -18,7 +18,7 @@ from crosslmm_jax.config import MeshConfig, ModelConfig, Precision
 from crosslmm_jax.data.text import check_question, writable
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.assistant import Answer, Chat, Video, VideoModel
-from crosslmm_jax.inference.devices import check_memory, cost_of
+from crosslmm_jax.inference.devices import cost_of
 from crosslmm_jax.inference.figure import check_format, draw_attention
 from crosslmm_jax.inference.load import find_model_folder, load
 from crosslmm_jax.inference.many import Item, answers_as_ready
@@ -33,6 +33,7 @@ from crosslmm_jax.inference.watching import (
     most_frames_to_read,
     read_everywhere,
     read_media,
+    sampling_of,
 )
 from crosslmm_jax.model_folder import Processor, load_model_config, load_processor
 from crosslmm_jax.parallel import gather, initialize_processes, is_first_process, together
@@ -96,7 +97,7 @@ def ask(
     most = most_frames_to_read(video, processor, frames)
     room = config.decoder.with_positions(most * config.merge.tokens_per_frame + RESERVED_POSITIONS)
     config = dataclasses.replace(config, decoder=room) if yarn else config
-    check_frames(most, config, given="--frames is {}")
+    check_frames(sampling_of(processor, frames).most_frames, config, given="--frames is {}")
     if is_long(most):
         loaded = load(folder, precision, mesh=mesh, yarn_frames=most if yarn else 0)
         watched = _watch_long(loaded, video, frames, most, keyframes=keyframes, timed=started is not None)
@@ -143,7 +144,6 @@ def _watch_long(
     model: VideoModel, media: AnyMedia, frames: int | None, most: int, *, keyframes: bool, timed: bool
 ) -> Video:
     """Watches with what it costs said beforehand, and with progress."""
-    check_memory(model.config, model.compiled.mesh, most)
     first = is_first_process()
     if first:
         print(cost_of(model.config, most), file=sys.stderr)

@@ -52,14 +52,13 @@ def videos_at_once(config: ModelConfig, mesh: Mesh, shape: PromptShape) -> int:
     groups, shares = int(sizes["data"] * sizes["fsdp"]), int(sizes["tensor"])
     if limit is None:
         return groups
-    of_video = VideoBytes.of(config, shape)
+    of_video = VideoBytes.of(config, shape, shares)
     room = CACHE_SHARE * (limit - _weight_bytes(config) / (shares * sizes["fsdp"]))
-    caches = (of_video.video_cache + of_video.text_cache) / shares
-    return groups * max(1, min(MOST_VIDEOS, int(room // caches)))
+    return groups * max(1, min(MOST_VIDEOS, int(room // (of_video.video_cache + of_video.text_cache))))
 
 
 class VideoBytes(NamedTuple):
-    """Memory that one video takes, in bytes over all devices that share it."""
+    """Memory that one video takes, in bytes on each device."""
 
     original_tokens: int  # until the prompt has been read
     video_cache: int  # T2V's keys and values
@@ -72,17 +71,19 @@ class VideoBytes(NamedTuple):
         return sum(self)
 
     @classmethod
-    def of(cls, config: ModelConfig, shape: PromptShape) -> "VideoBytes":
-        """Of a prompt of `shape`."""
+    def of(cls, config: ModelConfig, shape: PromptShape, tensor: int = 1) -> "VideoBytes":
+        """Of a prompt of `shape`. `tensor` devices share heads and hidden units, and all hold all tokens."""
         decoder, cross, dtype = config.decoder, config.cross_attention, jnp.dtype(config.compute_dtype)
         size, stored = dtype.itemsize, jnp.dtype(DTYPES.get(cross.cache_dtype, dtype)).itemsize
         tokens = shape.frames * config.merge.tokens_per_frame
         patches = shape.frames * config.vision.num_patches
         pair, heads = 2 * decoder.head_dim, decoder.num_kv_heads
+        heads //= tensor if heads % tensor == 0 else 1
         cached = shape.cache_frames * config.vision.num_patches * len(config.cross_attention_layers)
         # As in the table of `model.video_attention`.
-        attending = patches * pair * size + 5 * tokens * decoder.width * size
-        hidden = 3 * tokens * decoder.mlp_width * size + 2 * tokens * decoder.width * size
+        at_once = 1 if tensor == 1 else heads  # with sharded heads all of a device's; see `is_long` there
+        attending = patches * pair * at_once * size + 5 * tokens * decoder.width * size
+        hidden = 3 * tokens * decoder.mlp_width * size // tensor + 2 * tokens * decoder.width * size
         return cls(
             original_tokens=patches * kv_width(config) * size,
             video_cache=cached * pair * heads * stored if "t2v" in cross.directions else 0,
@@ -91,26 +92,33 @@ class VideoBytes(NamedTuple):
         )
 
 
-def check_memory(config: ModelConfig, mesh: Mesh, num_frames: int) -> None:
+def check_memory(config: ModelConfig, mesh: Mesh, num_frames: int, *, stream: bool = False) -> None:
     """Raises a UserError if the devices cannot hold a video of so many frames, with the number that they can.
 
-    Devices that do not say how much memory they have count as large enough.
+    Devices that do not say how much memory they have count as large enough. Of a `stream`, the caches exist
+    twice while frames are appended.
     """
-    limit, shares = _memory_limit(), int(mesh.shape["tensor"])
+    limit, tensor = _memory_limit(), int(mesh.shape["tensor"])
     if limit is None:
         return
-    room = limit - _weight_bytes(config) / (shares * mesh.shape["fsdp"])
 
-    def needed(frames: int) -> float:
-        return VideoBytes.of(config, _shape_of(config, frames)).total / shares
+    def room(config: ModelConfig) -> float:
+        return limit - _weight_bytes(config) / (tensor * mesh.shape["fsdp"])
 
-    if needed(num_frames) <= room:
+    def needed(config: ModelConfig, frames: int) -> int:
+        of_video = VideoBytes.of(config, _shape_of(config, frames), tensor)
+        return of_video.total + (of_video.video_cache + of_video.text_cache if stream else 0)
+
+    wanted, here = needed(config, num_frames), room(config)
+    if wanted <= here:
         return
-    fits = max((size for size in frame_sizes(num_frames) if needed(size) <= room), default=0)
-    narrower = "" if config.cross_attention.cache_dtype != "compute" else ", or --precision int8"
+    fits = max((size for size in frame_sizes(num_frames) if needed(config, size) <= here), default=0)
+    narrow = config.at_precision("int8")
+    narrower = not stream and needed(narrow, num_frames) <= room(narrow)
+    ways = [f"read at most {fits} frames"] * bool(fits) + ["give --precision int8"] * narrower
     raise UserError(
-        f"{num_frames} frames need {needed(num_frames) / 1e9:.1f} GB beside the weights; this device has"
-        f" {room / 1e9:.1f} GB: read at most {fits} --frames{narrower}"
+        f"{num_frames} frames need {wanted / 1e9:.1f} GB beside the weights; this device has"
+        f" {here / 1e9:.1f} GB: {' or '.join(ways) or 'use devices with more memory'}"
     )
 
 

@@ -1,6 +1,7 @@
 """Many questions about many videos: each video decoded and encoded once, questions answered together."""
 
 import collections
+import contextlib
 import itertools
 import os
 import time
@@ -52,7 +53,8 @@ class _Watched(NamedTuple):
     def of(cls, model: VideoModel, clips: tuple[Clip, ...], items: list[tuple[int, Item]]) -> "_Watched":
         """Sends the frames to the encoder, without waiting for it."""
         frames, encoding = stacked(clips), Encoding(model.compiled, model.params)
-        encoding.add(frames, len(frames))
+        with contextlib.suppress(UserError):  # more than the device holds: told when it is answered
+            encoding.add(frames, len(frames))
         return cls(clips, frames, encoding, items)
 
 

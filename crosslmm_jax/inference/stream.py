@@ -13,6 +13,7 @@ import numpy as np
 from crosslmm_jax.data.media import Clip
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.assistant import Prefix, Video, VideoModel
+from crosslmm_jax.inference.devices import check_memory
 from crosslmm_jax.inference.generate import RowSettings
 from crosslmm_jax.inference.shapes import (
     CACHE_ROOM,
@@ -21,7 +22,7 @@ from crosslmm_jax.inference.shapes import (
     frames_at_once,
     round_up,
 )
-from crosslmm_jax.inference.watching import check_frames
+from crosslmm_jax.inference.watching import ANSWER_POSITIONS, check_frames
 from crosslmm_jax.model import KVCache, Visual
 
 WhenFull: TypeAlias = Literal["thin", "drop"]
@@ -58,7 +59,8 @@ class Stream:
           when_full: what is let go when there are more.
 
         Raises:
-          UserError: the decoder has too few positions for `most_frames`, or an argument is out of range.
+          UserError: the decoder has too few positions for `most_frames`, or the devices too little memory, or
+            an argument is out of range.
         """
         if when_full not in get_args(WhenFull):
             raise UserError(f"when_full is {when_full!r}; it must be {' or '.join(get_args(WhenFull))}")
@@ -69,13 +71,20 @@ class Stream:
                 "frames cannot be appended to a video KV cache in 8 bits; load with precision='compute'"
             )
         check_frames(most_frames, model.config, given="most_frames is {}")
+        check_memory(model.config, model.compiled.mesh, most_frames, stream=True)
         self.model = model
         self.num_received = 0
         self._most, self._when_full, self._stride = most_frames, when_full, 1
         size = model.processor.image_size
-        self._frames = np.zeros((0, size, size, 3), np.uint8)
-        self._times = np.zeros(0, np.float32)
+        self._buffer = np.zeros((most_frames, size, size, 3), np.uint8)  # what is in it is never changed
+        self._times = np.zeros(0)
         self._prompt = model.prompt_of([Clip(self._frames, self._times, 0.0)])
+        text, limit = len(self._prompt.ids) - 1, model.config.decoder.max_positions - ANSWER_POSITIONS
+        if (fit := (limit - text) // model.processor.tokens_per_frame) < most_frames:
+            raise UserError(
+                f"most_frames is {most_frames}; beside {text} tokens of text this model has positions for"
+                f" {fit} at most"
+            )
         self._text, self._cache, self._kept = self._begin()
 
     def _begin(self) -> tuple[Prefix, KVCache, Visual]:
@@ -93,21 +102,27 @@ class Stream:
 
     @property
     def frame_times(self) -> np.ndarray:
-        """float32[F], seconds of the frames that are kept."""
+        """float64[F], seconds of the frames that are kept."""
         return self._times
+
+    @property
+    def _frames(self) -> np.ndarray:
+        return self._buffer[: len(self._times)]
 
     def append(self, frames: np.ndarray, times: np.ndarray) -> None:
         """Adds frames at the end.
 
         Args:
           frames: uint8[n, R, R, 3].
-          times: float32[n], seconds, ascending.
+          times: float[n], seconds, ascending; from any start, such as a clock's.
 
         Raises:
           UserError: frames have another shape or dtype, or times do not ascend.
         """
-        frames, times = np.asarray(frames), np.asarray(times, np.float32)
-        shape = (len(times), *self._frames.shape[1:])
+        frames, times = np.asarray(frames), np.asarray(times, np.float64)
+        if times.ndim != 1 or not np.isfinite(times).all():
+            raise UserError("times are no list of seconds; give a finite number for each frame")
+        shape = (len(times), *self._buffer.shape[1:])
         if frames.shape != shape or frames.dtype != np.uint8:
             raise UserError(f"frames are {frames.dtype}{list(frames.shape)}; give uint8{list(shape)}")
         every = np.concatenate([self._times[-1:], times])
@@ -133,10 +148,11 @@ class Stream:
             padded = np.zeros((1, frames_at_once(len(some)), *some.shape[1:]), np.uint8)
             padded[0, : len(some)] = some
             new = compiled.encode(model.params, padded)
-            self._kept = compiled.keep(self._kept, new, len(self._frames) + begin)
+            count = len(self._times)
+            self._kept = compiled.keep(self._kept, new, count)
             self._cache = compiled.append(model.params, self._cache, self._kept, new, len(some))
-        self._frames = np.concatenate([self._frames, frames])
-        self._times = np.concatenate([self._times, times])
+            self._buffer[count : count + len(some)] = some
+            self._times = np.concatenate([self._times, times[begin : begin + len(some)]])
 
     def _let_go(self) -> None:
         """Makes room; what stays passes through the decoder again."""
@@ -147,11 +163,12 @@ class Stream:
         else:
             stay = np.arange(count // DROPPED, count)
         model, tokens = self.model, self.model.processor.tokens_per_frame
-        cache = self._text.cache._replace(t2v=self._cache.t2v)  # what is left of it is overwritten
+        # What is left of T2V's part is overwritten. No more than two caches exist at a time.
+        self._cache = self._text.cache._replace(t2v=self._cache.t2v)
         kept, room = self._kept, self._kept.originals.shape[1]
         order = np.concatenate([stay, np.full(room - len(stay), stay[-1])])  # one shape for any number
         compact = kept.compact.reshape(1, room, tokens, -1)[:, order].reshape(kept.compact.shape)
-        kept = Visual(compact, kept.originals[:, order])
+        self._kept = kept = Visual(compact, kept.originals[:, order])
         size = max(FRAMES_AT_ONCE)
         for begin in range(0, len(stay), size):
             some = Visual(
@@ -159,9 +176,10 @@ class Stream:
                 kept.originals[:, begin : begin + size],
             )
             number = min(size, len(stay) - begin)
-            cache = model.compiled.append(model.params, cache, kept, some, number)
-        self._cache, self._kept = cache, kept
-        self._frames, self._times = self._frames[stay], self._times[stay]
+            self._cache = model.compiled.append(model.params, self._cache, kept, some, number)
+        buffer = np.zeros_like(self._buffer)
+        buffer[: len(stay)] = self._buffer[stay]
+        self._buffer, self._times = buffer, self._times[stay]
 
     def watched(self) -> Video:
         """The video until now. It stays as it is when frames are appended later.

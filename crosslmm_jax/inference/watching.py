@@ -12,13 +12,15 @@ from crosslmm_jax.data.media import Clip, Media, from_bytes, kind_of, read_frame
 from crosslmm_jax.data.text import ClipMeta, time_text
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.compiled import Compiled
+from crosslmm_jax.inference.devices import check_memory
 from crosslmm_jax.inference.shapes import frames_at_once, is_long, padded_frames
 from crosslmm_jax.model import Visual
 from crosslmm_jax.model_folder import Processor
 from crosslmm_jax.parallel import together
 
-# Positions of the decoder that a video must not use: for questions and answers.
+# Positions of the decoder that frames must not use: for text about them, a question and its answer.
 RESERVED_POSITIONS = 256
+ANSWER_POSITIONS = 128  # of these, those that the text about frames must not use either
 
 
 class Medium(NamedTuple):
@@ -168,6 +170,8 @@ class Encoding:
     def _begin(self, frames: np.ndarray, longest: int) -> None:
         self._frames, self._size, self._parts, self._encoded = frames, frames_at_once(longest), [], 0
         room = padded_frames(longest)
+        if is_long(room):  # before memory is taken
+            check_memory(self._compiled.model.config, self._compiled.mesh, longest)
         self._kept = self._compiled.blank_tokens(room) if is_long(room) else None
 
     def _encode(self, frames: np.ndarray) -> None:

@@ -8,6 +8,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from prompts import whole_prompt
 
 from crosslmm_jax.batch import Batch
@@ -20,7 +21,7 @@ from crosslmm_jax.data.text.time_instruction import ClipMeta, time_text
 from crosslmm_jax.demo.synthetic import write_dataset
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.inference import Medium, Sampling, VideoModel, load
+from crosslmm_jax.inference import Medium, Sampling, VideoModel, commands, load
 from crosslmm_jax.inference.assistant import Chat
 from crosslmm_jax.inference.commands import ask
 from crosslmm_jax.inference.figure import draw_attention
@@ -435,6 +436,18 @@ def test_frames_and_their_times_must_leave_room_for_a_question(model, clip):
         with_times.watch(clip, frames=frames)
 
 
+def test_pictures_are_not_refused_for_the_frames_of_videos(model, model_folder, tmp_path, monkeypatch):
+    """200 of them may have as many frames as 200 videos, and have one each."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    assert 200 * 16 > model.config.decoder.max_positions
+    monkeypatch.setattr(commands, "load", lambda *_, **__: pytest.fail("came to the weights"))
+    with pytest.raises(pytest.fail.Exception, match="came to the weights"):
+        commands.ask(
+            str(model_folder), [tmp_path / "a.png"] * 200, "What?", frames=16, precision=None,
+            attention_path=None, options={},
+        )  # fmt: skip
+
+
 @pytest.mark.slow
 def test_more_frames_than_positions_are_refused_or_read_by_yarn(model_folder, clip, tmp_path, capsys, caplog):
     folder = shutil.copytree(model_folder, tmp_path / "run")
@@ -447,6 +460,8 @@ def test_more_frames_than_positions_are_refused_or_read_by_yarn(model_folder, cl
     assert "--frames is 60; this model has positions for 44 at most: read fewer --frames, or give --yarn" in (
         capsys.readouterr().err
     )
+    assert crosslmm("ask", folder, clip, *question, "--frames", 44) == 0
+    capsys.readouterr()
     assert crosslmm("ask", folder, clip, *question, "--yarn", "--frames", 600) == 0  # a long video
     output = capsys.readouterr()
     report = json.loads(output.out)

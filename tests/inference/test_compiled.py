@@ -174,14 +174,36 @@ def test_what_does_not_fit_the_device_is_refused_with_what_does(monkeypatch):
     mesh = make_mesh(MeshConfig())
     monkeypatch.setattr(devices, "_memory_limit", lambda: 139 * 10**9)
     devices.check_memory(config, mesh, 4096)
-    with pytest.raises(UserError, match=r"16384 frames need 1\d\d.* GB.* or --precision int8") as error:
+    with pytest.raises(UserError, match=r"16384 frames need 1\d\d.* GB.* or give --precision int8$") as error:
         devices.check_memory(config, mesh, 16384)
     fits = int(re.search(r"at most (\d+)", str(error.value))[1])
     devices.check_memory(config, mesh, fits)
     with pytest.raises(UserError):
         devices.check_memory(config, mesh, fits + 1)
     devices.check_memory(config.at_precision("int8"), mesh, 16384)
+    monkeypatch.setattr(devices, "_memory_limit", lambda: 60 * 10**9)
+    with pytest.raises(UserError, match=r"GB: read at most \d+ frames$"):  # nor in 8 bits
+        devices.check_memory(config, mesh, 16384)
+    monkeypatch.setattr(devices, "_memory_limit", lambda: 4 * 10**9)
+    with pytest.raises(UserError, match=r"GB: use devices with more memory$"):
+        devices.check_memory(config, mesh, 16384)
     said = devices.cost_of(config, 4096)
     assert said.startswith(
         "4,096 frames take 36,864 positions and 33.9 GB beside the weights: original tokens"
     )
+
+
+def test_devices_that_share_heads_hold_all_tokens_each():
+    config, shape = presets.crosslmm_2b(), prompt_shape(4096, 0, tokens_per_frame=9, usual_text=0)
+    alone, two, four = (devices.VideoBytes.of(config, shape, tensor) for tensor in (1, 2, 4))
+    assert config.decoder.num_kv_heads == 2  # four devices cannot share them
+    assert alone.original_tokens == two.original_tokens == four.original_tokens
+    assert alone.video_cache == 2 * two.video_cache == 2 * (four.video_cache // 2)
+    assert alone.text_cache == 2 * two.text_cache == four.text_cache
+    # Each device makes the keys and values of all its heads at once: of one and of two.
+    heads = presets.crosslmm_7b()
+    assert (
+        devices.VideoBytes.of(heads, shape, 4).video_cache * 4
+        == devices.VideoBytes.of(heads, shape).video_cache
+    )
+    assert four.prefill > two.prefill

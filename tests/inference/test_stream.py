@@ -1,6 +1,7 @@
 """A video that has not ended, against watching the same frames at once."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -8,11 +9,23 @@ import pytest
 
 from crosslmm_jax import presets
 from crosslmm_jax.config import SamplingConfig
+from crosslmm_jax.data.media import Clip
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.inference import Stream, VideoModel, compiled, load, watching
+from crosslmm_jax.inference import (
+    Answer,
+    AnswerOptions,
+    Stream,
+    VideoModel,
+    answer_many,
+    compiled,
+    devices,
+    load,
+    watching,
+)
+from crosslmm_jax.inference.shapes import prompt_shape
 from crosslmm_jax.model import init_params
-from crosslmm_jax.model_folder import save_model_folder
+from crosslmm_jax.model_folder import Processor, save_model_folder
 
 QUESTION = "What shape is the red object?"
 rng = np.random.default_rng(0)
@@ -32,6 +45,10 @@ def model(tmp_path_factory) -> VideoModel:
         sampling=SamplingConfig(frames=4), system_prompt="You are a helpful assistant.",
     )  # fmt: skip
     return load(folder / "model")
+
+
+def with_processor(model: VideoModel, processor: Processor) -> VideoModel:
+    return VideoModel(model.config, model.params, model.tokenizer, processor, model.compiled.mesh)
 
 
 def caches(video, frames: int) -> list[np.ndarray]:
@@ -86,6 +103,41 @@ def test_a_full_stream_lets_go_of_frames_and_keeps_its_memory(model, when_full, 
     assert len(set(sizes[1:])) == 1
 
 
+def test_times_of_a_clock(model):
+    """Of the year 2026, in seconds: float32 would make them equal."""
+    stream, now = Stream(model, most_frames=16), 1.78e9
+    for number in range(3):
+        stream.append(FRAMES[number : number + 1], np.array([now + number / 25]))
+    np.testing.assert_array_equal(stream.frame_times, now + np.arange(3) / 25)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_the_device_is_refused_before_memory_is_taken(model, monkeypatch):
+    """And of many videos, the others are answered."""
+
+    def needed(frames: int) -> int:
+        shape = prompt_shape(frames, 0, tokens_per_frame=1, usual_text=0)
+        return devices.VideoBytes.of(model.config, shape).total
+
+    limit = devices._weight_bytes(model.config) + needed(32)
+    monkeypatch.setattr(devices, "_memory_limit", lambda: limit)
+    monkeypatch.setattr(watching, "is_long", lambda frames: frames > 32)
+    monkeypatch.setattr(model.compiled, "blank_tokens", lambda frames: pytest.fail("memory is taken"))
+    refusal = "40 frames need .* read at most 32 frames"
+    with pytest.raises(UserError, match=refusal):
+        watching.Encoding(model.compiled, model.params).add(FRAMES[:40], 40)
+    counts = {"a": 8, "b": 40, "c": 7}
+    monkeypatch.setattr(
+        model, "read", lambda media, *_, **__: (Clip(FRAMES[: counts[media]], TIMES[: counts[media]], 1.0),)
+    )
+    items = [(name, QUESTION, AnswerOptions(max_new_tokens=2)) for name in counts]
+    one, two, three = answer_many(model, items, videos_at_once=1)
+    assert isinstance(one, Answer) and isinstance(three, Answer)
+    assert isinstance(two, UserError) and re.match(refusal, str(two))
+    with pytest.raises(UserError, match="31 frames need"):  # a stream has its caches twice
+        Stream(model, most_frames=31)
+
+
 def test_what_a_stream_cannot_take_is_refused(model):
     with pytest.raises(UserError, match="most_frames is 5000; this model has positions for 1792 at most"):
         Stream(model, most_frames=5000)
@@ -99,9 +151,18 @@ def test_what_a_stream_cannot_take_is_refused(model):
     stream.append(FRAMES[:2], TIMES[:2])
     with pytest.raises(UserError, match="times of frames do not ascend"):
         stream.append(FRAMES[:1], TIMES[1:2])
-    narrow = VideoModel(
-        model.config.at_precision("int8"), model.params, model.tokenizer, model.processor, model.compiled.mesh
-    )
+    for times in ([np.nan], [TIMES[:1]], 3.0):
+        with pytest.raises(UserError, match="give a finite number for each frame"):
+            stream.append(FRAMES[:1], times)
+    wordy = dataclasses.replace(model.processor, system_prompt="Be brief. " * 100)
+    with pytest.raises(
+        UserError, match=r"most_frames is 1700; .* this model has positions for \d+ at most"
+    ) as error:
+        Stream(with_processor(model, wordy), most_frames=1700)
+    fit = int(re.search(r"(\d+) at most", str(error.value))[1])
+    assert 0 < fit < 1700 and Stream(with_processor(model, wordy), most_frames=fit)
+    config = model.config.at_precision("int8")
+    narrow = VideoModel(config, model.params, model.tokenizer, model.processor, model.compiled.mesh)
     with pytest.raises(UserError, match="load with precision='compute'"):
         Stream(narrow)
 
