@@ -181,8 +181,8 @@ class Encoding:
         else:
             self._kept = self._compiled.keep(self._kept, new, self._encoded)
         self._encoded += self._size
-        if self._on_progress is not None:
-            self._on_progress(self._encoded)
+        if self._on_progress is not None and self._frames is not None:
+            self._on_progress(min(self._encoded, len(self._frames)))  # without padding
 
     def finish(self, frames: np.ndarray, most_frames: int = 0) -> tuple[Visual, ...]:
         """The tokens of all frames uint8[F, R, R, 3] in parts, padded to a size of `shapes`.

@@ -174,3 +174,6 @@ def test_tokens_of_a_long_video_are_written_to_one_place(model, monkeypatch):
     for module in (watching, compiled):
         monkeypatch.setattr(module, "is_long", lambda frames: frames > 32)
     assert_same(model.watch_frames(FRAMES[:40], TIMES[:40], 40.0), joined, 40)
+    told: list[int] = []
+    watching.Encoding(model.compiled, model.params, told.append).finish(FRAMES[:40])
+    assert told == [16, 32, 40]
