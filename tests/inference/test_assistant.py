@@ -432,8 +432,8 @@ def test_frames_and_their_times_must_leave_room_for_a_question(model, clip):
     with_times = VideoModel(model.config, model.params, model.tokenizer, processor, model.compiled.mesh)
     frames = model.config.decoder.max_positions // 8
     assert model.watch(clip, frames=frames).frames.shape[0] == frames
-    with pytest.raises(UserError, match=f"{frames} frames and the text about them take .* fewer --frames"):
-        with_times.watch(clip, frames=frames)
+    with pytest.raises(UserError, match="300 frames and the text about them take .* fewer --frames"):
+        with_times.watch(clip, frames=300)
 
 
 def test_pictures_are_not_refused_for_the_frames_of_videos(model, model_folder, tmp_path, monkeypatch):

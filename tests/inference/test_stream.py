@@ -154,6 +154,14 @@ def test_what_a_stream_cannot_take_is_refused(model):
     for times in ([np.nan], [TIMES[:1]], 3.0):
         with pytest.raises(UserError, match="give a finite number for each frame"):
             stream.append(FRAMES[:1], times)
+    config = model.config.at_precision("int8")
+    narrow = VideoModel(config, model.params, model.tokenizer, model.processor, model.compiled.mesh)
+    with pytest.raises(UserError, match="load with precision='compute'"):
+        Stream(narrow)
+
+
+@pytest.mark.slow
+def test_text_takes_positions_too(model):
     wordy = dataclasses.replace(model.processor, system_prompt="Be brief. " * 100)
     with pytest.raises(
         UserError, match=r"most_frames is 1700; .* this model has positions for \d+ at most"
@@ -161,10 +169,6 @@ def test_what_a_stream_cannot_take_is_refused(model):
         Stream(with_processor(model, wordy), most_frames=1700)
     fit = int(re.search(r"(\d+) at most", str(error.value))[1])
     assert 0 < fit < 1700 and Stream(with_processor(model, wordy), most_frames=fit)
-    config = model.config.at_precision("int8")
-    narrow = VideoModel(config, model.params, model.tokenizer, model.processor, model.compiled.mesh)
-    with pytest.raises(UserError, match="load with precision='compute'"):
-        Stream(narrow)
 
 
 @pytest.mark.slow
