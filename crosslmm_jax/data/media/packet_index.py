@@ -182,7 +182,7 @@ def read_index(stream: "VideoStream", path: PathOrMedia, deadline: Deadline) -> 
     """
     read = _Reading(keep=size_of(path) <= KEEP_BYTES)
     bytes_left = MOST_REPEATS * size_of(path)
-    for packet in packets_of(stream):
+    for packet in _readable(packets_of(stream), read):
         deadline.check()
         bytes_left -= packet.size
         if bytes_left < 0:
@@ -203,6 +203,18 @@ def read_index(stream: "VideoStream", path: PathOrMedia, deadline: Deadline) -> 
         seekable=not counted and format_of(stream) in SEEKABLE and len(timeline.segments) == 1,
         missing=_missing(stream, len(stamps)), flagged=read.flagged,
     )  # fmt: skip
+
+
+def _readable(packets: "Iterator[Packet]", read: "_Reading") -> "Iterator[Packet]":
+    """The packets up to the place where ffmpeg cannot read on, which counts as a damaged packet."""
+    import av.error
+
+    try:
+        yield from packets
+    except av.error.FFmpegError as error:
+        if isinstance(error, av.error.ExitError) or not read.shown:
+            raise
+        read.flagged += 1
 
 
 def _missing(stream: "VideoStream", read: int) -> int:

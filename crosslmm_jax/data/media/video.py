@@ -283,7 +283,9 @@ def read_frames(
             continue
         threads = 1 if effort == "plainly" else num_threads  # several would report damage late
         with open_indexed(path, deadline, threads, use_tables=effort == "exactly") as (stream, index):
-            damaged |= shows_damage(index)
+            # A few damaged packets of a long video, as broadcasts often have, matter where they are met.
+            is_long = len(index.times) > DECODE_UP_TO
+            damaged |= shows_damage(index, above=max_damaged if is_long else 0.0)
             if damaged and effort != "plainly":
                 continue
             shown = np.flatnonzero(index.shown)

@@ -81,10 +81,11 @@ def check_index(
     try:
         for begin, (found, damaged) in zip(begins, results, strict=True):
             bad += found
-            for video in damaged if on_damaged is not None else ():
-                if video not in told:
-                    told.add(video)
-                    on_damaged(video)
+            if on_damaged is not None:
+                for video in damaged:
+                    if video not in told:
+                        told.add(video)
+                        on_damaged(video)
             if on_bad_row is not None:
                 for row in found:
                     on_bad_row(row)

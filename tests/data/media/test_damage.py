@@ -1,8 +1,12 @@
 """One damaged packet costs one frame; a file is refused by its share of damage, whatever is read of it."""
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
+import av.error
 import numpy as np
 import pytest
 from plain_decode import plain_decode
@@ -10,6 +14,7 @@ from video_files import packet_spans, spoil_packets
 from zoo import FRAMES, SIDE, STRUCTURES, write
 
 from crosslmm_jax.config import ConfigError, DataConfig, SamplingConfig
+from crosslmm_jax.data.media import demux, packet_index, video
 from crosslmm_jax.data.media.decoding import nal_units
 from crosslmm_jax.data.media.video import probe, read_frames
 from crosslmm_jax.errors import DataError
@@ -124,3 +129,40 @@ def test_packets_that_no_other_needs(tmp_path: Path) -> None:
             spoiled = bytearray(content)
             spoiled[place] = value
             assert not nal_units.is_unreferenced(av.Packet(bytes(spoiled)), "h264")
+
+
+def test_where_ffmpeg_cannot_read_on_the_file_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.mkv"
+    assert write(path, *STRUCTURES["h264-closed"])
+    plain = plain_decode(path, SIDE)
+    original = demux._demux
+
+    def stopping(stream: Any) -> Iterator[Any]:
+        yield from itertools.islice(original(stream), FRAMES - 3)
+        raise av.error.InvalidDataError(1094995529, "Invalid data found")
+
+    monkeypatch.setattr(demux, "_demux", stopping)
+    for keep in (2**26, 0):
+        monkeypatch.setattr(packet_index, "KEEP_BYTES", keep)
+        info = probe(path)
+        assert info.num_frames == FRAMES - 3
+        clip = read_frames(path, SamplingConfig(frames=FRAMES - 3), size=SIDE)
+        np.testing.assert_array_equal(clip.frames, plain.images[: FRAMES - 3])
+
+
+def test_a_long_broadcast_with_few_damaged_packets_is_not_decoded_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.ts"
+    assert write(path, "libx264", {"g": "1"})
+    content = path.read_bytes()
+    packets = [content[at : at + 188] for at in range(0, len(content), 188)]
+    del packets[len(packets) // 2]
+    path.write_bytes(b"".join(packets))
+    plain = plain_decode(path, SIDE)
+    monkeypatch.setattr(video, "DECODE_UP_TO", 10)
+    monkeypatch.setattr(video, "PlainDecode", None)
+    clip = read_frames(path, SamplingConfig(frames=2), size=SIDE)
+    np.testing.assert_array_equal(clip.frames, plain.images[plain.at(clip.times)])
+    with pytest.raises(TypeError):  # more damage than the limit: only a plain decode tells how much
+        read_frames(path, SamplingConfig(frames=2), size=SIDE, max_damaged=0.0)

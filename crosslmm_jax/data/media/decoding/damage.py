@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 MAX_DAMAGED = DataConfig.max_damaged  # the default of every reader
 
 
-def shows_damage(index: "PacketIndex") -> bool:
-    """Whether a file is known to be damaged before anything is decoded."""
-    return index.missing + index.flagged > 0
+def shows_damage(index: "PacketIndex", *, above: float = 0.0) -> bool:
+    """Whether a file is known to be damaged, by a larger share than `above`, before anything is decoded."""
+    return index.missing + index.flagged > above * (len(index.times) + index.missing)
 
 
 def count_damaged(decode: PlainDecode, index: "PacketIndex", path: PathOrMedia, *, most: float) -> int:

@@ -166,11 +166,6 @@ def decode_packet(
         yield number if frame.pts is None else frame.pts, frame
 
 
-def decode_plainly(stream: "VideoStream", index: "PacketIndex", deadline: Deadline) -> "PlainDecode":
-    """All frames of a video. Unless `index` kept the packets, `stream` must be at its beginning."""
-    return PlainDecode(stream, index, deadline)
-
-
 class PlainDecode:
     """All packets to one decoder, in order; a packet that it refuses is skipped.
 
@@ -180,7 +175,7 @@ class PlainDecode:
     """
 
     def __init__(self, stream: "VideoStream", index: "PacketIndex", deadline: Deadline) -> None:
-        """As `decode_plainly`."""
+        """Unless `index` kept the packets, `stream` must be at its beginning."""
         self._stream, self._index, self._deadline = stream, index, deadline
         self.damaged = 0
         self.given = 0
@@ -257,7 +252,7 @@ class _PacketReader:
             raise SeekError(f"packet {start} was read before")
         while self._next < stop:
             self._deadline.check()
-            packet = next(self._packets, None)
+            packet = self._read()
             number, self._next = self._next, self._next + 1
             if self._seeks:
                 self._check(packet, number)
@@ -265,6 +260,17 @@ class _PacketReader:
                 return  # the file has become shorter; the caller will miss frames
             if number >= start:
                 yield number, packet
+
+    def _read(self) -> "Packet | None":
+        """The next packet; None at the end, also where ffmpeg cannot read on."""
+        import av.error
+
+        try:
+            return next(self._packets, None)
+        except av.error.ExitError:
+            raise
+        except av.error.FFmpegError:
+            return None
 
     def _seek(self, number: int) -> None:
         """Goes to packet `number`, or to an earlier one from which to read on."""
@@ -278,11 +284,11 @@ class _PacketReader:
                 container_of(self._stream).seek(int(index.stamps[target]), stream=self._stream)
             except av.error.FFmpegError as error:
                 raise SeekError(str(error)) from error
-            packets = packets_of(self._stream)
-            first = next(packets, None)
+            self._packets = packets_of(self._stream)
+            first = self._read()
             found = [] if first is None else np.flatnonzero(index.stamps == first.pts)
             if first is not None and len(found) == 1 and found[0] <= number:
-                self._packets = itertools.chain([first], packets)
+                self._packets = itertools.chain([first], self._packets)
                 self._next, self._sought = int(found[0]), True
                 return
         raise SeekError(f"packet {number} was not found")
