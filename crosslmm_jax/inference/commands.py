@@ -100,7 +100,7 @@ def ask(
     check_frames(sampling_of(processor, frames).most_frames, config, given="--frames is {}")
     if is_long(most):
         loaded = load(folder, precision, mesh=mesh, yarn_frames=most if yarn else 0)
-        watched = _watch_long(loaded, video, frames, most, keyframes=keyframes, timed=started is not None)
+        watched = _watch(loaded, video, frames, keyframes=keyframes, timed=started is not None)
     else:
         with ThreadPoolExecutor(1) as beside:  # the file is decoded while the weights are read
             reading = beside.submit(read_media, video, frames, config, processor, keyframes=keyframes)
@@ -140,11 +140,13 @@ def ask(
     return report
 
 
-def _watch_long(
-    model: VideoModel, media: AnyMedia, frames: int | None, most: int, *, keyframes: bool, timed: bool
+def _watch(
+    model: VideoModel, media: AnyMedia, frames: int | None, *, keyframes: bool, timed: bool = False
 ) -> Video:
-    """Watches with what it costs said beforehand, and with progress."""
-    first = is_first_process()
+    """Watches. What a long video costs is said beforehand, and its progress is shown."""
+    most, first = most_frames_to_read(media, model.processor, frames), is_first_process()
+    if not is_long(most):
+        return model.watch(media, frames, keyframes=keyframes, timed=timed)
     if first:
         print(cost_of(model.config, most), file=sys.stderr)
     with Progress("watch", unit="frames", total=most, quiet=not first) as progress:
@@ -166,7 +168,7 @@ def chat(
     loaded = load(
         model, precision, mesh=mesh, yarn_frames=_yarn_frames(model, [video], frames) if yarn else 0
     )
-    watched, first = loaded.watch(video, frames=frames, keyframes=keyframes), is_first_process()
+    watched, first = _watch(loaded, video, frames, keyframes=keyframes), is_first_process()
     conversation = watched.chat(**options)
     if sys.stdin.isatty() and first:
         print(f"{len(watched.frame_times)} frames read. Ask a question; an empty line ends the chat.")
