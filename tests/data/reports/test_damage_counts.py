@@ -41,8 +41,11 @@ def test_the_index_counts_damaged_frames(rows: Path, tmp_path: Path, tokenizer_f
     index = tmp_path / "index"
     assert build_index(str(rows), index, **options).bad == {"corrupt": 1}
     assert counts(index) == [[0], [1]]
-    assert f"15 of its {FRAMES} frames are lost" in (index / "bad.jsonl").read_text()
+    assert f"15 of its {FRAMES} frames are lost, above max_damaged, 0.1" in (index / "bad.jsonl").read_text()
     assert build_index(str(rows), index, **options).reused == 2
+    assert write(tmp_path / "many.mp4", *STRUCTURES["h264-every"])  # encoded again, as the message says
+    assert build_index(str(rows), index, **options).bad == {}
+    assert counts(index) == [[0], [1], [0]]
 
 
 def test_other_settings_count_again(rows: Path, tmp_path: Path, tokenizer_folder: Path) -> None:

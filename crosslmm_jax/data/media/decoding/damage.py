@@ -40,5 +40,7 @@ def count_damaged(decode: PlainDecode, index: "PacketIndex", path: PathOrMedia, 
     if decode.given and damaged <= most * total:
         return damaged
     reason = "truncated" if index.missing > decode.damaged else "corrupt"
-    what = f"{damaged} of its {total} frames are lost" if damaged else "it gives no frame"
+    what = "it gives no frame"
+    if damaged:
+        what = f"{damaged} of its {total} frames are lost, above max_damaged, {most:g}"
     raise DataError(path, reason, f"is truncated or damaged ({what}); fetch or encode it again")
