@@ -27,7 +27,7 @@ from crosslmm_jax.config import DataConfig, SamplingConfig
 from crosslmm_jax.data.annotations import Row, read_mixture, read_rows
 from crosslmm_jax.data.index import RowStore, Shard, build_index, merge_index, open_index
 from crosslmm_jax.data.index import probe as probing
-from crosslmm_jax.data.index.table import META
+from crosslmm_jax.data.index.table import META, ProbeOptions
 from crosslmm_jax.data.loading import Dataset
 from crosslmm_jax.demo import write_default_tokenizer
 from crosslmm_jax.errors import UserError
@@ -94,7 +94,7 @@ def probe(folder: Path) -> Measured:
     (spec,) = read_mixture(str(folder / "rows.json"), media_root=str(folder / "videos"))
     rows = {row.media[0]: row for row in read_rows(spec, seed=0) if isinstance(row, Row)}
     begin = time.process_time()
-    table = {name: probing._probe(row, name, allow_outside=False) for name, row in rows.items()}
+    table = {name: probing._probe(row, name, options=ProbeOptions()) for name, row in rows.items()}
     probe_ms = 1e3 * (time.process_time() - begin) / len(rows)
     (folder / "probes.json").write_text(json.dumps(table))
     return {"files": len(rows), "probe_ms": probe_ms}
@@ -104,7 +104,7 @@ def index(folder: Path, name: str, shard: tuple[int, int] | None) -> Measured:
     """`crosslmm data index`."""
     table = json.loads((folder / "probes.json").read_text())
 
-    def answer(row: Row, reference: str, *, allow_outside: bool) -> dict[str, Any]:
+    def answer(row: Row, reference: str, *, options: ProbeOptions) -> Measured:
         return table[reference] | {"stamp": probing.media_stamp(row.root, reference)}
 
     probing._probe = answer

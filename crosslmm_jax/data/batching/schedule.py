@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -193,25 +193,29 @@ def group_rows(
     """
     different = sorted(set(weights))
     of_dataset = np.array([different.index(weight) for weight in weights])
-    groups = num_buckets * len(different)
-    members: list[list[np.ndarray]] = [[] for _ in range(groups)]
-    for begin in range(0, len(kind_of_row), _GROUPED):
-        here = slice(begin, begin + _GROUPED)
-        bucket = bucket_of_kind[kind_of_row[here]].astype(np.int64)
-        group = np.where(bucket < 0, groups, bucket * len(different) + of_dataset[dataset_of_row[here]])
-        group = group.astype(np.min_scalar_type(groups))
+    groups = num_buckets * len(different)  # the rows of a bucket with one weight; one more for other rows
+
+    def group_slices() -> Iterator[tuple[int, np.ndarray]]:
+        for begin in range(0, len(kind_of_row), _GROUPED):
+            here = slice(begin, begin + _GROUPED)
+            bucket = bucket_of_kind[kind_of_row[here]].astype(np.int64)
+            group = np.where(bucket < 0, groups, bucket * len(different) + of_dataset[dataset_of_row[here]])
+            yield begin, group.astype(np.min_scalar_type(groups))
+
+    counts = sum(np.bincount(group, minlength=groups + 1) for _, group in group_slices())
+    members = [np.empty(count, np.int32) for count in np.asarray(counts)[:groups].tolist()]
+    filled = [0] * groups
+    for begin, group in group_slices():
         order = np.argsort(group, kind="stable").astype(np.int32)  # a radix sort: groups are small numbers
-        ends = np.cumsum(np.bincount(group, minlength=groups + 1))
-        for number, end in enumerate(ends[:-1].tolist()):
-            first = int(ends[number - 1]) if number else 0
-            if end > first:
-                members[number].append(order[first:end] + np.int32(begin))
+        ends = np.cumsum(np.bincount(group, minlength=groups)).tolist()
+        for number, (first, end) in enumerate(zip([0, *ends], ends[:groups], strict=False)):
+            members[number][filled[number] : filled[number] + end - first] = order[first:end] + begin
+            filled[number] += end - first
     rows: list[list[WeightedRows]] = [[] for _ in range(num_buckets)]
-    for number, parts in enumerate(members):
-        if parts:
+    for number, one in enumerate(members):
+        if len(one):
             bucket, weight = divmod(number, len(different))
-            rows[bucket].append(WeightedRows(np.concatenate(parts), different[weight]))
-            parts.clear()
+            rows[bucket].append(WeightedRows(one, different[weight]))
     return rows
 
 
