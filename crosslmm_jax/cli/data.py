@@ -182,7 +182,7 @@ def _check(args: argparse.Namespace) -> int:
         print(f"damaged\t{video.path}: {video.damaged} of {video.frames} frames are damaged")
     reasons = ", ".join(list_counts(Counter(fault.reason for fault in faults)))
     bad = f"{len(faults)} bad{f' ({reasons})' if faults else ''}"
-    print(f"{count} rows decoded, {bad}, {len(damaged)} videos with damaged frames")
+    print(f"{count} rows decoded, {bad}, videos with damaged frames: {len(damaged)}")
     return FAILURES if faults else 0
 
 

@@ -289,6 +289,6 @@ def check_disk_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out).free
     if free < needed:
         raise UserError(
-            f"run.out {out}: {free / 1e9:.1f} GB are free; checkpoints and weights need"
-            f" {needed / 1e9:.1f} GB: free space there, or lower run.keep_checkpoints"
+            f"run.out {out}: {free / 1e9:.3f} GB are free; checkpoints and weights need"
+            f" {needed / 1e9:.3f} GB: free space there, or lower run.keep_checkpoints"
         )

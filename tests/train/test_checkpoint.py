@@ -232,7 +232,7 @@ def test_too_little_disk_space(tmp_path, monkeypatch) -> None:
     check_disk_space(tmp_path / "new", 10**6)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 5 * 10**6, 5 * 10**6))
-    with pytest.raises(UserError, match=r"0\.0 GB are free; .* need 2\.0 GB"):
+    with pytest.raises(UserError, match=r"0\.005 GB are free; .* need 2\.000 GB"):
         check_disk_space(tmp_path / "new", 2 * 10**9)
 
 

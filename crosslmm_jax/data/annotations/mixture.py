@@ -81,7 +81,7 @@ def read_mixture(
             does not exist. Names file, data set and field.
     """
     if media_root is not None and not os.path.isdir(media_root):
-        raise UserError(f"{media_root}: no such folder; set media_root to where the media lie")
+        raise UserError(f"{media_root}: no such folder; set --media-root to where the media lie")
     if path.endswith((".yaml", ".yml")):
         items, skip_missing = _read_yaml(path)
         folder = os.path.dirname(path)
@@ -233,7 +233,7 @@ def _exists(spec: DatasetSpec, where: str, *, skip: bool) -> bool:
         else "correct json_path or map it with --path-map, or set skip_missing: true"
     )
     if missing is None and not os.path.isdir(spec.root):
-        missing, fix = spec.root, "correct data_root or set media_root, or set skip_missing: true"
+        missing, fix = spec.root, "correct data_root or give --media-root, or set skip_missing: true"
     if missing is None:
         return True
     if not skip:

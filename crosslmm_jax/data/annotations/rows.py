@@ -200,8 +200,10 @@ class Origin:
             file = relative if relative != "." else ""
         path = PurePosixPath(file.replace("\\", "/"))
         if not path.parts or (not self.allow_outside and (".." in path.parts or _ELSEWHERE.match(file))):
-            detail = f"media path {name!r} must be relative to media_root and stay inside it"
-            raise self.error("outside_root", detail, name)
+            fault, fix = "is not below data_root", "write it relative to data_root, or move the media there"
+            if "://" in name:
+                fault, fix = "is an address", "download the file and write its path relative to data_root"
+            raise self.error("outside_root", f"media path {name!r} {fault}; {fix}", name)
         return file + mark + member
 
     def bounds(self, start: object, end: object) -> tuple[float, float] | None:

@@ -73,9 +73,9 @@ def test_commands(
     out = capsys.readouterr().out
     assert f"damaged\t{tmp_path}/one.mp4: 1 of {FRAMES} frames are damaged" in out
     assert "row 2\tcorrupt" in out and "1 bad (1 corrupt)" in out
-    assert "1 videos with damaged frames" in out
+    assert "videos with damaged frames: 1" in out
     assert main([*check, "--max-damaged", "0.5"]) == 0
-    assert "2 videos with damaged frames" in capsys.readouterr().out
+    assert "videos with damaged frames: 2" in capsys.readouterr().out
     assert main(["data", "index", str(rows), *words, "--decode-up-to", "all", "--max-damaged", "0.5"]) == 0
     assert counts(Path(index)) == [[0], [1], [15]]
     assert main(["data", "index", str(rows), *words, "--max-damaged", "2"]) == 2
