@@ -157,6 +157,21 @@ def test_an_ending_that_nobody_hears_is_no_failure(closed: bool) -> None:
     assert (result.returncode, result.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("lines", [1, 10_000], ids=["buffered", "longer than the buffer"])
+def test_a_pipe_that_is_closed_early_gets_no_traceback(lines: int) -> None:
+    reader, pipe = os.pipe()
+    os.close(reader)
+    program = (
+        "import sys, types; from crosslmm_jax.cli import app\n"
+        f"args = types.SimpleNamespace(command='data', run=lambda args: print('row\\n' * {lines}))\n"
+        "app.build_parser = lambda: types.SimpleNamespace(parse_args=lambda words: args)\n"
+        "sys.exit(app.main([]))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE)
+    os.close(pipe)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
 def test_debug_reaches_train_wherever_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "nope.py", "--debug"]) == 2
     assert capsys.readouterr().err.startswith("Traceback")

@@ -5,6 +5,7 @@ on stderr and exit code 2; `--debug` adds the traceback.
 """
 
 import os
+import select
 import signal
 import sys
 import traceback
@@ -27,6 +28,7 @@ USER_MISTAKE = 2  # exit code, as argparse uses
 # Commands that compile nothing worth keeping; and `train`, for the reason in `compilation_cache`.
 WITHOUT_COMPILATION_CACHE = ("data", "export", "params", "train")
 INTERRUPTED = 130  # exit code, 128 + SIGINT, as shells use
+NOT_READ = 141  # exit code, 128 + SIGPIPE
 
 
 def build_parser() -> OneLineParser:
@@ -65,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         xla_flags.apply(os.environ)
         if args.command not in WITHOUT_COMPILATION_CACHE:
             compilation_cache.apply(os.environ)
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()  # so that a closed pipe is met here, and not when Python ends
+        return code
     except KeyboardInterrupt as stop:
         if debug:
             traceback.print_exc()
@@ -74,6 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv is None:
             _end_at_next_interrupt(stop)
         return INTERRUPTED
+    except BrokenPipeError:
+        if not _nobody_reads_stdout():
+            raise
+        return NOT_READ
     except Exception as error:
         mistake = error if isinstance(error, UserError) else _absent_platform()
         if mistake is None:
@@ -96,6 +104,16 @@ def _end_at_next_interrupt(stop: KeyboardInterrupt) -> None:
         sys.stdout.flush()
         os._exit(INTERRUPTED)
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # Python still waits for its threads
+
+
+def _nobody_reads_stdout() -> bool:
+    """Whether stdout is a pipe whose reader has left, as `| head` does. What is left to print is dropped."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # 0: only errors are reported
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails over it at its exit
+    return True
 
 
 def _check_words(words: Sequence[str]) -> None:
