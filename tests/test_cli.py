@@ -81,6 +81,8 @@ MISTAKES = [
     (["data", "stats", "index", "--style", "prose"], "'prose' for argument '--style'"),
     (["data", "stats", "index", "--sampling.frames", "0"], "data stats: SamplingConfig.frames is 0; it must"),
     (["train", "configs/tiny_stage1.py", "--run.out", "gs://b/x"], "must be a folder of a mounted disk"),
+    (["data", "index", "m.yaml", "--out", "gs://b/x"], "gs://b/x: object stores are not supported yet"),
+    (["data", "to-tfds", "m.yaml", "--out", "s3://b/x"], "s3://b/x: object stores are not supported yet"),
     (
         ["train", "configs/tiny_stage1.py", "--data.seed", "-1"],
         "DataConfig.seed is -1; it must be within",

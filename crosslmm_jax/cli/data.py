@@ -10,6 +10,7 @@ from crosslmm_jax.cli.options import Commands, Renamed, add_field_options, seed
 from crosslmm_jax.config import DataConfig, leaf_fields
 from crosslmm_jax.config_io import apply_overrides
 from crosslmm_jax.errors import Fault, list_counts
+from crosslmm_jax.utils import check_local
 
 FAILURES = 1  # exit code of `check` when a row cannot be read
 # What decides how rows become batches.
@@ -118,6 +119,7 @@ def _share(text: str) -> float:
 def _index(args: argparse.Namespace) -> None:
     from crosslmm_jax.data.index import build_index, parse_shard
 
+    check_local(args.out)
     shard = None if args.shard is None else parse_shard(args.shard)
     given = {"decode_up_to": args.decode_up_to} if hasattr(args, "decode_up_to") else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -152,6 +154,7 @@ def _merge(args: argparse.Namespace) -> None:
 def _to_tfds(args: argparse.Namespace) -> None:
     from crosslmm_jax.data.tfds_export import to_tfds
 
+    check_local(args.out)
     report = to_tfds(
         args.mixture, args.out, media_root=args.media_root, path_map=args.path_map, shards=args.shards,
         shard_mb=args.shard_mb, workers=args.workers, seed=args.seed, allow_outside=args.allow_outside,
