@@ -68,6 +68,12 @@ def _require_seed(config: object, name: str) -> None:
     _require(config, name, 0 <= getattr(config, name) <= LARGEST_SEED, f"within 0..{LARGEST_SEED}")
 
 
+def _require_mounted(config: object, *names: str) -> None:
+    for name in names:
+        mounted = "://" not in (getattr(config, name) or "")
+        _require(config, name, mounted, "a folder of a mounted disk; object stores are not supported yet")
+
+
 class Leaf(NamedTuple):
     """A field that holds a value, not further fields."""
 
@@ -367,6 +373,7 @@ class DataConfig:
             ascending = list(sizes) == sorted(set(sizes)) and all(size > 0 for size in sizes)
             _require(self, name, ascending, "positive and ascending")
         _require(self, "index", bool(self.index), "the name of a folder")
+        _require_mounted(self, "index", "tokenizer")
         timed = self.time_instruction == "none" or self.style == "chat"
         _require(self, "time_instruction", timed, '"none" with style "plain", which has no place for it')
         limited = self.deadline_s is None or 0 < self.deadline_s < float("inf")
@@ -449,8 +456,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "log_every", "save_every", "keep_checkpoints", "stop_deadline_s")
         _require(self, "out", bool(self.out), "the name of a folder")
-        mounted = "://" not in self.out
-        _require(self, "out", mounted, "a folder of a mounted disk; object stores are not supported yet")
+        _require_mounted(self, "out", "init_from")
         _require_seed(self, "seed")
 
 

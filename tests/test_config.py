@@ -93,6 +93,8 @@ WRONG_ELSEWHERE = [
     ("data", {"seed": 2**32}, "DataConfig.seed is 4294967296; it must be within 0..4294967295"),
     ("run", {"seed": -1}, "RunConfig.seed is -1; it must be within 0..4294967295"),
     ("run", {"out": "gs://bucket/run"}, "a folder of a mounted disk; object stores are not supported yet"),
+    ("run", {"init_from": "gs://bucket/model"}, "a folder of a mounted disk"),
+    ("data", {"index": "s3://bucket/index"}, "a folder of a mounted disk"),
     ("stage", {"learning_rate": math.inf}, "StageConfig.learning_rate is inf; it must be finite"),
     ("stage", {"learning_rate": math.nan}, "StageConfig.learning_rate is nan; it must be greater than 0"),
     ("stage", {"b1": 1.0}, "StageConfig.b1 is 1.0; it must be in [0, 1)"),
