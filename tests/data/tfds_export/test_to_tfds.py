@@ -194,7 +194,7 @@ def test_bad_media_are_listed_with_their_reason(tmp_path: Path) -> None:
         (7, "../secret.mp4", "outside_root"), (8, "good.mp4", "wrong_type"),
     ]  # fmt: skip
     assert (report.rows, report.bad) == (1, dict(Counter(line["reason"] for line in lines)))
-    assert all(str(tmp_path) in line["detail"] or "media_root" in line["detail"] for line in lines)
+    assert all(str(tmp_path) in line["detail"] or "data_root" in line["detail"] for line in lines)
     report = to_tfds(str(tmp_path / "a.yaml"), tmp_path / "free", allow_outside=True, quiet=True)
     assert report.rows == 3
 
