@@ -263,6 +263,8 @@ def main(argv: Sequence[str]) -> None:
             Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             Path(args.out).with_suffix(".md").write_text(page(result), encoding="utf-8")
 
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         write_videos(folder / "videos")

@@ -99,7 +99,9 @@ def ask(
     config = dataclasses.replace(config, decoder=room) if yarn else config
     check_frames(sampling_of(processor, frames).most_frames, config, given="--frames is {}")
     if is_long(most):
-        loaded = load(folder, precision, mesh=mesh, yarn_frames=most if yarn else 0)
+        # Of these alone it is known how many there will be.
+        exact = None if frames is None or keyframes else lambda: most
+        loaded = load(folder, precision, mesh=mesh, frames=exact, yarn_frames=most if yarn else 0)
         watched = _watch(loaded, video, frames, keyframes=keyframes, timed=started is not None)
     else:
         with ThreadPoolExecutor(1) as beside:  # the file is decoded while the weights are read
