@@ -233,7 +233,7 @@ def page(result: Measured) -> str:
     table = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
     process, probed = result["process"], result["probe"]
     note = (
-        f"{result['cpus']} CPU cores that others used too (load {result['load_before']:.1f} before the run):"
+        f"{result['cpus']} CPU cores (load {result['load_before']:.1f} before the run):"
         f" CPU seconds say more than seconds. A process that only imports the same modules has"
         f" {process['peak_mb']:.0f} MB. A probe takes {probed['probe_ms']:.1f} ms of CPU, mean of"
         f' {probed["files"]:,} files. "Again": nothing changed.'
