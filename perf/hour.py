@@ -71,7 +71,8 @@ def write_hour(clips: Path, out: Path, *, seconds: float) -> None:
                     container.mux(stream.encode(picture))
                     number += 1
         container.mux(stream.encode(None))
-    with av.open(str(once)) as source, av.open(str(out), "w") as target:
+    incomplete = out.with_name(f"incomplete-{out.name}")
+    with av.open(str(once)) as source, av.open(str(incomplete), "w") as target:
         before = source.streams.video[0]
         after = target.add_stream_from_template(before)
         packets = [
@@ -88,6 +89,7 @@ def write_hour(clips: Path, out: Path, *, seconds: float) -> None:
                 packet.time_base, packet.stream, packet.is_keyframe = tick, after, is_keyframe
                 target.mux(packet)
     once.unlink()
+    incomplete.replace(out)
 
 
 def drop_from_cache(path: str) -> None:

@@ -138,7 +138,8 @@ class VideoModel:
           on_progress: called with the number of frames that have gone to the encoder, of one medium.
 
         Raises:
-          UserError: a medium is missing or damaged, or the decoder has too few positions for the frames.
+          UserError: a medium is missing or damaged, or the decoder has too few positions for the frames, or
+            the devices too little memory.
         """
         begun = time.perf_counter()
         # Frames of one video go to the encoder while later ones are decoded. Not with several processes: they

@@ -95,8 +95,9 @@ def ask(
         )
     together(lambda: check_media(video))  # before the weights are read
     most = most_frames_to_read(video, processor, frames)
-    room = config.decoder.with_positions(most * config.merge.tokens_per_frame + RESERVED_POSITIONS)
-    config = dataclasses.replace(config, decoder=room) if yarn else config
+    if yarn:  # as `load` will scale it, but for the text, whose tokens are not known yet
+        positions = most * config.merge.tokens_per_frame + RESERVED_POSITIONS
+        config = dataclasses.replace(config, decoder=config.decoder.with_positions(positions))
     check_frames(sampling_of(processor, frames).most_frames, config, given="--frames is {}")
     if is_long(most):
         # Of these alone it is known how many there will be.

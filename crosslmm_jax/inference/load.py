@@ -75,15 +75,14 @@ def load(
         reading, preparing = beside.submit(_read_tokenizer, folder), None
         devices = answering_mesh(config, mesh)
         if frames is not None and devices.size == 1:  # the layout of several is known only by compiling
-            preparing = beside.submit(
-                lambda: prepare_programs(
-                    with_positions(config, processor, reading.result()[0], yarn_frames),
-                    devices,
-                    reading.result()[0],
-                    processor,
-                    frames(),
-                )  # fmt: skip
-            )
+            count = frames
+
+            def prepare() -> float:
+                tokenizer = reading.result()[0]
+                scaled = with_positions_for(yarn_frames, config, processor, tokenizer)
+                return prepare_programs(scaled, devices, tokenizer, processor, count())
+
+            preparing = beside.submit(prepare)
         shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
         shardings = param_shardings(logical_axes(config), shapes, devices)
         # Cast to the compute dtype once here instead of at every use.
@@ -100,7 +99,7 @@ def load(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but DecoderConfig.vocab_size is"
             f" {config.decoder.vocab_size}; use the tokenizer that the model was trained with"
         )
-    config = with_positions(config, processor, tokenizer, yarn_frames)
+    config = with_positions_for(yarn_frames, config, processor, tokenizer)
     if config.decoder.yarn_factor > DOCUMENTED_YARN_FACTOR:
         logger.warning(
             "positions are scaled by %g (YaRN); Qwen2.5 documents factors up to %g only",
@@ -110,8 +109,8 @@ def load(
     return VideoModel(config, params, tokenizer, processor, devices, seconds)
 
 
-def with_positions(
-    config: ModelConfig, processor: Processor, tokenizer: Tokenizer, frames: int
+def with_positions_for(
+    frames: int, config: ModelConfig, processor: Processor, tokenizer: Tokenizer
 ) -> ModelConfig:
     """`config` with positions for so many frames and the text about them, by YaRN where it has fewer."""
     tokens = frames * config.merge.tokens_per_frame + usual_text(frames, tokenizer, processor)

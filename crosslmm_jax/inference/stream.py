@@ -1,7 +1,7 @@
 """A video that has not ended: frames are appended, and questions asked in between.
 
 stream = Stream(model, most_frames=256)
-for frames, times in follow("recording.mkv"):
+for frames, times in follow("recording.mkv", size=model.processor.image_size):
     stream.append(frames, times)
 print(stream.watched().ask("What has happened until now?"))
 """
@@ -26,7 +26,7 @@ from crosslmm_jax.inference.watching import ANSWER_POSITIONS, check_frames
 from crosslmm_jax.model import KVCache, Visual
 
 WhenFull: TypeAlias = Literal["thin", "drop"]
-DROPPED = 4  # "drop" lets go of one frame in so many
+DROPPED = 4  # "drop" lets go of one frame in so many; a stream keeps at least so many
 
 
 class Stream:
