@@ -17,7 +17,7 @@ from crosslmm_jax.cli.convert import add_convert
 from crosslmm_jax.cli.data import add_data
 from crosslmm_jax.cli.demo import add_demo
 from crosslmm_jax.cli.export import add_export
-from crosslmm_jax.cli.options import OneLineParser
+from crosslmm_jax.cli.options import OneLineParser, drop_output
 from crosslmm_jax.cli.params import add_params
 from crosslmm_jax.cli.profile import add_profile
 from crosslmm_jax.cli.train import add_train
@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         if not _nobody_reads_stdout():
             raise
+        drop_output()
         return NOT_READ
     except Exception as error:
         mistake = error if isinstance(error, UserError) else _absent_platform()
@@ -107,13 +108,10 @@ def _end_at_next_interrupt(stop: KeyboardInterrupt) -> None:
 
 
 def _nobody_reads_stdout() -> bool:
-    """Whether stdout is a pipe whose reader has left, as `| head` does. What is left to print is dropped."""
+    """Whether stdout is a pipe whose reader has left, as `| head` does."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)  # 0: only errors are reported
-    if not poll.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails over it at its exit
-    return True
+    return bool(poll.poll(0))
 
 
 def _check_words(words: Sequence[str]) -> None:

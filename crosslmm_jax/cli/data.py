@@ -133,11 +133,11 @@ def _index(args: argparse.Namespace) -> None:
             shard=shard, max_damaged=args.max_damaged, **given,
         )  # fmt: skip
     if shard is None:
-        end = f"written: {args.out}; next: crosslmm data stats {args.out}, or train with --data.index"
-        print("\n".join([*report.lines(), f"{end} {args.out}"]))
+        further = f"crosslmm data stats {args.out}, or train with --data.index {args.out}"
+        end = f"written: {args.out}; next: {further}"
     else:
         end = f"written: shard {args.shard}; once all are: crosslmm data merge {args.out}"
-        print("\n".join([*report.lines(), end]))
+    print("\n".join([*report.lines(), end]))
     if args.tokenizer is None:
         print(
             "tokens are counted by the small tokenizer of the tiny model; to train another one, repeat with"

@@ -132,8 +132,12 @@ def say(ending: str) -> None:
     try:
         print(ending, flush=True)
     except OSError:
-        # Python fails at its exit over what is left in the buffer, so that must have a place to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
+
+
+def drop_output() -> None:
+    """Sends stdout nowhere from now on, since Python fails at its exit over what is left in the buffer."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_output(option: str, path: str | None) -> None:

@@ -166,12 +166,12 @@ def _open_sources(request: Request, stack: contextlib.ExitStack) -> dict[str, So
     """
     paths = request.sources
     opened = {
-        option: stack.enter_context(open_source(path, option))
+        option: stack.enter_context(open_source(path))
         for option, path in paths.items()
         if option != "--vision" or request.llava is None
     }
     if request.llava is not None and request.vision is not None and not has_tower(opened["--llava"]):
-        opened["--vision"] = stack.enter_context(open_source(request.vision, "--vision"))
+        opened["--vision"] = stack.enter_context(open_source(request.vision))
     return opened
 
 

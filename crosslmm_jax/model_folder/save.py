@@ -25,6 +25,7 @@ from crosslmm_jax.model_folder.settings import (
     write_settings,
 )
 from crosslmm_jax.model_folder.weights import write_weights
+from crosslmm_jax.parallel import is_first_process
 from crosslmm_jax.utils import atomic_folder
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def save_model_folder(
         config, sampling=sampling, system_prompt=system_prompt, time_instruction=time_instruction,
         resampling=resampling,
     )  # fmt: skip
-    writes = jax.process_index() == 0
+    writes = is_first_process()
     if writes and started_from is not None:
         processor = _answering_as(processor, started_from)
     with atomic_folder(folder, resume=False) if writes else contextlib.nullcontext(folder) as building:

@@ -22,6 +22,7 @@ from crosslmm_jax.errors import UserError
 from crosslmm_jax.model import init_params
 from crosslmm_jax.model_folder.json_file import read_json
 from crosslmm_jax.model_folder.safetensors_file import FLOATS, Reader, Shape, Writer
+from crosslmm_jax.parallel import is_first_process
 
 MAX_SHARD_BYTES = 4 * 10**9
 INDEX_FILE = "model.safetensors.index.json"
@@ -145,7 +146,7 @@ def write_weights(
     tensors = {name: (tuple(leaf.shape), dtype) for name, leaf in flat.items()}
     with contextlib.ExitStack() as stack:
         writer = None
-        if jax.process_index() == 0:
+        if is_first_process():
             made = WeightsWriter(folder, tensors, kind="np", max_shard_bytes=max_shard_bytes)
             writer = stack.enter_context(made)
         for name, leaf in flat.items():

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.parallel import FailedSomewhere, succeed_on_all
+from crosslmm_jax.parallel import FailedSomewhere, is_first_process, succeed_on_all
 from crosslmm_jax.train.checksum import array_checksums, check_undamaged
 from crosslmm_jax.train.settings import Settings, check_resumable, with_known_digests
 from crosslmm_jax.train.state import TrainState
@@ -183,7 +183,7 @@ class Checkpoints:
         """Moves damaged checkpoints away, so that new ones can take their names."""
 
         def move() -> None:
-            for step in steps if jax.process_index() == 0 else []:
+            for step in steps if is_first_process() else []:
                 target = _free_name(self.folder.with_name("checkpoints_damaged") / str(step))
                 try:
                     target.parent.mkdir(exist_ok=True)

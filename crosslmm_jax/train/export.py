@@ -67,7 +67,7 @@ def write_model(folder: Path, config: ExperimentConfig, params: Params, *, token
 def _find(run: Path, step: int | None) -> tuple[int, Path]:
     """The checkpoint of `step`, or the newest one."""
     folder = run / "checkpoints"
-    steps = sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit())
+    steps = _steps(folder)
     if not steps:
         raise UserError(f"{run}: holds no checkpoints; give the folder of a run, as run.out of its config")
     if step is None:
@@ -75,6 +75,11 @@ def _find(run: Path, step: int | None) -> tuple[int, Path]:
     if step not in steps:
         raise UserError(f"{run}: has no checkpoint of step {step}; --step takes {_listed(steps)}")
     return step, folder.absolute() / str(step)
+
+
+def _steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in `folder`, in order."""
+    return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit())
 
 
 def _listed(steps: list[int]) -> str:
@@ -90,12 +95,9 @@ def _read(checkpoint: Path, **items: ocp.args.CheckpointArgs) -> Mapping[str, Py
 
 def _damaged(checkpoint: Path, error: Exception) -> UserError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    others = [path.name for path in checkpoint.parent.glob("[0-9]*") if path.name.isdigit()]
-    fix = f"choose --step {_listed(sorted(int(name) for name in others if name != checkpoint.name))}"
-    return UserError(
-        f"{checkpoint}: damaged, or removed by a run that goes on ({reason});"
-        f" {fix if len(others) > 1 else 'there is no other'}"
-    )
+    others = [step for step in _steps(checkpoint.parent) if step != int(checkpoint.name)]
+    fix = f"choose --step {_listed(others)}" if others else "there is no other"
+    return UserError(f"{checkpoint}: damaged, or removed by a run that goes on ({reason}); {fix}")
 
 
 def _check_tokenizer(folder: str, saved: Settings) -> str:

@@ -20,6 +20,7 @@ from crosslmm_jax.cli.app import build_parser, main
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.model_folder import find_model_folder, load_processor
 from crosslmm_jax.train import export, loop
+from crosslmm_jax.train.export import _damaged
 from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs
 from crosslmm_jax.train.metrics_log import METRICS_FILE, read_metrics
 
@@ -258,6 +259,12 @@ def test_what_cannot_be_exported(finished, tmp_path) -> None:
     path.write_text(json.dumps({name: value + 1 for name, value in json.loads(path.read_text()).items()}))
     with pytest.raises(UserError, match=r"checkpoints/4: damaged, .*\(checksums differ in "):
         export(out, step=4)
+
+
+def test_export_names_what_is_left_when_a_run_removes_its_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "6").mkdir()
+    assert str(_damaged(tmp_path / "4", FileNotFoundError())).endswith("; choose --step 6")
+    assert str(_damaged(tmp_path / "6", FileNotFoundError())).endswith("; there is no other")
 
 
 def test_another_config_in_the_same_folder(finished) -> None:

@@ -60,8 +60,8 @@ class Source(Protocol):
 
 
 @contextlib.contextmanager
-def open_source(path: str | Path, option: str = "") -> Iterator[Source]:
-    """The tensors of a folder or of one file, which `option` names on the command line.
+def open_source(path: str | Path) -> Iterator[Source]:
+    """The tensors of a folder or of one file.
 
     A folder holds an index (of `*.safetensors`, else of `pytorch_model*.bin`) or a single file.
 
@@ -69,7 +69,7 @@ def open_source(path: str | Path, option: str = "") -> Iterator[Source]:
       UserError: there is nothing to read; a file is missing, truncated, or holds anything but tensors; or the
         index does not agree with the files.
     """
-    source = _open(Path(path), option)
+    source = _open(Path(path))
     try:
         _check_index(source)
         yield source
@@ -77,8 +77,8 @@ def open_source(path: str | Path, option: str = "") -> Iterator[Source]:
         source.close()
 
 
-def _open(path: Path, option: str) -> Source:
-    check_readable(option, path)
+def _open(path: Path) -> Source:
+    check_readable("", path)
     files = [path] if path.is_file() else _files_of(path)
     suffix = files[0].suffix
     if suffix == ".safetensors":

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from crosslmm_jax.config import DecoderConfig
 from crosslmm_jax.convert.source.checks import Json, check_types
 from crosslmm_jax.errors import ConfigError
 
@@ -18,8 +19,8 @@ class Positions(NamedTuple):
 
     rope_theta: float
     max_positions: int
-    yarn_factor: float = 1.0
-    yarn_trained_positions: int = 32768
+    yarn_factor: float = DecoderConfig.yarn_factor
+    yarn_trained_positions: int = DecoderConfig.yarn_trained_positions
 
 
 def check_rope(config: Json, path: Path) -> Json:

@@ -9,6 +9,7 @@ from crosslmm_jax.errors import UserError
 from crosslmm_jax.model_folder import read_json
 from crosslmm_jax.utils import guess_meant
 
+_GGUF = "is GGUF, whose weights are rounded; give the safetensors folder that it was made from"
 _ADAPTER = "adapter_config.json"
 _MERGE = {
     "--llm": "from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({adapter!r})",
@@ -41,9 +42,6 @@ def check_readable(option: str, path: str | Path) -> None:
         raise UserError(f"{where}: {_GGUF}")
     if (path / "config.json").is_file():
         _check_unquantised(where, path / "config.json")
-
-
-_GGUF = "is GGUF, whose weights are rounded; give the safetensors folder that it was made from"
 
 
 def _of_hub(path: Path) -> str:
