@@ -32,7 +32,7 @@ REASONS: dict[Reason, str] = {
     "clip_times": "start and end are no times, or not within the video",
     "outside_root": "the path leaves the media root",
     "not_downloaded": "img2dataset did not download the image",
-    "missing": "there is no such file, or nothing of that name in the tar or ArrayRecord file",
+    "missing": "there is no such file, or nothing of that name in the tar, ArrayRecord or Parquet file",
     "empty": "the file has no bytes, or the folder has no images",
     "not_a_file": "a folder, pipe, socket or device in place of a file",
     "wrong_type": "a format or codec that cannot be read, or a video where the row says image",
@@ -86,6 +86,11 @@ class DataError(UserError):
 
     def __str__(self) -> str:
         return str(self.fault)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, or the type of an error without one."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def list_counts(counts: Mapping[str, int]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.stream import Disposition
 from PIL import Image
 
 from crosslmm_jax.data.media.image import Clip
@@ -69,11 +70,11 @@ def write_streams(
             stream: Any = container.add_stream("mjpeg" if number == cover else "libx264", rate=25)
             stream.width, stream.height = width, width * 3 // 4
             stream.pix_fmt = "yuvj420p" if number == cover else "yuv420p"
-            stream.disposition = av.stream.Disposition(0)
+            stream.disposition = Disposition(0)
             if number == cover:
-                stream.disposition = av.stream.Disposition.attached_pic
+                stream.disposition = Disposition.attached_pic
             elif number == default:
-                stream.disposition = av.stream.Disposition.default
+                stream.disposition = Disposition.default
             streams.append(stream)
         for number in range(count):
             for place, stream in enumerate(streams):
@@ -128,6 +129,11 @@ def packet_spans(path: Path) -> list[tuple[int, int]]:
     with av.open(str(path)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size and (packet.pos or -1) >= 0]
     return [(packet.pos or 0, packet.size) for packet in packets]
+
+
+def transport_packets(content: bytes) -> list[bytes]:
+    """The packets of an MPEG transport stream, of which each video packet takes several."""
+    return [content[at : at + 188] for at in range(0, len(content), 188)]
 
 
 def spoil_packets(path: Path, numbers: list[int]) -> None:

@@ -18,7 +18,7 @@ import av
 import av.error
 import numpy as np
 from av.codec import Codec, codecs_available
-from video_files import packet_spans
+from video_files import packet_spans, transport_packets
 
 SIDE, FRAMES = 64, 40
 # Containers into which ffmpeg writes any codec, but reads only some back.
@@ -255,7 +255,7 @@ def damaged_animals(folder: Path, rng: random.Random) -> Iterator[Animal]:
                 content[:hole] + bytes(len(content[hole : hole + 300])) + content[hole + 300 :]
             )
         if source.suffix == ".ts":
-            packets = [content[at : at + 188] for at in range(0, len(content), 188)]
+            packets = transport_packets(content)
             made["lost packets"] = b"".join(packet for packet in packets if rng.random() > 0.02)
         for name, spoiled in made.items():
             path = folder / f"{name.replace(' ', '-')}-{victim}"

@@ -8,6 +8,7 @@ rows.py           Row, DatasetSpec, and the checks that all formats share
 options.py        settings of a format
 json_files.py     reading JSON and JSONL, patterns of files
 json_stream.py    the values of a JSON list, one at a time
+parquet_files.py  opening Parquet files
 """
 
 from crosslmm_jax.data.annotations.mixture import (

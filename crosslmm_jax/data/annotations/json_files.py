@@ -141,6 +141,15 @@ def read_json_rows(path: str) -> Iterator[Entry]:
     yield from _read_json_lines(path) if _holds_lines(path) else _read_json_list(path)
 
 
+def read_json_objects(path: str, setting: object) -> Iterator[Entry]:
+    """`read_json_rows` for formats with a setting: each object comes as (object, setting).
+
+    What is no object stays as it is, for the format's `to_row` to refuse.
+    """
+    for where, value in read_json_rows(path):
+        yield Entry(where, (value, setting) if isinstance(value, dict) else value)
+
+
 def _starts_with(path: str, mark: bytes) -> bool:
     """Whether `mark` is the first character of a JSON file."""
     try:

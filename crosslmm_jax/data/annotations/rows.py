@@ -16,6 +16,7 @@ Modality = Literal["text", "image", "multi_image", "video"]
 MODALITIES: tuple[Modality, ...] = ("text", "image", "multi_image", "video")
 # What asks for the caption of a medium, where neither the row nor the mixture has a question.
 CAPTION_QUESTIONS = {"images": "Describe the image briefly.", "videos": "Describe the video briefly."}
+LONG_CAPTION_QUESTION = "Describe the video in detail."  # the same for a long caption of a video
 TVQA_FPS = 3.0  # pictures per second at which TVQA publishes its frames
 MediaType = Literal["image", "video", "text", "mix"]
 _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d{1,2}(?:\.\d*)?)")  # [hours:]minutes:seconds

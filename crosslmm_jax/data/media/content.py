@@ -5,12 +5,8 @@ HEAD_BYTES = 64  # what the functions here need of a file
 _PICTURE_STARTS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG\r\n\x1a\n": ".png", b"BM": ".bmp", b"GIF8": ".gif"}
 _VIDEO_STARTS = (b"\x1a\x45\xdf\xa3", b"FLV\x01", b"OggS", b"\x00\x00\x01\xba", b"\x30\x26\xb2\x75")
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
-_HEIC_BRANDS = {
-    b"heic",
-    b"heix",
-    b"heim",
-    b"heis",
-}  # "hevc" and "hevx" are moving pictures, which ffmpeg reads
+# "hevc" and "hevx" are moving pictures, which ffmpeg reads.
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis"}
 _AVIF_BRANDS = {b"avif", b"avis"}
 
 

@@ -62,9 +62,8 @@ def open_video(
             file = whole_file(path) if live is None else None
             opened_file = live or (stack.enter_context(open_file(path)) if file is None else f"file:{file}")
             options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
-            if (
-                live is not None
-            ):  # ffmpeg's own limits are 5 MB and 5 s of video, which would have to be waited for
+            if live is not None:
+                # ffmpeg's own limits are 5 MB and 5 s of video, which would have to be waited for.
                 options |= {"probesize": "250000", "analyzeduration": "500000"}
             container = stack.enter_context(av.open(
                 # Without "file:" a name such as "concat:a|b" would be a protocol.

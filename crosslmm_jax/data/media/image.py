@@ -10,7 +10,7 @@ import numpy as np
 from crosslmm_jax.data.media import locate as media
 from crosslmm_jax.data.media.content import is_video, picture_suffix
 from crosslmm_jax.data.media.locate import PathOrMedia
-from crosslmm_jax.errors import DataError, UserError
+from crosslmm_jax.errors import DataError, UserError, first_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -128,7 +128,7 @@ def open_image(path: PathOrMedia) -> "Iterator[Image.Image]":
         raise
     # PIL raises almost any exception on damaged files: SyntaxError, struct.error, IndexError, ...
     except Exception as error:
-        words = str(error).splitlines()[0] if str(error) else type(error).__name__
+        words = first_line(error)
         if isinstance(error, Image.DecompressionBombError | MemoryError):
             reason = "too_large"
         elif isinstance(error, UnidentifiedImageError):

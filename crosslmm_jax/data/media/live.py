@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from av import VideoFrame
     from av.video.stream import VideoStream
 
-TOGETHER = 16  # most frames that are given at once
+_TOGETHER = 16  # most frames that are given at once
 _LOOK_AGAIN_S = 0.05  # at a file that has not grown
 _SAME_TIME = 1e-6  # seconds
 
@@ -36,7 +36,7 @@ class GrowingFile:
     """A file that is still written to: `read` waits for more bytes, and ends after `idle_s` without any.
 
     Attributes:
-      caught_up: whether a `read` had to wait; set it to False to ask again later.
+        caught_up: whether a `read` had to wait; set it to False to ask again later.
     """
 
     def __init__(self, path: str | os.PathLike[str], idle_s: float) -> None:
@@ -97,16 +97,16 @@ def follow(
     ordinary mp4 is not: its tables come last.
 
     Args:
-      source: a file that grows, which ends when nothing new came for `idle_s` seconds; or an open pipe, which
-        ends when its writer closes it.
-      size: R, pixels of each side.
-      fps: frames per second; a frame that is on display for longer is given once.
-      idle_s: seconds.
-      resampling: filter of the resizing.
+        source: a file that grows, which ends when nothing new came for `idle_s` seconds; or an open pipe,
+            which ends when its writer closes it.
+        size: R, pixels of each side.
+        fps: frames per second; a frame that is on display for longer is given once.
+        idle_s: seconds.
+        resampling: filter of the resizing.
 
     Raises:
-      DataError: the file is missing, cannot be read from front to back or breaks off, or it holds no video or
-        no frame that can be decoded.
+        DataError: the file is missing, cannot be read from front to back or breaks off, or it holds no video
+            or no frame that can be decoded.
     """
     if not 0 < fps < float("inf"):
         raise DataError(str(source), "other", f"fps is {fps}; it must be greater than 0")
@@ -125,7 +125,7 @@ def follow(
             waiting.append((to_square(frame), seconds))
             given = True
             # What was written long ago is given in groups, what is new at once.
-            if len(waiting) == TOGETHER or file is None or file.caught_up:
+            if len(waiting) == _TOGETHER or file is None or file.caught_up:
                 yield _joined(waiting)
                 waiting = []
                 if file is not None:

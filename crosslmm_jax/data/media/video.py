@@ -31,6 +31,7 @@ from crosslmm_jax.data.media.decoding import (
     Put,
     SeekError,
     count_damaged,
+    is_worth_threads,
     shows_damage,
     take_around,
     take_exactly,
@@ -58,8 +59,6 @@ from crosslmm_jax.errors import DataError
 if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
-THREADS_FROM = 500  # packets to decode from which on several threads open the file
-SEEK_PACKETS = 8  # packets that take as long as a seek and a keyframe
 DECODE_UP_TO = 1000  # frames of a video that a probe decodes whole, by default: a second of work at most
 
 
@@ -293,14 +292,14 @@ def read_frames(
                 index.times[shown], sampling, end=index.end, tick=index.tick, bounds=bounds, path=path
             )
             if keyframes:
-                chosen = _nearest(chosen, index, shown)
+                chosen = _nearest_keyframes(chosen, index, shown)
             images = np.empty((len(chosen.frames), size, size, 3), np.uint8)
             # The other efforts may replace an image, so one thread makes them and nobody is told.
             in_order, wanted = effort == "exactly", shown[chosen.frames]
             to_square = ToSquare(size, resampling, path, num_threads if in_order else 1)
             tell = on_frames if in_order and not chosen.repeated else None
             try:
-                if in_order and _is_worth_threads(index, wanted, num_threads):
+                if in_order and num_threads != 1 and is_worth_threads(index, wanted):
                     with to_square.at_any_time(images, tell) as put:
                         take_in_threads(
                             functools.partial(_open_decoder, path, index, wanted, deadline_s), index, wanted,
@@ -319,17 +318,6 @@ def read_frames(
             else:
                 return chosen.clip(images, damaged=count)
     raise DataError(path, "truncated", DAMAGED)
-
-
-def _is_worth_threads(index: PacketIndex, wanted: np.ndarray, num_threads: int) -> bool:
-    """Whether GOPs are decoded side by side: each thread opens the file by itself, which takes a while."""
-    if num_threads == 1 or index.packets is not None or not index.seekable or index.counted:
-        return False
-    begins = np.maximum.accumulate(np.where(index.keyframes, np.arange(len(index.keyframes)), 0))
-    _, gops = np.unique(index.gops[wanted], return_inverse=True)
-    packets = np.zeros(gops.max() + 1, np.int64)
-    np.maximum.at(packets, gops, wanted - begins[wanted] + 1)
-    return len(packets) > 1 and packets.sum() + SEEK_PACKETS * len(packets) >= THREADS_FROM
 
 
 @contextlib.contextmanager
@@ -386,7 +374,7 @@ class _ChosenFrames:
         return Clip(images, self.seconds, self.duration, damaged)
 
 
-def _nearest(chosen: _ChosenFrames, index: PacketIndex, shown: np.ndarray) -> _ChosenFrames:
+def _nearest_keyframes(chosen: _ChosenFrames, index: PacketIndex, shown: np.ndarray) -> _ChosenFrames:
     """The keyframes nearest to the chosen times; `shown` are the packets that are displayed."""
     first = int(index.times[shown].min())
     places = np.flatnonzero(index.keyframes[shown])
@@ -394,8 +382,7 @@ def _nearest(chosen: _ChosenFrames, index: PacketIndex, shown: np.ndarray) -> _C
         return chosen
     places = places[np.argsort(index.times[shown[places]], kind="stable")]
     seconds = (index.times[shown[places]] - first) * index.tick
-    after = np.clip(np.searchsorted(seconds, chosen.seconds), 1, max(len(places) - 1, 1))
-    after = np.minimum(after, len(places) - 1)
+    after = np.minimum(np.searchsorted(seconds, chosen.seconds), len(places) - 1)
     before = np.maximum(after - 1, 0)
     nearer = chosen.seconds - seconds[before] <= seconds[after] - chosen.seconds
     taken = np.unique(np.where(nearer, before, after))

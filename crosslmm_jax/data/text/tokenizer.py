@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crosslmm_jax.errors import UserError
+from crosslmm_jax.errors import UserError, first_line
 from crosslmm_jax.utils import cannot_read, is_lfs_pointer
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
         backend = BackendTokenizer.from_buffer(content)
         backend.add_tokens(_tokens_of_config(json.loads(config), backend))
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         pointers = (path / name for name in _FILES if is_lfs_pointer(path / name))
         raise cannot_read(
             next(pointers, path), f"the tokenizer cannot be read ({reason}); copy the folder again"

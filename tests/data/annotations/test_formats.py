@@ -252,6 +252,7 @@ def test_options(lookalikes: Path) -> None:
         ("capsfusion", "capsfusion", {"caption": "laion_coco"}, "has no column 'laion_coco'"),
         ("capsfusion", "llava.json", {}, "cannot be read as Parquet"),
         ("capsfusion", "gone.parquet", {}, "cannot be read as Parquet"),
+        ("llava_parquet", "gone.parquet", {}, "cannot be read as Parquet"),
     ],
 )
 def test_wrong_options_and_files_are_named(
@@ -260,6 +261,18 @@ def test_wrong_options_and_files_are_named(
     with pytest.raises(UserError) as caught:
         rows_of(lookalikes, kind, path, **options)
     assert words in str(caught.value) and str(caught.value).startswith(str(lookalikes / path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns"), [("llava_parquet", ["conversations"]), ("capsfusion", ["key", "status", "caption"])]
+)
+def test_parquet_files_with_text_that_is_not_utf8_are_named(
+    tmp_path: Path, kind: str, columns: list[str]
+) -> None:
+    text = pyarrow.array([b"\xff"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table(dict.fromkeys(columns, text)), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: cannot be read as Parquet \(.*utf-8"):
+        rows_of(tmp_path, kind, "a.parquet")
 
 
 def test_media_in_parquet_files(lookalikes: Path, tmp_path: Path) -> None:

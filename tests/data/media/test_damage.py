@@ -10,7 +10,7 @@ import av.error
 import numpy as np
 import pytest
 from plain_decode import plain_decode
-from video_files import packet_spans, spoil_packets
+from video_files import packet_spans, spoil_packets, transport_packets
 from zoo import FRAMES, SIDE, STRUCTURES, write
 
 from crosslmm_jax.config import ConfigError, DataConfig, SamplingConfig
@@ -25,6 +25,17 @@ def one_bad(tmp_path: Path) -> Path:
     path = tmp_path / "onebad.mp4"
     assert write(path, *STRUCTURES["h264-open"])
     spoil_packets(path, [20])
+    return path
+
+
+@pytest.fixture
+def broadcast(tmp_path: Path) -> Path:
+    """One that lost a transport packet on its way."""
+    path = tmp_path / "a.ts"
+    assert write(path, "libx264", {"g": "1"})
+    packets = transport_packets(path.read_bytes())
+    del packets[len(packets) // 2]
+    path.write_bytes(b"".join(packets))
     return path
 
 
@@ -98,19 +109,13 @@ def test_a_file_without_its_end(tmp_path: Path) -> None:
         assert caught.value.fault.reason == "truncated"
 
 
-def test_flagged_packets_of_a_broadcast(tmp_path: Path) -> None:
+def test_flagged_packets_of_a_broadcast(broadcast: Path) -> None:
     """ffmpeg flags a packet with a lost part. The file is read, and the flag shows in the count."""
-    path = tmp_path / "a.ts"
-    assert write(path, "libx264", {"g": "1"})
-    content = path.read_bytes()
-    packets = [content[at : at + 188] for at in range(0, len(content), 188)]
-    del packets[len(packets) // 2]
-    path.write_bytes(b"".join(packets))
-    plain = plain_decode(path, SIDE)
-    count = probe(path).damaged
+    plain = plain_decode(broadcast, SIDE)
+    count = probe(broadcast).damaged
     assert count is not None and 1 <= count <= 2
     for frames in (1, 2, 7, FRAMES):
-        clip = read_frames(path, SamplingConfig(frames=frames), size=SIDE)
+        clip = read_frames(broadcast, SamplingConfig(frames=frames), size=SIDE)
         assert clip.damaged == count
         np.testing.assert_array_equal(clip.frames, plain.images[plain.at(clip.times)])
 
@@ -151,18 +156,12 @@ def test_where_ffmpeg_cannot_read_on_the_file_ends(tmp_path: Path, monkeypatch: 
 
 
 def test_a_long_broadcast_with_few_damaged_packets_is_not_decoded_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    broadcast: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "a.ts"
-    assert write(path, "libx264", {"g": "1"})
-    content = path.read_bytes()
-    packets = [content[at : at + 188] for at in range(0, len(content), 188)]
-    del packets[len(packets) // 2]
-    path.write_bytes(b"".join(packets))
-    plain = plain_decode(path, SIDE)
+    plain = plain_decode(broadcast, SIDE)
     monkeypatch.setattr(video, "DECODE_UP_TO", 10)
     monkeypatch.setattr(video, "PlainDecode", None)
-    clip = read_frames(path, SamplingConfig(frames=2), size=SIDE)
+    clip = read_frames(broadcast, SamplingConfig(frames=2), size=SIDE)
     np.testing.assert_array_equal(clip.frames, plain.images[plain.at(clip.times)])
     with pytest.raises(TypeError):  # more damage than the limit: only a plain decode tells how much
-        read_frames(path, SamplingConfig(frames=2), size=SIDE, max_damaged=0.0)
+        read_frames(broadcast, SamplingConfig(frames=2), size=SIDE, max_damaged=0.0)

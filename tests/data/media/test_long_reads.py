@@ -9,6 +9,7 @@ from video_files import SIZE, write_video
 
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.media import read_frames, video
+from crosslmm_jax.data.media.decoding import wanted_frames
 from crosslmm_jax.errors import DataError
 
 COUNT, FPS = 120, 25
@@ -36,7 +37,7 @@ def keyframes_of(path: Path) -> np.ndarray:
 def in_threads(monkeypatch):
     """Counts the files that are opened for decoding in threads."""
     opened = []
-    monkeypatch.setattr(video, "THREADS_FROM", 1)
+    monkeypatch.setattr(wanted_frames, "THREADS_FROM", 1)
     open_decoder = video._open_decoder
     monkeypatch.setattr(video, "_open_decoder", lambda *words: (opened.append(1), open_decoder(*words))[1])
     return opened

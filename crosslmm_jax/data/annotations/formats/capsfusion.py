@@ -10,6 +10,7 @@ from typing import Any
 
 from crosslmm_jax.data.annotations.json_files import files_of
 from crosslmm_jax.data.annotations.options import choice_option, fill_path, path_option, text_option
+from crosslmm_jax.data.annotations.parquet_files import open_parquet
 from crosslmm_jax.data.annotations.rows import CAPTION_QUESTIONS, DatasetSpec, Entry, Origin, Row
 from crosslmm_jax.errors import UserError
 
@@ -42,24 +43,16 @@ def entries(spec: DatasetSpec) -> Iterator[Entry]:
 
 def _rows(file: str, spec: DatasetSpec) -> Iterator[dict[str, object]]:
     """`key`, `status` and `caption` of each row of a file."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(file) as table:
-            columns = set(table.schema_arrow.names)
-            default = "capsfusion" if "capsfusion" in columns else "caption"
-            caption = text_option(spec, "caption", default)
-            if missing := {"key", "status", caption} - columns:
-                hint = "download its images with img2dataset and name the Parquet files that it wrote"
-                raise UserError(f"{file}: has no column {sorted(missing)[0]!r}; {hint}")
-            for batch in table.iter_batches(batch_size=4096, columns=["key", "status", caption]):
-                for row in batch.to_pylist():
-                    yield {"key": row["key"], "status": row["status"], "caption": row[caption]}
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fix = "correct the path or download the file again"
-        raise UserError(f"{file}: cannot be read as Parquet ({reason}); {fix}") from error
+    with open_parquet(file) as table:
+        columns = set(table.schema_arrow.names)
+        default = "capsfusion" if "capsfusion" in columns else "caption"
+        caption = text_option(spec, "caption", default)
+        if missing := {"key", "status", caption} - columns:
+            hint = "download its images with img2dataset and name the Parquet files that it wrote"
+            raise UserError(f"{file}: has no column {sorted(missing)[0]!r}; {hint}")
+        for batch in table.iter_batches(batch_size=4096, columns=["key", "status", caption]):
+            for row in batch.to_pylist():
+                yield {"key": row["key"], "status": row["status"], "caption": row[caption]}
 
 
 def to_row(value: Mapping[str, Any], origin: Origin) -> Row:

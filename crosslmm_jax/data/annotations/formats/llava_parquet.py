@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crosslmm_jax.data.annotations.formats.llava import ALIASES
 from crosslmm_jax.data.annotations.json_files import files_of
+from crosslmm_jax.data.annotations.parquet_files import open_parquet
 from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, Origin, Row
 from crosslmm_jax.data.media import cell_member
 from crosslmm_jax.errors import UserError
@@ -46,17 +47,9 @@ def entries(spec: DatasetSpec) -> Iterator[Entry]:
     Raises:
         UserError: a file cannot be read, or has no such columns.
     """
-    import pyarrow
-    from pyarrow import parquet
-
     for file in files_of(spec.path, ".parquet"):
-        try:
-            with parquet.ParquetFile(file) as table:
-                yield from _rows(table, file)
-        except (OSError, pyarrow.ArrowException) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            fix = "correct the path or download the file again"
-            raise UserError(f"{file}: cannot be read as Parquet ({reason}); {fix}") from error
+        with open_parquet(file) as table:
+            yield from _rows(table, file)
 
 
 def _rows(table: "parquet.ParquetFile", file: str) -> Iterator[Entry]:

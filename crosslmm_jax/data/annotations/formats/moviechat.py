@@ -13,12 +13,11 @@ from typing import Any
 
 from crosslmm_jax.data.annotations.json_files import read_json_folder
 from crosslmm_jax.data.annotations.options import choices_option, text_option
-from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, Origin, Row
+from crosslmm_jax.data.annotations.rows import LONG_CAPTION_QUESTION, DatasetSpec, Entry, Origin, Row
 from crosslmm_jax.errors import Fault
 
 OPTIONS = frozenset({"parts", "question"})
 _PARTS = ("global", "breakpoint", "caption")
-_QUESTION = "Describe the video in detail."
 
 
 def entries(spec: DatasetSpec) -> Iterator[Entry]:
@@ -32,7 +31,7 @@ def entries(spec: DatasetSpec) -> Iterator[Entry]:
         UserError: an option is wrong.
     """
     parts = choices_option(spec, "parts", _PARTS, _PARTS)
-    question = text_option(spec, "question", _QUESTION)
+    question = text_option(spec, "question", LONG_CAPTION_QUESTION)
     for where, value in read_json_folder(spec.path):
         if isinstance(value, Fault):
             yield Entry(where, value)

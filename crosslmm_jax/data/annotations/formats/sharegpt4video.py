@@ -6,12 +6,11 @@ has changed since the one before it.
 
 from collections.abc import Iterator, Mapping
 
-from crosslmm_jax.data.annotations.json_files import read_json_rows
+from crosslmm_jax.data.annotations.json_files import read_json_objects
 from crosslmm_jax.data.annotations.options import text_option
-from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, Origin, Row
+from crosslmm_jax.data.annotations.rows import LONG_CAPTION_QUESTION, DatasetSpec, Entry, Origin, Row
 
 OPTIONS = frozenset({"question"})
-_QUESTION = "Describe the video in detail."
 
 
 def entries(spec: DatasetSpec) -> Iterator[Entry]:
@@ -23,9 +22,8 @@ def entries(spec: DatasetSpec) -> Iterator[Entry]:
     Raises:
         UserError: the option is wrong, or the file cannot be read.
     """
-    question = text_option(spec, "question", _QUESTION)
-    for where, value in read_json_rows(spec.path):
-        yield Entry(where, (value, question) if isinstance(value, Mapping) else value)
+    question = text_option(spec, "question", LONG_CAPTION_QUESTION)
+    yield from read_json_objects(spec.path, question)
 
 
 def to_row(value: object, origin: Origin) -> Row:

@@ -22,7 +22,7 @@ from crosslmm_jax.data.media import (
     suffix_by_content,
     value_member,
 )
-from crosslmm_jax.errors import DataError, UserError
+from crosslmm_jax.errors import DataError, UserError, first_line
 
 OPTIONS = frozenset({"fields", "question", "split"})
 # Field -> names of the feature that holds it, unless the option `fields` names another.
@@ -92,7 +92,7 @@ def _files(spec: DatasetSpec) -> list[tuple[str, int, int]]:
     try:
         info = dataset_info.read_proto_from_builder_dir(spec.path)
     except Exception as error:  # of protobuf's JSON, of files, and tfds' own
-        raise UserError(f"{path}: cannot be read ({_first_line(error)}); write the data set again") from error
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); write the data set again") from error
     if not dataset_info.supports_file_format(info, "array_record"):
         fix = "convert it with tfds.convert_format to array_record"
         raise UserError(f"{path}: is kept as {info.file_format or 'tfrecord'}, which needs tensorflow; {fix}")
@@ -107,10 +107,6 @@ def _files(spec: DatasetSpec) -> list[tuple[str, int, int]]:
 
 def _folders(path: str) -> list[str]:
     return sorted(os.listdir(path)) if os.path.isdir(path) else []
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _layout(spec: DatasetSpec) -> Layout:

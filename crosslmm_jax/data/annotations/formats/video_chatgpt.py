@@ -1,8 +1,8 @@
 """Video-ChatGPT's VideoInstruct100K: a JSON list of {"q", "a", "video_id"}, one question per row."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-from crosslmm_jax.data.annotations.json_files import read_json_rows
+from crosslmm_jax.data.annotations.json_files import read_json_objects
 from crosslmm_jax.data.annotations.options import fill_path, path_option
 from crosslmm_jax.data.annotations.rows import DatasetSpec, Entry, Origin, Row
 
@@ -19,8 +19,7 @@ def entries(spec: DatasetSpec) -> Iterator[Entry]:
         UserError: the option is wrong, or the file cannot be read.
     """
     path = path_option(spec, "{video_id}.mp4", ("video_id",))
-    for where, value in read_json_rows(spec.path):
-        yield Entry(where, (value, path) if isinstance(value, Mapping) else value)
+    yield from read_json_objects(spec.path, path)
 
 
 def to_row(value: object, origin: Origin) -> Row:

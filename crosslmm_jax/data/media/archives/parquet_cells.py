@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crosslmm_jax.errors import DataError
+from crosslmm_jax.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -66,7 +66,7 @@ def read_cell(path: str, member: str) -> bytes:
     except (KeyError, IndexError):
         value = None
     except (OSError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise DataError(where, "corrupt", f"cannot be read ({reason}); download the file again") from error
     content = value.get("bytes") if isinstance(value, Mapping) else value
     if not isinstance(content, bytes) or not content:

@@ -19,6 +19,7 @@ from crosslmm_jax.data.media.decoding.frame_times import Timeline, Timestamps, l
 from crosslmm_jax.data.media.decoding.wanted_frames import (
     Part,
     Put,
+    is_worth_threads,
     take_around,
     take_exactly,
     take_in_threads,
@@ -27,6 +28,6 @@ from crosslmm_jax.data.media.decoding.wanted_frames import (
 
 __all__ = [
     "MAX_DAMAGED", "DamagedFrameError", "GopDecoder", "LostFrameError", "Part", "PlainDecode", "Put",
-    "SeekError", "Timeline", "Timestamps", "count_damaged", "lay_out", "longest_gap", "rising",
-    "shows_damage", "take_around", "take_exactly", "take_in_threads", "take_shown",
+    "SeekError", "Timeline", "Timestamps", "count_damaged", "is_worth_threads", "lay_out",
+    "longest_gap", "rising", "shows_damage", "take_around", "take_exactly", "take_in_threads", "take_shown",
 ]  # fmt: skip

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from crosslmm_jax.data.media.packet_index import PacketIndex
 
 _READ_ON = 32  # packets; reading past this many costs as much as a seek
-
+_INTRA = 1  # av.video.frame.PictureType.I
 _EARLIER = (0, 1, 8)  # GOPs before the wanted one at which a seek is tried
 
 Decoded = Iterator[tuple[int, "VideoFrame"]]  # number of a packet, and the frame that has its time
@@ -144,9 +144,6 @@ class GopDecoder:
             setup = int(setups[before])
             for _ in self._decode(setup, setup + 1):
                 pass
-
-
-_INTRA = 1  # av.video.frame.PictureType.I
 
 
 def decode_packet(

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from crosslmm_jax.data.media.packet_index import PacketIndex
 
+THREADS_FROM = 500  # packets to decode from which on several threads open the file
+_SEEK_PACKETS = 8  # packets that take as long as a seek and a keyframe
+
 # (frame, first, end): the frame becomes images `first` to `end`.
 Put = Callable[["VideoFrame", int, int], None]
 
@@ -44,6 +47,17 @@ def take_exactly(decoder: GopDecoder, index: "PacketIndex", wanted: np.ndarray, 
             if from_beginning or not too_late:
                 raise LostFrameError
         assert taken == len(part.wanted)
+
+
+def is_worth_threads(index: "PacketIndex", wanted: np.ndarray) -> bool:
+    """Whether to use `take_in_threads`: each thread opens the file by itself, which takes a while."""
+    if index.packets is not None or not index.seekable or index.counted:
+        return False
+    begins = np.maximum.accumulate(np.where(index.keyframes, np.arange(len(index.keyframes)), 0))
+    _, gops = np.unique(index.gops[wanted], return_inverse=True)
+    packets = np.zeros(gops.max() + 1, np.int64)
+    np.maximum.at(packets, gops, wanted - begins[wanted] + 1)
+    return len(packets) > 1 and packets.sum() + _SEEK_PACKETS * len(packets) >= THREADS_FROM
 
 
 def take_in_threads(
