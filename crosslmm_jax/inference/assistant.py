@@ -483,6 +483,6 @@ class Chat:
         assert reply is not None
         prompt = start.prompt.followed_by(asked).followed_by(TokenSequence.of_text(reply.ids))
         prefix = Prefix(cache, (start.prefix.lengths[0] + len(asked.ids) + len(reply.ids),))
-        self._said = _Said(prefix, prompt, start.clips, answered=True)
-        self._before = (said, question, clips, options)
-        self.last = Answer.of(reply, begun)
+        said_now, before = _Said(prefix, prompt, start.clips, answered=True), (said, question, clips, options)
+        # Together: Ctrl-C leaves all of them as they were, or none.
+        self._said, self._before, self.last = said_now, before, Answer.of(reply, begun)

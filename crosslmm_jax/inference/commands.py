@@ -180,7 +180,11 @@ def chat(
 
 
 def _answer(conversation: Chat, question: str, *, prints: bool) -> None:
-    """Streams an answer. If it is refused, or stopped by Ctrl-C, the conversation stays as it was."""
+    """Streams an answer. If it is refused, or stopped by Ctrl-C, the conversation stays as it was.
+
+    Ctrl-C that comes when the answer is complete cannot stop it: a line says that the question counts.
+    """
+    last = conversation.last
     try:
         for piece in conversation.ask(question):
             print(piece if prints else "", end="", flush=True)
@@ -192,7 +196,8 @@ def _answer(conversation: Chat, question: str, *, prints: bool) -> None:
         if process_count() > 1:  # the others are in the middle of a program that all run
             raise
         print(flush=True)
-        print("(stopped; the question does not count. Ctrl-C again leaves)", file=sys.stderr)
+        counts = "counts: its answer was complete" if conversation.last is not last else "does not count"
+        print(f"(stopped; the question {counts}. Ctrl-C again leaves)", file=sys.stderr)
         return
     print(end="\n" if prints else "")
 

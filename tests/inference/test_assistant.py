@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import time
 
 import jax
 import numpy as np
@@ -368,23 +369,27 @@ def test_a_question_that_is_too_long_is_refused_and_the_chat_goes_on(chat, model
     assert "half of a character" in errors[1] and "is not UTF-8" in errors[2]
 
 
-def test_ctrl_c_stops_an_answer_and_leaves_at_the_next_prompt(chat, monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+def test_ctrl_c_stops_an_answer_and_leaves_at_the_next_prompt(chat, monkeypatch, late):
+    """What is said of the question is true, also if its answer was complete when Ctrl-C came."""
     questions = ["What shape is it?", "Which colour?"]
-    alone = chat(questions[1], "")
+    alone = chat(*(questions if late else questions[1:]), "")
     ask_chat = Chat.ask
 
     def interrupted(self, question):
         pieces = ask_chat(self, question)
         if question == questions[0]:
-            yield next(pieces)
+            yield from pieces if late else [next(pieces)]
             signal.raise_signal(signal.SIGINT)
+            time.sleep(60)  # until Python has seen the signal
         yield from pieces
 
     monkeypatch.setattr(Chat, "ask", interrupted)
     code, answers, errors = chat(*questions, KeyboardInterrupt())
-    assert code == 130 and answers[-1] == alone[1][0], "as if the first question had not been asked"
+    assert code == 130 and answers[-1] == alone[1][-1], "as if the first question had not been asked"
     assert len(answers) == 2 and answers[0]
-    assert errors == ["(stopped; the question does not count. Ctrl-C again leaves)", ""]
+    said = "counts: its answer was complete" if late else "does not count"
+    assert errors == [f"(stopped; the question {said}. Ctrl-C again leaves)", ""]
 
 
 @pytest.mark.slow
