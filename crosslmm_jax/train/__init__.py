@@ -8,20 +8,36 @@ optimizer         AdamW, learning-rate schedule and groups
 checkpoint        saves and restores the state; decides whether a checkpoint is damaged
 checksum          checksums of arrays, for that decision
 initial           whether a run may start from a MODEL folder
-metrics_window    metrics between two reports; a loss that is not finite
-metrics_log       metrics.jsonl and TensorBoard
-side_channel      output that may fail or hang without stopping the run
+reporting/        metrics, on disk and on the terminal
 owner             one run at a time in a folder
 settings          what must agree between processes and between starts of a run
-export            a MODEL folder from a checkpoint
+export_run        a MODEL folder from a checkpoint
 interrupt         SIGTERM and Ctrl-C
+
+Names are imported late: what only reads the files of a run works without jax.
 """
 
-from crosslmm_jax.train.export import export
-from crosslmm_jax.train.loop import train
-from crosslmm_jax.train.state import abstract_state, random_state
-from crosslmm_jax.train.step import compile_train_step, with_step_visibility
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from crosslmm_jax.train.export_run import export
+    from crosslmm_jax.train.loop import train
+    from crosslmm_jax.train.state import abstract_state, random_state
+    from crosslmm_jax.train.step import compile_train_step, with_step_visibility
 
 __all__ = [
     "abstract_state", "compile_train_step", "export", "random_state", "train", "with_step_visibility",
 ]  # fmt: skip
+
+_HOMES = {
+    "abstract_state": "state", "compile_train_step": "step", "export": "export_run", "random_state": "state",
+    "train": "loop", "with_step_visibility": "step",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    """Imports the file that defines a public name, and returns what it defines."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -39,15 +39,15 @@ from crosslmm_jax.parallel import (
     together,
 )
 from crosslmm_jax.train.checkpoint import Checkpoints, check_disk_space, state_bytes
-from crosslmm_jax.train.export import write_model
+from crosslmm_jax.train.export_run import write_model
 from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs, warn_of_other_positions
 from crosslmm_jax.train.interrupt import Interrupted, StopRequest
-from crosslmm_jax.train.metrics_log import MAX_WAIT_S, MetricsLine, MetricsLog, read_metrics
-from crosslmm_jax.train.metrics_window import MetricsWindow, NonFiniteStep
 from crosslmm_jax.train.optimizer import learning_rates
 from crosslmm_jax.train.owner import RunOwner
+from crosslmm_jax.train.reporting.metrics_log import MAX_WAIT_S, MetricsLine, MetricsLog, read_metrics
+from crosslmm_jax.train.reporting.metrics_window import MetricsWindow, NonFiniteStep
+from crosslmm_jax.train.reporting.side_channel import SideChannel
 from crosslmm_jax.train.settings import check_same_settings, settings_of
-from crosslmm_jax.train.side_channel import SideChannel
 from crosslmm_jax.train.state import TrainState, abstract_state, random_state, state_of_params
 from crosslmm_jax.train.step import compile_train_step, with_step_visibility
 from crosslmm_jax.utils import Progress

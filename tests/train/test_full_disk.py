@@ -8,7 +8,7 @@ import pytest
 
 from crosslmm_jax.cli.app import main
 from crosslmm_jax.train import loop
-from crosslmm_jax.train.metrics_log import read_metrics
+from crosslmm_jax.train.reporting.metrics_log import read_metrics
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from crosslmm_jax.cli.app import build_parser, main
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.model_folder import find_model_folder, load_processor
 from crosslmm_jax.train import export, loop
-from crosslmm_jax.train.export import _damaged
+from crosslmm_jax.train.export_run import _damaged
 from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs
-from crosslmm_jax.train.metrics_log import METRICS_FILE, read_metrics
+from crosslmm_jax.train.reporting.metrics_log import METRICS_FILE, read_metrics
 
 STEPS, SAVE_EVERY = 80, 10
 

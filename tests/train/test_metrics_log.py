@@ -2,7 +2,7 @@
 
 import json
 
-from crosslmm_jax.train.metrics_log import METRICS_FILE, MetricsLog, flatten_scalars, read_metrics
+from crosslmm_jax.train.reporting.metrics_log import METRICS_FILE, MetricsLog, flatten_scalars, read_metrics
 
 
 def write(folder, *, resumed_step: int, steps, tensorboard: bool = False) -> None:

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from crosslmm_jax.train import metrics_log
-from crosslmm_jax.train.metrics_log import METRICS_FILE, MetricsLog, read_metrics
-from crosslmm_jax.train.side_channel import MAX_WAITING_CALLS, SideChannel
+from crosslmm_jax.train import interrupt
+from crosslmm_jax.train.reporting import metrics_log
+from crosslmm_jax.train.reporting.metrics_log import METRICS_FILE, MetricsLog, read_metrics
+from crosslmm_jax.train.reporting.side_channel import MAX_WAITING_CALLS, SideChannel
 from crosslmm_jax.utils import Progress
 
-INTERRUPT = Path(metrics_log.__file__).with_name("interrupt.py")
+INTERRUPT = Path(interrupt.__file__)
 
 
 def line(step: int) -> dict[str, object]:

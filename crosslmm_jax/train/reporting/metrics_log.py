@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crosslmm_jax.train.side_channel import SideChannel
+from crosslmm_jax.train.reporting.side_channel import SideChannel
 
 if TYPE_CHECKING:
     from tensorboardX.event_file_writer import EventsWriter
