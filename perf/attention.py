@@ -14,11 +14,11 @@ from jaxtyping import Array, PyTree
 
 from crosslmm_jax.cli.profile import requests_of
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.model import frame_chunk
+from crosslmm_jax.model import flops, frame_chunk
 from crosslmm_jax.model.attention.cudnn import split_attention
 from crosslmm_jax.model.attention.dispatch import Backend, attention
 from crosslmm_jax.model.attention.mosaic import is_applicable
-from crosslmm_jax.profiling import Case, Record, Request, check_counts, flops, run_cases, timing
+from crosslmm_jax.profiling import Case, Record, Request, check_counts, run_cases, timing
 from crosslmm_jax.profiling.cases import Compiled, Lowered
 from crosslmm_jax.profiling.inputs import config_of, num_bytes, random_array
 from perf.measure import measure, measuring_parser

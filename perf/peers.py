@@ -20,9 +20,9 @@ from jaxtyping import PyTree
 from crosslmm_jax.cli.profile import add_precision, add_v2v_scope, requests_of
 from crosslmm_jax.config import DecoderConfig, ModelConfig
 from crosslmm_jax.errors import UserError
+from crosslmm_jax.model import flops
 from crosslmm_jax.presets import get_preset
-from crosslmm_jax.profiling import Record, Request, Row, flops, timing
-from crosslmm_jax.profiling.flops import Cost, Costs, Workload
+from crosslmm_jax.profiling import Record, Request, Row, timing
 from perf.command import need
 from perf.measure import measure, measuring_parser
 
@@ -259,7 +259,9 @@ def _timed(call: Callable[[None], PyTree], record: Record, device: str, weights:
     return {**timed, "peak_mb": peak, "peak_from": "allocator", "compile_s": first_s}
 
 
-def llava_onevision_flops(config: ModelConfig, work: Workload, *, tokens_per_frame: int = 196) -> Costs:
+def llava_onevision_flops(
+    config: ModelConfig, work: flops.Workload, *, tokens_per_frame: int = 196
+) -> flops.Costs:
     """Prefill of LLaVA-OneVision with our encoder and decoder sizes: no cross-attention, all tokens decoded.
 
     It projects before it pools, and adds one token after a video.
@@ -269,6 +271,6 @@ def llava_onevision_flops(config: ModelConfig, work: Workload, *, tokens_per_fra
     tokens = work.frames * v.num_patches
     return {
         "encoder": flops.encoder(config, work.frames)["encoder"],
-        "projector": Cost(2 * tokens * d.width * (v.width + d.width)),
+        "projector": flops.Cost(2 * tokens * d.width * (v.width + d.width)),
         **flops.decoder(config, queries=length, pairs=flops.causal_pairs(length), logits=1),
     }

@@ -16,7 +16,7 @@ from crosslmm_jax.batch import BATCH_AXES
 from crosslmm_jax.cli.profile import requests_of
 from crosslmm_jax.config import MeshConfig, ModelConfig
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.model import CrossLMM
+from crosslmm_jax.model import CrossLMM, flops
 from crosslmm_jax.parallel import activation_rules, make_mesh, matmul_options, partition_spec, replicated
 from crosslmm_jax.profiling import (
     Case,
@@ -24,7 +24,6 @@ from crosslmm_jax.profiling import (
     Request,
     Row,
     check_counts,
-    flops,
     run_cases,
     timing,
 )

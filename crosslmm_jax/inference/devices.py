@@ -80,7 +80,7 @@ class VideoBytes(NamedTuple):
         pair, heads = 2 * decoder.head_dim, decoder.num_kv_heads
         heads //= tensor if heads % tensor == 0 else 1
         cached = shape.cache_frames * config.vision.num_patches * len(config.cross_attention_layers)
-        # As in the table of `model.video_attention`.
+        # As in the table of `model.attention.video_attention`.
         at_once = 1 if tensor == 1 else heads  # with sharded heads all of a device's; see `is_long` there
         attending = patches * pair * at_once * size + 5 * tokens * decoder.width * size
         hidden = 3 * tokens * decoder.mlp_width * size // tensor + 2 * tokens * decoder.width * size

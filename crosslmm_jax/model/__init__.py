@@ -8,9 +8,9 @@
     qwen2.py                 self-attention and MLP of a decoder layer
     layer_loops.py           the loops over the decoder's layers: scanned, and one by one
     dual_cross_attention.py  DualCrossAttention (module): V2V and T2V
-    video_attention.py       attention to the original tokens, for a long video in chunks
     kv_cache.py              what generation keeps
     loss.py, ops.py          loss and head; norms, rotary embedding, products
+    flops.py                 FLOPs of each part, counted from the sizes
     attention/               one attention function and its backends
     params/                  tables of parameters, initial values, logical axes
     quantisation/            8-bit matrices
@@ -45,7 +45,8 @@ Shape letters, the same in names, einsums and docstrings:
 The paper's K, "cross-attention every K layers", is `cross_attn_every`.
 """
 
-from crosslmm_jax.model.attention.dispatch import attention
+from crosslmm_jax.model import flops
+from crosslmm_jax.model.attention.dispatch import attention, attention_backends
 from crosslmm_jax.model.crosslmm import CrossLMM, apply
 from crosslmm_jax.model.dual_cross_attention import kv_width
 from crosslmm_jax.model.encode_frames import Visual, frame_chunk
@@ -67,7 +68,8 @@ from crosslmm_jax.model.qwen2 import mlp, self_attention
 
 __all__ = [
     "COPIED", "CrossLMM", "DTYPES", "KVCache", "KeysValues", "Params", "Pooler", "SiglipEncoder",
-    "VideoCache", "Visual", "apply", "attention", "copy_cross_attention", "encoder_layer", "frame_chunk",
-    "has_own_dtype", "init_params", "is_decayed", "kv_width", "logical_axes", "logits_of", "mlp", "patchify",
-    "quantise_params", "quantised_axes", "rms_norm", "self_attention", "separate_layers",
+    "VideoCache", "Visual", "apply", "attention", "attention_backends", "copy_cross_attention",
+    "encoder_layer", "flops", "frame_chunk", "has_own_dtype", "init_params", "is_decayed", "kv_width",
+    "logical_axes", "logits_of", "mlp", "patchify", "quantise_params", "quantised_axes", "rms_norm",
+    "self_attention", "separate_layers",
 ]  # fmt: skip

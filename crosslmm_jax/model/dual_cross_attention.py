@@ -27,6 +27,8 @@ from jaxtyping import Array, Float, Int
 from crosslmm_jax.batch import AllOrNone, Batch, RowOrNone, SamePerRow, VisibleFrames, VisualOnly
 from crosslmm_jax.config import ModelConfig, Precision
 from crosslmm_jax.model.attention.blockwise import MASKED
+from crosslmm_jax.model.attention.dispatch import named_attention
+from crosslmm_jax.model.attention.video_attention import attend, attend_tokens, is_long
 from crosslmm_jax.model.encode_frames import Appended, Visual
 from crosslmm_jax.model.kv_cache import KeysValues
 from crosslmm_jax.model.ops import (
@@ -43,7 +45,6 @@ from crosslmm_jax.model.params.partitioning import AxisRules
 from crosslmm_jax.model.params.tables import Weight, WeightTable, constant, declare, ones, stack
 from crosslmm_jax.model.quantisation.quantise import DTYPES, quantise, quantise_at, scale_for
 from crosslmm_jax.model.qwen2 import attention_weights
-from crosslmm_jax.model.video_attention import attend, attend_tokens, is_long
 
 CHUNK_FRAMES = 64  # of `compressed_in_chunks`
 
@@ -97,7 +98,7 @@ class DualCrossAttention(nn.Module):
             return x, None
         out, kv = x, None
         if "v2v" in weights:
-            with jax.named_scope("v2v"):
+            with named_attention("v2v"):
                 slots = batch.visual_slots
                 frame = jnp.repeat(jnp.arange(frames), c.merge.tokens_per_frame)
                 # One layer's and one direction's keys and values at a time: no earlier than `x` is there.
@@ -109,7 +110,7 @@ class DualCrossAttention(nn.Module):
                 )  # fmt: skip
                 out = add_at(out, slots, update)
         if "t2v" in weights:
-            with jax.named_scope("t2v"):
+            with named_attention("t2v"):
                 slots = batch.text_slots
                 out, originals = jax.lax.optimization_barrier((out, visual.originals))
                 if not is_long(originals, config=c, rules=self.rules):
@@ -139,7 +140,7 @@ class DualCrossAttention(nn.Module):
         """
         c, first, counts = self.config, appended.first, appended.visible_frames.counts
         if "v2v" in weights:
-            with jax.named_scope("v2v"):
+            with named_attention("v2v"):
                 frame = first + jnp.arange(counts.shape[1]) // c.merge.tokens_per_frame
                 x = x + cross_attend(
                     weights["v2v"], x, appended.originals, visible_frames=appended.visible_frames,
@@ -147,7 +148,7 @@ class DualCrossAttention(nn.Module):
                     rules=self.rules,
                 )  # fmt: skip
         if "t2v" in weights and kv is not None:
-            with jax.named_scope("t2v"):
+            with named_attention("t2v"):
                 size = counts.shape[1] // c.merge.tokens_per_frame
                 new = jax.lax.dynamic_slice_in_dim(appended.originals, first, size, axis=1)
                 kv = kv.written(keys_values(weights["t2v"], new, config=c, first=first), first)
@@ -164,7 +165,7 @@ class DualCrossAttention(nn.Module):
           kv: of the cache; with fewer rows than `x`, each row is read by B / rows neighbouring rows of `x`.
           visible_frames: int32[B, T].
         """
-        with jax.named_scope("t2v"):
+        with named_attention("t2v"):
             return x + cross_attend(
                 weights["t2v"], x, kv, visible_frames=visible_frames, times=visible_frames.counts,
                 config=self.config, rules=self.rules,

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from crosslmm_jax.config import AttentionBackend, Precision, VisionConfig
 from crosslmm_jax.model.attention.blockwise import RESIDUALS
-from crosslmm_jax.model.attention.dispatch import attention
+from crosslmm_jax.model.attention.dispatch import attention, named_attention
 from crosslmm_jax.model.ops import layer_norm, pad_tokens
 from crosslmm_jax.model.params.partitioning import AxisRules, constrain, num_shards
 from crosslmm_jax.model.params.tables import (
@@ -192,7 +192,8 @@ def encoder_layer(
         for matrix, bias in (("wq", "bq"), ("wk", "bk"), ("wv", "bv"))
     )
     stop = None if shape[1] == patches else np.full((shape[0], 1), patches, np.int32)
-    out = attention(q, k, v, kv_stop=stop, backend=backend, rules=rules, axes=("act_frames", None))
+    with named_attention("encoder"):
+        out = attention(q, k, v, kv_stop=stop, backend=backend, rules=rules, axes=("act_frames", None))
     out = checkpoint_name(out, SAVED)
     x = checkpoint_name(x + linear(operand(out.reshape(x.shape), w, "wo"), w, "wo", "bo"), SAVED)
     y = operand(layer_norm(x, w["norm2_scale"], w["norm2_bias"], eps=eps), w, "w1")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from crosslmm_jax.config import AttentionBackend, DecoderConfig
-from crosslmm_jax.model.attention.dispatch import attention
+from crosslmm_jax.model.attention.dispatch import attention, named_attention
 from crosslmm_jax.model.kv_cache import LayerCache
 from crosslmm_jax.model.ops import (
     Rotary,
@@ -68,7 +68,7 @@ def rotary_of(config: DecoderConfig) -> Rotary:
     return rotary.with_yarn(factor=config.yarn_factor, trained_positions=config.yarn_trained_positions)
 
 
-@jax.named_scope("self_attention")
+@named_attention("self_attention")
 def self_attention(
     weights: dict[str, Array],
     x: Float[Array, "b u d"],

@@ -1,12 +1,10 @@
 """Measures a list of programs: compiles all of them, makes the weights, then runs them by growing peak."""
 
 import concurrent.futures
-import contextlib
 import functools
-import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,8 +12,8 @@ import jax
 from jax.stages import Compiled, Lowered
 from jaxtyping import PyTree
 
+from crosslmm_jax.model import attention_backends, flops
 from crosslmm_jax.profiling import memory, timing
-from crosslmm_jax.profiling.flops import Costs
 from crosslmm_jax.profiling.record import Record, Row
 
 CompilerOptions = Mapping[str, bool | int]
@@ -30,7 +28,7 @@ class Case:
     inputs: Callable[[], PyTree]  # arrays besides the weights; they live only while the case runs
     call: Callable[[Compiled, PyTree, PyTree, PyTree], PyTree]  # (program, weights, inputs, prepared); timed
     input_bytes: int
-    costs: Costs | None = None
+    costs: flops.Costs | None = None
     prepare: Callable[[PyTree], PyTree] | None = None  # from the inputs, before each call; not timed
     per_call: int = 1  # results of one call; times are divided by it
     finish: Callable[[Row], Row] | None = None  # adds fields to the finished row
@@ -85,10 +83,10 @@ def _compile_all(cases: Sequence[Case], record: Record) -> list[_Ready]:
     with concurrent.futures.ThreadPoolExecutor(max(1, record.request.compile_jobs)) as pool:
         for case in cases:
             try:
-                with _attention_backends() as backends:
+                with attention_backends() as backends:
                     lowered = case.lower()
                 future = pool.submit(_compile, lowered, case.compiler_options)
-                waiting.append((case, sorted(backends), future))
+                waiting.append((case, sorted(map(str, backends)), future))
             except Exception as error:
                 record.add_error(f"{case.name}, lowering", error)
         for case, backends, future in waiting:
@@ -129,22 +127,3 @@ def _run(item: _Ready, record: Record, weights: PyTree, high_water: memory.HighW
     if request.trace is not None:
         with jax.profiler.trace(os.path.join(request.trace, request.system, case.name)):
             jax.block_until_ready(call(None if prepare is None else prepare()))
-
-
-@contextlib.contextmanager
-def _attention_backends() -> Iterator[set[str]]:
-    """Collects which backend each attention of a traced program takes, from what the attention logs."""
-    logger, seen = logging.getLogger("crosslmm_jax.model.attention.dispatch"), set()
-
-    def collect(record: logging.LogRecord) -> bool:
-        seen.add(record.getMessage())
-        return False  # shown nowhere
-
-    level = logger.level
-    logger.addFilter(collect)
-    logger.setLevel(logging.DEBUG)
-    try:
-        yield seen
-    finally:
-        logger.removeFilter(collect)
-        logger.setLevel(level)

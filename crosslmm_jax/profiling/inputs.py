@@ -21,9 +21,8 @@ from crosslmm_jax.batch import Batch
 from crosslmm_jax.config import PARTS, ModelConfig
 from crosslmm_jax.config_io import apply_overrides
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.model import has_own_dtype, init_params, quantise_params, separate_layers
+from crosslmm_jax.model import flops, has_own_dtype, init_params, quantise_params, separate_layers
 from crosslmm_jax.presets import get_preset
-from crosslmm_jax.profiling.flops import Workload
 from crosslmm_jax.profiling.record import Request
 
 WEIGHT_STD = 0.02  # Hugging Face's initialiser
@@ -156,7 +155,7 @@ def _random_pixels(key: Array, shape: tuple[int, ...]) -> Array:
     return jax.lax.map(lambda k: jax.random.bits(k, shape[2:], jnp.uint8), keys)[None]
 
 
-def random_prompt(config: ModelConfig, work: Workload, *, seed: int = 0) -> Batch[np.ndarray]:
+def random_prompt(config: ModelConfig, work: flops.Workload, *, seed: int = 0) -> Batch[np.ndarray]:
     """One row for training: text, a video of random pixels, and text with targets. No padding."""
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, frames_shape(config, work.frames).shape, dtype=np.uint8)
@@ -167,7 +166,7 @@ def random_prompt(config: ModelConfig, work: Workload, *, seed: int = 0) -> Batc
     )
 
 
-def random_text(config: ModelConfig, work: Workload, *, seed: int = 0) -> Batch[np.ndarray]:
+def random_text(config: ModelConfig, work: flops.Workload, *, seed: int = 0) -> Batch[np.ndarray]:
     """`random_prompt` without pixels and targets, for a prefill of a video that is encoded already."""
     rng = np.random.default_rng(seed)
     length, visual = work.length(config), work.frames * config.merge.tokens_per_frame

@@ -13,7 +13,7 @@ from typing import Any
 
 from crosslmm_jax.config import Precision
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.profiling.flops import Costs, Workload, total
+from crosslmm_jax.model import flops
 from crosslmm_jax.utils import atomic_write
 
 Row = dict[str, Any]  # JSON values by name
@@ -68,9 +68,9 @@ class Request:
         kind = f"{type(self).__module__}:{type(self).__name__}"
         return json.dumps({"type": kind, **dataclasses.asdict(self)})
 
-    def workload(self, frames: int) -> Workload:
+    def workload(self, frames: int) -> flops.Workload:
         """The prompt with `frames` frames."""
-        return Workload(frames=frames, text=self.text, before=self.before)
+        return flops.Workload(frames=frames, text=self.text, before=self.before)
 
 
 def check_counts(option: str, counts: Collection[int]) -> None:
@@ -96,14 +96,14 @@ class Record:
         self.facts |= facts
         self.save()
 
-    def add_row(self, row: Row, costs: Costs | None = None) -> None:
+    def add_row(self, row: Row, costs: flops.Costs | None = None) -> None:
         """Adds a row and, with `costs`, its FLOPs, its rate, and the fraction of the measured matmul rate.
 
         The matmul rate is bfloat16's, also for rows in 8 bits, so that all rows compare; theirs may exceed 1.
         """
         row = {"system": self.request.system, **row}
         if costs is not None:
-            row["model_tflop"] = total(costs) / 1e12
+            row["model_tflop"] = flops.total(costs) / 1e12
             row["parts_tflop"] = {part: cost.total / 1e12 for part, cost in costs.items()}
             row["tflops"] = 1e3 * row["model_tflop"] / row["ms"]
             if "matmul_tflops" in self.facts:

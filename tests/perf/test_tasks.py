@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from crosslmm_jax import presets
-from crosslmm_jax.model import init_params
+from crosslmm_jax.model import flops, init_params
 from crosslmm_jax.model.attention import cudnn
 from crosslmm_jax.model.attention.blockwise import blockwise_attention
-from crosslmm_jax.profiling import Case, Record, Request, flops, memory, worker
+from crosslmm_jax.profiling import Case, Record, Request, memory, worker
 from perf import attention, peers
 from perf.attention import AttentionRequest
 from perf.scaling import ScalingRequest

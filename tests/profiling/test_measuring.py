@@ -14,8 +14,8 @@ import pytest
 from crosslmm_jax import presets
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.model import CrossLMM, init_params
-from crosslmm_jax.profiling import flops, memory, timing, worker
+from crosslmm_jax.model import CrossLMM, flops, init_params
+from crosslmm_jax.profiling import memory, timing, worker
 from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.inputs import (
     config_of,

@@ -6,6 +6,7 @@
 - `mosaic`, `mosaic_kernel`: a kernel for Hopper GPUs and the encoder's heads of 72.
 - `splash`: JAX's kernel for TPUs.
 - `context_parallel`: attention to frames that are sharded over devices.
+- `video_attention`: attention to the original tokens, for a long video in chunks.
 """
 
 from crosslmm_jax.model.attention.dispatch import Backend, attention, reference_attention

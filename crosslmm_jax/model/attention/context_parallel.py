@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from crosslmm_jax.config import AttentionBackend
 from crosslmm_jax.model.attention.blockwise import MASKED, blockwise_attention
-from crosslmm_jax.model.attention.dispatch import attention
+from crosslmm_jax.model.attention.dispatch import attention, record_backend
 from crosslmm_jax.model.params.partitioning import AxisRules, dividing_axes, num_shards
 
 
@@ -42,6 +42,7 @@ def context_parallel_attention(
     heads = dividing_axes(rules, "act_heads", k.shape[3])
     frames = rules["act_context"]
     assert frames is not None  # more than one shard
+    record_backend(q, k.shape[1] * k.shape[2], "blockwise")
     q_spec = PartitionSpec(batch, None, heads, None)
     kv_spec = PartitionSpec(batch, frames, None, heads, None)
     local = functools.partial(_attend_local, axis=frames)

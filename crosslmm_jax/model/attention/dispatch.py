@@ -11,9 +11,12 @@ instead of a mask of T x S:
 | V2V with a window | the frames around its own |
 """
 
+import contextlib
+import contextvars
 import logging
 import math
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +48,54 @@ QUESTION_SCORE_BYTES = 2**26
 #   7B, 32 frames (48 MB)     0.06    0.06
 SPLIT_DECODE_BYTES = 2**26
 VALUE_SPLITS = 64
+
+
+class ChosenBackend(NamedTuple):
+    """The backend of one attention of a traced program."""
+
+    name: str  # of the attention: encoder, self_attention, v2v, t2v; or attention, if it has none
+    shape: tuple[int, ...]  # [B, T, N, H] of its queries
+    keys: int  # S
+    backend: Backend
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.shape} over {self.keys} keys: {self.backend}"
+
+
+_name: contextvars.ContextVar[str] = contextvars.ContextVar("name", default="attention")
+_chosen: contextvars.ContextVar[dict[ChosenBackend, None] | None] = contextvars.ContextVar(
+    "chosen", default=None
+)
+
+
+@contextlib.contextmanager
+def named_attention(name: str) -> Iterator[None]:
+    """A `jax.named_scope` that also names the attention inside it for `attention_backends`."""
+    token = _name.set(name)
+    try:
+        with jax.named_scope(name):
+            yield
+    finally:
+        _name.reset(token)
+
+
+@contextlib.contextmanager
+def attention_backends() -> Iterator[dict[ChosenBackend, None]]:
+    """Collects the backend of each attention that is traced inside, in order, as the keys of a dict."""
+    chosen: dict[ChosenBackend, None] = {}
+    token = _chosen.set(chosen)
+    try:
+        yield chosen
+    finally:
+        _chosen.reset(token)
+
+
+def record_backend(q: Array, keys: int, backend: Backend) -> None:
+    """Notes the backend of an attention of these queries for `attention_backends`."""
+    found = ChosenBackend(_name.get(), q.shape, keys, backend)
+    logger.debug("%s", found)
+    if (chosen := _chosen.get()) is not None:
+        chosen[found] = None
 
 
 def attention(
@@ -98,7 +149,7 @@ def attention(
         chosen = _choose(q, k, kv_start, kv_stop, rules, causal=causal, axes=axes)
     else:
         chosen = backend
-    logger.debug("attention of %s over %s keys: %s", q.shape, k.shape[1], chosen)
+    record_backend(q, k.shape[1], chosen)
     if chosen == "mosaic":
         return mosaic.mosaic_attention(q, k, v, kv_start, kv_stop, causal=causal, rules=rules, axes=axes)
     if chosen == "cudnn":

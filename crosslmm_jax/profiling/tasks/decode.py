@@ -8,8 +8,7 @@ from jaxtyping import Array, PyTree
 
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.inference import Generation, RowSettings, generate
-from crosslmm_jax.model import DTYPES, CrossLMM, KeysValues, KVCache
-from crosslmm_jax.profiling import flops
+from crosslmm_jax.model import DTYPES, CrossLMM, KeysValues, KVCache, flops
 from crosslmm_jax.profiling.cases import Case, Compiled, Lowered, run_cases
 from crosslmm_jax.profiling.inputs import (
     CODE_STD,

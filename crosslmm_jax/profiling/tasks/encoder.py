@@ -6,9 +6,8 @@ import jax
 from jaxtyping import Array, PyTree
 
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.model import CrossLMM, SiglipEncoder, frame_chunk
+from crosslmm_jax.model import CrossLMM, SiglipEncoder, flops, frame_chunk
 from crosslmm_jax.parallel import matmul_options
-from crosslmm_jax.profiling import flops
 from crosslmm_jax.profiling.cases import Case, Compiled, Lowered, run_cases
 from crosslmm_jax.profiling.inputs import (
     config_of,

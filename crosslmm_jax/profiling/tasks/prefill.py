@@ -13,9 +13,8 @@ from jaxtyping import Array, PyTree
 
 from crosslmm_jax.batch import Batch, with_known_visibility
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.model import CrossLMM, logits_of
+from crosslmm_jax.model import CrossLMM, flops, logits_of
 from crosslmm_jax.parallel import matmul_options
-from crosslmm_jax.profiling import flops
 from crosslmm_jax.profiling.cases import Case, Compiled, Lowered, run_cases
 from crosslmm_jax.profiling.inputs import (
     config_of,

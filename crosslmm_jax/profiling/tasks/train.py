@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from crosslmm_jax.config import PARTS, MeshConfig, ModelConfig, StageConfig
+from crosslmm_jax.model import flops
 from crosslmm_jax.parallel import batch_shardings, make_mesh, matmul_options, to_global
-from crosslmm_jax.profiling import flops
 from crosslmm_jax.profiling.cases import Case, Compiled, Lowered, run_cases
 from crosslmm_jax.profiling.inputs import config_of, num_bytes, random_prompt
 from crosslmm_jax.profiling.record import Record, Request

@@ -23,8 +23,8 @@ import pytest
 from crosslmm_jax import presets
 from crosslmm_jax.batch import VisibleFrames
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.model import init_params, video_attention
-from crosslmm_jax.model.attention import cudnn
+from crosslmm_jax.model import init_params
+from crosslmm_jax.model.attention import cudnn, video_attention
 from crosslmm_jax.model.attention.blockwise import blockwise_attention
 from crosslmm_jax.model.attention.dispatch import _choose, attention, reference_attention
 from crosslmm_jax.model.dual_cross_attention import cross_attend

@@ -19,8 +19,8 @@ from crosslmm_jax.model.attention import splash as splash_module
 from crosslmm_jax.model.attention.blockwise import BlockSizes
 from crosslmm_jax.model.attention.dispatch import _choose, attention, reference_attention
 from crosslmm_jax.model.attention.splash import splash_attention
+from crosslmm_jax.model.flops import Workload
 from crosslmm_jax.parallel import activation_rules, make_mesh
-from crosslmm_jax.profiling.flops import Workload
 from crosslmm_jax.profiling.inputs import param_shapes, random_prompt, shapes_of
 
 BLOCKS = BlockSizes(128, 256)

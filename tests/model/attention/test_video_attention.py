@@ -12,8 +12,8 @@ import pytest
 from crosslmm_jax import presets
 from crosslmm_jax.batch import AllOrNone, SamePerRow, VisibleFrames, VisualOnly, with_known_visibility
 from crosslmm_jax.config import MeshConfig
-from crosslmm_jax.model import CrossLMM, init_params, video_attention
-from crosslmm_jax.model.attention import cudnn
+from crosslmm_jax.model import CrossLMM, init_params
+from crosslmm_jax.model.attention import cudnn, video_attention
 from crosslmm_jax.model.dual_cross_attention import cross_attend, keys_values
 from crosslmm_jax.parallel.axis_rules import activation_rules
 from crosslmm_jax.parallel.mesh import make_mesh

@@ -15,10 +15,9 @@ from crosslmm_jax.config import (
     ModelConfig,
     VisionConfig,
 )
-from crosslmm_jax.model import CrossLMM
+from crosslmm_jax.model import CrossLMM, flops
+from crosslmm_jax.model.flops import Workload
 from crosslmm_jax.model.loss import logits_of
-from crosslmm_jax.profiling import flops
-from crosslmm_jax.profiling.flops import Workload
 from crosslmm_jax.profiling.inputs import param_shapes, random_prompt, shapes_of
 
 WORK = Workload(frames=4, text=40, before=8)
