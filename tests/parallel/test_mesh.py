@@ -1,16 +1,22 @@
 """The mesh from its config, and the start of processes from the environment."""
 
+import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from crosslmm_jax.config import MeshConfig
 from crosslmm_jax.errors import ConfigError
 from crosslmm_jax.parallel import initialize_processes, make_mesh
+from crosslmm_jax.parallel.mesh import MESH_AXES, _over_slices
 
 
 def test_axes_and_fill() -> None:
@@ -33,6 +39,44 @@ def test_some_devices() -> None:
 def test_sizes_that_do_not_fit(config: MeshConfig) -> None:
     with pytest.raises(ConfigError, match=r"MeshConfig data=.*8 device"):
         make_mesh(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """What a mesh over several hosts is made from."""
+
+    id: int
+    slice_index: int
+    device_kind: str = "cpu"
+    platform: str = "cpu"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "spans"),
+    [
+        ({"data": 4, "fsdp": 2}, {"data"}),
+        ({"data": 1, "fsdp": 4, "tensor": 2}, {"fsdp"}),
+        ({"data": 1, "tensor": 2, "context": 4}, {"context"}),
+        ({"data": 2, "fsdp": 4}, {"data", "fsdp"}),
+    ],
+)
+def test_the_axes_that_span_hosts_are_the_outermost_that_can(sizes: dict[str, int], spans: set[str]) -> None:
+    """Along every other axis, neighbours are of one host."""
+    hosts = 4 if len(spans) == 2 else 2
+    devices = [FakeDevice(id, id * hosts // 8) for id in range(8)]
+    found = _over_slices(devices, [sizes.get(axis, 1) for axis in MESH_AXES])
+    assert sorted(device.id for device in found.flat) == list(range(8))
+    host_of = np.vectorize(lambda device_id: devices[device_id].slice_index)(
+        np.array([device.id for device in found.flat]).reshape(found.shape)
+    )
+    assert {
+        axis for place, axis in enumerate(MESH_AXES) if (np.diff(host_of, axis=place) != 0).any()
+    } == spans
+
+
+def test_hosts_need_the_same_number_of_devices() -> None:
+    with pytest.raises(ConfigError, match=r"the 2 hosts or slices of this run have \[1, 3\] devices"):
+        _over_slices([FakeDevice(id, min(id, 1)) for id in range(4)], [4, 1, 1, 1])
 
 
 def test_one_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,8 +132,28 @@ TWO_PROCESSES = """
 """
 
 
+@pytest.fixture(params=["one host", "two hosts"])
+def as_on_hosts(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[int], list[str]]:
+    """`as_on_hosts(index)`: words before a command that make it process `index` of one host or of two.
+
+    Hosts differ in what Linux says about their last start; by it jax tells which devices share a host.
+    """
+
+    def words(index: int) -> list[str]:
+        if request.param == "one host":
+            return []
+        boot = tmp_path / f"boot{index}"
+        boot.write_text(f"{index + 1}1111111-1111-4111-8111-111111111111\n")
+        mount = f"mount --bind {boot} /proc/sys/kernel/random/boot_id"
+        return ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh"]
+
+    if shutil.which("unshare") is None or subprocess.run([*words(0), "true"], capture_output=True).returncode:
+        pytest.skip("only root may mount a disk")
+    return words
+
+
 @pytest.mark.multihost
-def test_two_processes_share_a_batch(free_port) -> None:
+def test_two_processes_share_a_batch(free_port, as_on_hosts) -> None:
     port = free_port()
     processes = []
     for index in range(2):
@@ -97,7 +161,7 @@ def test_two_processes_share_a_batch(free_port) -> None:
             "COORDINATOR_ADDRESS": f"localhost:{port}", "NUM_PROCESSES": "2", "PROCESS_ID": str(index),
             "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         }  # fmt: skip
-        command = [sys.executable, "-c", textwrap.dedent(TWO_PROCESSES)]
+        command = [*as_on_hosts(index), sys.executable, "-c", textwrap.dedent(TWO_PROCESSES)]
         processes.append(
             subprocess.Popen(
                 command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
