@@ -3,8 +3,9 @@
 #   launch/tpu_vm.sh CONFIG.py [--field value ...]
 #
 # Every host needs the repository with its environment in FOLDER. `run.out` of the config must be a folder
-# that all hosts can write. Training continues when the connection is lost. While it runs, a second start on a
-# host is refused: stop the first with STOP=1, which sends SIGTERM, so that it saves. The same command resumes.
+# that all hosts can write. All hosts are checked before one starts. The exit code is that of training.
+# Training continues when the connection is lost. While it runs, a second start is refused: stop the first with
+# STOP=1, which sends SIGTERM, so that it saves. The same command resumes.
 # We never ran this on a TPU: read it before you use it.
 #
 # Environment variables:
@@ -12,6 +13,7 @@
 #   PROJECT     Google Cloud project (default: that of gcloud's configuration)
 #   FOLDER      the repository on the hosts (default: crosslmm in the home folder)
 #   PYTHON      the interpreter on the hosts (default: .venv/bin/python in FOLDER)
+#   PORT        of process 0 (default: 8482)
 #   STOP        1: stop the run
 set -euo pipefail
 : "${TPU:?set TPU to the name of the slice}" "${ZONE:?set ZONE to its zone}"
@@ -20,32 +22,22 @@ if [[ $# -lt 1 && ${STOP:-0} != 1 ]]; then
   exit 2
 fi
 folder=${FOLDER:-crosslmm}
-python=${PYTHON:-.venv/bin/python}
-if [[ ${STOP:-0} == 1 ]]; then
-  remote="cd $(printf %q "$folder") && kill -s TERM \"\$(cat crosslmm.pid)\""
-else
-  words=$(printf ' %q' "$@")
-  # The metadata server gives each host's index and all addresses, as NAME:ID:ADDRESS or ADDRESS, separated by
-  # commas.
-  remote=$(
-    cat <<EOF
-cd $(printf %q "$folder")
-if [ -f crosslmm.pid ] && kill -0 "\$(cat crosslmm.pid)" 2>/dev/null; then
-  echo "a run is already active on this host; stop it with STOP=1" >&2
-  exit 1
-fi
-attribute() {
-  curl -sf -H Metadata-Flavor:Google "http://metadata.google.internal/computeMetadata/v1/instance/attributes/\$1"
+
+# Runs launch/_tpu_host.sh with these words on all hosts; gcloud returns the first exit code that is not 0.
+on_all_hosts() {
+  local script missing command
+  script=$(printf %q "$folder/launch/_tpu_host.sh")
+  missing="crosslmm: error: \$(hostname) has no $script; copy the repository there, or set FOLDER"
+  command="[ -x $script ] || { echo \"$missing\" >&2; exit 2; }"
+  command+="; cd $(printf %q "$folder") && PYTHON=$(printf %q "${PYTHON:-.venv/bin/python}") PORT=${PORT:-8482}"
+  command+=" exec launch/_tpu_host.sh$(printf ' %q' "$@")"
+  gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" ${PROJECT:+--project="$PROJECT"} --worker=all \
+    --command="$command"
 }
-hosts=\$(attribute worker-network-endpoints | tr , '\n' | awk -F : '{ print \$NF }')
-export PROCESS_ID=\$(attribute agent-worker-number) NUM_PROCESSES=\$(echo "\$hosts" | wc -l)
-export COORDINATOR_ADDRESS=\$(echo "\$hosts" | head -n 1):8476 PYTHON=$(printf %q "$python")
-nohup launch/_env.sh train$words >>crosslmm.log 2>&1 </dev/null &
-echo \$! >crosslmm.pid
-sleep 2
-tail -n +1 -F --pid=\$(cat crosslmm.pid) crosslmm.log
-EOF
-  )
+
+if [[ ${STOP:-0} == 1 ]]; then
+  on_all_hosts stop
+else
+  on_all_hosts check
+  on_all_hosts start "$@"
 fi
-exec gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" ${PROJECT:+--project="$PROJECT"} --worker=all \
-  --command="$remote"

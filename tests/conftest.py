@@ -69,6 +69,7 @@ MAY_SKIP = (
     r"needs Linux's /proc",
     r"pillow-heif is not installed",
     r"this jax has no Mosaic GPU",
+    r"the CRD of JobSet is not here",
 )
 
 

@@ -1,6 +1,6 @@
 """Devices: mesh, shardings, start of processes, compilation flags.
 
-- `mesh`: the device mesh, and how the processes of a run find each other.
+- `mesh`: the device mesh, and the start of the processes of a run; `rank`: which of them this one is.
 - `agreement`: what processes tell each other, and how they fail together.
 - `axis_rules`: the table of logical axes -> mesh axes.
 - `sharding`: shardings of parameters and batches; the rows of each process.

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +13,11 @@ from jax.sharding import AxisType, Mesh
 
 from crosslmm_jax.config import MeshConfig
 from crosslmm_jax.errors import ConfigError
+from crosslmm_jax.parallel.rank import find_rank
 
 MESH_AXES: tuple[str, ...] = ("data", "fsdp", "tensor", "context")
 # Axes that may span several slices, first those whose collectives a slow network hurts least.
 _OUTER_FIRST = ("data", "fsdp", "context", "tensor")
-_PROCESS_VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -41,11 +40,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(sizes, MESH_AXES, axis_types=kinds, devices=devices)
 
 
-def _slice_of(device: jax.Device) -> int:
+def _slice_of(device: object) -> int:
     return getattr(device, "slice_index", 0)
 
 
-def _over_slices(devices: Sequence[jax.Device], sizes: Sequence[int]) -> np.ndarray:
+def _over_slices(devices: list, sizes: Sequence[int]) -> np.ndarray:
     """The devices of several slices in the shape `sizes`; outer axes span the slices."""
     counts = collections.Counter(_slice_of(device) for device in devices)
     if len(set(counts.values())) > 1:
@@ -83,29 +82,14 @@ def _fill(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
 def initialize_processes() -> None:
     """Joins the processes of one run, before any other use of jax; does nothing for a single process.
 
-    A launcher sets COORDINATOR_ADDRESS (host:port of process 0), NUM_PROCESSES and PROCESS_ID.
-
     Raises:
-      ConfigError: some of the three are set but not all, or the counts are not numbers.
+      ConfigError: the environment does not say which process this is; see `rank.find_rank`.
     """
-    present = [name for name in _PROCESS_VARIABLES if os.environ.get(name)]
-    if not present or jax.distributed.is_initialized():
-        return
-    missing = [name for name in _PROCESS_VARIABLES if name not in present]
-    if missing:
-        raise ConfigError(
-            f"environment variable {', '.join(present)} is set but {', '.join(missing)} is not;"
-            " set all three, or none for a single process"
-        )
-    count, index = _whole_number("NUM_PROCESSES"), _whole_number("PROCESS_ID")
-    if index >= max(count, 1):
-        raise ConfigError(f"environment variable PROCESS_ID is {index}; must be below NUM_PROCESSES={count}")
-    if count > 1:
-        jax.distributed.initialize(os.environ["COORDINATOR_ADDRESS"], num_processes=count, process_id=index)
-
-
-def _whole_number(name: str) -> int:
-    value = os.environ[name]
-    if not value.isdigit():
-        raise ConfigError(f"environment variable {name} is {value!r}; it must be a whole number")
-    return int(value)
+    rank = None if jax.distributed.is_initialized() else find_rank()
+    if rank is not None:
+        # "deactivate": under SLURM, JAX would choose one GPU by SLURM_LOCALID, which may be invisible, or
+        # one of several that this process has. launch/_env.sh chooses.
+        jax.distributed.initialize(
+            rank.address, num_processes=rank.count, process_id=rank.index,
+            cluster_detection_method="deactivate",
+        )  # fmt: skip

@@ -92,6 +92,7 @@ def test_one_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> No
         ({"NUM_PROCESSES": "2"}, "COORDINATOR_ADDRESS, PROCESS_ID is not"),
         ({"COORDINATOR_ADDRESS": "x:1", "NUM_PROCESSES": "two", "PROCESS_ID": "0"}, "NUM_PROCESSES is 'two'"),
         ({"COORDINATOR_ADDRESS": "x:1", "NUM_PROCESSES": "2", "PROCESS_ID": "2"}, "PROCESS_ID is 2"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": ""}, "names a,b, but JAX finds no TPU here"),
     ],
 )
 def test_bad_environment(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str) -> None:

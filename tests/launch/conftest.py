@@ -1,0 +1,71 @@
+"""A run that launchers start: small, quick to compile, and long enough to be stopped."""
+
+import os
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+STEPS = 150  # they take seconds longer than a stop needs to reach all processes
+TINY = """
+    import dataclasses
+    from pathlib import Path
+    from crosslmm_jax.demo import recipe
+
+    def get_config():
+        folder = Path(__file__).parent
+        size = dataclasses.replace(recipe.QUICK, batch_size=2, stage1_steps={steps}, log_every=1)
+        config = recipe.stage1(folder, out=folder / "run", size=size)
+        model = config.model  # as little to compile as shows the same
+        vision = dataclasses.replace(model.vision, num_layers=2)
+        decoder = dataclasses.replace(model.decoder, num_layers=2)
+        model = dataclasses.replace(model, vision=vision, decoder=decoder, attention="reference")
+        return dataclasses.replace(config, model=model)
+"""
+
+
+@pytest.fixture(scope="session")
+def launch() -> Path:
+    """The folder of the launchers."""
+    return Path(__file__).resolve().parents[2] / "launch"
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config file; its data and its run folder lie beside it."""
+    from crosslmm_jax.data.index.build import build_index
+    from crosslmm_jax.demo.synthetic import write_dataset
+    from crosslmm_jax.demo.tokenizer import write_default_tokenizer
+
+    folder = tmp_path_factory.mktemp("launch")
+    write_dataset(folder / "data", num_train=4, num_heldout=4, seed=0)
+    write_default_tokenizer(folder / "tokenizer")
+    build_index(
+        str(folder / "data" / "captions.json"), folder / "index" / "captions",
+        tokenizer=str(folder / "tokenizer"), quiet=True,
+    )  # fmt: skip
+    (folder / "tiny.py").write_text(textwrap.dedent(TINY.format(steps=STEPS)))
+    return folder / "tiny.py"
+
+
+@pytest.fixture(scope="session")
+def cpu_environment(one_device_flags: str) -> dict[str, str]:
+    """Variables for a launcher whose processes train on one CPU device each."""
+    return {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": one_device_flags}
+
+
+@pytest.fixture
+def fake_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """`fake_program(name, script)`: a bash script that is found by this name before any other."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def write(name: str, script: str) -> Path:
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{textwrap.dedent(script)}")
+        (folder / name).chmod(0o755)
+        return folder / name
+
+    return write

@@ -1,0 +1,81 @@
+"""launch/local_multiproc.sh runs two processes; every script of launch/ can be called."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+LOCAL = LAUNCH / "local_multiproc.sh"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_bash_reads_it_and_it_can_be_called(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+    assert os.access(script, os.X_OK)
+
+
+@pytest.fixture
+def environment(cpu_environment, free_port) -> Callable[[], dict[str, str]]:
+    """`environment()`: variables for the launcher, with a free port."""
+    return lambda: os.environ | cpu_environment | {"PORT": str(free_port())}
+
+
+def steps_in(folder: Path) -> list[int]:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row["step"] for row in map(json.loads, lines) if "loss" in row]
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+def test_two_processes_train_stop_and_resume(config: Path, environment) -> None:
+    """SIGTERM to the launcher stops both at one saved step; the same command resumes after it."""
+    command, out = [LOCAL, "2", config], config.parent / "run"
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 240
+    while len(steps_in(out)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    stops = re.findall(r"stopped after step (\d+), which is saved", output)
+    assert len(stops) == 2 and len(set(stops)) == 1, output
+    assert 3 <= int(stops[0])
+
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert steps_in(out) == list(range(1, 151))
+    assert (out / "model" / "config.json").exists()
+
+
+@pytest.mark.multihost
+def test_one_process_that_fails_ends_all(tmp_path: Path, environment) -> None:
+    """The second fails at once; the first would run for a minute."""
+    script = tmp_path / "python"
+    script.write_text(
+        "#!/usr/bin/env bash\n[[ $2 == crosslmm_jax.parallel.xla_flags ]] && exit\n"
+        "((PROCESS_ID == 0)) || exit 3\nexec sleep 60\n"
+    )
+    script.chmod(0o755)
+    start = time.monotonic()
+    settings = environment() | {"PYTHON": str(script)}
+    result = subprocess.run([LOCAL, "2", "x.py"], env=settings, timeout=50)
+    assert result.returncode == 3
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("words", [["2"], ["0", "x.py"], ["two", "x.py"]])
+def test_the_local_launcher_says_how_it_is_called(words: list[str]) -> None:
+    result = subprocess.run([LOCAL, *words], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("usage: ")
