@@ -46,7 +46,7 @@ The paper's K, "cross-attention every K layers", is `cross_attn_every`.
 """
 
 from crosslmm_jax.model import flops
-from crosslmm_jax.model.attention.dispatch import attention, attention_backends
+from crosslmm_jax.model.attention.dispatch import ChosenBackend, attention, attention_backends
 from crosslmm_jax.model.crosslmm import CrossLMM, apply
 from crosslmm_jax.model.dual_cross_attention import kv_width
 from crosslmm_jax.model.encode_frames import Visual, frame_chunk
@@ -67,7 +67,8 @@ from crosslmm_jax.model.quantisation.quantise import DTYPES, quantise_params
 from crosslmm_jax.model.qwen2 import mlp, self_attention
 
 __all__ = [
-    "COPIED", "CrossLMM", "DTYPES", "KVCache", "KeysValues", "Params", "Pooler", "SiglipEncoder",
+    "COPIED", "ChosenBackend", "CrossLMM", "DTYPES", "KVCache", "KeysValues", "Params", "Pooler",
+    "SiglipEncoder",
     "VideoCache", "Visual", "apply", "attention", "attention_backends", "copy_cross_attention",
     "encoder_layer", "flops", "frame_chunk", "has_own_dtype", "init_params", "is_decayed", "kv_width",
     "logical_axes", "logits_of", "mlp", "patchify", "quantise_params", "quantised_axes", "rms_norm",

@@ -27,19 +27,31 @@ class FailedSomewhere(Exception):
     """An action failed on at least one process; raised on all of them with every process's reason."""
 
 
-def gather(value: object) -> list[Any]:
-    """The JSON-serialisable `value` of every process, in order of their index."""
+def gather(value: object, *, room: int | None = None) -> list[Any]:
+    """The JSON-serialisable `value` of every process, in order of their index.
+
+    Args:
+      value: of this process.
+      room: bytes that suffice for every process's value as JSON, and the same on all. One collective
+        operation is then enough; without it there are two.
+
+    Raises:
+      ValueError: the value takes more than `room`.
+    """
     if jax.process_count() == 1:
         return [value]
     from jax.experimental import multihost_utils
 
     encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(encoded.size))
-    # All processes gather arrays of one shape; each shape compiles a program, so there are few of them.
-    padded = np.zeros(max(_FEWEST_BYTES, 1 << int(sizes.max() - 1).bit_length()), np.uint8)
+    if room is None:
+        sizes = multihost_utils.process_allgather(np.int32(encoded.size))
+        # All processes gather arrays of one shape; each shape compiles a program, so there are few of them.
+        room = max(_FEWEST_BYTES, 1 << int(sizes.max() - 1).bit_length())
+    elif encoded.size > room:
+        raise ValueError(f"a value of {encoded.size} bytes is gathered with room for {room}")
+    padded = np.full(room, ord(" "), np.uint8)  # which JSON ignores
     padded[: encoded.size] = encoded
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+    return [json.loads(row.tobytes()) for row in np.asarray(multihost_utils.process_allgather(padded))]
 
 
 def succeed_on_all(action: Callable[[], T]) -> T:

@@ -3,6 +3,7 @@
     runs/x/checkpoints/           Orbax, one folder per checkpoint, named by its step
     runs/x/checkpoints_damaged/   damaged checkpoints, if there were any
     runs/x/metrics.jsonl          one line every `run.log_every` steps
+    runs/x/log.jsonl              hosts, compiled programs, bad rows, with their times
     runs/x/tensorboard/           the same
     runs/x/model/                 MODEL folder, written at the end
     runs/x/owner.json             the process that trains there, while it does
@@ -13,7 +14,6 @@ The command that started a run also resumes it: after a kill, a crash, or on ano
 import contextlib
 import dataclasses
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -42,15 +42,13 @@ from crosslmm_jax.train.checkpoint import Checkpoints, check_disk_space, state_b
 from crosslmm_jax.train.export_run import write_model
 from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs, warn_of_other_positions
 from crosslmm_jax.train.interrupt import Interrupted, StopRequest
-from crosslmm_jax.train.optimizer import learning_rates
 from crosslmm_jax.train.owner import RunOwner
-from crosslmm_jax.train.reporting.metrics_log import MAX_WAIT_S, MetricsLine, MetricsLog, read_metrics
-from crosslmm_jax.train.reporting.metrics_window import MetricsWindow, NonFiniteStep
-from crosslmm_jax.train.reporting.side_channel import SideChannel
+from crosslmm_jax.train.reporting.metrics_log import MetricsLine, read_metrics
+from crosslmm_jax.train.reporting.metrics_window import NonFiniteStep
+from crosslmm_jax.train.reporting.run_report import RunReport
 from crosslmm_jax.train.settings import check_same_settings, settings_of
 from crosslmm_jax.train.state import TrainState, abstract_state, random_state, state_of_params
 from crosslmm_jax.train.step import compile_train_step, with_step_visibility
-from crosslmm_jax.utils import Progress
 
 _POSITION = "global_next_index"
 
@@ -210,85 +208,51 @@ class _Run:
     quiet: bool
 
     def to_last_step(self, state: TrainState, resumed_step: int, stop: StopRequest) -> TrainState:
-        """Runs the remaining steps; closes the iterator, the progress and the metrics log."""
-        run, stage, writes = self.config.run, self.config.stage, is_first_process()
-        out = Path(run.out)
-        progress = SideChannel(
-            "progress",
-            lambda: Progress(
-                stage.name, unit="steps", total=stage.steps, done=resumed_step, seconds_between_lines=None,
-                quiet=self.quiet or not writes,
-            ),
-            warns=False,
-        )  # fmt: skip
-        log = MetricsLog(out, resumed_step=resumed_step, tensorboard=run.tensorboard) if writes else None
+        """Runs the remaining steps; closes the iterator and the report."""
+        report = RunReport(
+            self.config, self.mesh, resumed_step=resumed_step, num_shards=self.shard_count, quiet=self.quiet
+        )
         try:
-            return self._steps(state, resumed_step, progress=progress, log=log, stop=stop)
+            dataset = self.iterator.dataset
+            report.start(state, num_rows=len(dataset.rows), num_shapes=len(dataset.buckets))
+            return self._steps(state, resumed_step, report=report, stop=stop)
         except NonFiniteStep as error:
             raise self._save_batch_of(error) from error
         finally:
             self.iterator.close()
-            progress.close(MAX_WAIT_S)
-            if log is not None:
-                log.close()
+            report.close()
 
     def _steps(
-        self,
-        state: TrainState,
-        resumed_step: int,
-        *,
-        progress: SideChannel[Progress],
-        log: MetricsLog | None,
-        stop: StopRequest,
+        self, state: TrainState, resumed_step: int, *, report: RunReport, stop: StopRequest
     ) -> TrainState:
         run, stage = self.config.run, self.config.stage
         train_step = compile_train_step(self.config.model, stage, self.mesh)
-        window = MetricsWindow()
         for step in range(resumed_step + 1, stage.steps + 1):
             position = self.iterator.get_state()[_POSITION]
-            batch = with_step_visibility(window.next_batch(self.iterator))
-            state, metrics = train_step(state, to_global(batch, self.mesh, num_shards=self.shard_count))
-            tokens = batch.tokens.size * self.shard_count
-            window.add(step, metrics, position=position, tokens=tokens)
+            with report.phase(step, "input_wait"):
+                batch = next(self.iterator)
+            batch = with_step_visibility(batch)
+            with report.program(step, "training step", batch):
+                state, metrics = train_step(state, to_global(batch, self.mesh, num_shards=self.shard_count))
+            report.add(step, metrics, position=position, batch=batch)
             is_last = step == stage.steps
             if is_last or step == 1 or step % run.log_every == 0:
-                self._report(step, window, progress=progress, log=log)
-            progress.call(lambda bar, step=step: bar.update(step))
+                report.report(step, self.iterator)
             self.checkpoints.raise_if_failed()
             must_stop = stop.signal_name or self.checkpoints.preempted(step)
             if is_last or must_stop or step % run.save_every == 0:
-                self._save(step, state, window, log)
+                self._save(step, state, report)
             if must_stop and not is_last:
                 self.checkpoints.wait()
                 raise Interrupted(f"stopped after step {step}, which is saved; the same command resumes")
         return state
 
-    def _report(
-        self, step: int, window: MetricsWindow, *, progress: SideChannel[Progress], log: MetricsLog | None
-    ) -> None:
-        line: MetricsLine = {"step": step, **window.report(), **self.iterator.take_counts()}
-        gates = line.pop("gate")
-        line["learning_rate"] = learning_rates(self.config.stage, step - 1)
-        line["gate"] = {
-            direction: {
-                str(layer): float(gate)
-                for layer, gate in zip(self.config.model.cross_attention_layers, values, strict=True)
-            }
-            for direction, values in gates.items()
-        }
-        if log is not None:
-            log.write(line)
-        note = f"loss {line['loss']:.4f}  {line['step_seconds'] * 1e3:.0f} ms/step"
-        progress.call(lambda bar: bar.report(step, note))
-
-    def _save(self, step: int, state: TrainState, window: MetricsWindow, log: MetricsLog | None) -> None:
-        window.raise_if_not_finite()  # a state that is not finite is never saved
-        begin = time.perf_counter()
-        together(lambda: self.owner.check() if is_first_process() else None)
-        if log is not None:
-            log.wait()  # a run that resumes from this checkpoint finds the lines up to it
-        self.checkpoints.save(step, state, position=self.iterator.get_state()[_POSITION])
-        window.exclude(time.perf_counter() - begin)
+    def _save(self, step: int, state: TrainState, report: RunReport) -> None:
+        report.window.raise_if_not_finite()  # a state that is not finite is never saved
+        with report.phase(step, "checkpoint"):
+            together(lambda: self.owner.check() if is_first_process() else None)
+            report.wait()  # a run that resumes from this checkpoint finds the lines up to it
+            self.checkpoints.save(step, state, position=self.iterator.get_state()[_POSITION])
 
     def _save_batch_of(self, error: NonFiniteStep) -> UserError:
         """Reads the batch again, which its position alone determines, and saves it for inspection."""

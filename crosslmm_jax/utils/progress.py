@@ -67,6 +67,16 @@ class Progress:
         else:
             self._print(note)
 
+    def say(self, text: str) -> None:
+        """Prints a line of its own, above the bar if there is one."""
+        if self._quiet:
+            return
+        with contextlib.suppress(OSError):
+            if self._bar is None:
+                print(f"{self._title}: {text}", file=sys.stderr, flush=True)
+            else:
+                self._bar.console.print(f"{self._title}: {text}", markup=False, highlight=False)
+
     def close(self) -> None:
         """Stops the bar, which stays on the screen."""
         if self._bar is not None:

@@ -141,6 +141,7 @@ class BatchIterator(Iterator[Batch[np.ndarray]]):
             )
         self.dataset = dataset
         self.bad_rows: dict[int, str] = {}
+        self._new_bad_rows: list[Fault] = []
         self.faults: Counter[str] = Counter()
         self.truncated = Counter(rows=0, turns=0)
         self._reported = self.faults.copy(), self.truncated.copy()
@@ -159,6 +160,7 @@ class BatchIterator(Iterator[Batch[np.ndarray]]):
             self.faults[fault.reason] += 1
             if fault.row not in self.bad_rows:
                 self.bad_rows[fault.row] = str(fault)
+                self._new_bad_rows.append(fault)
                 self._on_bad_row(fault)
         dropped = [int(turns) for turns in result["dropped_turns"]]
         self.truncated.update(rows=len(dropped), turns=sum(dropped))
@@ -243,6 +245,11 @@ class BatchIterator(Iterator[Batch[np.ndarray]]):
             "faults": dict(sorted((self.faults - faults).items())),
             "truncated": {name: self.truncated[name] - truncated[name] for name in ("rows", "turns")},
         }
+
+    def take_bad_rows(self) -> list[Fault]:
+        """The rows that became `bad_rows` since the last call."""
+        new, self._new_bad_rows = self._new_bad_rows, []
+        return new
 
     def get_state(self) -> dict[str, int]:
         """The position after the last batch; the same on every host."""

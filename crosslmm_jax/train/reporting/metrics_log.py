@@ -1,50 +1,36 @@
 """Metrics of a run on disk: metrics.jsonl and TensorBoard scalars. Neither delays or stops training."""
 
 import contextlib
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from crosslmm_jax.train.reporting.json_lines import JsonLine, JsonLines, read_lines
 from crosslmm_jax.train.reporting.side_channel import SideChannel
 
 if TYPE_CHECKING:
     from tensorboardX.event_file_writer import EventsWriter
 
 METRICS_FILE = "metrics.jsonl"
-MetricsLine = dict[str, Any]  # "step" and nested dicts of numbers
+MetricsLine = JsonLine  # "step" and nested dicts of numbers
 MAX_WAIT_S = 10.0  # for a disk that hangs
 
 
 def read_metrics(folder: str | Path) -> list[MetricsLine]:
     """The lines of `metrics.jsonl` in `folder`, up to the first that is incomplete."""
-    return [line for line, _ in _lines_with_ends(Path(folder) / METRICS_FILE)]
+    return read_lines(Path(folder) / METRICS_FILE)
 
 
-def _lines_with_ends(path: Path) -> Iterator[tuple[MetricsLine, int]]:
-    """The complete lines of a file, each with the position where it ends."""
-    end = 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        end += len(line)
-        try:
-            metrics = json.loads(line)
-        except ValueError:
-            return  # the process died while it wrote this line
-        if not line.endswith(b"\n"):
-            return
-        yield metrics, end
-
-
-def flatten_scalars(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested metrics with names joined by "/", as TensorBoard groups them."""
+def flatten_scalars(metrics: Mapping[str, object], prefix: str = "") -> dict[str, float]:
+    """Nested metrics with names joined by "/", as TensorBoard groups them; only those that are numbers."""
     flat: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):
             flat.update(flatten_scalars(value, f"{prefix}{name}/"))
-        else:
+        elif isinstance(value, int | float):
             flat[prefix + name] = float(value)
     return flat
 
@@ -59,7 +45,9 @@ class MetricsLog:
     def __init__(self, folder: Path, *, resumed_step: int, tensorboard: bool) -> None:
         """Opens the files in `folder` for a run that has done `resumed_step` steps."""
         path = folder / METRICS_FILE
-        self._file = SideChannel(str(path), lambda: _MetricsFile(path, resumed_step=resumed_step))
+        self._file = SideChannel(
+            str(path), lambda: JsonLines(path, keep=lambda line: line["step"] <= resumed_step)
+        )
         self._file.call(lambda _: None)  # drops the lines now, not at the first report
         self._tensorboard: SideChannel[_EventsFile] | None = None
         if tensorboard:
@@ -89,37 +77,6 @@ class MetricsLog:
         self._file.close(MAX_WAIT_S)
         if self._tensorboard is not None:
             self._tensorboard.close(MAX_WAIT_S)
-
-
-class _MetricsFile:
-    """metrics.jsonl. Lines that could not be written are written before the next one."""
-
-    def __init__(self, path: Path, *, resumed_step: int) -> None:
-        self._path, self._unwritten = path, b""
-        if path.exists():
-            # In place: a full disk has no room for a copy.
-            ends = [end for line, end in _lines_with_ends(path) if line["step"] <= resumed_step]
-            os.truncate(path, max(ends, default=0))
-
-    def write(self, line: MetricsLine) -> None:
-        self._unwritten += json.dumps(line).encode() + b"\n"
-        self._write()
-
-    def _write(self) -> None:
-        with self._path.open("ab", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            try:
-                written = 0
-                while written < len(self._unwritten):
-                    written += file.write(self._unwritten[written:])
-            except OSError:
-                file.truncate(end)  # no half lines
-                raise
-        self._unwritten = b""
-
-    def close(self) -> None:
-        if self._unwritten:
-            self._write()
 
 
 class _EventsFile:

@@ -1,0 +1,86 @@
+"""Tokens, frames and model FLOPs of a batch, and the FLOPs that devices could do at most."""
+
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from crosslmm_jax.batch import Batch, needed
+from crosslmm_jax.config import ModelConfig, StageConfig
+from crosslmm_jax.model import flops
+from crosslmm_jax.train.stages import model_of_stage
+
+# `jax.Device.device_kind` -> 10^12 dense bfloat16 FLOPs per second of one `jax.Device`, by its maker's data
+# sheet. Clocks fall below those of the data sheet under load, so that no program reaches it.
+PEAK_TFLOPS = {
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H200": 989.0,
+    "NVIDIA GH200 480GB": 989.0,
+    "NVIDIA B200": 2250.0,
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5e": 197.0,
+    "TPU v5": 459.0,
+    "TPU v5p": 459.0,
+    "TPU v6 lite": 918.0,
+    "TPU v6e": 918.0,
+}
+
+
+class Work(NamedTuple):
+    """What one or several batches hold."""
+
+    tokens: int = 0  # T of all rows of the global batch, padding included
+    frames: int = 0  # F of all rows of the global batch, padding included
+    flops: float = 0.0  # model FLOPs of this process's rows, padding excluded
+
+
+def total_work(works: Iterable[Work]) -> Work:
+    """The work of several batches."""
+    tokens, frames, model_flops = zip(*works, strict=True)
+    return Work(sum(tokens), sum(frames), sum(model_flops))
+
+
+class WorkCounter:
+    """Counts the work of batches of one stage."""
+
+    def __init__(self, model: ModelConfig, stage: StageConfig, *, num_shards: int) -> None:
+        """`num_shards`: parts of a global batch, of which a process has one."""
+        self._config, self._trainable = model_of_stage(model, stage), stage.trainable
+        self._num_shards = num_shards
+        self._flops_of_row = functools.lru_cache(2**16)(self._count_row)
+
+    def count(self, batch: Batch[np.ndarray]) -> Work:
+        """The work of a step on this process's `batch`."""
+        frames = needed(batch.frames, "frames").shape
+        seen = batch.visible_frames.counts > 0
+        targets = needed(batch.loss_mask, "loss_mask") > 0
+        length = batch.tokens.shape[1]
+        # A row ends with its last target. Text before the first frame reads no frame.
+        ends = np.where(targets.any(1), length - targets[:, ::-1].argmax(1), 0)
+        before = np.where(seen.any(1), seen.argmax(1), ends)
+        rows = zip(
+            batch.visible_frames.counts.max(1).tolist(), ends.tolist(), before.tolist(),
+            targets.sum(1).tolist(), strict=True,
+        )  # fmt: skip
+        return Work(
+            tokens=batch.tokens.size * self._num_shards,
+            frames=frames[0] * frames[1] * self._num_shards,
+            flops=sum(self._flops_of_row(*row) for row in rows),
+        )
+
+    def _count_row(self, frames: int, end: int, before: int, targets: int) -> float:
+        text = max(end - frames * self._config.merge.tokens_per_frame, 0)
+        work = flops.Workload(frames=frames, text=text, before=min(before, text))
+        return flops.total(flops.train(self._config, work, targets=targets, trainable=self._trainable))
+
+
+def peak_tflops(device_kind: str, config: ModelConfig) -> float | None:
+    """10^12 FLOPs per second of a device at most, if that is known and holds for the compute dtype."""
+    return PEAK_TFLOPS.get(device_kind) if config.compute_dtype == "bfloat16" else None
