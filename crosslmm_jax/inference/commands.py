@@ -23,7 +23,7 @@ from crosslmm_jax.inference.figure import check_format, draw_attention
 from crosslmm_jax.inference.load import find_model_folder, load
 from crosslmm_jax.inference.many import Item, answers_as_ready
 from crosslmm_jax.inference.replies import AnswerOptions, Options
-from crosslmm_jax.inference.shapes import is_long
+from crosslmm_jax.inference.shapes import writes_in_place
 from crosslmm_jax.inference.watching import (
     RESERVED_POSITIONS,
     AnyMedia,
@@ -99,7 +99,7 @@ def ask(
         positions = most * config.merge.tokens_per_frame + RESERVED_POSITIONS
         config = dataclasses.replace(config, decoder=config.decoder.with_positions(positions))
     check_frames(sampling_of(processor, frames).most_frames, config, given="--frames is {}")
-    if is_long(most):
+    if writes_in_place(most):
         # Of these alone it is known how many there will be.
         exact = None if frames is None or keyframes else lambda: most
         loaded = load(folder, precision, mesh=mesh, frames=exact, yarn_frames=most if yarn else 0)
@@ -148,7 +148,7 @@ def _watch(
 ) -> Video:
     """Watches. What a long video costs is said beforehand, and its progress is shown."""
     most, first = most_frames_to_read(media, model.processor, frames), is_first_process()
-    if not is_long(most):
+    if not writes_in_place(most):
         return model.watch(media, frames, keyframes=keyframes, timed=timed)
     if first:
         print(cost_of(model.config, most), file=sys.stderr)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from crosslmm_jax.batch import Batch, RowOrNone
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.inference.generate import Generation, RowSettings, everywhere, generate, start
-from crosslmm_jax.inference.shapes import QUESTION_TOKENS, STEPS, PromptShape, is_long
+from crosslmm_jax.inference.shapes import QUESTION_TOKENS, STEPS, PromptShape, writes_in_place
 from crosslmm_jax.model import CrossLMM, KVCache, VideoCache, Visual, apply, kv_width
 from crosslmm_jax.parallel import activation_rules, program
 
@@ -89,7 +89,7 @@ class Compiled:
             compiled = [pool.submit(compile_it, lambda: encoding.lower(model, of_encoder, frames))]
             part = shapes_of(encoding.eval_shape(model, of_encoder, frames))
             parts = (part,) * (shape.frames // frames_at_once)
-            if is_long(shape.frames):
+            if writes_in_place(shape.frames):
                 parts = (shapes_of(_no_tokens.eval_shape(model, frames=shape.frames)),)
                 written = parts[0], part, np.int32(0)
                 compiled += [

@@ -81,7 +81,8 @@ class VideoBytes(NamedTuple):
         heads //= tensor if heads % tensor == 0 else 1
         cached = shape.cache_frames * config.vision.num_patches * len(config.cross_attention_layers)
         # As in the table of `model.attention.video_attention`.
-        at_once = 1 if tensor == 1 else heads  # with sharded heads all of a device's; see `is_long` there
+        # With sharded heads all of a device's at once; see `makes_kv_in_chunks` there.
+        at_once = 1 if tensor == 1 else heads
         attending = patches * pair * at_once * size + 5 * tokens * decoder.width * size
         hidden = 3 * tokens * decoder.mlp_width * size // tensor + 2 * tokens * decoder.width * size
         return cls(

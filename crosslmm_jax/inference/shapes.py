@@ -57,7 +57,7 @@ def frame_sizes(most: int) -> list[int]:
     return [size for size in (*FRAME_SIZES, *larger) if size <= longest]
 
 
-def is_long(num_frames: int) -> bool:
+def writes_in_place(num_frames: int) -> bool:
     """Whether tokens of so many frames are written to one place, instead of being joined from parts.
 
     For a moment, joining holds them twice.

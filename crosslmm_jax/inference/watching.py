@@ -13,7 +13,7 @@ from crosslmm_jax.data.text import ClipMeta, time_text
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.compiled import Compiled
 from crosslmm_jax.inference.devices import check_memory
-from crosslmm_jax.inference.shapes import frames_at_once, is_long, padded_frames
+from crosslmm_jax.inference.shapes import frames_at_once, padded_frames, writes_in_place
 from crosslmm_jax.model import Visual
 from crosslmm_jax.model_folder import Processor
 from crosslmm_jax.parallel import together
@@ -170,9 +170,9 @@ class Encoding:
     def _begin(self, frames: np.ndarray, longest: int) -> None:
         self._frames, self._size, self._parts, self._encoded = frames, frames_at_once(longest), [], 0
         room = padded_frames(longest)
-        if is_long(room):  # before memory is taken
+        if writes_in_place(room):  # before memory is taken
             check_memory(self._compiled.model.config, self._compiled.mesh, longest)
-        self._kept = self._compiled.blank_tokens(room) if is_long(room) else None
+        self._kept = self._compiled.blank_tokens(room) if writes_in_place(room) else None
 
     def _encode(self, frames: np.ndarray) -> None:
         new = self._compiled.encode(self._params, frames)
@@ -206,7 +206,7 @@ class Encoding:
     def _fits(self, longest: int) -> bool:
         """Whether what is encoded so far serves a batch whose longest row has so many frames."""
         room = padded_frames(longest)
-        if self._kept is not None or is_long(room):
+        if self._kept is not None or writes_in_place(room):
             return self._kept is not None and self._kept.originals.shape[1] == room
         return self._size == frames_at_once(longest)
 

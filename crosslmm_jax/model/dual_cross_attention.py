@@ -28,7 +28,7 @@ from crosslmm_jax.batch import AllOrNone, Batch, RowOrNone, SamePerRow, VisibleF
 from crosslmm_jax.config import ModelConfig, Precision
 from crosslmm_jax.model.attention.blockwise import MASKED
 from crosslmm_jax.model.attention.dispatch import named_attention
-from crosslmm_jax.model.attention.video_attention import attend, attend_tokens, is_long
+from crosslmm_jax.model.attention.video_attention import attend, attend_tokens, makes_kv_in_chunks
 from crosslmm_jax.model.encode_frames import Appended, Visual
 from crosslmm_jax.model.kv_cache import KeysValues
 from crosslmm_jax.model.ops import (
@@ -113,7 +113,7 @@ class DualCrossAttention(nn.Module):
             with named_attention("t2v"):
                 slots = batch.text_slots
                 out, originals = jax.lax.optimization_barrier((out, visual.originals))
-                if not is_long(originals, config=c, rules=self.rules):
+                if not makes_kv_in_chunks(originals, config=c, rules=self.rules):
                     kv = keys_values(weights["t2v"], originals, config=c)
                 if not isinstance(visible, VisualOnly):
                     seen = _visible_at(visible, slots)

@@ -3,12 +3,10 @@
 This process never touches the device, so each system has all of it.
 """
 
-import ctypes
 import dataclasses
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +21,7 @@ from crosslmm_jax.profiling import figure
 from crosslmm_jax.profiling.inputs import config_of
 from crosslmm_jax.profiling.record import Request, Row
 from crosslmm_jax.profiling.report import Report, markdown, new_report
+from crosslmm_jax.utils import kill_with_parent
 
 # The allocator that keeps a high-water mark, with up to nearly all of the device. It takes memory as it is
 # needed, unless a request preallocates: regions that are added one by one for growing cases leave no room
@@ -33,7 +32,6 @@ ALLOCATOR = {
     "XLA_PYTHON_CLIENT_ALLOCATOR": "bfc",
 }
 FIGURES = (".png", ".svg", ".pdf")
-_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 class Outputs(NamedTuple):
@@ -132,7 +130,7 @@ def _measure(request: Request, timeout: float | None) -> Row:
         failure = None
         try:
             code = subprocess.run(
-                command, env=environment, timeout=timeout, check=False, preexec_fn=end_with_parent
+                command, env=environment, timeout=timeout, check=False, preexec_fn=kill_with_parent
             ).returncode
             if code not in (0, 1):  # 1: the record says why
                 failure = f"{request.system}: the measuring process ended with exit code {code}"
@@ -146,15 +144,6 @@ def _measure(request: Request, timeout: float | None) -> Row:
     elif not found["rows"] and not found["errors"]:
         found["errors"].append(f"{request.system}: the measuring process recorded nothing")
     return found
-
-
-def end_with_parent() -> None:
-    """For `preexec_fn`: has Linux kill this process when its parent ends in any way.
-
-    Else it would keep the device.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def write_report(report: Report, outputs: Outputs, presentation: Presentation) -> None:

@@ -1,10 +1,12 @@
 """Worker processes that never outlive the process they work for."""
 
 import collections
+import ctypes
 import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -15,6 +17,7 @@ from crosslmm_jax.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _FUNCTION: Callable[[Any], Any] | None = None  # what this worker process calls with each task
 
 
@@ -90,6 +93,15 @@ def end_with_parent() -> None:
     A killed parent cannot stop its workers, which would otherwise wait for work for ever.
     """
     threading.Thread(target=_wait_for_parent, name="end-with-parent", daemon=True).start()
+
+
+def kill_with_parent() -> None:
+    """For `preexec_fn` of `subprocess`: has Linux kill the new process when its parent ends in any way.
+
+    Else it would keep the device. `end_with_parent` is for processes of `multiprocessing`.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait_for_parent() -> None:

@@ -14,7 +14,7 @@ from crosslmm_jax.config import DataConfig, SamplingConfig
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.profiling import Record, Request, Row, timing
 from crosslmm_jax.profiling.inputs import config_of
-from crosslmm_jax.profiling.suite import end_with_parent
+from crosslmm_jax.utils import kill_with_parent
 
 BATCH = 16  # rows, as in the project's measured steps
 QUESTIONS = 8  # rows per video: a batch needs BATCH of them
@@ -75,7 +75,7 @@ def index(request: InputRequest, out: Path) -> Row:
         target = out.with_name(f"{out.name}-{time.time_ns()}-{number}")
         done = subprocess.run(
             [sys.executable, "-m", "crosslmm_jax.cli", *words, str(target)], capture_output=True, text=True,
-            check=False, preexec_fn=end_with_parent,
+            check=False, preexec_fn=kill_with_parent,
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(done.stderr.strip().splitlines()[-1])

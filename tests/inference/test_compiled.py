@@ -155,7 +155,7 @@ def test_shapes_of_prompts():
 def test_programs_that_were_prepared_are_those_that_run(model, monkeypatch, compilations, precision, long):
     """From shapes alone, before the weights are read, and in the dtypes that inference has."""
     for module in (watching, compiled):
-        monkeypatch.setattr(module, "is_long", lambda frames: long)
+        monkeypatch.setattr(module, "writes_in_place", lambda frames: long)
     config = dataclasses.replace(model.config, compute_dtype="bfloat16").at_precision(precision)
     mesh = model.compiled.mesh
     params = jax.tree.map(lambda x: x.astype("bfloat16"), init_params(config, jax.random.key(0)))

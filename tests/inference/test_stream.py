@@ -121,7 +121,7 @@ def test_what_does_not_fit_the_device_is_refused_before_memory_is_taken(model, m
 
     limit = devices._weight_bytes(model.config) + needed(32)
     monkeypatch.setattr(devices, "_memory_limit", lambda: limit)
-    monkeypatch.setattr(watching, "is_long", lambda frames: frames > 32)
+    monkeypatch.setattr(watching, "writes_in_place", lambda frames: frames > 32)
     monkeypatch.setattr(model.compiled, "blank_tokens", lambda frames: pytest.fail("memory is taken"))
     refusal = "40 frames need .* read at most 32 frames"
     with pytest.raises(UserError, match=refusal):
@@ -176,7 +176,7 @@ def test_tokens_of_a_long_video_are_written_to_one_place(model, monkeypatch):
     """As 600 frames are; against parts that are joined."""
     joined = model.watch_frames(FRAMES[:40], TIMES[:40], 40.0)
     for module in (watching, compiled):
-        monkeypatch.setattr(module, "is_long", lambda frames: frames > 32)
+        monkeypatch.setattr(module, "writes_in_place", lambda frames: frames > 32)
     assert_same(model.watch_frames(FRAMES[:40], TIMES[:40], 40.0), joined, 40)
     told: list[int] = []
     watching.Encoding(model.compiled, model.params, told.append).finish(FRAMES[:40])

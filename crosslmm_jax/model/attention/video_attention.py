@@ -76,7 +76,7 @@ def attend_tokens(
     same = {"config": config, "rules": rules}
     if narrow and first is not None:
         return _of_frames(q, weights, tokens, make_kv, visible_frames, first, **same)
-    if not is_long(tokens, narrow=narrow, **same):
+    if not makes_kv_in_chunks(tokens, narrow=narrow, **same):
         kv = make_kv(weights, tokens, 0)
         return attend(q, kv, visible_frames=visible_frames, scoped=scoped, **same)
     count = min(-(-_kv_bytes(tokens, **same) // CHUNK_BYTES), frames)
@@ -84,7 +84,9 @@ def attend_tokens(
     return split(q, weights, tokens, make_kv, visible_frames, -(-frames // count), **same)
 
 
-def is_long(tokens: Array, *, config: ModelConfig, rules: AxisRules | None, narrow: bool = False) -> bool:
+def makes_kv_in_chunks(
+    tokens: Array, *, config: ModelConfig, rules: AxisRules | None, narrow: bool = False
+) -> bool:
     """Whether keys and values of these original tokens are not made at once.
 
     Args:

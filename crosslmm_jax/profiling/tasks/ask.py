@@ -22,7 +22,8 @@ from crosslmm_jax.profiling import timing
 from crosslmm_jax.profiling.figure import draw_phases
 from crosslmm_jax.profiling.record import Record, Request, Row
 from crosslmm_jax.profiling.report import COLUMNS, Report, markdown, table
-from crosslmm_jax.profiling.suite import Presentation, end_with_parent
+from crosslmm_jax.profiling.suite import Presentation
+from crosslmm_jax.utils import kill_with_parent
 
 if TYPE_CHECKING:
     from crosslmm_jax.inference import Answer, Video, VideoModel
@@ -106,7 +107,7 @@ def in_new_process(request: AskRequest) -> Row:
         begin = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-m", "crosslmm_jax.cli", *words], capture_output=True, text=True, check=False,
-            preexec_fn=end_with_parent,
+            preexec_fn=kill_with_parent,
         )  # fmt: skip
         wall = time.perf_counter() - begin
         if done.returncode:
