@@ -20,6 +20,8 @@ The comment beside a field is its help on the command line: `crosslmm train CONF
 """
 
 import dataclasses
+import os
+import re
 import typing
 from dataclasses import field
 from typing import Annotated, Literal, NamedTuple, TypeVar
@@ -68,9 +70,18 @@ def _require_seed(config: object, name: str) -> None:
     _require(config, name, 0 <= getattr(config, name) <= LARGEST_SEED, f"within 0..{LARGEST_SEED}")
 
 
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` names an object of a store, or a page.
+
+    That is gs://bucket/folder anywhere in it, and gs:/bucket/folder at its beginning, as `Path` writes it.
+    """
+    text = os.fspath(path)
+    return "://" in text or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text) is not None
+
+
 def _require_mounted(config: object, *names: str) -> None:
     for name in names:
-        mounted = "://" not in (getattr(config, name) or "")
+        mounted = not is_remote(getattr(config, name) or "")
         _require(config, name, mounted, "a folder of a mounted disk; object stores are not supported yet")
 
 

@@ -95,6 +95,7 @@ WRONG_ELSEWHERE = [
     ("run", {"out": "gs://bucket/run"}, "a folder of a mounted disk; object stores are not supported yet"),
     ("run", {"init_from": "gs://bucket/model"}, "a folder of a mounted disk"),
     ("data", {"index": "s3://bucket/index"}, "a folder of a mounted disk"),
+    ("data", {"tokenizer": "gs:/bucket/tokenizer"}, "a folder of a mounted disk"),
     ("stage", {"learning_rate": math.inf}, "StageConfig.learning_rate is inf; it must be finite"),
     ("stage", {"learning_rate": math.nan}, "StageConfig.learning_rate is nan; it must be greater than 0"),
     ("stage", {"b1": 1.0}, "StageConfig.b1 is 1.0; it must be in [0, 1)"),

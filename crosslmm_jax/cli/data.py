@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -132,11 +133,12 @@ def _index(args: argparse.Namespace) -> None:
             path_map=args.path_map, workers=args.workers, seed=args.seed, allow_outside=args.allow_outside,
             shard=shard, max_damaged=args.max_damaged, **given,
         )  # fmt: skip
+    index = shlex.quote(args.out)
     if shard is None:
-        further = f"crosslmm data stats {args.out}, or train with --data.index {args.out}"
+        further = f"crosslmm data stats {index}, or train with --data.index {index}"
         end = f"written: {args.out}; next: {further}"
     else:
-        end = f"written: shard {args.shard}; once all are: crosslmm data merge {args.out}"
+        end = f"written: shard {args.shard}; once all are: crosslmm data merge {index}"
     print("\n".join([*report.lines(), end]))
     if args.tokenizer is None:
         print(

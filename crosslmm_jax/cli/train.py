@@ -1,6 +1,7 @@
 """`crosslmm train`."""
 
 import argparse
+import shlex
 
 from crosslmm_jax.cli.options import Commands, next_commands, say
 
@@ -23,7 +24,7 @@ def _train(args: argparse.Namespace) -> None:
     from crosslmm_jax.config_io import load_experiment, print_help
 
     if {"-h", "--help"} & set(args.overrides):
-        print_help(load_experiment(args.config), command=f"crosslmm train {args.config}")
+        print_help(load_experiment(args.config), command=shlex.join(["crosslmm", "train", args.config]))
         return
     config = load_experiment(args.config, args.overrides)
     from crosslmm_jax.parallel import is_first_process

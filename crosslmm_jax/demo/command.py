@@ -13,6 +13,7 @@ The same command with the same OUT, seed and size resumes: what is trained is no
 
 import contextlib
 import json
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from crosslmm_jax.demo.ask import AskedVideo, ask_heldout_video
 from crosslmm_jax.demo.report import demo_json, print_questions, print_table
 from crosslmm_jax.demo.train_and_evaluate import InBackground, TrainedModel, train_and_evaluate
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.utils import atomic_folder, atomic_write
+from crosslmm_jax.utils import atomic_folder, atomic_write, check_local
 
 _SETTINGS = "settings.json"
 
@@ -60,7 +61,7 @@ def run(out: str | Path, *, seed: int = 0, quick: bool = False) -> dict[str, obj
     print_table(trained, control, seconds, in_parallel=in_parallel)
     print_questions(asked)
     print(f"\n{figure}\n{folder / 'demo.json'}\n{folder / 'model'}: a MODEL folder; ask it:")
-    print(f'crosslmm ask {folder} {asked.video} "{asked.questions[0].question}"')
+    print(shlex.join(["crosslmm", "ask", str(folder), str(asked.video), asked.questions[0].question]))
     return result
 
 
@@ -72,6 +73,7 @@ def claim_folder(out: Path, *, seed: int, quick: bool) -> Path:
     """
     if not 0 <= seed < 2**31:
         raise UserError(f"--seed is {seed}; it must be 0 or more and below 2^31")
+    check_local(out)
     settings = {"seed": seed, "quick": quick}
     path = out / _SETTINGS
     try:

@@ -10,13 +10,14 @@
 
 import hashlib
 import os
+import shlex
 import shutil
 from pathlib import Path
 
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.model_folder.json_file import read_json
 from crosslmm_jax.model_folder.weights import INDEX_FILE, SINGLE_FILE, weight_files
-from crosslmm_jax.utils import guess_meant, is_vacant
+from crosslmm_jax.utils import check_local, guess_meant, is_vacant
 
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "processor.json"
@@ -45,6 +46,7 @@ def _is_of_hugging_face(folder: Path) -> bool:
 
 def check_model_folder(folder: str | Path) -> None:
     """Raises a `UserError` that lists the files `folder` lacks."""
+    check_local(folder)
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(
@@ -68,6 +70,7 @@ def find_model_folder(folder: str | Path) -> Path:
     Raises:
       UserError: it is a run's and has no MODEL folder yet.
     """
+    check_local(folder)
     folder = Path(folder)
     if (folder / CONFIG_FILE).exists():
         return folder
@@ -76,7 +79,7 @@ def find_model_folder(folder: str | Path) -> Path:
     if (folder / "checkpoints").is_dir():
         raise UserError(
             f"{folder}: this run has written no MODEL folder yet; make one from its newest checkpoint with"
-            f" `crosslmm export {folder}`"
+            f" `crosslmm export {shlex.quote(str(folder))}`"
         )
     return folder
 

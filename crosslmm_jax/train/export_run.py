@@ -20,6 +20,7 @@ from crosslmm_jax.train.checksum import array_checksums, check_undamaged
 from crosslmm_jax.train.settings import Settings, config_of
 from crosslmm_jax.train.stages import model_of_stage, split
 from crosslmm_jax.train.state import TrainState
+from crosslmm_jax.utils import check_local
 
 
 class Exported(NamedTuple):
@@ -44,6 +45,7 @@ def export(
       UserError: there is no such checkpoint, it is damaged, the tokenizer is not the run's, or `out` cannot
         be written.
     """
+    check_local(run)
     step, checkpoint = _find(Path(run), step)
     out = Path(run) / f"model_{step}" if out is None else Path(out)
     check_replaceable(out)

@@ -3,22 +3,22 @@
 import difflib
 import os
 import re
+import shlex
 from pathlib import Path
 
+from crosslmm_jax.config import is_remote
 from crosslmm_jax.errors import UserError
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 
 
-def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` names an object of a store, or a page: gs://bucket/folder, or that as a `Path`."""
-    return re.match(r"[a-z][a-z0-9+.-]+:/", os.fspath(path)) is not None
-
-
 def check_local(path: str | os.PathLike[str]) -> None:
-    """Raises a `UserError` for an output in an object store, which would become a folder named "gs:"."""
+    """Raises a `UserError` for a path in an object store, of which a `Path` makes a folder named "gs:"."""
     if is_remote(path):
-        raise UserError(f"{path}: object stores are not supported yet; name a folder of a mounted disk")
+        written = re.sub(
+            r"^([^/]+:)/(?!/)", r"\1//", os.fspath(path)
+        )  # as the user wrote it, not as a `Path`
+        raise UserError(f"{written}: object stores are not supported yet; name a folder of a mounted disk")
 
 
 def guess_meant(path: str | os.PathLike[str]) -> str:
@@ -44,7 +44,9 @@ def cannot_read(path: str | os.PathLike[str], reason: str) -> UserError:
     """The error for a file that cannot be read: `reason`, unless it is only Git LFS's pointer to the file."""
     if is_lfs_pointer(path):
         folder = os.path.dirname(os.path.abspath(path))
-        reason = f"is Git LFS's pointer to the file, not the file; run `git -C {folder} lfs pull`"
+        reason = (
+            f"is Git LFS's pointer to the file, not the file; run `git -C {shlex.quote(folder)} lfs pull`"
+        )
     return UserError(f"{path}: {reason}")
 
 

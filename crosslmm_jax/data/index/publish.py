@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 from crosslmm_jax.data.index.blocks import BlockKey, Shard, bad_path, link, read_meta
 from crosslmm_jax.data.index.table import BAD, META, Record, map_table
 from crosslmm_jax.errors import UserError, list_counts
-from crosslmm_jax.utils import atomic_folder, is_vacant
+from crosslmm_jax.utils import atomic_folder, check_local, is_vacant
 
 _DIGESTED = ("row_hash", "duration", "num_frames")  # columns that batches depend on
 _OWN = ("files", "bad", "digest", "shard")  # what shards of one index have each for itself
@@ -90,6 +91,7 @@ def merge_index(index: str | os.PathLike[str]) -> IndexReport:
     Raises:
         UserError: there are no shards, one is missing, or they were made from different files.
     """
+    check_local(index)
     target = Path(os.path.realpath(index))
     if not (target / META).exists() and not is_vacant(target):
         raise UserError(f"{index}: exists and is no index; name another folder")
@@ -123,14 +125,17 @@ def _find_shards(target: Path) -> list[Path]:
         for path in (target.parent.iterdir() if target.parent.is_dir() else ())
         if (match := pattern.fullmatch(path.name)) and read_meta(path)
     ]
-    again = f"`crosslmm data index MIXTURE --out {target} --shard K/N`"
+    again = f"crosslmm data index MIXTURE --out {shlex.quote(str(target))} --shard"
     if not found:
-        raise UserError(f"{target}: there are no finished shards of it; make them with {again}")
+        raise UserError(f"{target}: there are no finished shards of it; make them with `{again} K/N`")
     counts = sorted({shard.count for shard in found})
     if len(counts) > 1:
         listed = " and ".join(map(str, counts))
         raise UserError(f"{target}: has shards of {listed}; delete those of one number")
     if missing := sorted(set(range(counts[0])) - {shard.number for shard in found}):
-        named = ", ".join(f"{number}/{counts[0]}" for number in missing[:10])
-        raise UserError(f"{target}: shard {named} is missing or not finished; make it with {again}")
+        named = [f"{number}/{counts[0]}" for number in missing]
+        listed = ", ".join(named[:10]) + (f" and {len(named) - 10} more" if len(named) > 10 else "")
+        raise UserError(
+            f"{target}: missing or not finished: shard {listed}; make each as `{again} {named[0]}`"
+        )
     return [shard_folder(target, Shard(number, counts[0])) for number in range(counts[0])]

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -218,17 +219,20 @@ def open_index(folder: str | os.PathLike[str]) -> Index:
         UserError: there is no index, or it is damaged, of another version, or has no rows.
     """
     path = Path(folder) / META
+    make = f"crosslmm data index MIXTURE.yaml --out {shlex.quote(str(folder))}"
     try:
         stamp = _stamp(path)
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["version"] != VERSION:
             raise UserError(
                 f"{path}: has version {meta['version']} and this program reads {VERSION}; make the index anew"
-                f" with `crosslmm data index MIXTURE.yaml --out {folder}`"
+                f" with `{make}`"
             )
         if "shard" in meta:
             whole = re.sub(r"\.shard-\d+-of-\d+$", "", str(folder))
-            raise UserError(f"{folder}: is a part of an index; run `crosslmm data merge {whole}` first")
+            raise UserError(
+                f"{folder}: is a part of an index; run `crosslmm data merge {shlex.quote(whole)}` first"
+            )
         index = Index(
             folder=str(folder),
             files=tuple(entry["file"] for entry in meta["files"]),
@@ -241,9 +245,7 @@ def open_index(folder: str | os.PathLike[str]) -> Index:
             stamp=stamp,
         )
     except FileNotFoundError:
-        raise UserError(
-            f"{folder}: no index; make it with `crosslmm data index MIXTURE.yaml --out {folder}`"
-        ) from None
+        raise UserError(f"{folder}: no index; make it with `{make}`") from None
     except NotADirectoryError:
         raise UserError(
             f"{folder}: is no folder; name the INDEX that `crosslmm data index MIXTURE.yaml --out INDEX` made"

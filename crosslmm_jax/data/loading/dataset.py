@@ -1,6 +1,7 @@
 """The rows of a run: their index, buckets and schedule, and the batches made of them."""
 
 import logging
+import shlex
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -48,7 +49,7 @@ class Dataset:
         if fingerprint(self.tokenizer) != index.tokenizer:
             raise ConfigError(
                 f"DataConfig.index {config.index} was made with a tokenizer other than {config.tokenizer};"
-                f" run `crosslmm data index` again with --tokenizer {config.tokenizer}"
+                f" run `crosslmm data index` again with --tokenizer {shlex.quote(config.tokenizer)}"
             )
         self.rows = RowStore(index)
         self.loader = ExampleLoader(self.rows, config, tokenizer=self.tokenizer, image_size=image_size)

@@ -64,24 +64,25 @@ def test_shards_merge_to_the_index_of_one_machine(
 ) -> None:
     build_index(str(mixture), tmp_path / "one", **options)
     probed.clear()
-    index = tmp_path / "many"
+    index = tmp_path / "many rows"  # a space, so that what is pasted must be quoted
     command = ["data", "index", str(mixture), "--out", str(index), "--tokenizer", options["tokenizer"]]
-    for shard in ("2/3", "0/3"):
-        assert main([*command, "--workers", "0", "--shard", shard]) == 0
+    assert main([*command, "--workers", "0", "--shard", "2/3"]) == 0
+    assert main(["data", "merge", str(index)]) == 2
+    assert "missing or not finished: shard 0/3, 1/3; make each as" in capsys.readouterr().err
+    assert main([*command, "--workers", "0", "--shard", "0/3"]) == 0
     assert len(set(probed)) < 60
     # The message about the missing shard names the command that makes it.
     assert main(["data", "merge", str(index)]) == 2
     message = capsys.readouterr().err
-    assert "shard 1/3 is missing or not finished; make it with" in message
+    assert "missing or not finished: shard 1/3; make each as" in message
     words = shlex.split(re.search("`crosslmm (.*)`", message)[1].replace("MIXTURE", str(mixture)))  # type: ignore[index]
-    words[words.index("K/N")] = "1/3"
     assert main([*words, "--tokenizer", options["tokenizer"], "--workers", "0"]) == 0
-    assert f"once all are: crosslmm data merge {index}" in capsys.readouterr().out
+    assert f"once all are: crosslmm data merge '{index}'" in capsys.readouterr().out
     assert main(["data", "merge", str(index)]) == 0
     assert "76 rows, 4 bad" in capsys.readouterr().out
     assert content(index) == content(tmp_path / "one")
     assert len((index / "bad.jsonl").read_text().splitlines()) == 4
-    assert not list(tmp_path.glob("many.*")) and len(set(probed)) == 76 + 1
+    assert not list(tmp_path.glob("many rows.*")) and len(set(probed)) == 76 + 1
     # Shards of a later pass take their blocks from the index.
     probed.clear()
     reports = [build_index(str(mixture), index, shard=Shard(n, 5), **options) for n in range(5)]
