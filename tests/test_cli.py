@@ -83,6 +83,11 @@ MISTAKES = [
     (["train", "configs/tiny_stage1.py", "--run.out", "gs://b/x"], "must be a folder of a mounted disk"),
     (["data", "index", "m.yaml", "--out", "gs://b/x"], "gs://b/x: object stores are not supported yet"),
     (["data", "to-tfds", "m.yaml", "--out", "s3://b/x"], "s3://b/x: object stores are not supported yet"),
+    (["ask", "gs://b/x", "v.mp4", "What?"], "error: gs://b/x: object stores are not supported yet"),
+    (["export", "gs://b/x"], "error: gs://b/x: object stores are not supported yet"),
+    (["convert", "to-hf", "gs://b/x", "--out", "m"], "error: gs://b/x: object stores are not supported yet"),
+    (["data", "merge", "gs://b/x"], "error: gs://b/x: object stores are not supported yet"),
+    (["demo", "--out", "gs://b/x"], "error: gs://b/x: object stores are not supported yet"),
     (
         ["train", "configs/tiny_stage1.py", "--data.seed", "-1"],
         "DataConfig.seed is -1; it must be within",
@@ -232,6 +237,21 @@ def test_ctrl_c_twice_ends_at_once_without_a_traceback(stuck: str) -> None:
         process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["params", "--preset", "tiny"], ["--help"], ["train", "configs/tiny_stage1.py", "--help"]],
+    ids=" ".join,
+)
+def test_a_full_disk_behind_stdout_is_one_line(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "crosslmm_jax.cli", *words],
+            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    said = "crosslmm: error: stdout: No space left on device; write the output to a disk with space\n"
+    assert (result.returncode, result.stderr) == (2, said)
 
 
 def test_words_that_are_not_utf_8(capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,19 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = _take_debug(words)
     try:
-        _check_words(words)
-        args = build_parser().parse_args(words)
-        # Before a room imports jax, which reads the environment once.
-        xla_flags.apply(os.environ)
-        if args.command not in WITHOUT_COMPILATION_CACHE:
-            compilation_cache.apply(os.environ)
-        code = args.run(args) or 0
-        sys.stdout.flush()  # so that a closed pipe is met here, and not when Python ends
-        return code
+        return _run(words)
     except KeyboardInterrupt as stop:
         if debug:
             traceback.print_exc()
-        if str(stop):  # training says what it saved
+        if str(stop):  # training says what it saved, or what is lost
             print(f"crosslmm: {stop}", file=sys.stderr)
         if argv is None:
             _end_at_next_interrupt(stop)
@@ -84,13 +76,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         drop_output()
         return NOT_READ
     except Exception as error:
-        mistake = error if isinstance(error, UserError) else _absent_platform()
+        mistake = error if isinstance(error, UserError) else _output_error(error) or _absent_platform()
         if mistake is None:
             raise
         if debug:
             traceback.print_exc()
         print(f"crosslmm: error: {' '.join(str(mistake).split())}", file=sys.stderr)
         return USER_MISTAKE
+
+
+def _run(words: list[str]) -> int:
+    """Runs a command line and returns its exit code. What stdout does not take is an error of this call."""
+    try:
+        _check_words(words)
+        args = build_parser().parse_args(words)
+        # Before a room imports jax, which reads the environment once.
+        xla_flags.apply(os.environ)
+        if args.command not in WITHOUT_COMPILATION_CACHE:
+            compilation_cache.apply(os.environ)
+        code = args.run(args) or 0
+    except SystemExit:  # of --help and --version, which have printed
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()  # so that a closed pipe or a full disk is met here, and not when Python ends
+    return code
 
 
 def _end_at_next_interrupt(stop: KeyboardInterrupt) -> None:
@@ -112,6 +121,18 @@ def _nobody_reads_stdout() -> bool:
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)  # 0: only errors are reported
     return bool(poll.poll(0))
+
+
+def _output_error(error: Exception) -> UserError | None:
+    """The reason if stdout cannot be written, as on a full disk."""
+    if not isinstance(error, OSError) or error.filename is not None:
+        return None
+    try:
+        print(flush=True)  # the buffer may have lost what could not be written, so another line is tried
+    except OSError as error:
+        drop_output()
+        return UserError(f"stdout: {error.strerror or error}; write the output to a disk with space")
+    return None
 
 
 def _check_words(words: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Literal, NoReturn, TypeAlias, get_args, get_origin
+from typing import IO, Literal, NoReturn, TypeAlias, get_args, get_origin
 
 from crosslmm_jax.config import LARGEST_SEED, leaf_fields
 from crosslmm_jax.config_io import option_of
@@ -28,6 +28,10 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises `UserError` with `message` and the command that explains the options."""
         raise UserError(f"{message}; see `{self.prog} --help`")
+
+    def _print_message(self, message: str, file: IO[str] | None = None) -> None:  # type: ignore[override]
+        """Prints help and version. argparse would say nothing where that fails, as on a full disk."""
+        (file or sys.stdout).write(message)
 
 
 Commands: TypeAlias = "argparse._SubParsersAction[OneLineParser]"

@@ -54,7 +54,10 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_name is not None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(
+                "stopped without saving: the steps since the newest checkpoint are lost; the same command"
+                " resumes from it"
+            )
         self.signal_name = signal.Signals(number).name
 
     def _watch(self) -> None:

@@ -99,6 +99,14 @@ def test_progress_without_a_reader(monkeypatch) -> None:
         print("the pipe is broken", file=sys.stderr, flush=True)
 
 
+def test_a_second_ctrl_c_says_what_is_lost() -> None:
+    with interrupt.StopRequest(enabled=True, deadline_s=60) as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signal_name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt, match="steps since the newest checkpoint are lost; the same"):
+            signal.raise_signal(signal.SIGINT)
+
+
 # The main thread ends in a lock of C, where Python runs no signal handler.
 DEAF = """
     import ctypes, os, runpy, signal, sys
