@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 
 from crosslmm_jax.batch import Batch, RowOrNone
 from crosslmm_jax.config import ModelConfig
-from crosslmm_jax.data.media import Clip
+from crosslmm_jax.data.media import Clip, FrameConsumer
 from crosslmm_jax.data.text import (
     ClipMeta,
     Tokenizer,
@@ -47,9 +47,11 @@ from crosslmm_jax.inference.watching import (
     ANSWER_POSITIONS,
     AnyMedia,
     Encoding,
+    UnkeptClip,
     check_frames,
     media_of,
     most_frames_of,
+    pixels_of,
     read_everywhere,
     read_media,
     stacked,
@@ -146,7 +148,7 @@ class VideoModel:
         # must run the same programs, and one of them may fail to decode the rest.
         at_once = len(media_of(media)) == 1 and jax.process_count() == 1
         encoding = Encoding(self.compiled, self.params, on_progress) if at_once else None
-        clips = read_everywhere(lambda: self.read(media, frames, encoding=encoding, keyframes=keyframes))
+        clips = read_everywhere(lambda: self.read(media, frames, consumer=encoding, keyframes=keyframes))
         seconds = {"decode": time.perf_counter() - begun} if timed else None
         return self.watch_clips(clips, encoding=encoding, seconds=seconds)
 
@@ -167,7 +169,7 @@ class VideoModel:
             self.watch_frames(frames, np.zeros(count, np.float32), 0.0).ask("?", max_new_tokens=1)
 
     def read(
-        self, media: AnyMedia, frames: int | None = None, *, encoding: Encoding | None = None,
+        self, media: AnyMedia, frames: int | None = None, *, consumer: FrameConsumer | None = None,
         num_threads: int = 0, keyframes: bool = False,
     ) -> tuple[Clip, ...]:  # fmt: skip
         """Decodes media, as `watch` does.
@@ -175,7 +177,7 @@ class VideoModel:
         Args:
           media: as for `watch`.
           frames: likewise.
-          encoding: is given the frames of the one medium as soon as they are decoded.
+          consumer: is given the frames of the one medium as soon as they are decoded; see `read_media`.
           num_threads: of the decoder; 0: as many as there are cores.
           keyframes: as for `watch`.
 
@@ -183,7 +185,7 @@ class VideoModel:
           UserError: as `watch`.
         """
         return read_media(
-            media, frames, self.config, self.processor, encoding=encoding, num_threads=num_threads,
+            media, frames, self.config, self.processor, consumer=consumer, num_threads=num_threads,
             keyframes=keyframes,
         )  # fmt: skip
 
@@ -206,7 +208,7 @@ class VideoModel:
         self, clips: Sequence[Clip], *, encoding: Encoding | None = None,
         seconds: dict[str, float] | None = None,
     ) -> "Video":  # fmt: skip
-        """Like `watch`, for media that are decoded. Encodes what `encoding` has not encoded yet.
+        """Like `watch`, for media that are decoded. `encoding` was given all their frames, if there is one.
 
         With `seconds`, waits for each phase and adds its time.
         """
@@ -236,14 +238,14 @@ class VideoModel:
         self, prompt: TokenSequence, clips: Sequence[Clip], encoding: Encoding | None = None,
         seconds: dict[str, float] | None = None,
     ) -> Prefix:  # fmt: skip
-        """Encodes the frames that `encoding` has not encoded yet, and runs the prompt; see `prefill`.
+        """Encodes the frames, unless `encoding` was given them, and runs the prompt; see `prefill`.
 
         With `seconds`, waits for both and adds their times to it.
         """
-        begun, num_frames = time.perf_counter(), sum(len(clip.frames) for clip in clips)
+        begun, num_frames = time.perf_counter(), sum(len(clip.times) for clip in clips)
         check_frames(num_frames, self.config)
         check_memory(self.config, self.compiled.mesh, num_frames)
-        parts = (encoding or Encoding(self.compiled, self.params)).finish(stacked(clips))
+        parts = (encoding or Encoding(self.compiled, self.params)).encode(clips)
         if seconds is not None:
             jax.block_until_ready(parts)
             seconds["encode"], begun = time.perf_counter() - begun, time.perf_counter()
@@ -268,7 +270,7 @@ class VideoModel:
           UserError: the decoder has too few positions for a prompt.
         """
         config, processor, tokenizer = self.config, self.processor, self.tokenizer
-        counts = [[len(clip.frames) for clip in of_row] for of_row in clips]
+        counts = [[len(clip.times) for clip in of_row] for of_row in clips]
         layouts = [
             lay_out(
                 prompt, frames, tokens_per_frame=processor.tokens_per_frame, placeholder=tokenizer.video_pad
@@ -346,8 +348,28 @@ class Video:
 
     @property
     def frames(self) -> np.ndarray:
-        """uint8[F, R, R, 3], the frames of all media."""
+        """uint8[F, R, R, 3], the frames of all media.
+
+        Raises:
+          UserError: their pixels were not kept, since there may be more than 512 of them.
+        """
+        if any(isinstance(clip, UnkeptClip) for clip in self.clips):
+            raise UserError(
+                "the pixels of a long video are not kept; read some of them again with"
+                " video.frames_at([0, 100, 200])"
+            )
         return stacked(self.clips)
+
+    def frames_at(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        """uint8[n, R, R, 3] of some frames, numbered as in `frame_times`. A long video is read again.
+
+        Raises:
+          UserError: there is no such frame, numbers do not ascend, or the file cannot be read again.
+        """
+        wanted, count = np.asarray(numbers, np.int64), len(self.frame_times)
+        if not wanted.size or wanted[0] < 0 or wanted[-1] >= count or (np.diff(wanted) < 0).any():
+            raise UserError(f"frames {list(numbers)}: give ascending numbers from 0 to {count - 1}")
+        return pixels_of(self.clips, wanted)
 
     @property
     def frame_times(self) -> np.ndarray:

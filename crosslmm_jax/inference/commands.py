@@ -23,7 +23,7 @@ from crosslmm_jax.inference.figure import check_format, draw_attention
 from crosslmm_jax.inference.load import find_model_folder, load
 from crosslmm_jax.inference.many import Item, answers_as_ready
 from crosslmm_jax.inference.replies import AnswerOptions, Options
-from crosslmm_jax.inference.shapes import writes_in_place
+from crosslmm_jax.inference.shapes import keeps_pixels
 from crosslmm_jax.inference.watching import (
     RESERVED_POSITIONS,
     AnyMedia,
@@ -99,7 +99,7 @@ def ask(
         positions = most * config.merge.tokens_per_frame + RESERVED_POSITIONS
         config = dataclasses.replace(config, decoder=config.decoder.with_positions(positions))
     check_frames(sampling_of(processor, frames).most_frames, config, given="--frames is {}")
-    if writes_in_place(most):
+    if not keeps_pixels(most):
         # Of these alone it is known how many there will be.
         exact = None if frames is None or keyframes else lambda: most
         loaded = load(folder, precision, mesh=mesh, frames=exact, yarn_frames=most if yarn else 0)
@@ -120,8 +120,9 @@ def ask(
         maps = watched.attention(question, answer_prefix=options.get("answer_prefix", ""))
         if is_first_process():
             draw_attention(
-                attention_path, watched.frames, watched.frame_times, maps, title=f"{question} {answer.text}"
-            )
+                attention_path, watched.frames_at, watched.frame_times, maps,
+                title=f"{question} {answer.text}",
+            )  # fmt: skip
     report: Json = {
         "question": question,
         "answer": answer.text,
@@ -148,7 +149,7 @@ def _watch(
 ) -> Video:
     """Watches. What a long video costs is said beforehand, and its progress is shown."""
     most, first = most_frames_to_read(media, model.processor, frames), is_first_process()
-    if not writes_in_place(most):
+    if keeps_pixels(most):
         return model.watch(media, frames, keyframes=keyframes, timed=timed)
     if first:
         print(cost_of(model.config, most), file=sys.stderr)

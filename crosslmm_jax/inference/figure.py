@@ -1,5 +1,6 @@
 """T2V attention drawn over the frames of a video."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ MAX_DRAWN_FRAMES = 16  # with more of them each is too small to see anything
 
 def draw_attention(
     path: str | Path,
-    frames: UInt8[np.ndarray, "f r r 3"],
+    frames_at: Callable[[np.ndarray], np.ndarray],
     times: Float[np.ndarray, " f"],
     maps: Float[np.ndarray, "x f p"],
     *,
@@ -27,7 +28,7 @@ def draw_attention(
 
     Args:
       path: the file, with a suffix of FORMATS, which chooses the format.
-      frames: uint8[F, R, R, 3].
+      frames_at: numbers of frames, ascending -> their pixels uint8[n, R, R, 3].
       times: float32[F], seconds.
       maps: float32[X, F, P] of `Video.attention`; layers are averaged.
       title: shown above the frames.
@@ -46,8 +47,8 @@ def draw_attention(
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")
-    for axis, index in zip(axes, most_read, strict=False):
-        draw_frame(axis, frames[index], attention[index], highest=float(attention.max()))
+    for axis, index, frame in zip(axes, most_read, frames_at(most_read), strict=False):
+        draw_frame(axis, frame, attention[index], highest=float(attention.max()))
         axis.set_title(f"{times[index]:.1f} s: {attention[index].sum():.0%}", fontsize=8)
     figure.suptitle(title, fontsize=9, wrap=True)
     try:

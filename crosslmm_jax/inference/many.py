@@ -27,6 +27,7 @@ from crosslmm_jax.inference.watching import (
     sampling_of,
     stacked,
 )
+from crosslmm_jax.model import Visual
 
 MOST_ROWS = 32  # questions that are answered together
 MOST_AHEAD = 16  # videos that are decoded ahead of the one that is encoded
@@ -52,10 +53,21 @@ class _Watched(NamedTuple):
     @classmethod
     def of(cls, model: VideoModel, clips: tuple[Clip, ...], items: list[tuple[int, Item]]) -> "_Watched":
         """Sends the frames to the encoder, without waiting for it."""
-        frames, encoding = stacked(clips), Encoding(model.compiled, model.params)
+        watched = cls(clips, stacked(clips), Encoding(model.compiled, model.params), items)
         with contextlib.suppress(UserError):  # more than the device holds: told when it is answered
-            encoding.add(frames, len(frames))
-        return cls(clips, frames, encoding, items)
+            watched.encode()
+        return watched
+
+    def encode(self, longest: int = 0) -> None:
+        """Gives the encoder all frames, for a batch whose longest row has `longest`."""
+        self.encoding.begin(len(self.frames), longest)
+        self.encoding.add(self.frames)
+
+    def tokens(self, longest: int) -> tuple[Visual, ...]:
+        """The encoded frames, for a batch whose longest row has `longest`."""
+        if not self.encoding.fits(longest):
+            self.encode(longest)
+        return self.encoding.finish(longest)
 
 
 def answer_many(
@@ -195,7 +207,7 @@ def _prefix(model: VideoModel, batch: Sequence[_Watched]) -> Prefix:
     most = max(len(watched.frames) for watched in batch)
     check_frames(most, model.config)
     devices.check_memory(model.config, model.compiled.mesh, most)
-    parts = [watched.encoding.finish(watched.frames, most) for watched in batch]
+    parts = [watched.tokens(most) for watched in batch]
     clips = [watched.clips for watched in batch]
     return model.prefill([model.prompt_of(of_video) for of_video in clips], clips, parts)
 

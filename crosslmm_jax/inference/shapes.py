@@ -65,6 +65,11 @@ def writes_in_place(num_frames: int) -> bool:
     return num_frames > FRAME_SIZES[-1]
 
 
+def keeps_pixels(most_frames: int) -> bool:
+    """Whether the pixels of a video of up to so many frames are kept after they are encoded."""
+    return most_frames <= FRAME_SIZES[-1]
+
+
 def padded_frames(num_frames: int) -> int:
     """Frames of a prompt, padded."""
     return _size(num_frames, FRAME_SIZES)

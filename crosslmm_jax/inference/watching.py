@@ -1,25 +1,34 @@
 """From media to what the model reads: decoded on the host, and encoded while they are decoded."""
 
+import collections
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
+import jax
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from crosslmm_jax.config import ModelConfig, SamplingConfig
-from crosslmm_jax.data.media import Clip, Media, from_bytes, kind_of, read_frames
+from crosslmm_jax.data.media import Clip, FrameConsumer, Media, from_bytes, kind_of, read_frames
 from crosslmm_jax.data.text import ClipMeta, time_text
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.compiled import Compiled
 from crosslmm_jax.inference.devices import check_memory
-from crosslmm_jax.inference.shapes import frames_at_once, padded_frames, writes_in_place
+from crosslmm_jax.inference.shapes import (
+    frames_at_once,
+    keeps_pixels,
+    padded_frames,
+    writes_in_place,
+)
 from crosslmm_jax.model import Visual
 from crosslmm_jax.model_folder import Processor
 from crosslmm_jax.parallel import together
 
 # Positions of the decoder that frames must not use: for text about them, a question and its answer.
 RESERVED_POSITIONS = 256
+MOST_RUNNING = 4  # parts of a video that the encoder has been given and not finished
 ANSWER_POSITIONS = 128  # of these, those that the text about frames must not use either
 
 
@@ -75,7 +84,7 @@ def most_frames_to_read(media: AnyMedia, processor: Processor, frames: int | Non
 
 def time_texts(clips: Sequence[Clip], processor: Processor) -> list[str | None]:
     """The time instruction of each medium, or None."""
-    metas = (ClipMeta(len(clip.frames), clip.duration, clip.times.tolist()) for clip in clips)
+    metas = (ClipMeta(len(clip.times), clip.duration, clip.times.tolist()) for clip in clips)
     return [time_text(meta, processor.time_instruction) for meta in metas]
 
 
@@ -100,13 +109,50 @@ def read_everywhere(read: Callable[[], tuple[Clip, ...]]) -> tuple[Clip, ...]:
     All must have the same numbers of frames: the programs that they run together follow from these.
     """
     return together(
-        read, same=lambda clips: [len(clip.frames) for clip in clips], what="the numbers of frames"
+        read, same=lambda clips: [len(clip.times) for clip in clips], what="the numbers of frames"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class UnkeptClip(Clip):
+    """A clip without pixels: they were encoded and dropped, and are read again where they are needed.
+
+    Attributes:
+        read: reads the file again: (numbers of frames, or None for all; consumer, or None to keep pixels).
+    """
+
+    read: Callable[[np.ndarray | None, FrameConsumer | None], Clip] = dataclasses.field(kw_only=True)
+
+    def again(self, numbers: np.ndarray | None, consumer: FrameConsumer | None = None) -> Clip:
+        """These frames, or all, from the file.
+
+        Raises:
+            UserError: the file cannot be read any more, or is another one now.
+        """
+        try:
+            clip = self.read(numbers, consumer)
+        except IndexError:  # it has fewer frames now
+            clip = None
+        if clip is None or not np.array_equal(
+            clip.times, self.times if numbers is None else self.times[numbers]
+        ):
+            raise UserError("the file of this video has changed since it was watched; watch it again")
+        return clip
+
+
+def pixels_of(clips: Sequence[Clip], numbers: np.ndarray) -> np.ndarray:
+    """uint8[n, R, R, 3] of the frames with these numbers, ascending, counted through all clips."""
+    found, first = [], 0
+    for clip in clips:
+        here = numbers[(numbers >= first) & (numbers < first + len(clip.times))] - first
+        found.append(clip.again(here).frames if isinstance(clip, UnkeptClip) else clip.frames[here])
+        first += len(clip.times)
+    return np.concatenate(found)
 
 
 def read_media(
     media: AnyMedia, frames: int | None, config: ModelConfig, processor: Processor, *,
-    encoding: "Encoding | None" = None, num_threads: int = 0, keyframes: bool = False,
+    consumer: FrameConsumer | None = None, num_threads: int = 0, keyframes: bool = False,
 ) -> tuple[Clip, ...]:  # fmt: skip
     """Decodes media.
 
@@ -115,7 +161,8 @@ def read_media(
         frames: of each video; None: as in training.
         config: of the model that will see them.
         processor: likewise.
-        encoding: is given the frames of the one medium as soon as they are decoded.
+        consumer: is given the frames of the one medium as soon as they are decoded. If there may be more
+            than 512 of them (`keeps_pixels`), their pixels are then not kept.
         num_threads: of the decoder; 0: as many as there are cores.
         keyframes: take the keyframes nearest to the times that are wanted, which is faster.
 
@@ -125,25 +172,38 @@ def read_media(
     """
     sampling = sampling_of(processor, frames)
     check_frames(sampling.most_frames, config, given="--frames is {}")
-    return tuple(
-        _read_clip(medium, sampling, processor, encoding, num_threads, keyframes)
-        for medium in media_of(media)
-    )
+    several = media_of(media)
+    read = [_reader(medium, sampling, processor, num_threads, keyframes) for medium in several]
+    if consumer is None:
+        return tuple(read_it(None, None, True) for read_it in read)
+    (read_it,) = read
+    if keeps_pixels(sampling.most_frames):
+        return (read_it(None, consumer, True),)
+    clip = read_it(None, consumer, False)
+
+    def again(numbers: np.ndarray | None, consumer: FrameConsumer | None) -> Clip:
+        return read_it(numbers, consumer, consumer is None)
+
+    return (UnkeptClip(clip.frames, clip.times, clip.duration, clip.damaged, read=again),)
 
 
-def _read_clip(
-    medium: Medium, sampling: SamplingConfig, processor: Processor, encoding: "Encoding | None",
-    num_threads: int, keyframes: bool,
-) -> Clip:  # fmt: skip
+def _reader(
+    medium: Medium, sampling: SamplingConfig, processor: Processor, num_threads: int, keyframes: bool
+) -> Callable[[np.ndarray | None, FrameConsumer | None, bool], Clip]:
+    """Reads a medium: (numbers of frames or None, consumer or None, whether pixels are kept) -> its clip."""
     source = from_bytes(medium.source) if isinstance(medium.source, bytes) else medium.source
     bounds = None
     if medium.start is not None or medium.end is not None:
         bounds = (medium.start or 0.0, np.inf if medium.end is None else medium.end)
-    return read_frames(
-        source, sampling, size=processor.image_size, bounds=bounds, num_threads=num_threads,
-        resampling=processor.resampling, deadline_s=None, on_frames=encoding and encoding.add,
-        keyframes=keyframes,
-    )  # fmt: skip
+
+    def read(numbers: np.ndarray | None, consumer: FrameConsumer | None, keep: bool) -> Clip:
+        return read_frames(
+            source, sampling, size=processor.image_size, bounds=bounds, num_threads=num_threads,
+            resampling=processor.resampling, deadline_s=None, keyframes=keyframes, only=numbers,
+            consumer=consumer, keep=keep,
+        )  # fmt: skip
+
+    return read
 
 
 class Encoding:
@@ -154,25 +214,48 @@ class Encoding:
     ) -> None:
         """Encodes with these programs and parameters; `on_progress` is called with the number of frames."""
         self._compiled, self._params, self._on_progress = compiled, params, on_progress
-        self._frames: np.ndarray | None = None
-        self._size = 0  # frames of a part
+        self._total = self._encoded = self._size = 0  # frames: of the row, so far, at a time
+        self._image: tuple[int, ...] = ()  # shape of a frame
+        self._rest: np.ndarray | None = None  # frames that are too few to be encoded
         self._parts: list[Visual] = []
         self._kept: Visual | None = None  # of a long video, in place of parts
-        self._encoded = 0  # frames
+        self._running: collections.deque[Array] = collections.deque()  # what the device has still to do
 
-    def add(self, frames: np.ndarray, count: int) -> None:
-        """Encodes what it can of uint8[F, R, R, 3], of which the first `count` are there. Does not wait."""
-        if frames is not self._frames:
-            self._begin(frames, len(frames))
-        while self._encoded + self._size <= count:
-            self._encode(frames[None, self._encoded : self._encoded + self._size])
+    def begin(self, count: int, longest: int = 0) -> int:
+        """Prepares for a row of `count` frames, in a batch whose longest row has `longest`.
 
-    def _begin(self, frames: np.ndarray, longest: int) -> None:
-        self._frames, self._size, self._parts, self._encoded = frames, frames_at_once(longest), [], 0
+        Returns:
+          Frames that are encoded at a time.
+        """
+        longest = max(count, longest)
+        self._total, self._encoded, self._size = count, 0, frames_at_once(longest)
+        self._rest, self._parts = None, []
         room = padded_frames(longest)
         if writes_in_place(room):  # before memory is taken
             check_memory(self._compiled.model.config, self._compiled.mesh, longest)
+        self._kept = None  # before there is another one
         self._kept = self._compiled.blank_tokens(room) if writes_in_place(room) else None
+        return self._size
+
+    def add(self, frames: np.ndarray) -> None:
+        """Encodes the next frames, uint8[n, R, R, 3]. Waits only where the device is far behind."""
+        if self._rest is not None:
+            frames = np.concatenate([self._rest, frames])
+        self._image, whole = frames.shape[1:], len(frames) // self._size * self._size
+        for begin in range(0, whole, self._size):
+            self._encode(frames[None, begin : begin + self._size])
+        self._rest = frames[whole:] if whole < len(frames) else None
+
+    def encode(self, clips: Sequence[Clip]) -> tuple[Visual, ...]:
+        """The tokens of all clips of the row, of which nothing was added, or all; as `finish`."""
+        if not self._total:
+            self.begin(sum(len(clip.times) for clip in clips))
+            for clip in clips:
+                if isinstance(clip, UnkeptClip):
+                    clip.again(None, _OneOfSeveral(self))
+                else:
+                    self.add(clip.frames)
+        return self.finish()
 
     def _encode(self, frames: np.ndarray) -> None:
         new = self._compiled.encode(self._params, frames)
@@ -181,34 +264,57 @@ class Encoding:
         else:
             self._kept = self._compiled.keep(self._kept, new, self._encoded)
         self._encoded += self._size
-        if self._on_progress is not None and self._frames is not None:
-            self._on_progress(min(self._encoded, len(self._frames)))  # without padding
+        self._running.append(new.compact)
+        if len(self._running) > MOST_RUNNING:  # else the device would hold the pixels of all of them
+            jax.block_until_ready(self._running.popleft())
+        if self._on_progress is not None:
+            self._on_progress(min(self._encoded, self._total))  # without padding
 
-    def finish(self, frames: np.ndarray, most_frames: int = 0) -> tuple[Visual, ...]:
-        """The tokens of all frames uint8[F, R, R, 3] in parts, padded to a size of `shapes`.
+    def finish(self, longest: int = 0) -> tuple[Visual, ...]:
+        """The tokens of all frames in parts, padded to a size of `shapes`.
 
-        `most_frames` are those of the longest row of a batch, whose size this row then has too.
+        `longest` as it was given to `begin`.
         """
-        longest = max(len(frames), most_frames)
-        if frames is not self._frames or not self._fits(longest):
-            self._begin(frames, longest)
-        self.add(frames, len(frames))
-        shape = (1, self._size, *frames.shape[1:])
-        if self._encoded < len(frames):
+        shape = (1, self._size, *self._image)
+        if self._rest is not None:
             last = np.zeros(shape, np.uint8)
-            last[0, : len(frames) - self._encoded] = frames[self._encoded :]
+            last[0, : len(self._rest)] = self._rest
+            self._rest = None
             self._encode(last)
+        assert self._encoded >= self._total
         if self._kept is not None:
             return (self._kept,)
-        missing = padded_frames(longest) // self._size - len(self._parts)
+        missing = padded_frames(max(self._total, longest)) // self._size - len(self._parts)
         return (*self._parts, *[self._compiled.blank(self._params, shape)] * missing)
 
-    def _fits(self, longest: int) -> bool:
-        """Whether what is encoded so far serves a batch whose longest row has so many frames."""
+    def fits(self, longest: int) -> bool:
+        """Whether what is encoded serves a batch whose longest row has so many frames."""
         room = padded_frames(longest)
         if self._kept is not None or writes_in_place(room):
             return self._kept is not None and self._kept.originals.shape[1] == room
         return self._size == frames_at_once(longest)
+
+    @property
+    def position(self) -> tuple[int, np.ndarray | None]:
+        """What was added so far, for `go_back`."""
+        return self._encoded, self._rest
+
+    def go_back(self, position: tuple[int, np.ndarray | None]) -> int:
+        """Forgets what was added since then. Returns the number of frames that are encoded at a time."""
+        self._encoded, self._rest = position
+        del self._parts[self._encoded // self._size :]
+        return self._size
+
+
+class _OneOfSeveral:
+    """Gives the frames of one of several clips to their encoding."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._encoding, self._position, self.add = encoding, encoding.position, encoding.add
+
+    def begin(self, count: int) -> int:
+        """As of `FrameConsumer`."""
+        return self._encoding.go_back(self._position)
 
 
 def stacked(clips: Sequence[Clip]) -> np.ndarray:

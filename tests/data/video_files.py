@@ -142,3 +142,24 @@ def spoil_packets(path: Path, numbers: list[int]) -> None:
     for number in numbers:
         content[spans[number][0]] = 0x7F
     path.write_bytes(content)
+
+
+class Collected:
+    """A consumer that keeps copies of what it is given, `step` frames at a time."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.begun = step, 0
+        self.sizes: list[int] = []
+        self.given: list[np.ndarray] = []
+
+    def begin(self, count: int) -> int:
+        self.begun, self.sizes, self.given = self.begun + 1, [], []
+        return self.step
+
+    def add(self, frames: np.ndarray) -> None:
+        self.sizes.append(len(frames))
+        self.given.append(frames.copy())
+
+    @property
+    def frames(self) -> np.ndarray:
+        return np.concatenate(self.given)

@@ -332,7 +332,9 @@ def test_options_are_checked_before_weights_are_read(
 )
 def test_a_figure_of_attention_is_what_its_name_says(tmp_path, name, begin):
     frames = np.zeros((2, 8, 8, 3), np.uint8)
-    draw_attention(tmp_path / name, frames, np.arange(2.0), np.full((1, 2, 4), 0.125), title="What?")
+    draw_attention(
+        tmp_path / name, frames.__getitem__, np.arange(2.0), np.full((1, 2, 4), 0.125), title="What?"
+    )
     assert (tmp_path / name).read_bytes().startswith(begin)
 
 
@@ -467,7 +469,9 @@ def test_more_frames_than_positions_are_refused_or_read_by_yarn(model_folder, cl
     )
     assert crosslmm("ask", folder, clip, *question, "--frames", 44) == 0
     capsys.readouterr()
-    assert crosslmm("ask", folder, clip, *question, "--yarn", "--frames", 600) == 0  # a long video
+    figure = ("--attention", tmp_path / "a.png")  # a long video's frames are read again for it
+    assert crosslmm("ask", folder, clip, *question, "--yarn", "--frames", 600, *figure) == 0
+    assert figure[1].read_bytes()[:4] == b"\x89PNG"
     output = capsys.readouterr()
     report = json.loads(output.out)
     assert report["yarn_factor"] == 3 and len(report["frame_times"]) == 600

@@ -125,7 +125,7 @@ def test_what_does_not_fit_the_device_is_refused_before_memory_is_taken(model, m
     monkeypatch.setattr(model.compiled, "blank_tokens", lambda frames: pytest.fail("memory is taken"))
     refusal = "40 frames need .* read at most 32 frames"
     with pytest.raises(UserError, match=refusal):
-        watching.Encoding(model.compiled, model.params).add(FRAMES[:40], 40)
+        watching.Encoding(model.compiled, model.params).begin(40)
     counts = {"a": 8, "b": 40, "c": 7}
     monkeypatch.setattr(
         model, "read", lambda media, *_, **__: (Clip(FRAMES[: counts[media]], TIMES[: counts[media]], 1.0),)
@@ -179,5 +179,5 @@ def test_tokens_of_a_long_video_are_written_to_one_place(model, monkeypatch):
         monkeypatch.setattr(module, "writes_in_place", lambda frames: frames > 32)
     assert_same(model.watch_frames(FRAMES[:40], TIMES[:40], 40.0), joined, 40)
     told: list[int] = []
-    watching.Encoding(model.compiled, model.params, told.append).finish(FRAMES[:40])
+    watching.Encoding(model.compiled, model.params, told.append).encode([Clip(FRAMES[:40], TIMES[:40], 1.0)])
     assert told == [16, 32, 40]

@@ -31,7 +31,7 @@ from crosslmm_jax.data.media.archives import (
     walk_tar,
 )
 from crosslmm_jax.data.media.content import suffix_by_content
-from crosslmm_jax.data.media.decoding import MAX_DAMAGED
+from crosslmm_jax.data.media.decoding import MAX_DAMAGED, FrameConsumer
 from crosslmm_jax.data.media.frame_sampling import count_frames
 from crosslmm_jax.data.media.frames_folder import list_pictures
 from crosslmm_jax.data.media.image import (
@@ -59,9 +59,9 @@ from crosslmm_jax.data.media.locate import (
 from crosslmm_jax.data.media.video import DECODE_UP_TO, VideoInfo, import_readers, probe, read_frames
 
 __all__ = [
-    "Clip", "DEADLINE_S", "DECODE_UP_TO", "FRAMES_PREFIX", "IMAGE_SUFFIXES", "LiveFrames", "MAX_DAMAGED",
-    "Media", "MediaOptions", "PathOrMedia", "VIDEO_SUFFIXES", "VideoInfo", "cell_member", "count_frames",
-    "direct_reference", "follow", "from_bytes", "import_readers", "is_image", "is_parquet",
+    "Clip", "DEADLINE_S", "DECODE_UP_TO", "FRAMES_PREFIX", "FrameConsumer", "IMAGE_SUFFIXES", "LiveFrames",
+    "MAX_DAMAGED", "Media", "MediaOptions", "PathOrMedia", "VIDEO_SUFFIXES", "VideoInfo", "cell_member",
+    "count_frames", "direct_reference", "follow", "from_bytes", "import_readers", "is_image", "is_parquet",
     "is_record_file", "kind_of", "list_pictures", "mean_cell_size", "mean_record_size", "open_file",
     "open_media", "parse_example", "probe", "read_frames", "read_member", "read_record", "resolve_path",
     "size_of", "split_reference", "stack_clips", "suffix_by_content", "tar_member", "value_member",

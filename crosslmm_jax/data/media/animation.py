@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from crosslmm_jax.data.media.decoding import FrameStore
 from crosslmm_jax.data.media.image import Resampling, resize, upright
 from crosslmm_jax.data.media.locate import Deadline
 from crosslmm_jax.errors import DataError
@@ -31,17 +32,16 @@ def frame_times(image: "Image.Image", deadline: Deadline) -> tuple[np.ndarray, i
 
 
 def read_animation(
-    image: "Image.Image", wanted: np.ndarray, *, size: int, resampling: Resampling, deadline: Deadline
-) -> np.ndarray:
-    """uint8[n, size, size, 3] of the frames with the numbers `wanted`, ascending."""
-    images = np.empty((len(wanted), size, size, 3), np.uint8)
+    image: "Image.Image", wanted: np.ndarray, store: FrameStore, *, resampling: Resampling, deadline: Deadline
+) -> None:  # fmt: skip
+    """Stores the frames with the numbers `wanted`, ascending."""
     places = {number: place for place, number in enumerate(wanted.tolist())}
     for number in _frames(image, deadline):
         if number in places:
-            images[places[number]] = resize(upright(image), size, resampling)
-            if places[number] == len(wanted) - 1:
+            place = places[number]
+            store.put(place, place + 1, resize(upright(image), store.size, resampling))
+            if place == len(wanted) - 1:
                 break
-    return images
 
 
 def _frames(image: "Image.Image", deadline: Deadline) -> Iterator[int]:

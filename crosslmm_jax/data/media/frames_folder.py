@@ -4,8 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 
-import numpy as np
-
+from crosslmm_jax.data.media.decoding import FrameStore
 from crosslmm_jax.data.media.image import VIDEO_SUFFIXES, Resampling, is_image, read_image
 from crosslmm_jax.data.media.locate import Deadline, Media, PathOrMedia
 from crosslmm_jax.errors import DataError
@@ -41,11 +40,9 @@ def _by_value(name: str) -> tuple[list[tuple[str, int]], str]:
 
 
 def read_pictures(
-    pictures: Sequence[PathOrMedia], *, size: int, resampling: Resampling, deadline: Deadline
-) -> np.ndarray:
-    """uint8[n, size, size, 3] of the pictures. Raises DataError when one is damaged."""
-    images = np.empty((len(pictures), size, size, 3), np.uint8)
+    pictures: Sequence[PathOrMedia], store: FrameStore, *, resampling: Resampling, deadline: Deadline
+) -> None:  # fmt: skip
+    """Stores the pictures. Raises DataError when one is damaged."""
     for number, path in enumerate(pictures):
         deadline.check()
-        images[number] = read_image(path, size, resampling).frames[0]
-    return images
+        store.put(number, number + 1, read_image(path, store.size, resampling).frames[0])

@@ -31,7 +31,7 @@ class Clip:
     """Decoded frames of one video or image.
 
     Attributes:
-        frames: uint8[F, R, R, 3], RGB.
+        frames: uint8[F, R, R, 3], RGB; no frames if their pixels were not kept.
         times: float32[F], seconds since the first frame of the video.
         duration: seconds of the video, or of the part within the bounds; 0 for an image.
         damaged: number of damaged frames of the whole file. They are counted if damage was met.

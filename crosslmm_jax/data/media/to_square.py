@@ -4,23 +4,19 @@ import collections
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crosslmm_jax.data.media.decoding import Put
+from crosslmm_jax.data.media.decoding import FrameStore, Put
 from crosslmm_jax.data.media.image import Resampling, resize
 from crosslmm_jax.data.media.locate import PathOrMedia, check_pixels
 from crosslmm_jax.data.media.orientation import Orientation, of_matrix
 
 if TYPE_CHECKING:
     from av import VideoFrame
-
-# Called with the array of all frames of a clip, uint8[F, R, R, 3], and how many of them are there. A file
-# that is read again starts with another array. The clip that is returned has the last one.
-OnFrames = Callable[[np.ndarray, int], None]
 
 _RESIZING_THREADS = 8  # at most; decoding keeps no more busy
 
@@ -37,55 +33,32 @@ class ToSquare:
         self._of_thread = threading.local()  # ffmpeg's converter, kept between frames
 
     @contextlib.contextmanager
-    def into(self, images: np.ndarray, on_frames: OnFrames | None) -> Iterator[Put]:
-        """Gives a function that fills `images`. When the block ends, all of them are there."""
-        tell = on_frames or (lambda images, count: None)
-        waiting: collections.deque[tuple[int, Future[None]]] = collections.deque()
-
-        def fill(frame: "VideoFrame", first: int, end: int) -> None:
-            images[first:end] = self(frame)
-
-        def collect() -> None:
-            end, future = waiting.popleft()
-            future.result()
-            tell(images, end)
-
-        def put_now(frame: "VideoFrame", first: int, end: int) -> None:
-            fill(frame, first, end)
-            tell(images, end)
+    def into(self, store: FrameStore) -> Iterator[Put]:
+        """Gives a function that fills `store`, for one thread. When the block ends, all frames are there."""
+        if self._threads == 1:
+            yield self.here(store)
+            return
+        waiting: collections.deque[Future[None]] = collections.deque()
+        fill = self.here(store)
 
         def put(frame: "VideoFrame", first: int, end: int) -> None:
-            waiting.append((end, pool.submit(fill, frame, first, end)))
+            waiting.append(pool.submit(fill, frame, first, end))
             # Decoded frames are large: few of them wait.
-            while waiting and (len(waiting) > 2 * self._threads or waiting[0][1].done()):
-                collect()
+            while waiting and (len(waiting) > 2 * self._threads or waiting[0].done()):
+                waiting.popleft().result()
 
-        if self._threads == 1:
-            yield put_now
-            return
         with ThreadPoolExecutor(self._threads) as pool:
             yield put
             while waiting:
-                collect()
+                waiting.popleft().result()
 
-    @contextlib.contextmanager
-    def at_any_time(self, images: np.ndarray, on_frames: OnFrames | None) -> Iterator[Put]:
-        """Gives a function that fills `images` in the caller's thread, from several threads in any order.
-
-        `on_frames` is told of images that are there with all those before them.
-        """
-        there, known, lock = np.zeros(len(images) + 1, bool), 0, threading.Lock()
+    def here(self, store: FrameStore) -> Put:
+        """A function that fills `store` in the thread of the caller, of which there may be several."""
 
         def put(frame: "VideoFrame", first: int, end: int) -> None:
-            nonlocal known
-            images[first:end] = self(frame)
-            with lock:
-                there[first:end] = True
-                before, known = known, known + int(there[known:].argmin())
-                if on_frames is not None and known > before:
-                    on_frames(images, known)
+            store.put(first, end, self(frame))
 
-        yield put
+        return put
 
     def __call__(self, frame: "VideoFrame") -> np.ndarray:
         """The frame turned and mirrored as its metadata says, and resized."""

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -24,7 +24,10 @@ from crosslmm_jax.data.media.animation import TICK, frame_times, is_animated, re
 from crosslmm_jax.data.media.decoding import (
     MAX_DAMAGED,
     DamagedFrameError,
+    FrameConsumer,
+    FrameStore,
     GopDecoder,
+    LateFrameError,
     LostFrameError,
     Part,
     PlainDecode,
@@ -53,7 +56,7 @@ from crosslmm_jax.data.media.locate import (
 )
 from crosslmm_jax.data.media.orientation import EXIF_FIELD, Orientation, of_exif
 from crosslmm_jax.data.media.packet_index import PacketIndex, at_beginning, open_indexed
-from crosslmm_jax.data.media.to_square import OnFrames, ToSquare, orientation_of
+from crosslmm_jax.data.media.to_square import ToSquare, orientation_of
 from crosslmm_jax.errors import DataError
 
 if TYPE_CHECKING:
@@ -232,7 +235,9 @@ def read_frames(
     deadline_s: float | None = DEADLINE_S,
     max_damaged: float = MAX_DAMAGED,
     keyframes: bool = False,
-    on_frames: OnFrames | None = None,
+    only: np.ndarray | None = None,
+    consumer: FrameConsumer | None = None,
+    keep: bool = True,
 ) -> Clip:
     """Reads the frames that `sampling` chooses, each resized to `size` x `size` by PIL.
 
@@ -248,34 +253,22 @@ def read_frames(
         max_damaged: a video is refused if a larger share of its frames is damaged.
         keyframes: of a video file, take the keyframe nearest to each time that `sampling` chooses; the clip
             has their times, and each of them once.
-        on_frames: called while a video is decoded, so that work on its first frames can begin. Not called for
-            pictures, folders and damaged files, or if a frame is chosen twice.
+        only: int64[n], numbers of frames of the clip, ascending: the clip has these alone. None: all.
+        consumer: is given the frames while later ones are decoded, in a thread of its own. Those of a
+            damaged file come when all are there, or when they have to make room.
+        keep: keep the pixels. If not, only `MOST_WAITING` frames exist at a time, and the clip has only
+            times; this needs a `consumer`.
 
     Raises:
         DataError: the file is missing, damaged or stalls, or it holds no video or no frame within the bounds.
     """
     deadline = Deadline(path, deadline_s)
+    into = functools.partial(FrameStore, size=size, consumer=consumer, keep=keep)
+    choose = functools.partial(_choose, sampling=sampling, bounds=bounds, path=path)
     if kind_of(path) == "folder":
-        _check_no_stream(path)
-        pictures = list_pictures(path)
-        tick = 1 / folder_rate(path)
-        chosen = _choose(
-            np.arange(len(pictures)), sampling, end=len(pictures), tick=tick, bounds=bounds, path=path
-        )
-        images = read_pictures(
-            [pictures[number] for number in chosen.frames], size=size, resampling=resampling,
-            deadline=deadline,
-        )  # fmt: skip
-        return chosen.clip(images)
+        return _read_folder(path, choose, only, into, resampling=resampling, deadline=deadline)
     if holds_image(path):
-        _check_no_stream(path)
-        with open_image(path) as image:
-            if not is_animated(image):
-                return still_clip(image, size, resampling)
-            times, end = frame_times(image, deadline)
-            chosen = _choose(times, sampling, end=end, tick=TICK, bounds=bounds, path=path)
-            images = read_animation(image, chosen.frames, size=size, resampling=resampling, deadline=deadline)
-            return chosen.clip(images)
+        return _read_picture(path, choose, only, into, resampling=resampling, deadline=deadline)
     damaged = False
     for effort in ("exactly", "around", "plainly"):
         if damaged and effort == "around":
@@ -288,36 +281,66 @@ def read_frames(
             if damaged and effort != "plainly":
                 continue
             shown = np.flatnonzero(index.shown)
-            chosen = _choose(
-                index.times[shown], sampling, end=index.end, tick=index.tick, bounds=bounds, path=path
-            )
+            chosen = choose(index.times[shown], end=index.end, tick=index.tick)
             if keyframes:
                 chosen = _nearest_keyframes(chosen, index, shown)
-            images = np.empty((len(chosen.frames), size, size, 3), np.uint8)
-            # The other efforts may replace an image, so one thread makes them and nobody is told.
-            in_order, wanted = effort == "exactly", shown[chosen.frames]
+            chosen = chosen.only(only)
+            # The other efforts may replace an image, so one thread makes them.
+            in_order, wanted, count = effort == "exactly", shown[chosen.frames], 0
             to_square = ToSquare(size, resampling, path, num_threads if in_order else 1)
-            tell = on_frames if in_order and not chosen.repeated else None
             try:
-                if in_order and num_threads != 1 and is_worth_threads(index, wanted):
-                    with to_square.at_any_time(images, tell) as put:
+                with into(chosen.repeats, may_replace=not in_order) as store:
+                    if in_order and num_threads != 1 and is_worth_threads(index, wanted):
                         take_in_threads(
                             functools.partial(_open_decoder, path, index, wanted, deadline_s), index, wanted,
-                            put, threads=num_threads or os.cpu_count() or 1,
+                            to_square.here(store), threads=num_threads or os.cpu_count() or 1,
+                            stop=store.stop,
                         )  # fmt: skip
-                    return chosen.clip(images)
-                with to_square.into(images, tell) as put:
-                    count = _take(
-                        stream, index, wanted, put, effort=effort, path=path, deadline=deadline,
-                        max_damaged=max_damaged,
-                    )  # fmt: skip
+                    else:
+                        with to_square.into(store) as put:
+                            count = _take(
+                                stream, index, wanted, put, effort=effort, path=path, deadline=deadline,
+                                max_damaged=max_damaged,
+                            )  # fmt: skip
             except DamagedFrameError:
                 damaged = True
-            except (LostFrameError, SeekError):
+            except (LostFrameError, SeekError, LateFrameError):
                 pass
             else:
-                return chosen.clip(images, damaged=count)
+                return chosen.clip(store.images, damaged=count)
     raise DataError(path, "truncated", DAMAGED)
+
+
+def _read_folder(
+    path: PathOrMedia, choose: "_Choose", only: np.ndarray | None, into: "_Into", *, resampling: Resampling,
+    deadline: Deadline,
+) -> Clip:  # fmt: skip
+    _check_no_stream(path)
+    pictures = list_pictures(path)
+    chosen = choose(np.arange(len(pictures)), end=len(pictures), tick=1 / folder_rate(path)).only(only)
+    with into(chosen.repeats) as store:
+        wanted = [pictures[number] for number in chosen.frames]
+        read_pictures(wanted, store, resampling=resampling, deadline=deadline)
+    return chosen.clip(store.images)
+
+
+def _read_picture(
+    path: PathOrMedia, choose: "_Choose", only: np.ndarray | None, into: "_Into", *, resampling: Resampling,
+    deadline: Deadline,
+) -> Clip:  # fmt: skip
+    """A still picture, or an animated one."""
+    _check_no_stream(path)
+    with open_image(path) as image:
+        if not is_animated(image):
+            with into(np.zeros(1, np.int64)) as store:
+                still = still_clip(image, store.size, resampling)
+                store.put(0, 1, still.frames[0])
+            return dataclasses.replace(still, frames=store.images)
+        times, end = frame_times(image, deadline)
+        chosen = choose(times, end=end, tick=TICK).only(only)
+        with into(chosen.repeats) as store:
+            read_animation(image, chosen.frames, store, resampling=resampling, deadline=deadline)
+        return chosen.clip(store.images)
 
 
 @contextlib.contextmanager
@@ -352,7 +375,7 @@ class _ChosenFrames:
 
     Attributes:
         frames: int64[n], positions in the video without repeats, ascending in time.
-        repeats: int64[F], for each frame of the clip its position in `frames`.
+        repeats: int64[F], for each frame of the clip its position in `frames`; ascending.
         seconds: float32[F], times of the clip's frames since the first frame of the video.
         duration: seconds of the video, or of the part within the bounds.
     """
@@ -362,16 +385,22 @@ class _ChosenFrames:
     seconds: np.ndarray
     duration: float
 
-    @property
-    def repeated(self) -> bool:
-        """Whether the clip has a frame twice."""
-        return len(self.repeats) > len(self.frames)
+    def only(self, numbers: np.ndarray | None) -> "_ChosenFrames":
+        """These frames of the clip alone; None: all."""
+        if numbers is None:
+            return self
+        wanted, repeats = np.unique(self.repeats[numbers], return_inverse=True)
+        return dataclasses.replace(
+            self, frames=self.frames[wanted], repeats=repeats, seconds=self.seconds[numbers]
+        )
 
     def clip(self, images: np.ndarray, *, damaged: int = 0) -> Clip:
-        """The clip made of the images uint8[n, R, R, 3] of `frames`."""
-        if self.repeated:  # without repeats indexing would only copy, and images are large
-            images = images[self.repeats]
+        """The clip with these pixels, uint8[F, R, R, 3]."""
         return Clip(images, self.seconds, self.duration, damaged)
+
+
+_Choose = Callable[..., _ChosenFrames]  # (times; end, tick), as of `_choose`
+_Into = Callable[..., FrameStore]  # (repeats; may_replace)
 
 
 def _nearest_keyframes(chosen: _ChosenFrames, index: PacketIndex, shown: np.ndarray) -> _ChosenFrames:

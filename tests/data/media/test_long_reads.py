@@ -1,15 +1,16 @@
 """Long files: GOPs side by side in threads, and keyframes nearest to the wanted times."""
 
+import tracemalloc
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from video_files import SIZE, write_video
+from video_files import SIZE, Collected, write_video
 
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.media import read_frames, video
-from crosslmm_jax.data.media.decoding import wanted_frames
+from crosslmm_jax.data.media.decoding import decode, frame_store, wanted_frames
 from crosslmm_jax.errors import DataError
 
 COUNT, FPS = 120, 25
@@ -44,23 +45,75 @@ def in_threads(monkeypatch):
 
 
 @pytest.mark.parametrize("sampling", [ALL, SamplingConfig(frames=17)], ids=["all", "some"])
-def test_threads_give_the_same_frames_and_tell_of_them_in_order(path, sampling, in_threads):
+def test_threads_give_the_same_frames_in_order_and_once(path, sampling, in_threads, monkeypatch):
+    """Also where all threads together are further ahead than may wait: each packet is decoded once."""
     expected = read_frames(path, sampling, size=SIZE, num_threads=1)
     assert not in_threads
-    told = []
+    consumer, sent = Collected(3), []
+    monkeypatch.setattr(frame_store, "MOST_WAITING", 4)
+    decode_packet = decode.decode_packet
 
-    def tell(images: np.ndarray, count: int) -> None:
-        np.testing.assert_array_equal(images[:count], expected.frames[:count])
-        told.append(count)
+    def noted(context, packet, number):
+        sent.extend([number] * (packet is not None))
+        return decode_packet(context, packet, number)
 
-    got = read_frames(path, sampling, size=SIZE, num_threads=4, on_frames=tell)
-    assert len(in_threads) == 4
-    np.testing.assert_array_equal(got.frames, expected.frames)
+    monkeypatch.setattr(decode, "decode_packet", noted)
+    got = read_frames(path, sampling, size=SIZE, num_threads=4, consumer=consumer, keep=False)
+    assert len(in_threads) == 4 and len(got.frames) == 0
+    np.testing.assert_array_equal(consumer.frames, expected.frames)
     np.testing.assert_array_equal(got.times, expected.times)
-    assert told == sorted(set(told)) and told[-1] == len(expected.frames)
+    assert consumer.begun == 1 and len(sent) == len(set(sent)) <= COUNT
+    kept = read_frames(path, sampling, size=SIZE, num_threads=4, consumer=(again := Collected(3)))
+    for frames in (kept.frames, again.frames):
+        np.testing.assert_array_equal(frames, expected.frames)
+    assert again.sizes == consumer.sizes and set(again.sizes[:-1]) == {3}
 
 
-def test_damage_in_one_thread_is_as_without_threads(path, tmp_path, in_threads):
+def test_pixels_that_are_not_kept_do_not_exist_at_once(tmp_path, in_threads, monkeypatch):
+    path, size = write_video(tmp_path / "a.mp4", COUNT, options={"g": "10"}), 128
+    monkeypatch.setattr(frame_store, "MOST_WAITING", 16)
+
+    class Nobody(Collected):
+        def add(self, frames: np.ndarray) -> None:
+            pass
+
+    peaks = {}
+    for keep in (False, True):
+        tracemalloc.start()
+        read_frames(path, ALL, size=size, num_threads=4, consumer=Nobody(4), keep=keep)
+        peaks[keep] = tracemalloc.get_traced_memory()[1] / (size * size * 3)  # in frames
+        tracemalloc.stop()
+    assert peaks[True] > COUNT and peaks[False] < 16 + 24, peaks
+
+
+def test_some_frames_are_read_again_by_their_numbers(path, in_threads):
+    expected = read_frames(path, ALL, size=SIZE)
+    numbers = np.array([0, 7, 8, 90, 119])
+    for keyframes in (False, True):
+        all_of_them = read_frames(path, ALL, size=SIZE, keyframes=keyframes) if keyframes else expected
+        chosen = numbers[numbers < len(all_of_them.times)]
+        again = read_frames(path, ALL, size=SIZE, num_threads=2, keyframes=keyframes, only=chosen)
+        np.testing.assert_array_equal(again.frames, all_of_them.frames[chosen])
+        np.testing.assert_array_equal(again.times, all_of_them.times[chosen])
+
+
+def test_an_error_of_the_consumer_ends_all_threads(path, in_threads, monkeypatch):
+    monkeypatch.setattr(frame_store, "MOST_WAITING", 4)
+
+    class Failing(Collected):
+        def add(self, frames: np.ndarray) -> None:
+            super().add(frames)
+            if len(self.sizes) == 2:
+                raise OSError("the consumer fails")
+
+    for threads in (1, 4):
+        consumer = Failing(3)
+        with pytest.raises(OSError, match="the consumer fails"):
+            read_frames(path, ALL, size=SIZE, num_threads=threads, consumer=consumer, keep=False)
+        assert consumer.sizes == [3, 3]
+
+
+def test_damage_in_one_thread_is_as_without_threads(path, tmp_path, in_threads, monkeypatch):
     """The other threads end, and what is read is what a plain decode shows."""
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
@@ -70,11 +123,28 @@ def test_damage_in_one_thread_is_as_without_threads(path, tmp_path, in_threads):
 
     def read(threads: int) -> np.ndarray | str:
         try:
-            return read_frames(damaged, ALL, size=SIZE, num_threads=threads).frames
+            return read_frames(damaged, ALL, size=SIZE, num_threads=threads, max_damaged=0.5).frames
         except DataError as error:
             return str(error)
 
-    np.testing.assert_array_equal(read(4), read(1))
+    expected = read(1)
+    np.testing.assert_array_equal(read(4), expected)
+    if isinstance(expected, str):
+        return
+    # The consumer is told to begin anew, and gets the frames of the plain decode. Some come late there: with
+    # too few that wait the file is refused, since the consumer would have others in their place.
+    consumer = Collected(4)
+    again = {"num_threads": 4, "max_damaged": 0.5, "consumer": consumer, "keep": False}
+    monkeypatch.setattr(frame_store, "MOST_WAITING", 40)
+    read_frames(damaged, ALL, size=SIZE, **again)
+    np.testing.assert_array_equal(consumer.frames, expected)
+    assert consumer.begun in (2, 3)
+    monkeypatch.setattr(frame_store, "MOST_WAITING", 8)
+    try:
+        read_frames(damaged, ALL, size=SIZE, **again)
+    except DataError:
+        return
+    np.testing.assert_array_equal(consumer.frames, expected)
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -1,5 +1,6 @@
 """Frames against a plain decode of every frame, for many kinds of files, and errors of damaged ones."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,12 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from video_files import SIZE, decode_all, write_sound, write_video
+from video_files import SIZE, Collected, decode_all, write_sound, write_video
 
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.media import locate as media
 from crosslmm_jax.data.media import packet_index
-from crosslmm_jax.data.media.decoding import decode
+from crosslmm_jax.data.media.decoding import decode, frame_store
 from crosslmm_jax.data.media.to_square import ToSquare
 from crosslmm_jax.data.media.video import probe, read_frames
 from crosslmm_jax.errors import DataError, UserError
@@ -260,19 +261,24 @@ def test_probe_tells_what_the_file_is_like(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_frames_are_told_in_order_once_they_are_there(tmp_path: Path, threads: int) -> None:
-    path, told = write_video(tmp_path / "a.mp4", 30), []
-    given: list[np.ndarray] = []
-
-    def on_frames(frames: np.ndarray, count: int) -> None:
-        told.append(count)
-        given.append(frames[:count].copy())
-
-    clip = read_frames(
-        path, SamplingConfig(frames=12), size=SIZE, num_threads=threads, on_frames=on_frames
-    )  # fmt: skip
-    assert told == list(range(1, 13))
-    for frames in given:
-        np.testing.assert_array_equal(frames, clip.frames[: len(frames)])
-    repeated = read_frames(path, SamplingConfig(frames=60), size=SIZE, on_frames=on_frames)
-    assert len(repeated.frames) == 60 and len(told) == 12
+def test_a_consumer_gets_the_frames_in_order(tmp_path: Path, threads: int, monkeypatch) -> None:
+    """Of a clip that repeats frames too, of pictures in a folder, and of a single picture."""
+    monkeypatch.setattr(frame_store, "MOST_WAITING", 6)
+    path, folder = write_video(tmp_path / "a.mp4", 30), tmp_path / "pictures"
+    folder.mkdir()
+    for number, frame in enumerate(read_frames(path, SamplingConfig(frames=9), size=SIZE).frames):
+        Image.fromarray(frame).save(folder / f"{number}.png")
+    for source, frames, count in (
+        (path, 12, 12), (path, 60, 60), (folder, 9, 9), (folder, 20, 20), (folder / "0.png", 4, 1),
+    ):  # fmt: skip
+        read = functools.partial(
+            read_frames, source, SamplingConfig(frames=frames), size=SIZE, num_threads=threads
+        )
+        expected = read()
+        assert len(expected.frames) == count
+        for keep in (False, True):
+            clip = read(consumer=(consumer := Collected(5)), keep=keep)
+            np.testing.assert_array_equal(consumer.frames, expected.frames)
+            np.testing.assert_array_equal(clip.frames, expected.frames if keep else expected.frames[:0])
+            np.testing.assert_array_equal(clip.times, expected.times)
+            assert clip.duration == expected.duration and consumer.begun == 1

@@ -4,6 +4,7 @@ frame_times    times that rise, from the timestamps of a file
 decode         decoding parts of a video, or all of it
 nal_units      which packets of H.264 and HEVC no other packet needs
 wanted_frames  takes the wanted frames out of a decoding
+frame_store    keeps their pixels, or hands them to a consumer and drops them
 damage         how much of a video is damaged, and when it is refused
 """
 
@@ -14,6 +15,12 @@ from crosslmm_jax.data.media.decoding.decode import (
     LostFrameError,
     PlainDecode,
     SeekError,
+)
+from crosslmm_jax.data.media.decoding.frame_store import (
+    FrameConsumer,
+    FrameStore,
+    LateFrameError,
+    StoppedError,
 )
 from crosslmm_jax.data.media.decoding.frame_times import Timeline, Timestamps, lay_out, longest_gap, rising
 from crosslmm_jax.data.media.decoding.wanted_frames import (
@@ -27,7 +34,8 @@ from crosslmm_jax.data.media.decoding.wanted_frames import (
 )
 
 __all__ = [
-    "MAX_DAMAGED", "DamagedFrameError", "GopDecoder", "LostFrameError", "Part", "PlainDecode", "Put",
-    "SeekError", "Timeline", "Timestamps", "count_damaged", "is_worth_threads", "lay_out",
-    "longest_gap", "rising", "shows_damage", "take_around", "take_exactly", "take_in_threads", "take_shown",
+    "MAX_DAMAGED", "DamagedFrameError", "FrameConsumer", "FrameStore", "GopDecoder", "LateFrameError",
+    "LostFrameError", "Part", "PlainDecode", "Put", "SeekError", "StoppedError", "Timeline", "Timestamps",
+    "count_damaged", "is_worth_threads", "lay_out", "longest_gap", "rising", "shows_damage", "take_around",
+    "take_exactly", "take_in_threads", "take_shown",
 ]  # fmt: skip

@@ -62,7 +62,7 @@ def is_worth_threads(index: "PacketIndex", wanted: np.ndarray) -> bool:
 
 def take_in_threads(
     open_decoder: Callable[[], AbstractContextManager[GopDecoder]], index: "PacketIndex", wanted: np.ndarray,
-    put: Put, *, threads: int,
+    put: Put, *, threads: int, stop: Callable[[], None],
 ) -> None:  # fmt: skip
     """`take_exactly` with GOPs side by side. `put` is called from several threads, in no order.
 
@@ -72,13 +72,19 @@ def take_in_threads(
         wanted: numbers of packets, ascending in time.
         put: as of `take_exactly`.
         threads: at most so many.
+        stop: called when a thread fails; those that wait in `put` then give up.
 
     Raises:
         LostFrameError, SeekError, DamagedFrameError: as `take_exactly`, by the first thread that meets one.
     """
     gops = index.gops[wanted]
     runs = np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(gops)) + 1)
-    waiting, stopped = collections.deque(runs), threading.Event()
+    waiting, stopped, failures = collections.deque(runs), threading.Event(), []
+
+    def fail(error: BaseException) -> None:
+        failures.append(error)
+        stopped.set()
+        stop()
 
     def work() -> None:
         try:
@@ -90,13 +96,17 @@ def take_in_threads(
                         return
                     shifted = functools.partial(_put_from, put, int(run[0]))
                     take_exactly(decoder, index, wanted[run], shifted)
-        except BaseException:
-            stopped.set()
-            raise
+        except BaseException as error:
+            fail(error)
 
     with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(work) for _ in range(min(threads, len(runs)))]:
-            done.result()
+        try:
+            for done in [pool.submit(work) for _ in range(min(threads, len(runs)))]:
+                done.result()
+        except BaseException as error:  # Ctrl-C
+            fail(error)
+    if failures:
+        raise failures[0]  # others may follow from it
 
 
 def _put_from(put: Put, start: int, frame: "VideoFrame", first: int, end: int) -> None:
