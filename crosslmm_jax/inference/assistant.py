@@ -7,7 +7,7 @@ print(video.ask("What is the man doing?"))
 
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Literal, NamedTuple, Unpack
 
 import jax
@@ -47,6 +47,7 @@ from crosslmm_jax.inference.watching import (
     ANSWER_POSITIONS,
     AnyMedia,
     Encoding,
+    OnProgress,
     UnkeptClip,
     check_frames,
     media_of,
@@ -126,7 +127,7 @@ class VideoModel:
 
     def watch(
         self, media: AnyMedia, frames: int | None = None, *, keyframes: bool = False, timed: bool = False,
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> "Video":  # fmt: skip
         """Decodes and encodes a video, a picture, or several. Each question then costs only its own tokens.
 
@@ -137,7 +138,7 @@ class VideoModel:
           keyframes: read the keyframes nearest to the wanted times, which takes a fraction of the time for a
             long video. `Video.frame_times` has the real times; wanted times that share a keyframe give one.
           timed: wait for each phase, so that `Video.seconds` has its time.
-          on_progress: called with the number of frames that have gone to the encoder, of one medium.
+          on_progress: called with the number of frames that have gone to the encoder, and of all frames.
 
         Raises:
           UserError: a medium is missing or damaged, or the decoder has too few positions for the frames, or

@@ -19,6 +19,12 @@ from crosslmm_jax.data.text import check_question, writable
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.assistant import Answer, Chat, Video, VideoModel
 from crosslmm_jax.inference.devices import cost_of
+from crosslmm_jax.inference.expected_time import (
+    ComputeSeconds,
+    RemainingTime,
+    compute_seconds,
+    duration,
+)
 from crosslmm_jax.inference.figure import check_format, draw_attention
 from crosslmm_jax.inference.load import find_model_folder, load
 from crosslmm_jax.inference.many import Item, answers_as_ready
@@ -147,14 +153,29 @@ def ask(
 def _watch(
     model: VideoModel, media: AnyMedia, frames: int | None, *, keyframes: bool, timed: bool = False
 ) -> Video:
-    """Watches. What a long video costs is said beforehand, and its progress is shown."""
+    """Watches. What a long video costs is said beforehand; then its progress, and the time that is left."""
     most, first = most_frames_to_read(media, model.processor, frames), is_first_process()
     if keeps_pixels(most):
         return model.watch(media, frames, keyframes=keyframes, timed=timed)
+    compute = functools.partial(compute_seconds, model.config, model.compiled.mesh)
     if first:
-        print(cost_of(model.config, most), file=sys.stderr)
+        print(cost_of(model.config, most) + _time_text(compute(most)), file=sys.stderr)
+    remaining = RemainingTime(compute)
     with Progress("watch", unit="frames", total=most, quiet=not first) as progress:
-        return model.watch(media, frames, keyframes=keyframes, timed=timed, on_progress=progress.update)
+
+        def tell(done: int, total: int) -> None:
+            progress.total = total  # keyframes may be fewer than are wanted
+            note, is_new = remaining.note(done, total)
+            (progress.report if is_new and note else progress.update)(done, note)
+
+        return model.watch(media, frames, keyframes=keyframes, timed=timed, on_progress=tell)
+
+
+def _time_text(compute: ComputeSeconds | None) -> str:
+    if compute is None:
+        return ""
+    encode, prefill = map(duration, compute)
+    return f"; encoding takes about {encode}, or as long as decoding, and prefill about {prefill}"
 
 
 def chat(

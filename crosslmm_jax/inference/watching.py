@@ -206,13 +206,15 @@ def _reader(
     return read
 
 
+# Called with the number of frames that have gone to the encoder, and that of all frames.
+OnProgress: TypeAlias = Callable[[int, int], None]
+
+
 class Encoding:
     """The frames of one row of a prompt on their way through the encoder, some at a time."""
 
-    def __init__(
-        self, compiled: Compiled, params: PyTree, on_progress: Callable[[int], None] | None = None
-    ) -> None:
-        """Encodes with these programs and parameters; `on_progress` is called with the number of frames."""
+    def __init__(self, compiled: Compiled, params: PyTree, on_progress: OnProgress | None = None) -> None:
+        """Encodes with these programs and parameters."""
         self._compiled, self._params, self._on_progress = compiled, params, on_progress
         self._total = self._encoded = self._size = 0  # frames: of the row, so far, at a time
         self._image: tuple[int, ...] = ()  # shape of a frame
@@ -268,7 +270,7 @@ class Encoding:
         if len(self._running) > MOST_RUNNING:  # else the device would hold the pixels of all of them
             jax.block_until_ready(self._running.popleft())
         if self._on_progress is not None:
-            self._on_progress(min(self._encoded, self._total))  # without padding
+            self._on_progress(min(self._encoded, self._total), self._total)  # without padding
 
     def finish(self, longest: int = 0) -> tuple[Visual, ...]:
         """The tokens of all frames in parts, padded to a size of `shapes`.

@@ -15,6 +15,27 @@ from typing import NamedTuple
 
 from crosslmm_jax.config import PARTS, ModelConfig
 
+# `jax.Device.device_kind` -> 10^12 dense bfloat16 FLOPs per second of one `jax.Device`, by its maker's data
+# sheet. Clocks fall below those of the data sheet under load, so that no program reaches it.
+PEAK_TFLOPS = {
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H200": 989.0,
+    "NVIDIA GH200 480GB": 989.0,
+    "NVIDIA B200": 2250.0,
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5e": 197.0,
+    "TPU v5": 459.0,
+    "TPU v5p": 459.0,
+    "TPU v6 lite": 918.0,
+    "TPU v6e": 918.0,
+}
+
 
 class Workload(NamedTuple):
     """One row: `before` text tokens, a video, then the rest of the text."""
@@ -195,3 +216,8 @@ def train(
         layers = forward["encoder"].weights - below_layers
         costs["encoder"] = Cost(2 * below_layers + 3 * layers, 3 * forward["encoder"].products)
     return costs
+
+
+def peak_tflops(device_kind: str, config: ModelConfig) -> float | None:
+    """10^12 FLOPs per second of a device at most, if that is known and holds for the compute dtype."""
+    return PEAK_TFLOPS.get(device_kind) if config.compute_dtype == "bfloat16" else None

@@ -9,7 +9,12 @@ import time
 
 
 class Progress:
-    """Counts what is done of one task. Use it as a context manager, or call `close` at the end."""
+    """Counts what is done of one task. Use it as a context manager, or call `close` at the end.
+
+    Attributes:
+        done: how many are done.
+        total: how many there are; may be set anew. None if that is not known.
+    """
 
     def __init__(
         self, title: str, *, unit: str, total: int | None = None, done: int = 0,
@@ -29,7 +34,7 @@ class Progress:
         from rich.console import Console
 
         self.done = done
-        self._title, self._unit, self._total, self._quiet = title, unit, total, quiet
+        self._title, self._unit, self.total, self._quiet = title, unit, total, quiet
         self._seconds_between_lines = seconds_between_lines
         self._first_done = done
         self._begin = self._last_line = time.monotonic()
@@ -93,9 +98,9 @@ class Progress:
         assert self._bar is not None
         with contextlib.suppress(OSError):
             if note is None:
-                self._bar.update(self._task, completed=done)
+                self._bar.update(self._task, completed=done, total=self.total)
             else:
-                self._bar.update(self._task, completed=done, note=note)
+                self._bar.update(self._task, completed=done, total=self.total, note=note)
 
     def _print(self, text: str) -> None:
         if not self._quiet:
@@ -104,9 +109,9 @@ class Progress:
 
     def _amount(self) -> str:
         if self._unit == "bytes":
-            of = "" if self._total is None else f" of {self._total / 1e9:.2f}"
+            of = "" if self.total is None else f" of {self.total / 1e9:.2f}"
             return f"{self.done / 1e9:.2f}{of} GB"
-        return f"{self.done}{'' if self._total is None else f'/{self._total}'} {self._unit}"
+        return f"{self.done}{'' if self.total is None else f'/{self.total}'} {self._unit}"
 
     def _rate(self, per_second: float) -> str:
         return f"{per_second / 1e6:.0f} MB/s" if self._unit == "bytes" else f"{per_second:.0f} {self._unit}/s"

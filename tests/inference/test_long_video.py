@@ -67,7 +67,7 @@ def test_pixels_are_dropped_and_read_again(model, clips, tmp_path, long_from_33)
     path = shutil.copy(clips[0], tmp_path / "a.mp4")
     decoded = read_frames(path, SamplingConfig(frames=FRAMES), size=model.processor.image_size)
     told: list[int] = []
-    video = model.watch(path, FRAMES, on_progress=told.append)
+    video = model.watch(path, FRAMES, on_progress=lambda done, total: told.append(done))
     whole = model.watch_frames(decoded.frames, decoded.times, decoded.duration)
     assert told == [16, 32, 40]
     assert_equal(video.prefix, whole.prefix)

@@ -179,5 +179,7 @@ def test_tokens_of_a_long_video_are_written_to_one_place(model, monkeypatch):
         monkeypatch.setattr(module, "writes_in_place", lambda frames: frames > 32)
     assert_same(model.watch_frames(FRAMES[:40], TIMES[:40], 40.0), joined, 40)
     told: list[int] = []
-    watching.Encoding(model.compiled, model.params, told.append).encode([Clip(FRAMES[:40], TIMES[:40], 1.0)])
+    watching.Encoding(model.compiled, model.params, lambda *done: told.append(done[0])).encode(
+        [Clip(FRAMES[:40], TIMES[:40], 1.0)]
+    )
     assert told == [16, 32, 40]

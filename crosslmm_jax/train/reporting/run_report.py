@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from crosslmm_jax.batch import Batch, needed
 from crosslmm_jax.config import ExperimentConfig
 from crosslmm_jax.data.loading import BatchIterator
-from crosslmm_jax.model import ChosenBackend, attention_backends
+from crosslmm_jax.model import ChosenBackend, attention_backends, flops
 from crosslmm_jax.parallel import is_first_process
 from crosslmm_jax.train.reporting.hosts import Hosts
 from crosslmm_jax.train.reporting.metrics_line import metrics_line, note_of
@@ -23,7 +23,7 @@ from crosslmm_jax.train.reporting.metrics_log import MAX_WAIT_S, MetricsLog
 from crosslmm_jax.train.reporting.metrics_window import MetricsWindow, Phase
 from crosslmm_jax.train.reporting.run_log import LOG_FILE, RunLog
 from crosslmm_jax.train.reporting.side_channel import SideChannel
-from crosslmm_jax.train.reporting.work import WorkCounter, peak_tflops
+from crosslmm_jax.train.reporting.work import WorkCounter
 from crosslmm_jax.train.state import TrainState
 from crosslmm_jax.train.step import Metrics
 from crosslmm_jax.utils import Progress
@@ -53,7 +53,7 @@ class RunReport:
         self._config, self._mesh, self._resumed_step = config, mesh, resumed_step
         self.window = MetricsWindow()
         self._work = WorkCounter(config.model, config.stage, num_shards=num_shards)
-        self._peak_tflops = peak_tflops(mesh.devices.flat[0].device_kind, config.model)
+        self._peak_tflops = flops.peak_tflops(mesh.devices.flat[0].device_kind, config.model)
         self._compiled: set[tuple[object, ...]] = set()
         self._hosts = Hosts()
         run, stage, writes = config.run, config.stage, is_first_process()

@@ -1,4 +1,4 @@
-"""Tokens, frames and model FLOPs of a batch, and the FLOPs that devices could do at most."""
+"""Tokens, frames and model FLOPs of a batch."""
 
 import functools
 from collections.abc import Iterable
@@ -10,27 +10,6 @@ from crosslmm_jax.batch import Batch, needed
 from crosslmm_jax.config import ModelConfig, StageConfig
 from crosslmm_jax.model import flops
 from crosslmm_jax.train.stages import model_of_stage
-
-# `jax.Device.device_kind` -> 10^12 dense bfloat16 FLOPs per second of one `jax.Device`, by its maker's data
-# sheet. Clocks fall below those of the data sheet under load, so that no program reaches it.
-PEAK_TFLOPS = {
-    "NVIDIA A100-PCIE-40GB": 312.0,
-    "NVIDIA A100-SXM4-40GB": 312.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA A100 80GB PCIe": 312.0,
-    "NVIDIA H100 PCIe": 756.0,
-    "NVIDIA H100 80GB HBM3": 989.0,
-    "NVIDIA H200": 989.0,
-    "NVIDIA GH200 480GB": 989.0,
-    "NVIDIA B200": 2250.0,
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5e": 197.0,
-    "TPU v5": 459.0,
-    "TPU v5p": 459.0,
-    "TPU v6 lite": 918.0,
-    "TPU v6e": 918.0,
-}
 
 
 class Work(NamedTuple):
@@ -79,8 +58,3 @@ class WorkCounter:
         text = max(end - frames * self._config.merge.tokens_per_frame, 0)
         work = flops.Workload(frames=frames, text=text, before=min(before, text))
         return flops.total(flops.train(self._config, work, targets=targets, trainable=self._trainable))
-
-
-def peak_tflops(device_kind: str, config: ModelConfig) -> float | None:
-    """10^12 FLOPs per second of a device at most, if that is known and holds for the compute dtype."""
-    return PEAK_TFLOPS.get(device_kind) if config.compute_dtype == "bfloat16" else None
