@@ -288,7 +288,10 @@ def _empty(model: CrossLMM, *, size: int, frames: int) -> KVCache:
 def _append(
     model: CrossLMM, params: PyTree, cache: KVCache, originals: Array, compact: Array, count: Array
 ) -> KVCache:
-    cache = apply(model, params, CrossLMM.append, cache, Visual(compact, originals), count)
+    # As they come from the encoder they are sharded over devices by their frames, for which XLA partitions
+    # the attention of a few frames wrongly where heads are sharded too: it fails to compile.
+    new = Visual(everywhere(model, compact), originals)
+    cache = apply(model, params, CrossLMM.append, cache, new, count)
     return cache._replace(num_tokens=everywhere(model, cache.num_tokens))
 
 

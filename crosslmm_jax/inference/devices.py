@@ -15,7 +15,9 @@ from crosslmm_jax.model import DTYPES, kv_width
 from crosslmm_jax.parallel import gather, make_mesh
 
 WEIGHT_SHARE = 0.7  # of a device's memory that weights may take; the rest is for videos and answers
-CACHE_SHARE = 0.25  # of the memory beside the weights: what the caches of a batch of videos may take
+BATCH_SHARE = (
+    0.9  # of the memory beside the weights: what a batch of videos may take, as far as it is counted
+)
 MOST_VIDEOS = 4  # of a batch, for each group of devices: more make generating hardly cheaper
 
 
@@ -41,20 +43,6 @@ def answering_mesh(config: ModelConfig, sizes: MeshConfig | None = None) -> Mesh
         shares = (share for share in range(1, count + 1) if count % share == 0)
         tensor = next((share for share in shares if needed / share <= WEIGHT_SHARE * limit), count)
     return make_mesh(MeshConfig(data=-1, tensor=tensor))
-
-
-def videos_at_once(config: ModelConfig, mesh: Mesh, shape: PromptShape) -> int:
-    """Videos of `shape` whose questions are answered together: as many per group of devices as fit.
-
-    Devices that do not say how much memory they have take one each.
-    """
-    limit, sizes = _memory_limit(), mesh.shape
-    groups, shares = int(sizes["data"] * sizes["fsdp"]), int(sizes["tensor"])
-    if limit is None:
-        return groups
-    of_video = VideoBytes.of(config, shape, shares)
-    room = CACHE_SHARE * (limit - _weight_bytes(config) / (shares * sizes["fsdp"]))
-    return groups * max(1, min(MOST_VIDEOS, int(room // (of_video.video_cache + of_video.text_cache))))
 
 
 class VideoBytes(NamedTuple):
@@ -93,6 +81,48 @@ class VideoBytes(NamedTuple):
         )
 
 
+class BatchMemory:
+    """How many videos, and questions about them, the devices hold together.
+
+    Attributes:
+        most_videos: more of them together make generating hardly cheaper. Devices that do not say how much
+            memory they have take one each.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+        """Asks the devices. All processes must do it together."""
+        limit, self._config, self._tensor = _memory_limit(), config, int(mesh.shape["tensor"])
+        self._groups = int(mesh.shape["data"] * mesh.shape["fsdp"])
+        self._room = None if limit is None else BATCH_SHARE * _beside_weights(config, mesh, limit)
+        self.most_videos = self._groups * (1 if limit is None else MOST_VIDEOS)
+
+    def fits(self, num_frames: int, videos: int, questions: int = 1) -> bool:
+        """Whether the devices hold a batch.
+
+        Args:
+            num_frames: of the longest video.
+            videos: of the batch.
+            questions: about each video, that are answered together.
+        """
+        if self._room is None:
+            return True
+        one = VideoBytes.of(self._config, _shape_of(self._config, num_frames), self._tensor)
+        here, caches = -(-videos // self._groups), one.video_cache + one.text_cache
+        # Each device has the original tokens of all videos, and those of its own once more in one array.
+        tokens = one.original_tokens * (videos + here * (videos > 1))
+        reading = tokens + here * (caches + one.prefill)
+        # Each question has a text cache, twice while the question is read.
+        answering = here * (caches + 2 * questions * one.text_cache)
+        return max(reading, answering) <= self._room
+
+    def questions_at_once(self, num_frames: int, videos: int, most: int) -> int:
+        """Questions about each video that fit together: a power of two up to `most`, and at least 1."""
+        count = 1
+        while 2 * count <= most and self.fits(num_frames, videos, 2 * count):
+            count *= 2
+        return count
+
+
 def check_memory(config: ModelConfig, mesh: Mesh, num_frames: int, *, stream: bool = False) -> None:
     """Raises a UserError if the devices cannot hold a video of so many frames, with the number that they can.
 
@@ -103,19 +133,16 @@ def check_memory(config: ModelConfig, mesh: Mesh, num_frames: int, *, stream: bo
     if limit is None:
         return
 
-    def room(config: ModelConfig) -> float:
-        return limit - _weight_bytes(config) / (tensor * mesh.shape["fsdp"])
-
     def needed(config: ModelConfig, frames: int) -> int:
         of_video = VideoBytes.of(config, _shape_of(config, frames), tensor)
         return of_video.total + (of_video.video_cache + of_video.text_cache if stream else 0)
 
-    wanted, here = needed(config, num_frames), room(config)
+    wanted, here = needed(config, num_frames), _beside_weights(config, mesh, limit)
     if wanted <= here:
         return
     fits = max((size for size in frame_sizes(num_frames) if needed(config, size) <= here), default=0)
     narrow = config.at_precision("int8")
-    narrower = not stream and needed(narrow, num_frames) <= room(narrow)
+    narrower = not stream and needed(narrow, num_frames) <= _beside_weights(narrow, mesh, limit)
     ways = [f"read at most {fits} frames"] * bool(fits) + ["give --precision int8"] * narrower
     raise UserError(
         f"{num_frames} frames need {wanted / 1e9:.1f} GB beside the weights; this device has"
@@ -135,6 +162,11 @@ def cost_of(config: ModelConfig, num_frames: int) -> str:
 
 def _shape_of(config: ModelConfig, num_frames: int) -> PromptShape:
     return prompt_shape(num_frames, 0, tokens_per_frame=config.merge.tokens_per_frame, usual_text=0)
+
+
+def _beside_weights(config: ModelConfig, mesh: Mesh, limit: int) -> float:
+    """Bytes of a device that are left beside its share of the weights."""
+    return limit - _weight_bytes(config) / (mesh.shape["tensor"] * mesh.shape["fsdp"])
 
 
 def _memory_limit() -> int | None:

@@ -14,10 +14,10 @@ import numpy as np
 from crosslmm_jax.data.media import Clip
 from crosslmm_jax.data.text import TokenSequence, question_suffix
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.inference import devices
 from crosslmm_jax.inference.assistant import Answer, Prefix, VideoModel
+from crosslmm_jax.inference.devices import BatchMemory, check_memory
 from crosslmm_jax.inference.replies import AnswerOptions
-from crosslmm_jax.inference.shapes import prompt_shape
+from crosslmm_jax.inference.shapes import keeps_pixels
 from crosslmm_jax.inference.watching import (
     AnyMedia,
     Encoding,
@@ -31,6 +31,7 @@ from crosslmm_jax.model import Visual
 
 MOST_ROWS = 32  # questions that are answered together
 MOST_AHEAD = 16  # videos that are decoded ahead of the one that is encoded
+FRAMES_AHEAD = 8192  # their frames, whose pixels the host holds; of longer videos fewer are ahead
 DECODERS = 4  # videos that are decoded at a time, each with its share of the cores: the first is soon there
 
 
@@ -111,16 +112,20 @@ def answers_as_ready(
         items: read as needed, some videos ahead.
         frames: of each video; None: as in training.
         keyframes: as for `VideoModel.watch`.
-        videos_at_once: videos of a batch; None: as many as `devices.videos_at_once` says.
+        videos_at_once: most videos of a batch; None: as `BatchMemory.most_videos`. A batch that the devices do
+            not hold is made smaller.
 
     Yields:
         The number of an item; and its answer, or why its media or its question cannot be used.
     """
-    most = sampling_of(model.processor, frames).most_frames
-    shape = prompt_shape(most, 0, tokens_per_frame=model.processor.tokens_per_frame, usual_text=0)
-    count = videos_at_once or devices.videos_at_once(model.config, model.compiled.mesh, shape)
+    memory = BatchMemory(model.config, model.compiled.mesh)
+    count = memory.most_videos if videos_at_once is None else videos_at_once
     if count < 1:
         raise UserError(f"videos_at_once is {count}; it must be 1 or more")
+    most = sampling_of(model.processor, frames).most_frames
+    if not keeps_pixels(most) and model.compiled.mesh.size == model.compiled.mesh.shape["tensor"]:
+        yield from _one_by_one(model, items, memory, frames, keyframes)
+        return
     pool = ThreadPoolExecutor(DECODERS)
     try:
         batch: list[_Watched] = []
@@ -128,14 +133,39 @@ def answers_as_ready(
             if isinstance(clips, UserError):
                 yield from ((number, clips) for number, _ in group)
                 continue
+            longest = max(
+                sum(len(clip.times) for clip in some) for some in (clips, *(w.clips for w in batch))
+            )
+            if batch and not memory.fits(longest, len(batch) + 1):  # before more is encoded
+                yield from _answer_batch(model, batch, memory)
+                batch = []
             batch.append(_Watched.of(model, clips, group))
             if len(batch) == count:
-                yield from _answer_batch(model, batch)
+                yield from _answer_batch(model, batch, memory)
                 batch = []
         if batch:
-            yield from _answer_batch(model, batch)
+            yield from _answer_batch(model, batch, memory)
     finally:
         pool.shutdown(cancel_futures=True)  # a caller that stops early waits only for videos already begun
+
+
+def _one_by_one(
+    model: VideoModel, items: Iterable[Item], memory: BatchMemory, frames: int | None, keyframes: bool
+) -> Iterator[tuple[int, Answer | UserError]]:
+    """Answers questions about long videos, each encoded while it is decoded, so that no pixels are kept."""
+    for group in _grouped(items):
+        try:
+            video = model.watch(group[0][1].media, frames, keyframes=keyframes)
+        except UserError as error:
+            yield from ((number, error) for number, _ in group)
+            continue
+        yield from _answer_all(model, video.prefix, [group], memory, len(video.frame_times))
+
+
+def _grouped(items: Iterable[Item]) -> Iterator[list[tuple[int, Item]]]:
+    """Neighbouring questions about the same media, with their numbers."""
+    for _, grouped in itertools.groupby(enumerate(items), key=lambda numbered: _key(numbered[1].media)):
+        yield list(grouped)
 
 
 def _decoded(
@@ -152,12 +182,13 @@ def _decoded(
         except UserError as error:
             return group, error
 
-    for _, grouped in itertools.groupby(enumerate(items), key=lambda numbered: _key(numbered[1].media)):
-        group = list(grouped)
+    most = sampling_of(model.processor, frames).most_frames
+    ahead = max(1, min(MOST_AHEAD, FRAMES_AHEAD // most))
+    for group in _grouped(items):
         media = group[0][1].media
         clips = pool.submit(model.read, media, frames, num_threads=threads, keyframes=keyframes)
         waiting.append((group, clips))
-        if len(waiting) > MOST_AHEAD:
+        if len(waiting) > ahead:
             yield collect()
     while waiting:
         yield collect()
@@ -178,26 +209,40 @@ def _key(media: AnyMedia) -> Hashable:
     )
 
 
-def _answer_batch(model: VideoModel, batch: Sequence[_Watched]) -> Iterator[tuple[int, Answer | UserError]]:
-    """Prefills some videos together and answers their questions, as many of each video in every round."""
+def _answer_batch(
+    model: VideoModel, batch: Sequence[_Watched], memory: BatchMemory
+) -> Iterator[tuple[int, Answer | UserError]]:
+    """Prefills some videos together and answers their questions."""
     try:
         prefix = _prefix(model, batch)
     except UserError as error:
         if len(batch) > 1:  # one of them has too many frames: each for itself
             for watched in batch:
-                yield from _answer_batch(model, [watched])
+                yield from _answer_batch(model, [watched], memory)
             return
         yield from ((number, error) for number, _ in batch[0].items)
         return
+    for watched in batch:
+        watched.encoding.drop()
+    longest = max(len(watched.frames) for watched in batch)
+    yield from _answer_all(model, prefix, [watched.items for watched in batch], memory, longest)
+
+
+def _answer_all(
+    model: VideoModel, prefix: Prefix, items: Sequence[Sequence[tuple[int, Item]]], memory: BatchMemory,
+    longest: int,
+) -> Iterator[tuple[int, Answer | UserError]]:  # fmt: skip
+    """Answers the questions about the videos of a prefix, equally many of each in every round."""
     questions = []
-    for row, watched in enumerate(batch):
-        asked, refused = _checked(model, watched.items, prefix.lengths[row])
+    for row, of_video in enumerate(items):
+        asked, refused = _checked(model, of_video, prefix.lengths[row])
         yield from refused
         questions.append(asked)
     most = max(len(asked) for asked in questions)
     if not most:
         return
-    each = min(1 << (most - 1).bit_length(), max(1, MOST_ROWS // len(batch)))
+    each = min(1 << (most - 1).bit_length(), max(1, MOST_ROWS // len(items)))
+    each = memory.questions_at_once(longest, len(items), each)
     for begin in range(0, most, each):
         yield from _answer_round(model, prefix, [asked[begin : begin + each] for asked in questions], each)
 
@@ -206,7 +251,7 @@ def _prefix(model: VideoModel, batch: Sequence[_Watched]) -> Prefix:
     """The prompts of some videos up to their questions."""
     most = max(len(watched.frames) for watched in batch)
     check_frames(most, model.config)
-    devices.check_memory(model.config, model.compiled.mesh, most)
+    check_memory(model.config, model.compiled.mesh, most)
     parts = [watched.tokens(most) for watched in batch]
     clips = [watched.clips for watched in batch]
     return model.prefill([model.prompt_of(of_video) for of_video in clips], clips, parts)

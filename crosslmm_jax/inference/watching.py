@@ -289,6 +289,11 @@ class Encoding:
         missing = padded_frames(max(self._total, longest)) // self._size - len(self._parts)
         return (*self._parts, *[self._compiled.blank(self._params, shape)] * missing)
 
+    def drop(self) -> None:
+        """Lets go of the tokens, once the prompt has been read."""
+        self._parts, self._kept, self._rest, self._total = [], None, None, 0
+        self._running.clear()
+
     def fits(self, longest: int) -> bool:
         """Whether what is encoded serves a batch whose longest row has so many frames."""
         room = padded_frames(longest)

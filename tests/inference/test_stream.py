@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from crosslmm_jax import presets
-from crosslmm_jax.config import SamplingConfig
+from crosslmm_jax.config import MeshConfig, SamplingConfig
 from crosslmm_jax.data.media import Clip
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
@@ -26,6 +26,7 @@ from crosslmm_jax.inference import (
 from crosslmm_jax.inference.shapes import prompt_shape
 from crosslmm_jax.model import init_params
 from crosslmm_jax.model_folder import Processor, save_model_folder
+from crosslmm_jax.parallel import make_mesh
 
 QUESTION = "What shape is the red object?"
 rng = np.random.default_rng(0)
@@ -101,6 +102,28 @@ def test_a_full_stream_lets_go_of_frames_and_keeps_its_memory(model, when_full, 
     again = model.watch_frames(FRAMES[chosen], TIMES[chosen], 48.0)
     assert_same(stream.watched(), again, len(chosen))
     assert len(set(sizes[1:])) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("when_full", "tensor"), [("thin", 1), ("drop", 2)])
+def test_a_stream_on_eight_devices_equals_one_on_a_single_device(model, when_full, tensor):
+    """Each device with all weights, or two that share them."""
+    eight = load(model.tokenizer.folder, mesh=MeshConfig(data=-1, tensor=tensor))
+    device = jax.devices()[:1]
+    one = VideoModel(
+        model.config, jax.device_put(jax.device_get(model.params), device[0]), model.tokenizer,
+        model.processor, make_mesh(MeshConfig(), device),
+    )  # fmt: skip
+    assert (eight.compiled.mesh.size, one.compiled.mesh.size) == (8, 1)
+    streams = [Stream(each, most_frames=16, when_full=when_full) for each in (one, eight)]
+    begin = 0
+    for count in (5, 1, 10, 3):
+        for stream in streams:
+            stream.append(FRAMES[begin : begin + count], TIMES[begin : begin + count])
+        begin += count
+    ours, theirs = (stream.watched() for stream in streams)
+    assert_same(theirs, ours, len(ours.frame_times))
+    assert len(ours.frame_times) < 19
 
 
 def test_times_of_a_clock(model):
