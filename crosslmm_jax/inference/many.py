@@ -112,8 +112,8 @@ def answers_as_ready(
         items: read as needed, some videos ahead.
         frames: of each video; None: as in training.
         keyframes: as for `VideoModel.watch`.
-        videos_at_once: most videos of a batch; None: as `BatchMemory.most_videos`. A batch that the devices do
-            not hold is made smaller.
+        videos_at_once: most videos of a batch; None: `BatchMemory.most_videos`. A batch that does not fit the
+            devices is made smaller.
 
     Yields:
         The number of an item; and its answer, or why its media or its question cannot be used.
@@ -133,9 +133,7 @@ def answers_as_ready(
             if isinstance(clips, UserError):
                 yield from ((number, clips) for number, _ in group)
                 continue
-            longest = max(
-                sum(len(clip.times) for clip in some) for some in (clips, *(w.clips for w in batch))
-            )
+            longest = max([sum(len(clip.times) for clip in clips), *(len(w.frames) for w in batch)])
             if batch and not memory.fits(longest, len(batch) + 1):  # before more is encoded
                 yield from _answer_batch(model, batch, memory)
                 batch = []

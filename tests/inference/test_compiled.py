@@ -207,3 +207,27 @@ def test_devices_that_share_heads_hold_all_tokens_each():
         == devices.VideoBytes.of(heads, shape).video_cache
     )
     assert four.prefill > two.prefill
+
+
+def test_a_batch_is_counted_as_a_whole(monkeypatch):
+    """Videos of 2B on one device, and how many questions about them are answered together."""
+    config, mesh = presets.crosslmm_2b(), make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(devices, "_memory_limit", lambda: 139 * 10**9)
+    memory = devices.BatchMemory(config, mesh)
+    assert memory.most_videos == devices.MOST_VIDEOS
+    assert memory.fits(512, 4) and memory.fits(4096, 2) and not memory.fits(4096, 4)
+    # A question about 4,096 frames has 1.1 GB of keys and values, and twice that while it is read.
+    one = devices.VideoBytes.of(config, prompt_shape(4096, 0, tokens_per_frame=9, usual_text=0))
+    together = memory.questions_at_once(4096, 1, 32)
+    assert one.text_cache > 10**9 and 1 < together < 64
+    taken = one.video_cache + one.text_cache * (1 + 2 * together)
+    assert taken <= devices.BATCH_SHARE * 139e9 - devices._weight_bytes(config)
+    assert memory.questions_at_once(256, 1, 32) == 32
+    assert memory.questions_at_once(16384, 1, 32) == 1  # at least
+    # Every device has the original tokens of all videos, also of those that others answer.
+    eight = devices.BatchMemory(config, make_mesh(MeshConfig(data=8)))
+    assert eight.most_videos == 8 * devices.MOST_VIDEOS
+    assert eight.fits(512, 32) and memory.fits(2048, 4) and not eight.fits(2048, 32) and eight.fits(2048, 8)
+    monkeypatch.setattr(devices, "_memory_limit", lambda: None)
+    unknown = devices.BatchMemory(config, mesh)
+    assert (unknown.most_videos, unknown.fits(10**6, 100)) == (1, True)

@@ -10,18 +10,31 @@ import numpy as np
 import pytest
 
 from crosslmm_jax.cli import main
-from crosslmm_jax.config import SamplingConfig
+from crosslmm_jax.config import MeshConfig, SamplingConfig
 from crosslmm_jax.data.media import from_bytes
 from crosslmm_jax.data.text import question_suffix
 from crosslmm_jax.demo.synthetic import write_dataset
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.inference import Item, Medium, Sampling, answer_many, answers_as_ready, load, score_options
+from crosslmm_jax.inference import (
+    Answer,
+    Item,
+    Medium,
+    Sampling,
+    VideoModel,
+    answer_many,
+    answers_as_ready,
+    devices,
+    load,
+    score_options,
+    watching,
+)
 from crosslmm_jax.inference import many as many_module
 from crosslmm_jax.inference.compiled import Compiled
 from crosslmm_jax.inference.replies import AnswerOptions
 from crosslmm_jax.model import init_params
 from crosslmm_jax.model_folder import save_model_folder
+from crosslmm_jax.parallel import make_mesh
 
 QUESTIONS = (
     "What shape is the red object?",
@@ -99,6 +112,52 @@ def test_ten_questions_decode_and_encode_once(model, clips, monkeypatch):
     items = [Item(clips[0], f"Question {number}?", AnswerOptions(max_new_tokens=2)) for number in range(10)]
     assert len(answer_many(model, items)) == 10
     assert counts == {"decode": 1, "encode": 1, "prefill": 1, "read": 2}
+
+
+@pytest.mark.slow
+def test_a_batch_that_does_not_fit_is_made_smaller(model, clips, monkeypatch):
+    """Of four videos two fit together, with four questions about each in two rounds."""
+    sizes: list[tuple[str, int]] = []
+
+    def noted(name, function, count):
+        return lambda *args, **named: (sizes.append((name, count(args))), function(*args, **named))[1]
+
+    monkeypatch.setattr(
+        devices.BatchMemory, "fits", lambda self, frames, videos, questions=1: videos * questions <= 4
+        and videos <= 2,
+    )  # fmt: skip
+    prefill, read = model.compiled.prefill, model.compiled.read
+    monkeypatch.setattr(model.compiled, "prefill", noted("videos", prefill, lambda args: len(args[1])))
+    monkeypatch.setattr(model.compiled, "read", noted("rows", read, lambda args: len(args[2])))
+    short = AnswerOptions(max_new_tokens=2)
+    items = [Item(clip, f"Question {n}?", short) for clip in clips[:4] for n in range(4)]
+    got = answer_many(model, items, videos_at_once=4)
+    assert sizes == [("videos", 2), ("rows", 4), ("rows", 4)] * 2
+    alone = model.watch(clips[3]).ask("Question 2?", max_new_tokens=2)
+    assert isinstance(got[14], Answer) and got[14].text == alone
+
+
+@pytest.mark.slow
+def test_long_videos_are_watched_one_by_one_without_their_pixels(model, clips, monkeypatch):
+    """On one device."""
+    for module in (many_module, watching):
+        monkeypatch.setattr(module, "keeps_pixels", lambda frames: frames <= 2)
+    device = jax.devices()[:1]
+    one = VideoModel(
+        model.config, jax.device_put(jax.device_get(model.params), device[0]), model.tokenizer,
+        model.processor, make_mesh(MeshConfig(), device),
+    )  # fmt: skip
+    watched, watch = [], one.watch
+    monkeypatch.setattr(
+        one, "watch", lambda *args, **named: watched.append(watch(*args, **named)) or watched[-1]
+    )
+    short = AnswerOptions(max_new_tokens=3)
+    items = [Item(clips[0], "What?", short), Item(clips[0], "And?", short), Item("missing.mp4", "What?")]
+    first, second, third = answer_many(one, items)
+    assert isinstance(third, UserError)
+    (video,) = watched
+    assert isinstance(video.clips[0], watching.UnkeptClip)
+    assert [first.text, second.text] == [video.ask(text, max_new_tokens=3) for text in ("What?", "And?")]
 
 
 @pytest.mark.slow
