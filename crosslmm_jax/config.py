@@ -451,6 +451,28 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class WatchdogConfig:
+    """Seconds after which a run ends that would wait in vain; 0: no bound.
+
+    All of its processes then end with exit code 75. The stacks of their threads are in RUN/stacks/, and one
+    line says which processes the others wait for.
+    """
+
+    start_s: Host[float] = 600.0  # until all processes have started
+    silence_s: Host[float] = 60.0  # of a process that is stopped, or whose host is lost
+    restore_s: Host[float] = 3600.0  # reading a checkpoint, or the weights to start from
+    input_wait_s: Host[float] = 1800.0  # waiting for a batch
+    compile_s: Host[float] = 3600.0  # of the program for one shape of batches
+    step_s: Host[float] = 1800.0  # a step, with waiting for the devices and the other processes
+    validation_s: Host[float] = 1800.0  # one batch of validation
+    checkpoint_s: Host[float] = 3600.0  # as long as training waits for one; the MODEL folder
+    end_s: Host[float] = 3600.0  # until all processes are at their end
+
+    def __post_init__(self) -> None:
+        _require_not_negative(self, *(each.name for each in dataclasses.fields(self)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Weights to start from, and where and how often results are written."""
 
@@ -463,6 +485,7 @@ class RunConfig:
     tensorboard: Host[bool] = True  # also write metrics for TensorBoard
     accept_changes: Host[bool] = False  # resume although fields of role "recipe" have changed
     stop_deadline_s: Host[float] = 300.0  # from SIGTERM or Ctrl-C to the end; then it ends unsaved
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     def __post_init__(self) -> None:
         _require_positive(self, "log_every", "save_every", "keep_checkpoints", "stop_deadline_s")

@@ -10,9 +10,26 @@ import json
 from collections.abc import Mapping
 from typing import Literal
 
+# Exit codes of `crosslmm`.
+USER_MISTAKE = 2  # as argparse uses
+STALLED = 75  # EX_TEMPFAIL: a process was lost or stuck, or did not stop in time; the same command may go on
+INTERRUPTED = 130  # 128 + SIGINT, as shells use: stopped as asked, nothing is lost
+
 
 class UserError(Exception):
     """A mistake in the user's input. The message names the file or field and the fix."""
+
+
+class FailedElsewhere(UserError):
+    """Another process of this run has met an error, and says which by itself."""
+
+
+class Stalled(Exception):
+    """The run cannot go on for a reason outside of it. The same command may work later."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop and has saved its state; the same command resumes it."""
 
 
 class ConfigError(UserError, ValueError):
@@ -88,7 +105,7 @@ class DataError(UserError):
         return str(self.fault)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of a library's message, or the type of an error without one."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

@@ -2,10 +2,11 @@
 # Starts N processes on this machine: launch/local_multiproc.sh N CONFIG.py [--field value ...]
 #
 # Each process gets one GPU. With JAX_PLATFORMS=cpu all share the CPU, to try a run of several processes.
-# SIGTERM and Ctrl-C are passed on to all. When one process fails, all end. The same command resumes.
+# SIGTERM and Ctrl-C are passed on to all. When one process fails, the others end by themselves; those that do
+# not get SIGTERM after 5 seconds and SIGKILL after 10. The same command resumes.
 #
 # Environment variables:
-#   PORT                   port of process 0 (default: derived from the process ID of this shell)
+#   PORT                   port of process 0 (default: a free one)
 #   CUDA_VISIBLE_DEVICES   the GPUs to use, separated by commas (default: 0 to N-1)
 #   and those of launch/_env.sh
 set -euo pipefail
@@ -16,7 +17,11 @@ fi
 count=$1
 shift
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export COORDINATOR_ADDRESS="localhost:${PORT:-$((20000 + $$ % 20000))}" NUM_PROCESSES=$count
+if [[ -z ${PORT:-} ]]; then
+  coproc port_holder { exec "${PYTHON:-python}" "$here/_hold_port.py"; }
+  read -r PORT <&"${port_holder[0]}"
+fi
+export COORDINATOR_ADDRESS="localhost:$PORT" NUM_PROCESSES=$count
 IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((count - 1)))}"
 if ((${#gpus[@]} < count)); then
   echo "CUDA_VISIBLE_DEVICES names ${#gpus[@]} GPU(s) for $count processes; name at least $count" >&2
@@ -25,9 +30,9 @@ fi
 
 pids=()
 stopping=0
-pass_on_term() { ((${#pids[@]} == 0)) || kill -s TERM "${pids[@]}" 2>/dev/null || true; }
+signal_all() { ((${#pids[@]} == 0)) || kill -s "$1" "${pids[@]}" 2>/dev/null || true; }
 # A shell makes its background processes ignore SIGINT, so Ctrl-C is passed on as SIGTERM, which also saves.
-trap 'stopping=1; pass_on_term' TERM INT
+trap 'stopping=1; signal_all TERM' TERM INT
 for ((index = 0; index < count && stopping == 0; index++)); do
   PROCESS_ID=$index CUDA_VISIBLE_DEVICES=${gpus[index]} "$here/_env.sh" train "$@" &
   pids+=($!)
@@ -46,7 +51,9 @@ while ((${#pids[@]} > 0)); do
   pids=(${living[@]+"${living[@]}"})
   if ((result != 0 && code == 0)); then
     code=$result
-    pass_on_term
+    (sleep 5 && signal_all TERM && sleep 5 && signal_all KILL) >/dev/null 2>&1 &
+    ender=$!
   fi
 done
+[[ -z ${ender:-} ]] || kill "$ender" 2>/dev/null || true
 exit "$code"

@@ -21,13 +21,19 @@ from crosslmm_jax.cli.options import OneLineParser, drop_output
 from crosslmm_jax.cli.params import add_params
 from crosslmm_jax.cli.profile import add_profile
 from crosslmm_jax.cli.train import add_train
-from crosslmm_jax.errors import UserError
-from crosslmm_jax.parallel import compilation_cache, xla_flags
+from crosslmm_jax.errors import (
+    INTERRUPTED,
+    STALLED,
+    USER_MISTAKE,
+    FailedElsewhere,
+    Interrupted,
+    Stalled,
+    UserError,
+)
+from crosslmm_jax.parallel import compilation_cache, processes, xla_flags
 
-USER_MISTAKE = 2  # exit code, as argparse uses
 # Commands that compile nothing worth keeping; and `train`, for the reason in `compilation_cache`.
 WITHOUT_COMPILATION_CACHE = ("data", "export", "params", "train")
-INTERRUPTED = 130  # exit code, 128 + SIGINT, as shells use
 NOT_READ = 141  # exit code, 128 + SIGPIPE
 
 
@@ -65,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         if debug:
             traceback.print_exc()
+        if processes.several() and not isinstance(stop, Interrupted):
+            processes.leave(INTERRUPTED, str(stop) or "interrupted; the same command goes on")
         if str(stop):  # training says what it saved, or what is lost
             print(f"crosslmm: {stop}", file=sys.stderr)
         if argv is None:
@@ -76,13 +84,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         drop_output()
         return NOT_READ
     except Exception as error:
-        mistake = error if isinstance(error, UserError) else _output_error(error) or _absent_platform()
+        ours = isinstance(error, (UserError, Stalled))
+        mistake = error if ours else _output_error(error) or _absent_platform()
         if mistake is None:
             raise
         if debug:
             traceback.print_exc()
-        print(f"crosslmm: error: {' '.join(str(mistake).split())}", file=sys.stderr)
-        return USER_MISTAKE
+        code = STALLED if isinstance(mistake, Stalled) else USER_MISTAKE
+        text = " ".join(str(mistake).split())
+        if processes.several():
+            processes.leave(code, text, follows=isinstance(mistake, FailedElsewhere))
+        print(f"crosslmm: error: {text}", file=sys.stderr)
+        return code
 
 
 def _run(words: list[str]) -> int:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from crosslmm_jax.errors import UserError
+from crosslmm_jax.errors import FailedElsewhere, UserError
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ def succeed_on_all(action: Callable[[], T]) -> T:
     failed = [(index, report) for index, report in enumerate(reports) if report["reason"] is not None]
     for index, report in failed:
         if report["fatal"]:
-            raise UserError(f"process {index} ended this run: {report['reason']}")
+            raise FailedElsewhere(f"process {index} ended this run: {report['reason']}")
     if failed:
         single = len(reports) == 1
         reasons = [r["reason"] if single else f"process {index}: {r['reason']}" for index, r in failed]
@@ -110,7 +110,7 @@ def together(action: Callable[[], T], *, same: Callable[[T], object] | None = No
     if error is not None:
         raise error
     if failed:
-        raise UserError("; ".join(failed))
+        raise FailedElsewhere("; ".join(failed))
     if differing := [index for index, r in enumerate(reports) if r["agreed"] != reports[0]["agreed"]]:
         raise UserError(
             f"{what} of process {differing[0]} are not those of process 0; give all the same files and"

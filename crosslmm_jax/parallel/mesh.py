@@ -1,4 +1,4 @@
-"""The device mesh, and the start of a process of a multi-process run."""
+"""The device mesh."""
 
 import collections
 import dataclasses
@@ -13,7 +13,6 @@ from jax.sharding import AxisType, Mesh
 
 from crosslmm_jax.config import MeshConfig
 from crosslmm_jax.errors import ConfigError
-from crosslmm_jax.parallel.rank import find_rank
 
 MESH_AXES: tuple[str, ...] = ("data", "fsdp", "tensor", "context")
 # Axes that may span several slices, first those whose collectives a slow network hurts least.
@@ -77,19 +76,3 @@ def _fill(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
             " one of them may be -1, for all remaining devices"
         )
     return tuple(remaining if wanted[name] == -1 else wanted[name] for name in MESH_AXES)
-
-
-def initialize_processes() -> None:
-    """Joins the processes of one run, before any other use of jax; does nothing for a single process.
-
-    Raises:
-      ConfigError: the environment does not say which process this is; see `rank.find_rank`.
-    """
-    rank = None if jax.distributed.is_initialized() else find_rank()
-    if rank is not None:
-        # "deactivate": under SLURM, JAX would choose one GPU by SLURM_LOCALID, which may be invisible, or
-        # one of several that this process has. launch/_env.sh chooses.
-        jax.distributed.initialize(
-            rank.address, num_processes=rank.count, process_id=rank.index,
-            cluster_detection_method="deactivate",
-        )  # fmt: skip

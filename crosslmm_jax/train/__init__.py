@@ -13,6 +13,7 @@ owner             one run at a time in a folder
 settings          what must agree between processes and between starts of a run
 export_run        a MODEL folder from a checkpoint
 interrupt         SIGTERM and Ctrl-C
+watchdog          ends a run that waits in vain
 
 Names are imported late: what only reads the files of a run works without jax.
 """

@@ -199,10 +199,6 @@ class Checkpoints:
             succeed_on_all(move)
             self._manager.reload()
 
-    def preempted(self, step: int) -> bool:
-        """Whether the scheduler asked a process of a multi-process run to stop; all processes agree."""
-        return jax.process_count() > 1 and self._manager.reached_preemption(step)
-
     def close(self) -> None:
         """Waits for checkpoints that are being written; raises like `save`."""
         with self._disk_errors():
@@ -212,7 +208,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Closes. What ends the run goes first: a checkpoint that fails now is only warned of."""
+        """Closes. What ends the run goes first: a checkpoint that fails now is only warned of.
+
+        After an error of one of several processes, closing would wait for the others, which still train.
+        """
+        if error is not None and jax.process_count() > 1:
+            return
         said = self._failed
         try:
             self.close()

@@ -7,6 +7,7 @@
     runs/x/tensorboard/           the same
     runs/x/model/                 MODEL folder, written at the end
     runs/x/owner.json             the process that trains there, while it does
+    runs/x/stacks/                what the threads of a run did that the watchdog has ended
 
 The command that started a run also resumes it: after a kill, a crash, or on another mesh.
 """
@@ -24,7 +25,7 @@ from jax.sharding import Mesh
 from crosslmm_jax.batch import Batch, needed
 from crosslmm_jax.config import ExperimentConfig
 from crosslmm_jax.data.loading import BatchIterator, Dataset
-from crosslmm_jax.errors import ConfigError, UserError
+from crosslmm_jax.errors import ConfigError, Interrupted, UserError
 from crosslmm_jax.model import logical_axes
 from crosslmm_jax.model_folder import check_replaceable, find_model_folder, is_model_folder, load_weights
 from crosslmm_jax.parallel import (
@@ -34,6 +35,7 @@ from crosslmm_jax.parallel import (
     is_first_process,
     make_mesh,
     param_shardings,
+    processes,
     row_shard,
     to_global,
     together,
@@ -41,7 +43,7 @@ from crosslmm_jax.parallel import (
 from crosslmm_jax.train.checkpoint import Checkpoints, check_disk_space, state_bytes
 from crosslmm_jax.train.export_run import write_model
 from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs, warn_of_other_positions
-from crosslmm_jax.train.interrupt import Interrupted, StopRequest
+from crosslmm_jax.train.interrupt import StopRequest
 from crosslmm_jax.train.owner import RunOwner
 from crosslmm_jax.train.reporting.metrics_log import MetricsLine, read_metrics
 from crosslmm_jax.train.reporting.metrics_window import NonFiniteStep
@@ -49,6 +51,7 @@ from crosslmm_jax.train.reporting.run_report import RunReport
 from crosslmm_jax.train.settings import check_same_settings, settings_of
 from crosslmm_jax.train.state import TrainState, abstract_state, random_state, state_of_params
 from crosslmm_jax.train.step import compile_train_step, with_step_visibility
+from crosslmm_jax.train.watchdog import Watchdog
 
 _POSITION = "global_next_index"
 
@@ -77,8 +80,17 @@ def train(config: ExperimentConfig, *, quiet: bool = False) -> TrainResult:
         used, a checkpoint of another config, data that cannot be read, or a loss that is not finite.
         Checkpoints stay unchanged.
       Interrupted: SIGTERM or Ctrl-C; the state is saved.
+      Stalled: of several processes, some did not start.
     """
-    initialize_processes()
+    initialize_processes(config.run.watchdog)
+    with (
+        Watchdog(config.run.watchdog, Path(config.run.out)) as watchdog,
+        StopRequest(deadline_s=config.run.stop_deadline_s) as stop,
+    ):
+        return _open(config, watchdog, stop, quiet=quiet)
+
+
+def _open(config: ExperimentConfig, watchdog: Watchdog, stop: StopRequest, *, quiet: bool) -> TrainResult:
     mesh = make_mesh(config.mesh)
     abstract = abstract_state(config.model, config.stage, mesh)
     out = Path(config.run.out)
@@ -92,17 +104,19 @@ def train(config: ExperimentConfig, *, quiet: bool = False) -> TrainResult:
             settings=of_processes[0], accept_changes=config.run.accept_changes,
         )  # fmt: skip
         with checkpoints:
-            return _train(config, mesh, abstract, checkpoints, owner, quiet=quiet)
+            return _train(config, mesh, abstract, checkpoints, owner, watchdog, stop, quiet=quiet)
 
 
 @contextlib.contextmanager
 def _owned(out: Path) -> Iterator[RunOwner]:
     """Makes process 0 the owner of the run folder; all processes fail if another run owns it."""
     owner = RunOwner(out)
+    undo = processes.on_early_end(lambda code: owner.release())
     try:
         together(lambda: owner.claim() if is_first_process() else None)
         yield owner
     finally:
+        undo()
         owner.release()
 
 
@@ -112,6 +126,8 @@ def _train(
     abstract: TrainState,
     checkpoints: Checkpoints,
     owner: RunOwner,
+    watchdog: Watchdog,
+    stop: StopRequest,
     *,
     quiet: bool,
 ) -> TrainResult:
@@ -132,14 +148,12 @@ def _train(
     position += -position % config.data.batch_size  # another batch size begins with the next whole batch
     index, count = row_shard(mesh)
     iterator = BatchIterator(dataset, global_next_index=position, shard_index=index, shard_count=count)
-    run = _Run(config, mesh, checkpoints, owner, iterator, count, quiet)
-    with (
-        StopRequest(enabled=jax.process_count() == 1, deadline_s=config.run.stop_deadline_s) as stop,
-        jax.set_mesh(mesh),
-    ):
-        state = run.to_last_step(state, resumed_step, stop)
-        checkpoints.wait()
-        write_model(out / "model", config, state.params, tokenizer=config.data.tokenizer)
+    run = _Run(config, mesh, checkpoints, owner, iterator, count, watchdog, stop, quiet)
+    with jax.set_mesh(mesh):
+        state = run.to_last_step(state, resumed_step)
+        with watchdog.phase("checkpoint"):
+            checkpoints.wait()
+            write_model(out / "model", config, state.params, tokenizer=config.data.tokenizer)
     return TrainResult(out / "model", resumed_step, read_metrics(out), dict(iterator.bad_rows))
 
 
@@ -205,29 +219,31 @@ class _Run:
     owner: RunOwner
     iterator: BatchIterator
     shard_count: int
+    watchdog: Watchdog
+    stop: StopRequest
     quiet: bool
 
-    def to_last_step(self, state: TrainState, resumed_step: int, stop: StopRequest) -> TrainState:
+    def to_last_step(self, state: TrainState, resumed_step: int) -> TrainState:
         """Runs the remaining steps; closes the iterator and the report."""
         report = RunReport(
-            self.config, self.mesh, resumed_step=resumed_step, num_shards=self.shard_count, quiet=self.quiet
-        )
+            self.config, self.mesh, self.watchdog, resumed_step=resumed_step, num_shards=self.shard_count,
+            quiet=self.quiet,
+        )  # fmt: skip
         try:
             dataset = self.iterator.dataset
             report.start(state, num_rows=len(dataset.rows), num_shapes=len(dataset.buckets))
-            return self._steps(state, resumed_step, report=report, stop=stop)
+            return self._steps(state, resumed_step, report=report)
         except NonFiniteStep as error:
             raise self._save_batch_of(error) from error
         finally:
             self.iterator.close()
             report.close()
 
-    def _steps(
-        self, state: TrainState, resumed_step: int, *, report: RunReport, stop: StopRequest
-    ) -> TrainState:
+    def _steps(self, state: TrainState, resumed_step: int, *, report: RunReport) -> TrainState:
         run, stage = self.config.run, self.config.stage
         train_step = compile_train_step(self.config.model, stage, self.mesh)
         for step in range(resumed_step + 1, stage.steps + 1):
+            self.watchdog.enter("step", step)
             position = self.iterator.get_state()[_POSITION]
             with report.phase(step, "input_wait"):
                 batch = next(self.iterator)
@@ -238,12 +254,14 @@ class _Run:
             is_last = step == stage.steps
             if is_last or step == 1 or step % run.log_every == 0:
                 report.report(step, self.iterator)
+            self.stop.nothing_to_save = False
             self.checkpoints.raise_if_failed()
-            must_stop = stop.signal_name or self.checkpoints.preempted(step)
+            must_stop = self.stop.requested(step)
             if is_last or must_stop or step % run.save_every == 0:
                 self._save(step, state, report)
             if must_stop and not is_last:
-                self.checkpoints.wait()
+                with self.watchdog.phase("checkpoint"):
+                    self.checkpoints.wait()
                 raise Interrupted(f"stopped after step {step}, which is saved; the same command resumes")
         return state
 

@@ -100,9 +100,10 @@ def test_progress_without_a_reader(monkeypatch) -> None:
 
 
 def test_a_second_ctrl_c_says_what_is_lost() -> None:
-    with interrupt.StopRequest(enabled=True, deadline_s=60) as stop:
+    with interrupt.StopRequest(deadline_s=60) as stop:
+        stop.nothing_to_save = False
         signal.raise_signal(signal.SIGINT)
-        assert stop.signal_name == "SIGINT"
+        assert stop.requested(1)
         with pytest.raises(KeyboardInterrupt, match="steps since the newest checkpoint are lost; the same"):
             signal.raise_signal(signal.SIGINT)
 
@@ -113,14 +114,20 @@ DEAF = """
     StopRequest = runpy.run_path(sys.argv[1])["StopRequest"]
     libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
     libc.pthread_mutex_lock(mutex)
-    with StopRequest(enabled=True, deadline_s=float(sys.argv[2])):
+    with StopRequest(deadline_s=float(sys.argv[2])) as stop:
+        stop.nothing_to_save = False
         print("ready", flush=True)
         libc.pthread_mutex_lock(mutex)
 """
 
 
-@pytest.mark.parametrize(("deadline", "signals"), [("0.3", ["SIGTERM"]), ("60", ["SIGINT", "SIGINT"])])
-def test_a_signal_acts_where_the_main_thread_is_stuck(deadline: str, signals: list[str], tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("deadline", "signals", "code", "prefix"),
+    [("0.3", ["SIGTERM"], 75, "crosslmm: error: "), ("60", ["SIGINT", "SIGINT"], 130, "crosslmm: ")],
+)
+def test_a_signal_acts_where_the_main_thread_is_stuck(
+    deadline: str, signals: list[str], code: int, prefix: str, tmp_path
+) -> None:
     program = textwrap.dedent(DEAF)
     interrupt = tmp_path / "interrupt.py"
     interrupt.write_text(INTERRUPT.read_text().replace("SECOND_STOP_S = 5.0", "SECOND_STOP_S = 0.3"))
@@ -133,8 +140,8 @@ def test_a_signal_acts_where_the_main_thread_is_stuck(deadline: str, signals: li
         process.send_signal(getattr(signal, name))
         time.sleep(0.05)  # or two signals are one
     _, error = process.communicate(timeout=30)
-    assert process.returncode == 130, error
+    assert process.returncode == code, error
     assert error == (
-        "crosslmm: stopped 0 s after the signal without saving: the run did not end by itself; the same"
+        f"{prefix}stopped 0 s after the signal without saving: the run did not end by itself; the same"
         " command resumes from the newest checkpoint\n"
     )

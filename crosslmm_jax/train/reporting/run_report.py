@@ -26,6 +26,7 @@ from crosslmm_jax.train.reporting.side_channel import SideChannel
 from crosslmm_jax.train.reporting.work import WorkCounter
 from crosslmm_jax.train.state import TrainState
 from crosslmm_jax.train.step import Metrics
+from crosslmm_jax.train.watchdog import Watchdog
 from crosslmm_jax.utils import Progress
 
 _NAMES = {"encoder": "encoder", "self_attention": "self-attention", "v2v": "V2V", "t2v": "T2V"}
@@ -39,19 +40,27 @@ class RunReport:
     """
 
     def __init__(
-        self, config: ExperimentConfig, mesh: Mesh, *, resumed_step: int, num_shards: int, quiet: bool
+        self,
+        config: ExperimentConfig,
+        mesh: Mesh,
+        watchdog: Watchdog,
+        *,
+        resumed_step: int,
+        num_shards: int,
+        quiet: bool,
     ) -> None:
         """Opens the outputs.
 
         Args:
           config: the experiment.
           mesh: of all devices.
+          watchdog: bounds the phases.
           resumed_step: steps that an earlier command has done.
           num_shards: parts of a global batch, of which a process has one.
           quiet: show nothing on the terminal.
         """
         self._config, self._mesh, self._resumed_step = config, mesh, resumed_step
-        self.window = MetricsWindow()
+        self.window, self._watchdog = MetricsWindow(), watchdog
         self._work = WorkCounter(config.model, config.stage, num_shards=num_shards)
         self._peak_tflops = flops.peak_tflops(mesh.devices.flat[0].device_kind, config.model)
         self._compiled: set[tuple[object, ...]] = set()
@@ -104,9 +113,11 @@ class RunReport:
         if self._peak_tflops is not None:
             self.say(f"100% of peak FLOPs: {self._peak_tflops:g} TFLOP/s per device, dense bfloat16")
 
-    def phase(self, step: int, name: Phase) -> contextlib.AbstractContextManager[None]:
-        """Counts the time inside as time of this step and phase."""
-        return self.window.phase(step, name)
+    @contextlib.contextmanager
+    def phase(self, step: int, name: Phase) -> Iterator[None]:
+        """Counts the time inside as time of this step and phase, and bounds it."""
+        with self._watchdog.phase(name), self.window.phase(step, name):
+            yield
 
     @contextlib.contextmanager
     def program(self, step: int, name: str, batch: Batch[np.ndarray]) -> Iterator[None]:
