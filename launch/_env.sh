@@ -18,12 +18,13 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python}
 
 # SLURM lets all tasks of a node see all GPUs that the job has there, unless it binds them (--gpus-per-task,
-# --gpu-bind). Then each task takes its share, and a single one takes all.
+# --gpu-bind). Then each task takes its share, and a single one takes all. Some clusters leave the choice to the
+# job, and set no CUDA_VISIBLE_DEVICES.
 choose_gpus() {
   local visible tasks share
-  IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES:-}"
+  IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))}"
   IFS=, read -ra tasks <<<"$SLURM_GTIDS"
-  if ((${#tasks[@]} == 1 || ${#visible[@]} < ${SLURM_GPUS_ON_NODE:-1})); then
+  if ((${#tasks[@]} == 1 || ${#visible[@]} < SLURM_GPUS_ON_NODE)); then
     return
   fi
   share=$((${#visible[@]} / ${#tasks[@]}))
@@ -44,7 +45,7 @@ if [[ -n ${SLURM_PROCID:-} && -n ${SLURM_STEP_NODELIST:-} && -z ${PROCESS_ID:-} 
     export COORDINATOR_ADDRESS="${hosts%%$'\n'*}:$((61440 + SLURM_JOB_ID % 4096))"
   fi
   export NUM_PROCESSES=$SLURM_NTASKS PROCESS_ID=$SLURM_PROCID
-  [[ -z ${CUDA_VISIBLE_DEVICES:-} ]] || choose_gpus
+  ((${SLURM_GPUS_ON_NODE:-0} == 0)) || choose_gpus
 fi
 
 line=$("$python" -m crosslmm_jax.parallel.xla_flags)

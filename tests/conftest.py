@@ -70,6 +70,7 @@ MAY_SKIP = (
     r"pillow-heif is not installed",
     r"this jax has no Mosaic GPU",
     r"the CRD of JobSet is not here",
+    r"needs SLURM and root",
 )
 
 

@@ -11,11 +11,15 @@ import pytest
 STEPS = 150  # they take seconds longer than a stop needs to reach all processes
 TINY = """
     import dataclasses
+    import time
     from pathlib import Path
+    from crosslmm_jax.data.loading import BatchIterator
     from crosslmm_jax.demo import recipe
 
     def get_config():
         folder = Path(__file__).parent
+        if (folder / "pause").exists():
+            read_from_slow_disk(float((folder / "pause").read_text()))
         size = dataclasses.replace(recipe.QUICK, batch_size=2, stage1_steps={steps}, log_every=1)
         config = recipe.stage1(folder, out=folder / "run", size=size)
         model = config.model  # as little to compile as shows the same
@@ -23,6 +27,15 @@ TINY = """
         decoder = dataclasses.replace(model.decoder, num_layers=2)
         model = dataclasses.replace(model, vision=vision, decoder=decoder, attention="reference")
         return dataclasses.replace(config, model=model)
+
+    def read_from_slow_disk(seconds):
+        next_batch = BatchIterator.__next__
+
+        def wait_and_read(self):
+            time.sleep(seconds)
+            return next_batch(self)
+
+        BatchIterator.__next__ = wait_and_read
 """
 
 

@@ -47,6 +47,7 @@ def test_a_process_finds_its_place(launch: Path, fake_program, environ: dict[str
     [
         ("4,5", "0,1,2,3", 4, "2,3"),
         ("4,5", "GPU-a,GPU-b", 2, "GPU-b"),
+        ("4,5", "", 2, "1"),
         ("5", "0,1,2,3", 4, "0,1,2,3"),  # one task per node has them all
         ("4,5,6,7", "2", 4, "2"),  # SLURM has bound each task to its own
     ],
@@ -83,6 +84,7 @@ def job(launch: Path, fake_program, tmp_path: Path):
     fake_program(
         "srun",
         """
+        [[ $1 == --overlap ]] && exit "${ANSWER:-0}"
         for word; do [[ $word == --output=* ]] && log=${word#--output=}; done
         echo "crosslmm: at $COORDINATOR_ADDRESS" >"${log/\\%t/0}"
         exit "$CODE"
@@ -98,8 +100,8 @@ def job(launch: Path, fake_program, tmp_path: Path):
         nonlocal starts
         environ = {
             "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "n1",
-            "SLURMD_NODENAME": "n1", "SLURM_RESTART_COUNT": str(starts), "PYTHON": str(python),
-            "CODE": str(code),
+            "SLURM_JOB_NUM_NODES": "1", "SLURMD_NODENAME": "n1", "SLURM_RESTART_COUNT": str(starts),
+            "PYTHON": str(python), "CODE": str(code),
         }  # fmt: skip
         starts += 1
         requests.unlink(missing_ok=True)
@@ -128,6 +130,15 @@ def test_a_job_is_queued_again_only_after_a_saved_stop(job, tmp_path: Path) -> N
     done, requests = job(130, STATE="CANCELLED")
     assert (done.returncode, requests) == (130, ""), done.stderr
     assert job(0)[0].returncode == 0
+
+
+def test_a_job_that_has_lost_a_node_leaves_the_restart_to_slurm(job) -> None:
+    """Until SLURM takes it, or for a bounded time."""
+    for code, waits in ((75, True), (137, True), (2, False)):
+        done, requests = job(code, ANSWER="1", NODE_LOSS_S="0")
+        assert (done.returncode, requests) == (code, "")
+        assert ("a node of n1 does not answer" in done.stderr) == waits
+    assert "does not answer" not in job(75)[0].stderr
 
 
 def test_restarts_without_progress_come_to_an_end(job) -> None:
