@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from typing import TypedDict
 
 import jax
@@ -49,13 +50,17 @@ class Hosts:
     Attributes:
       names: host name of each process.
       devices: number of devices of each process.
+      gpus: number of GPUs of each process's host, used or not; 0 where the run uses none.
     """
 
     def __init__(self) -> None:
         """Asks all processes for their names."""
-        found = gather({"name": socket.gethostname(), "devices": jax.local_device_count()})
+        gpus = count_gpus() if jax.default_backend() == "gpu" else 0
+        here = {"name": socket.gethostname(), "devices": jax.local_device_count(), "gpus": gpus}
+        found = gather(here)
         self.names: list[str] = [each["name"] for each in found]
         self.devices: list[int] = [each["devices"] for each in found]
+        self.gpus: list[int] = [each["gpus"] for each in found]
         self._pauses = PauseMeter()
         self._waiting: list[BadRow] = []  # for room in a report
 
@@ -87,6 +92,25 @@ class Hosts:
     def close(self) -> None:
         """Ends the thread that sees pauses."""
         self._pauses.close()
+
+
+def count_gpus(folder: Path = Path("/proc/driver/nvidia/gpus")) -> int:
+    """The GPUs of this host, or those that its container has, whether or not this process may use them."""
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def idle_gpus(names: list[str], devices: list[int], gpus: list[int]) -> list[str]:
+    """A line for each host of whose GPUs no process uses some. Arguments are attributes of `Hosts`."""
+    used: Counter[str] = Counter()
+    for name, count in zip(names, devices, strict=True):
+        used[name] += count
+    present = dict(zip(names, gpus, strict=True))
+    return [
+        f"host {name}: {count} of {present[name]} GPUs used; if the others are yours, start one process per"
+        " GPU, or one that sees them all (docs/several_hosts.md)"
+        for name, count in used.items()
+        if count < present[name]
+    ]
 
 
 def added(counts: list[dict[str, int]]) -> dict[str, int]:

@@ -17,7 +17,7 @@ from crosslmm_jax.config import ExperimentConfig
 from crosslmm_jax.data.loading import BatchIterator
 from crosslmm_jax.model import ChosenBackend, attention_backends, flops
 from crosslmm_jax.parallel import is_first_process
-from crosslmm_jax.train.reporting.hosts import Hosts
+from crosslmm_jax.train.reporting.hosts import Hosts, idle_gpus
 from crosslmm_jax.train.reporting.metrics_line import metrics_line, note_of
 from crosslmm_jax.train.reporting.metrics_log import MAX_WAIT_S, MetricsLog
 from crosslmm_jax.train.reporting.metrics_window import MetricsWindow, Phase
@@ -95,7 +95,7 @@ class RunReport:
         self.event(
             "start", self._resumed_step,
             stage=config.stage.name, steps=config.stage.steps, resumed_step=self._resumed_step,
-            hosts=hosts.names, devices=hosts.devices, device_kind=kind, mesh=axes,
+            hosts=hosts.names, devices=hosts.devices, gpus=hosts.gpus, device_kind=kind, mesh=axes,
             parameters={"total": trainable + frozen, "trainable": trainable},
             batch_size=config.data.batch_size, rows=num_rows, shapes=num_shapes,
             attention=config.model.attention, peak_tflops=self._peak_tflops, out=str(Path(out).resolve()),
@@ -103,6 +103,8 @@ class RunReport:
         )  # fmt: skip
         shown = " ".join(f"{name}={size}" for name, size in axes.items())
         self.say(f"{mesh.size} x {kind}, mesh {shown}; {_on_hosts(hosts.names)}")
+        for line in idle_gpus(hosts.names, hosts.devices, hosts.gpus):
+            self.say(line)
         self.say(
             f"{trainable + frozen:,} parameters, {trainable:,} of them trainable; {config.data.batch_size}"
             f" rows per step out of {num_rows:,}, in {num_shapes} shape{'s' * (num_shapes != 1)}"
