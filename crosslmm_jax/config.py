@@ -342,6 +342,30 @@ class ModalityWeights:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Held-out rows, whose loss and accuracy are computed while a run trains. By default there are none."""
+
+    index: Host[str | None] = None  # folder of an index of rows to validate on
+    share: Recipe[float] = 0.0  # or this share of the rows of data.index, which is then not trained on
+    every: Host[int] = 500  # steps between validations; the last step has one too
+    rows: Host[int] = 1000  # most rows that are read each time
+    keep_best: Host[bool] = True  # keep the checkpoint with the smallest loss besides the newest ones
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "every", "rows")
+        _require(self, "share", 0 <= self.share < 1, "in [0, 1)")
+        _require(
+            self, "share", not self.share or self.index is None, "0 with an index, which has its own rows"
+        )
+        _require_mounted(self, "index")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there are held-out rows."""
+        return self.index is not None or self.share > 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Indexed rows, and how they become batches of a few static shapes."""
 
@@ -363,6 +387,7 @@ class DataConfig:
     system_prompt: Recipe[str] = "You are a helpful assistant."  # first message of every chat
     time_instruction: Identity[TimeInstruction] = "none"  # what a chat says of each video's length and times
     modality_weights: ModalityWeights = field(default_factory=ModalityWeights)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     max_bad_fraction: Recipe[float] = 0.05  # a larger share of damaged rows stops the run
     # A video is refused if a larger share of its frames is damaged; damaged frames are read as decoders show
     # them.

@@ -403,7 +403,8 @@ def test_fields_that_may_change_when_a_run_resumes() -> None:
         "model.vision.keep_features", "model.vision.remat", "run.out", "run.log_every", "run.save_every",
         "run.keep_checkpoints", "run.tensorboard", "run.accept_changes", "run.stop_deadline_s",
         *(f"run.watchdog.{each.name}" for each in dataclasses.fields(c.WatchdogConfig)),
-            "stage.microbatches",
+        "stage.microbatches", "data.validation.index", "data.validation.every", "data.validation.rows",
+        "data.validation.keep_best",
     }  # fmt: skip
 
 

@@ -52,7 +52,7 @@ from crosslmm_jax.model.dual_cross_attention import kv_width
 from crosslmm_jax.model.encode_frames import Visual, frame_chunk
 from crosslmm_jax.model.encoder import SiglipEncoder, encoder_layer, patchify
 from crosslmm_jax.model.kv_cache import KeysValues, KVCache, VideoCache
-from crosslmm_jax.model.loss import logits_of
+from crosslmm_jax.model.loss import Scores, logits_of
 from crosslmm_jax.model.ops import rms_norm
 from crosslmm_jax.model.params.initialise import (
     COPIED,
@@ -68,7 +68,7 @@ from crosslmm_jax.model.qwen2 import mlp, self_attention
 
 __all__ = [
     "COPIED", "ChosenBackend", "CrossLMM", "DTYPES", "KVCache", "KeysValues", "Params", "Pooler",
-    "SiglipEncoder",
+    "Scores", "SiglipEncoder",
     "VideoCache", "Visual", "apply", "attention", "attention_backends", "copy_cross_attention",
     "encoder_layer", "flops", "frame_chunk", "has_own_dtype", "init_params", "is_decayed", "kv_width",
     "logical_axes", "logits_of", "mlp", "patchify", "quantise_params", "quantised_axes", "rms_norm",

@@ -18,7 +18,7 @@ from crosslmm_jax.model.dual_cross_attention import DualCrossAttention, kv_width
 from crosslmm_jax.model.encode_frames import Visual, encode_in_chunks
 from crosslmm_jax.model.encoder import SiglipEncoder
 from crosslmm_jax.model.kv_cache import KVCache
-from crosslmm_jax.model.loss import next_token_loss
+from crosslmm_jax.model.loss import Scores, next_token_loss, next_token_scores
 from crosslmm_jax.model.ops import gather_tokens
 from crosslmm_jax.model.params.partitioning import AxisRules
 from crosslmm_jax.model.pooler import Pooler
@@ -69,6 +69,12 @@ class CrossLMM(nn.Module):
         hidden = self.hidden(self.encode(needed(batch.frames, "frames")), batch)
         mask = needed(batch.loss_mask, "loss_mask")
         return next_token_loss(hidden, self.decoder.head(), batch.tokens, mask)
+
+    def scores(self, batch: Batch[Array]) -> Scores:
+        """`loss`, and how many targets are the most probable token (teacher forcing)."""
+        hidden = self.hidden(self.encode(needed(batch.frames, "frames")), batch)
+        mask = needed(batch.loss_mask, "loss_mask")
+        return next_token_scores(hidden, self.decoder.head(), batch.tokens, mask)
 
     def encode(self, frames: UInt8[Array, "b f r r 3"]) -> Visual:
         """The compact tokens that the decoder reads and the original tokens that cross-attention reads."""

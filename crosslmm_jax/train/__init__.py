@@ -7,6 +7,7 @@ stages            which parts of the model a stage trains
 optimizer         AdamW, learning-rate schedule and groups
 checkpoint        saves and restores the state; decides whether a checkpoint is damaged
 checksum          checksums of arrays, for that decision
+validation        loss and accuracy of held-out rows
 initial           whether a run may start from a MODEL folder
 reporting/        metrics, on disk and on the terminal
 owner             one run at a time in a folder

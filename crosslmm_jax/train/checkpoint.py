@@ -8,6 +8,7 @@ damaged if any process cannot read it, or if a checksum of an array differs (`ch
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
@@ -16,9 +17,9 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import orbax.checkpoint as ocp
@@ -36,11 +37,46 @@ logger = logging.getLogger(__name__)
 _ERROR_NUMBER = re.compile(r"\[(?:os_error_code='|OS error )(\d+)")
 
 
+class Best(NamedTuple):
+    """The step with the smallest validation loss so far."""
+
+    step: int
+    loss: float
+    rows: str  # which rows it was: losses of other rows are no comparison
+
+    def beats(self, other: "Best | None") -> bool:
+        """Whether this loss is smaller, or of other rows."""
+        return other is None or other.rows != self.rows or self.loss < other.loss
+
+
+class _Saved(Protocol):
+    """What Orbax says of a checkpoint."""
+
+    step: int
+
+
+@dataclasses.dataclass
+class _NewestAndBest:
+    """Keeps the newest checkpoints, and that of the best step; one of Orbax's preservation policies."""
+
+    keep: int
+    best: Callable[[], Best | None]
+
+    def should_preserve(self, checkpoints: Sequence[_Saved], *, context: object) -> list[bool]:
+        """Whether to keep each of the checkpoints, which are in order."""
+        newest, best = len(checkpoints) - self.keep, self.best()
+        return [
+            place >= newest or (best is not None and checkpoint.step == best.step)
+            for place, checkpoint in enumerate(checkpoints)
+        ]
+
+
 class Checkpoints:
     """The checkpoints of one run. Every process of the run calls every method. A context manager.
 
     Attributes:
       changes: how the settings differ from those of the checkpoint that was restored.
+      best: the step with the smallest validation loss; its checkpoint is kept besides the newest ones.
     """
 
     def __init__(self, folder: Path, *, keep: int, settings: Settings, accept_changes: bool = False) -> None:
@@ -54,11 +90,14 @@ class Checkpoints:
         """
         self.folder = folder.resolve()
         self.changes: list[str] = []
+        self.best: Best | None = None
         self._settings, self._accept_changes = settings, accept_changes
         self._failed = False
         _hide_tracebacks_of_orbax()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            preservation_policy=_NewestAndBest(keep, lambda: self.best),
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -96,7 +135,7 @@ class Checkpoints:
         """
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),  # type: ignore[arg-type]
-            data=ocp.args.JsonSave({"position": position}),
+            data=ocp.args.JsonSave({"position": position, "best": self.best and self.best._asdict()}),
             config=ocp.args.JsonSave(dict(self._settings)),
             checksums=ocp.args.JsonSave(array_checksums(state)),
         )
@@ -177,6 +216,8 @@ class Checkpoints:
         # Checksums of sharded arrays are a collective operation: only once every process has its shards.
         found = array_checksums(restored["state"])
         succeed_on_all(lambda: check_undamaged(found, restored["checksums"]))
+        best = restored["data"].get("best")  # absent in checkpoints of earlier versions
+        self.best = None if best is None else Best(**best)
         return restored["state"], int(restored["data"]["position"])
 
     def _move_aside(self, steps: list[int]) -> None:

@@ -31,13 +31,15 @@ class Exported(NamedTuple):
 
 
 def export(
-    run: str | Path, *, step: int | None = None, out: str | Path | None = None, tokenizer: str | None = None
-) -> Exported:
+    run: str | Path, *, step: int | None = None, best: bool = False, out: str | Path | None = None,
+    tokenizer: str | None = None,
+) -> Exported:  # fmt: skip
     """Writes a MODEL folder with the weights of a checkpoint. One process reads it, on all its devices.
 
     Args:
       run: folder of a run, `run.out` of its config.
       step: of the checkpoint; None: the newest.
+      best: take that with the smallest validation loss.
       out: MODEL folder to write; None: `model_STEP` in the run's folder.
       tokenizer: folder of the tokenizer; None: as the run's config says.
 
@@ -46,7 +48,7 @@ def export(
         be written.
     """
     check_local(run)
-    step, checkpoint = _find(Path(run), step)
+    step, checkpoint = _find(Path(run), _best_step(Path(run)) if best else step)
     out = Path(run) / f"model_{step}" if out is None else Path(out)
     check_replaceable(out)
     saved = _read(checkpoint, config=ocp.args.JsonRestore())["config"]
@@ -77,6 +79,15 @@ def _find(run: Path, step: int | None) -> tuple[int, Path]:
     if step not in steps:
         raise UserError(f"{run}: has no checkpoint of step {step}; --step takes {_listed(steps)}")
     return step, folder.absolute() / str(step)
+
+
+def _best_step(run: Path) -> int:
+    """The step with the smallest validation loss, as the newest checkpoint has it."""
+    _, newest = _find(run, None)
+    best = _read(newest, data=ocp.args.JsonRestore())["data"].get("best")
+    if best is None:
+        raise UserError(f"{run}: has validated nothing yet, so no step is the best; name one with --step")
+    return int(best["step"])
 
 
 def _steps(folder: Path) -> list[int]:

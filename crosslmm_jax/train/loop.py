@@ -47,10 +47,11 @@ from crosslmm_jax.train.interrupt import StopRequest
 from crosslmm_jax.train.owner import RunOwner
 from crosslmm_jax.train.reporting.metrics_log import MetricsLine, read_metrics
 from crosslmm_jax.train.reporting.metrics_window import NonFiniteStep
-from crosslmm_jax.train.reporting.run_report import RunReport
+from crosslmm_jax.train.reporting.run_report import RunReport, Validated
 from crosslmm_jax.train.settings import check_same_settings, settings_of
 from crosslmm_jax.train.state import TrainState, abstract_state, random_state, state_of_params
 from crosslmm_jax.train.step import compile_train_step, with_step_visibility
+from crosslmm_jax.train.validation import Validation, open_validation
 from crosslmm_jax.train.watchdog import Watchdog
 
 _POSITION = "global_next_index"
@@ -148,7 +149,8 @@ def _train(
     position += -position % config.data.batch_size  # another batch size begins with the next whole batch
     index, count = row_shard(mesh)
     iterator = BatchIterator(dataset, global_next_index=position, shard_index=index, shard_count=count)
-    run = _Run(config, mesh, checkpoints, owner, iterator, count, watchdog, stop, quiet)
+    validation = open_validation(config, mesh, dataset)
+    run = _Run(config, mesh, checkpoints, owner, iterator, validation, watchdog, stop, quiet)
     with jax.set_mesh(mesh):
         state = run.to_last_step(state, resumed_step)
         with watchdog.phase("checkpoint"):
@@ -169,7 +171,8 @@ def _check_before_start(config: ExperimentConfig, mesh: Mesh, abstract: TrainSta
     saves = -(-config.stage.steps // config.run.save_every)
     present = len(list((out / "checkpoints").glob("[0-9]*")))
     # One more than is kept: the oldest is deleted only after the newest is complete.
-    new_checkpoints = max(min(saves, config.run.keep_checkpoints + 1) - present, 0)
+    kept = config.run.keep_checkpoints + (config.data.validation.enabled and config.data.validation.keep_best)
+    new_checkpoints = max(min(saves, kept + 1) - present, 0)
     check_disk_space(out, new_checkpoints * state_bytes(abstract) + state_bytes(abstract.params))
 
 
@@ -218,17 +221,14 @@ class _Run:
     checkpoints: Checkpoints
     owner: RunOwner
     iterator: BatchIterator
-    shard_count: int
+    validation: Validation | None
     watchdog: Watchdog
     stop: StopRequest
     quiet: bool
 
     def to_last_step(self, state: TrainState, resumed_step: int) -> TrainState:
         """Runs the remaining steps; closes the iterator and the report."""
-        report = RunReport(
-            self.config, self.mesh, self.watchdog, resumed_step=resumed_step, num_shards=self.shard_count,
-            quiet=self.quiet,
-        )  # fmt: skip
+        report = RunReport(self.config, self.mesh, self.watchdog, resumed_step=resumed_step, quiet=self.quiet)
         try:
             dataset = self.iterator.dataset
             report.start(state, num_rows=len(dataset.rows), num_shapes=len(dataset.buckets))
@@ -242,6 +242,7 @@ class _Run:
     def _steps(self, state: TrainState, resumed_step: int, *, report: RunReport) -> TrainState:
         run, stage = self.config.run, self.config.stage
         train_step = compile_train_step(self.config.model, stage, self.mesh)
+        shard_count = row_shard(self.mesh)[1]
         for step in range(resumed_step + 1, stage.steps + 1):
             self.watchdog.enter("step", step)
             position = self.iterator.get_state()[_POSITION]
@@ -249,21 +250,39 @@ class _Run:
                 batch = next(self.iterator)
             batch = with_step_visibility(batch)
             with report.program(step, "training step", batch):
-                state, metrics = train_step(state, to_global(batch, self.mesh, num_shards=self.shard_count))
+                state, metrics = train_step(state, to_global(batch, self.mesh, num_shards=shard_count))
             report.add(step, metrics, position=position, batch=batch)
             is_last = step == stage.steps
-            if is_last or step == 1 or step % run.log_every == 0:
-                report.report(step, self.iterator)
+            validated, is_best = self._validate(step, state, report)
+            if is_last or step == 1 or step % run.log_every == 0 or validated is not None:
+                report.report(step, self.iterator, validated=validated)
             self.stop.nothing_to_save = False
             self.checkpoints.raise_if_failed()
             must_stop = self.stop.requested(step)
-            if is_last or must_stop or step % run.save_every == 0:
+            if is_last or must_stop or is_best or step % run.save_every == 0:
                 self._save(step, state, report)
             if must_stop and not is_last:
                 with self.watchdog.phase("checkpoint"):
                     self.checkpoints.wait()
                 raise Interrupted(f"stopped after step {step}, which is saved; the same command resumes")
         return state
+
+    def _validate(self, step: int, state: TrainState, report: RunReport) -> tuple[Validated | None, bool]:
+        """What a validation after this step found, if there is one, and whether it is the best so far."""
+        validation, keeps_best = self.validation, self.config.data.validation.keep_best
+        if validation is None or not validation.is_due(step):
+            return None, False
+        report.window.raise_if_not_finite()
+        with report.phase(step, "validation"):
+            found = validation.run(step, state.params, report, stopped=lambda: self.stop.requested(step))
+        if found is None:
+            return None, False
+        validated, candidate = found
+        is_best = keeps_best and candidate.beats(self.checkpoints.best)
+        if is_best:
+            self.checkpoints.best = candidate
+        report.validated(step, validated, is_best=is_best)
+        return validated, is_best
 
     def _save(self, step: int, state: TrainState, report: RunReport) -> None:
         report.window.raise_if_not_finite()  # a state that is not finite is never saved

@@ -18,7 +18,8 @@ Settings = Mapping[str, object]  # nested dicts of JSON values
 
 # Path -> name of the digest of what is there.
 _DIGESTS = {
-    "data.index": "index_digest", "data.tokenizer": "tokenizer_digest", "run.init_from": "init_from_digest",
+    "data.index": "index_digest", "data.validation.index": "validation_digest",
+    "data.tokenizer": "tokenizer_digest", "run.init_from": "init_from_digest",
 }  # fmt: skip
 # Where a host finds its copies and how fast it reads them. These are not the fields of role `Host`: `run.out`
 # and the like must agree: all processes save and log at the same steps. Checkpoints hold the settings of
@@ -58,7 +59,7 @@ _DEFAULTS = _defaults(ExperimentConfig)
 
 def settings_of(config: ExperimentConfig) -> dict[str, object]:
     """The settings of a run. Raises a UserError when there is no index."""
-    index = open_index(config.data.index)
+    index, held_out = open_index(config.data.index), config.data.validation.index
     weights = None
     if config.run.init_from is not None:
         try:
@@ -66,7 +67,9 @@ def settings_of(config: ExperimentConfig) -> dict[str, object]:
         except UserError:
             pass  # a run that resumes does not need it any more; one that starts says what is wrong
     return to_dict(config) | {
-        "index_digest": index.digest, "tokenizer_digest": index.tokenizer, "init_from_digest": weights,
+        "index_digest": index.digest,
+        "validation_digest": None if held_out is None else open_index(held_out).digest,
+        "tokenizer_digest": index.tokenizer, "init_from_digest": weights,
     }  # fmt: skip
 
 

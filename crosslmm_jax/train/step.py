@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from crosslmm_jax.batch import AllOrNone, Batch, needed, with_known_visibility
 from crosslmm_jax.config import ModelConfig, StageConfig
-from crosslmm_jax.model import CrossLMM, apply
+from crosslmm_jax.model import CrossLMM, Params, Scores, apply
 from crosslmm_jax.parallel import activation_rules, matmul_options, replicated
 from crosslmm_jax.train.optimizer import make_optimizer
 from crosslmm_jax.train.stages import merge, model_of_stage
@@ -19,6 +19,7 @@ from crosslmm_jax.train.state import TrainState, abstract_state, shardings_of
 
 Metrics = dict[str, PyTree[Array]]
 TrainStep = Callable[[TrainState, Batch[Array]], tuple[TrainState, Metrics]]
+ScoresFunction = Callable[[Params, Batch[Array]], Scores]
 
 
 def with_step_visibility(batch: Batch[np.ndarray]) -> Batch[np.ndarray]:
@@ -84,17 +85,38 @@ def _accumulate(
         (loss_sum, weight), grads = gradient(trainable, batch)
         return loss_sum, weight, grads
 
-    def interleaved(x: Array) -> Array:
-        # Microbatch j takes rows j, m+j, ...: rows stay on their devices.
-        return jnp.swapaxes(x.reshape(-1, microbatches, *x.shape[1:]), 0, 1)
-
     def add(sums: PyTree, microbatch: Batch[Array]) -> tuple[PyTree, None]:
         (loss_sum, weight), grads = gradient(trainable, microbatch)
         return jax.tree.map(jnp.add, sums, (loss_sum, weight, grads)), None
 
     zero = jnp.zeros((), jnp.float32)
     start = (zero, zero, jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable))
-    return jax.lax.scan(add, start, jax.tree.map(interleaved, batch))[0]
+    return jax.lax.scan(add, start, _interleaved(batch, microbatches))[0]
+
+
+def _interleaved(batch: Batch[Array], microbatches: int) -> Batch[Array]:
+    """The microbatches, stacked. Microbatch j takes rows j, m+j, ...: rows stay on their devices."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, microbatches, *x.shape[1:]), 0, 1), batch)
+
+
+def compile_scores(config: ModelConfig, stage: StageConfig, mesh: Mesh) -> ScoresFunction:
+    """The function `scores(params, batch)` of a stage's model under `jax.jit`, without a gradient.
+
+    Call it within `jax.set_mesh(mesh)`. It takes as many microbatches as a step.
+    """
+    model = CrossLMM(model_of_stage(config, stage), rules=activation_rules())
+
+    def scores(params: Params, batch: Batch[Array]) -> Scores:
+        if stage.microbatches == 1:
+            return apply(model, params, CrossLMM.scores, batch)
+
+        def add(sums: Scores, microbatch: Batch[Array]) -> tuple[Scores, None]:
+            return jax.tree.map(jnp.add, sums, apply(model, params, CrossLMM.scores, microbatch)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        return jax.lax.scan(add, Scores(zero, zero, zero), _interleaved(batch, stage.microbatches))[0]
+
+    return jax.jit(scores, out_shardings=replicated(mesh), compiler_options=matmul_options())
 
 
 def compile_train_step(config: ModelConfig, stage: StageConfig, mesh: Mesh) -> TrainStep:

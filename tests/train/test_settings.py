@@ -23,6 +23,7 @@ SETTINGS = {
     "run": {"out": "a", "seed": 0, "init_from": "m"},
     "mesh": {"data": 8},
     "index_digest": "i0", "tokenizer_digest": "t0", "init_from_digest": "m0",
+    "validation_digest": None,
 }  # fmt: skip
 
 

@@ -179,9 +179,33 @@ class BucketedRows:
         return int(self.kinds.rows[self.kinds.truncated & (self.bucket_of_kind != NO_BUCKET)].sum())
 
 
+def _choose(config: DataConfig, kept: Kinds, tokens_per_frame: int) -> list[Bucket]:
+    """The buckets of the config, or the best few by search."""
+    chosen = choose_shapes(
+        kept.frames,
+        kept.text,
+        rows=kept.rows,
+        max_shapes=config.max_shapes,
+        tokens_per_frame=tokens_per_frame,
+    )
+    if config.text_buckets or config.frame_buckets:
+        frame_sizes = {0, *(config.frame_buckets or (frames for frames, _ in chosen))}
+        text_sizes = config.text_buckets or {text for _, text in chosen}
+        pairs = [(frames, text) for frames in frame_sizes for text in text_sizes]
+        chosen = sorted(pairs, key=lambda pair: row_cost(*pair))
+    sizes = kept.modality, kept.frames, kept.text
+    return make_buckets(*sizes, chosen, min_rows=config.batch_size, rows=kept.rows)
+
+
+def _used(buckets: Sequence[Bucket], sizes: tuple[np.ndarray, np.ndarray, np.ndarray]) -> list[Bucket]:
+    """Those of `buckets` that hold rows of these modalities, frames and text tokens."""
+    numbers = set(assign(*sizes, buckets).tolist())
+    return [bucket for number, bucket in enumerate(buckets) if number in numbers]
+
+
 def bucket_rows(
     config: DataConfig, index: Index, tables: Callable[[], Iterable[Columns]], *, num_rows: int,
-    tokens_per_frame: int, more_system: int = 0,
+    tokens_per_frame: int, more_system: int = 0, buckets: Sequence[Bucket] | None = None,
 ) -> BucketedRows:  # fmt: skip
     """Assigns the rows of an index to buckets: those of the config, or the best few by search.
 
@@ -192,6 +216,7 @@ def bucket_rows(
         num_rows: number of rows of all parts.
         tokens_per_frame: C.
         more_system: tokens by which the system prompt exceeds the default one.
+        buckets: the buckets to use; None: they are chosen.
 
     Raises:
         ConfigError: no row fits.
@@ -220,15 +245,12 @@ def bucket_rows(
         )
     kept = kinds.where(usable)
     sizes = kept.modality, kept.frames, kept.text
-    chosen = choose_shapes(
-        *sizes[1:], rows=kept.rows, max_shapes=config.max_shapes, tokens_per_frame=tokens_per_frame
-    )
-    if config.text_buckets or config.frame_buckets:
-        frame_sizes = {0, *(config.frame_buckets or (frames for frames, _ in chosen))}
-        text_sizes = config.text_buckets or {text for _, text in chosen}
-        pairs = [(frames, text) for frames in frame_sizes for text in text_sizes]
-        chosen = sorted(pairs, key=lambda pair: row_cost(*pair))
-    buckets = make_buckets(*sizes, chosen, min_rows=config.batch_size, rows=kept.rows)
+    buckets = _choose(config, kept, tokens_per_frame) if buckets is None else _used(buckets, sizes)
+    if not buckets:
+        raise ConfigError(
+            f"DataConfig: none of the {num_rows} rows of {config.index} fits a shape of the rows that are"
+            " trained on; raise text_buckets or frame_buckets, or choose other rows"
+        )
     bucket_of_kind = np.full(len(usable), NO_BUCKET, np.int16)
     bucket_of_kind[usable] = assign(*sizes, buckets)
     waste = padding(

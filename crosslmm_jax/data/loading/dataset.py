@@ -17,6 +17,7 @@ from crosslmm_jax.data.batching import (
     bucket_rows,
     deal_evenly,
     group_rows,
+    hold_out,
     row_cost,
 )
 from crosslmm_jax.data.index import RowStore, fingerprint, open_index
@@ -36,12 +37,24 @@ class Dataset:
         buckets: shapes of the batches of the run.
         schedule: the rows of every step.
         loader: loads single rows.
+        held_out_rows: numbers of the rows of each bucket that are not trained on.
+        index_digest: hash of the index's content.
         num_without_bucket: rows that are never read, because no bucket holds them.
         padding: share of padding in an epoch's batches.
     """
 
-    def __init__(self, config: DataConfig, *, tokens_per_frame: int, image_size: int) -> None:
-        """Reads index and tokenizer. Raises UserError if they are damaged or do not fit each other."""
+    def __init__(
+        self, config: DataConfig, *, tokens_per_frame: int, image_size: int,
+        buckets: Sequence[Bucket] | None = None,
+    ) -> None:  # fmt: skip
+        """Reads index and tokenizer. Raises UserError if they are damaged or do not fit each other.
+
+        Args:
+            config: rows and settings.
+            tokens_per_frame: C.
+            image_size: R, pixels per side of a frame.
+            buckets: shapes to use; None: they are chosen.
+        """
         self.config = config
         self.tokens_per_frame = tokens_per_frame
         self.tokenizer: Tokenizer = load_tokenizer(config.tokenizer)
@@ -51,13 +64,13 @@ class Dataset:
                 f"DataConfig.index {config.index} was made with a tokenizer other than {config.tokenizer};"
                 f" run `crosslmm data index` again with --tokenizer {shlex.quote(config.tokenizer)}"
             )
-        self.rows = RowStore(index)
+        self.rows, self.index_digest = RowStore(index), index.digest
         self.loader = ExampleLoader(self.rows, config, tokenizer=self.tokenizer, image_size=image_size)
         more = len(self.tokenizer.encode_plain(config.system_prompt))
         more -= len(self.tokenizer.encode_plain(DEFAULT_SYSTEM_PROMPT))
         bucketed = bucket_rows(
             config, index, index.tables_of_columns, num_rows=len(index), tokens_per_frame=tokens_per_frame,
-            more_system=more,
+            more_system=more, buckets=buckets,
         )  # fmt: skip
         self.buckets: list[Bucket] = bucketed.buckets
         self.num_without_bucket, self.padding = bucketed.num_without_bucket, bucketed.padding
@@ -75,11 +88,11 @@ class Dataset:
                 ", ".join(sorted(absent)),
             )
         weights = [Fraction(weight).limit_denominator(1000) for weight in index.weights]
-        weights = [Fraction(weight).limit_denominator(1000) for weight in index.weights]
         rows = group_rows(
             self._bucket_of_kind, self._kind_of_row, bucketed.dataset_of_row,
             num_buckets=len(self.buckets), weights=weights,
         )  # fmt: skip
+        rows, self.held_out_rows = hold_out(rows, config.validation.share)
         self.schedule = Schedule(
             self.buckets, rows, batch_size=config.batch_size, seed=config.seed, shuffle=config.shuffle,
             modality_weights=config.modality_weights.as_dict(),

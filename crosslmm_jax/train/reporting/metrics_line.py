@@ -130,11 +130,11 @@ def note_of(line: MetricsLine) -> str:
         parts.append(f"input wait {line['input_wait_share']:.0%}")
     slowest = line.get("slowest_host")
     if slowest and slowest["others_wait_seconds"] > _NOTABLE_SHARE * line["step_seconds"]:
-        parts.append(f"slowest: process {slowest['process']} on {slowest['host']}")
+        where = f"process {slowest['process']} on {slowest['host']}"
+        paused = f", which did not run for {slowest['paused_seconds']:.1f} s"
+        parts.append(f"slowest: {where}{paused if slowest['paused_seconds'] else ''}")
     if reason := _why_slow(line["slowest_step"]):
         parts.append(reason)
-    if validation := line.get("validation"):
-        parts.append(f"validation loss {validation['loss']:.4f}, accuracy {validation['accuracy']:.1%}")
     return "  ".join(parts)
 
 
@@ -143,12 +143,14 @@ def _why_slow(slowest: dict[str, float]) -> str:
     seconds, median = slowest["seconds"], slowest["median_seconds"]
     if seconds < _SLOW * median or seconds - median < _SLOW_S:
         return ""
+    own = slowest.get("own_seconds", 0.0)
     causes = {
         "compiling": slowest.get("compile_seconds", 0.0),
         "of input wait": slowest.get("input_wait_seconds", 0.0),
         "of checkpoint": slowest.get("checkpoint_seconds", 0.0),
         "of validation": slowest.get("validation_seconds", 0.0),
-        "of its own work": slowest.get("own_seconds", 0.0) - slowest.get("input_wait_seconds", 0.0),
+        "of its own work": own - slowest.get("input_wait_seconds", 0.0),
+        "of waiting for the devices": slowest.get("device_wait_seconds", 0.0) - own,
     }
     cause = max(causes, key=causes.__getitem__)
     if cause in ("compiling", "of validation", "of checkpoint") and causes[cause] > seconds / 2:
@@ -156,7 +158,7 @@ def _why_slow(slowest: dict[str, float]) -> str:
     said = f"step {slowest['step']} took {seconds:.1f} s"
     if causes[cause] > (seconds - median) / 2:
         said += f", {causes[cause]:.1f} s {cause}"
-        if "process" in slowest:
+        if "process" in slowest and cause in ("of input wait", "of its own work"):
             said += f" on process {slowest['process']} ({slowest['host']})"
     return said
 

@@ -4,6 +4,7 @@
 |---|---|
 | `start` | hosts, devices, mesh, parameters, the step it starts after, where things go |
 | `compiled` | a program, its shape, the seconds, and the backend of each attention |
+| `validated` | loss and accuracy of held-out rows, and whether the loss is the smallest so far |
 | `bad_row` | a row that is replaced, its reason, and the process that met it |
 | `trace` | where a profiler's trace was written |
 | `end` | the step after which the command ended, and why |

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from crosslmm_jax.batch import Batch, needed
 from crosslmm_jax.config import ExperimentConfig
 from crosslmm_jax.data.loading import BatchIterator
 from crosslmm_jax.model import ChosenBackend, attention_backends, flops
-from crosslmm_jax.parallel import is_first_process
+from crosslmm_jax.parallel import is_first_process, row_shard
 from crosslmm_jax.train.reporting.hosts import Hosts, idle_gpus
 from crosslmm_jax.train.reporting.metrics_line import metrics_line, note_of
 from crosslmm_jax.train.reporting.metrics_log import MAX_WAIT_S, MetricsLog
@@ -32,6 +33,16 @@ from crosslmm_jax.utils import Progress
 _NAMES = {"encoder": "encoder", "self_attention": "self-attention", "v2v": "V2V", "t2v": "T2V"}
 
 
+class Validated(NamedTuple):
+    """What was found on held-out rows after a step."""
+
+    loss: float  # nats per target
+    accuracy: float  # share of the targets that are the most probable token, given the tokens before them
+    targets: int
+    rows: int
+    seconds: float
+
+
 class RunReport:
     """Collects what a run's steps take and give, and says it. Every process calls every method.
 
@@ -40,14 +51,7 @@ class RunReport:
     """
 
     def __init__(
-        self,
-        config: ExperimentConfig,
-        mesh: Mesh,
-        watchdog: Watchdog,
-        *,
-        resumed_step: int,
-        num_shards: int,
-        quiet: bool,
+        self, config: ExperimentConfig, mesh: Mesh, watchdog: Watchdog, *, resumed_step: int, quiet: bool
     ) -> None:
         """Opens the outputs.
 
@@ -56,12 +60,11 @@ class RunReport:
           mesh: of all devices.
           watchdog: bounds the phases.
           resumed_step: steps that an earlier command has done.
-          num_shards: parts of a global batch, of which a process has one.
           quiet: show nothing on the terminal.
         """
         self._config, self._mesh, self._resumed_step = config, mesh, resumed_step
         self.window, self._watchdog = MetricsWindow(), watchdog
-        self._work = WorkCounter(config.model, config.stage, num_shards=num_shards)
+        self._work = WorkCounter(config.model, config.stage, num_shards=row_shard(mesh)[1])
         self._peak_tflops = flops.peak_tflops(mesh.devices.flat[0].device_kind, config.model)
         self._compiled: set[tuple[object, ...]] = set()
         self._hosts = Hosts()
@@ -122,20 +125,30 @@ class RunReport:
             yield
 
     @contextlib.contextmanager
-    def program(self, step: int, name: str, batch: Batch[np.ndarray]) -> Iterator[None]:
-        """Runs a program on a batch inside; says so if it has to be compiled first."""
+    def program(
+        self, step: int, name: str, batch: Batch[np.ndarray], *, is_step: bool = True
+    ) -> Iterator[None]:
+        """Runs a program on a batch inside; says so if it has to be compiled first.
+
+        Args:
+          step: number of the step.
+          name: of the program.
+          batch: of this process.
+          is_step: whether the time is the step's own.
+        """
         frames, text = _shape(batch)
         key = (name, type(batch.visible_frames), frames, text)
         if key in self._compiled:
-            with self.phase(step, "dispatch"):
+            with self.phase(step, "dispatch") if is_step else self._watchdog.phase("validation"):
                 yield
             return
         self._compiled.add(key)
         rows = f"{frames} frames and {text} text tokens per row"
         self.say(f"compiling the {name} for {rows}")
         begin = time.perf_counter()
-        with attention_backends() as chosen, self.phase(step, "compile"):
-            yield
+        with attention_backends() as chosen:
+            with self.phase(step, "compile") if is_step else self._watchdog.phase("compile"):
+                yield
         seconds, backends = time.perf_counter() - begin, _summary(chosen)
         self.event(
             "compiled", step, program=name, frames=frames, text_tokens=text, seconds=round(seconds, 3),
@@ -156,8 +169,23 @@ class RunReport:
         self.window.add(step, metrics, position=position, work=self._work.count(batch), shape=_shape(batch))
         self._progress.call(lambda bar: bar.update(step))
 
-    def report(self, step: int, iterator: BatchIterator) -> None:
+    def validated(self, step: int, found: Validated, *, is_best: bool) -> None:
+        """Says what a validation found."""
+        facts = {name: round(value, 6) for name, value in found._asdict().items()}
+        self.event("validated", step, **facts, best=is_best)
+        self.say(
+            f"validation after step {step}: loss {found.loss:.4f}, accuracy {found.accuracy:.1%} of"
+            f" {found.targets:,} targets in {found.rows:,} rows, {found.seconds:.1f} s"
+            + ("; the best so far" if is_best else "")
+        )
+
+    def report(self, step: int, iterator: BatchIterator, *, validated: Validated | None = None) -> None:
         """Writes a line of metrics about the steps since the last one.
+
+        Args:
+          step: the last of them.
+          iterator: gave their batches.
+          validated: what a validation after the last one found.
 
         Raises:
           NonFiniteStep: a step of them is not finite.
@@ -169,6 +197,8 @@ class RunReport:
             step, window, shares, config=self._config, names=names, num_devices=self._mesh.size,
             peak_tflops=self._peak_tflops,
         )  # fmt: skip
+        if validated is not None:
+            line["validation"] = validated._asdict()
         for process, share in enumerate(shares):
             for row in share["bad_rows"]:
                 self.event("bad_row", step, process=process, host=names[process], **row)
