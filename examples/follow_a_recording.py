@@ -1,8 +1,12 @@
 """Follow a file that is still being written, and answer a question about it again and again.
 
-Run: python examples/follow_a_recording.py runs/demo recording.mkv "What is happening?"
+Run: python examples/follow_a_recording.py runs/demo recording.ts "What is happening?"
 
-The file is MPEG-TS, Matroska or fragmented mp4. "-" reads it from a pipe:
+The file is MPEG-TS, Matroska or fragmented mp4. To try it without a camera, let ffmpeg write one slowly:
+
+    ffmpeg -re -stream_loop 9 -i clip.mp4 -c copy -f mpegts recording.ts &
+
+"-" reads it from a pipe:
 
     ffmpeg -i rtsp://camera -c copy -f mpegts - |
         python examples/follow_a_recording.py runs/demo - "Who is there?"
@@ -13,6 +17,7 @@ import sys
 
 from crosslmm_jax import load
 from crosslmm_jax.data.media import follow
+from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference import Stream
 
 
@@ -30,7 +35,14 @@ def main() -> None:
     parser.add_argument("--when-full", choices=("thin", "drop"), default="thin", help="default: thin")
     parser.add_argument("--idle", type=float, default=10.0, help="end after so many seconds without news")
     args = parser.parse_args()
+    try:
+        watch(args)
+    except UserError as error:  # such as a file that is not there
+        sys.exit(f"error: {error}")
 
+
+def watch(args: argparse.Namespace) -> None:
+    """Reads the file to its end, and asks now and then."""
     model = load(args.model)
     stream = Stream(model, most_frames=args.most_frames, when_full=args.when_full)
     source = sys.stdin.buffer if args.file == "-" else args.file
