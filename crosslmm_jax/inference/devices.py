@@ -153,10 +153,11 @@ def check_memory(config: ModelConfig, mesh: Mesh, num_frames: int, *, stream: bo
 def cost_of(config: ModelConfig, num_frames: int) -> str:
     """What a video of so many frames costs, in a line."""
     of_video = VideoBytes.of(config, _shape_of(config, num_frames))
-    parts = [f"{name.replace('_', ' ')} {size / 1e9:.1f}" for name, size in of_video._asdict().items()]
+    unit, name_of_unit = (1e9, "GB") if of_video.total >= 1e9 else (1e6, "MB")
+    parts = [f"{name.replace('_', ' ')} {size / unit:.1f}" for name, size in of_video._asdict().items()]
     return (
         f"{num_frames:,} frames take {num_frames * config.merge.tokens_per_frame:,} positions and"
-        f" {of_video.total / 1e9:.1f} GB beside the weights: {', '.join(parts)}"
+        f" {of_video.total / unit:.1f} {name_of_unit} beside the weights: {', '.join(parts)}"
     )
 
 
