@@ -102,7 +102,7 @@ def drop_from_cache(path: str) -> None:
 
 
 class Expected:
-    """The whole time to the answer, as it is said first while a file is decoded: after two seconds.
+    """The whole time to the answer, as it is said first while a file is decoded.
 
     Attributes:
       total: seconds; None while nothing is said.
@@ -160,7 +160,7 @@ def page(report: Report) -> str:
     """The report with a row per case."""
     rows = [row for row in report["rows"] if "total" in row]
     lines = table(HEAD, ([cell(row.get(name)) for name in HEAD] for row in rows))
-    units = "seconds; expected: the total, as said after two seconds, or after decoding if that was sooner"
+    units = "seconds; expected: the total, as `crosslmm ask` says it first, while the file is decoded"
     units += "; GB: 10^9 bytes, the most that the process had of device and host, weights included"
     rest = [row for row in report["rows"] if "total" not in row]
     return markdown({**report, "rows": rest}, summary=[*lines, "", f"Units: {units}."])
@@ -183,7 +183,8 @@ def draw(report: Report, path: str) -> None:
     for axes, label in ((times, "seconds from the file to the last token"), (memory, "GB")):
         axes.set(xscale="log", yscale="log", xlabel="frames", ylabel=label)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
 
 

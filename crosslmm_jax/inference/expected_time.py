@@ -18,7 +18,9 @@ from crosslmm_jax.model import flops
 UTILISATION = 0.48
 _TEXT = 64  # tokens of a prompt that are not frames; of no weight beside hundreds of these
 _ENCODING = ("encoder", "pool", "projector")
-_FIRST_S = 2.0  # seconds of decoding, from which on its rate counts
+# Decoding's rate counts after so many seconds and from this share of the frames on. Each thread decodes a
+# GOP, so frames come in bursts of one GOP per thread: the time to the first burst says little.
+_FIRST_S, _FIRST_SHARE = 2.0, 1 / 8
 
 
 class ComputeSeconds(NamedTuple):
@@ -72,7 +74,7 @@ class RemainingTime:
         if done < self._done:  # a damaged file is read again
             self._begun = now
         self._done = done
-        if done < total and now - self._begun < _FIRST_S:
+        if done < total and (now - self._begun < _FIRST_S or done < _FIRST_SHARE * total):
             return None
         compute = self._compute(total)
         return (now - self._begun) * (total - done) / max(done, 1) + (compute.prefill if compute else 0.0)

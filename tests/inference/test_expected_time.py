@@ -35,6 +35,19 @@ def test_expected_times_are_those_that_were_measured(row):
     assert 0.8 < whole / max(row["total"], 2.0) < 1.25
 
 
+def test_frames_that_come_in_bursts_do_not_mislead():
+    now, compute = [0.0], compute_seconds(CONFIG, mesh(), 16384)
+    remaining, said = RemainingTime(lambda frames: compute, clock=lambda: now[0]), []
+    burst, seconds = 16 * 45, 2.0  # 16 threads, 45 frames of a GOP each
+    decode = 16384 / burst * seconds
+    while now[0] < decode - seconds:
+        now[0] += 0.1
+        done = round(burst * (now[0] // seconds))
+        if (left := remaining.seconds(done, 16384)) is not None:
+            said.append((now[0] + left) / (decode + compute.prefill))
+    assert len(said) > 100 and 0.7 < min(said) and max(said) < 1.4
+
+
 def test_the_readings_are_many_and_far_apart():
     assert {row["frames"] for row in READINGS} >= {256, 1024, 4096, 16384}
 

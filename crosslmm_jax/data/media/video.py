@@ -269,6 +269,7 @@ def read_frames(
         return _read_folder(path, choose, only, into, resampling=resampling, deadline=deadline)
     if holds_image(path):
         return _read_picture(path, choose, only, into, resampling=resampling, deadline=deadline)
+    at_most = num_threads or os.cpu_count() or 1  # threads
     damaged = False
     for effort in ("exactly", "around", "plainly"):
         if damaged and effort == "around":
@@ -290,11 +291,10 @@ def read_frames(
             to_square = ToSquare(size, resampling, path, num_threads if in_order else 1)
             try:
                 with into(chosen.repeats, may_replace=not in_order) as store:
-                    if in_order and num_threads != 1 and is_worth_threads(index, wanted):
+                    if in_order and is_worth_threads(index, wanted, threads=at_most):
                         take_in_threads(
                             functools.partial(_open_decoder, path, index, wanted, deadline_s), index, wanted,
-                            to_square.here(store), threads=num_threads or os.cpu_count() or 1,
-                            stop=store.stop,
+                            to_square.here(store), threads=at_most, stop=store.stop,
                         )  # fmt: skip
                     else:
                         with to_square.into(store) as put:

@@ -49,15 +49,19 @@ def take_exactly(decoder: GopDecoder, index: "PacketIndex", wanted: np.ndarray, 
         assert taken == len(part.wanted)
 
 
-def is_worth_threads(index: "PacketIndex", wanted: np.ndarray) -> bool:
-    """Whether to use `take_in_threads`: each thread opens the file by itself, which takes a while."""
+def is_worth_threads(index: "PacketIndex", wanted: np.ndarray, *, threads: int) -> bool:
+    """Whether to use `take_in_threads`: each thread opens the file by itself, which takes a while.
+
+    With fewer GOPs than threads some would idle: libav's own threads then decode faster (16 cores, 10 GOPs:
+    0.22 against 0.26 s).
+    """
     if index.packets is not None or not index.seekable or index.counted:
         return False
     begins = np.maximum.accumulate(np.where(index.keyframes, np.arange(len(index.keyframes)), 0))
     _, gops = np.unique(index.gops[wanted], return_inverse=True)
     packets = np.zeros(gops.max() + 1, np.int64)
     np.maximum.at(packets, gops, wanted - begins[wanted] + 1)
-    return len(packets) > 1 and packets.sum() + _SEEK_PACKETS * len(packets) >= THREADS_FROM
+    return len(packets) >= threads > 1 and packets.sum() + _SEEK_PACKETS * len(packets) >= THREADS_FROM
 
 
 def take_in_threads(
