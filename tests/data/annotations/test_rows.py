@@ -90,6 +90,23 @@ def test_a_greeting_is_left_out(tmp_path: Path, before: list[str], greeting: int
     assert row.turns[-1].text == "That."
 
 
+def test_the_system_prompt_of_a_row(tmp_path: Path) -> None:
+    """ShareGPT's rows, as LLaMA-Factory reads them, hold it in a field; it becomes the first turn."""
+    talk = {"video": "a.mp4", "conversations": TURNS}
+    own = {"from": "system", "value": "Be brief."}
+    systems = ["Be brief.", "", None, 3]
+    rows = [talk | {"system": system} for system in systems]
+    rows.append({"video": "a.mp4", "conversations": [own, *TURNS], "system": "Be long."})
+    first, *without, number, both = read(write(tmp_path / "a.json", rows), tmp_path)
+    assert isinstance(first, Row)
+    assert [(turn.role, turn.text) for turn in first.turns[:2]] == [
+        ("system", "Be brief."), ("user", TURNS[0]["value"])
+    ]  # fmt: skip
+    assert all(isinstance(row, Row) and row.turns[0].role == "user" for row in without)
+    for row, said in ((number, "system must be a text"), (both, "holds both system and a system turn")):
+        assert isinstance(row, Fault) and said in str(row)
+
+
 @pytest.mark.parametrize("videos", ["videos", "video"])
 def test_plural_names_of_fields(tmp_path: Path, videos: str) -> None:
     """As LLaMA-Factory and others write them."""

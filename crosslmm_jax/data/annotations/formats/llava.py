@@ -19,7 +19,8 @@ def entries(spec: DatasetSpec) -> Iterator[Entry]:
 def to_row(value: object, origin: Origin) -> Row:
     """The row of `image` or `video`, `conversations`, and `start` and `end` in seconds of the video.
 
-    A row with both media is an image row, as in LLaVA, unless the data set's media_type says otherwise.
+    `system` is the system prompt of the row, as in ShareGPT's rows. A row with both media is an image row, as
+    in LLaVA, unless the data set's media_type says otherwise.
     """
     if not isinstance(value, Mapping):
         raise origin.error("malformed", "must be an object with conversations and image or video")
@@ -34,7 +35,22 @@ def to_row(value: object, origin: Origin) -> Row:
             media[f"{field}s"] = names
     bounds = origin.bounds(value.get("start"), value.get("end"))
     options = origin.media_options(value)
-    return origin.make_row(value["conversations"], bounds=bounds, options=options, **media)
+    return origin.make_row(_turns(value, origin), bounds=bounds, options=options, **media)
+
+
+def _turns(value: Mapping[str, object], origin: Origin) -> object:
+    """The conversation of a row, with its `system` as the first turn."""
+    turns, system = value["conversations"], value.get("system")
+    if system is None or system == "":
+        return turns
+    if not isinstance(system, str):
+        raise origin.error("conversation", "system must be a text: the system prompt of the row")
+    if not isinstance(turns, list):
+        return turns
+    first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
+    if "system" in (first.get("from"), first.get("role")):
+        raise origin.error("conversation", "holds both system and a system turn; keep one")
+    return [{"from": "system", "value": system}, *turns]
 
 
 def canonical(value: Mapping[str, object], origin: Origin) -> Mapping[str, object]:
