@@ -35,7 +35,8 @@ def add_data(commands: Commands) -> None:
     index.add_argument("--out", required=True, metavar="INDEX", help="folder to write")
     index.add_argument(
         "--decode-up-to", type=_count_or_all, default=argparse.SUPPRESS, metavar="N|all",
-        help="count the damaged frames of videos of up to so many frames, by decoding them; default: 1000",
+        help="count the damaged frames of videos of up to so many frames, by decoding them; of longer ones a"
+        " few places are decoded, and with 0 nothing is; default: 1000",
     )  # fmt: skip
     index.add_argument(
         "--max-damaged", type=_share, default=DataConfig.max_damaged, metavar="SHARE",

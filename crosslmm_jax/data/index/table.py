@@ -303,26 +303,36 @@ class RowStore:
         """Maps no table yet: a copy in another process maps the tables itself."""
         self.index = index
         self._begins = np.concatenate([[0], np.cumsum(index.rows)]).tolist()
-        self._tables: dict[int, list[pa.Array]] = {}  # number of a table -> its _ROW_COLUMNS
+        # Number of a table -> its _ROW_COLUMNS, and the column of damaged frames.
+        self._tables: dict[int, list[pa.Array]] = {}
 
     def __len__(self) -> int:
         return self._begins[-1]
 
     def __getitem__(self, number: int) -> Row:
         """Reads row `number`. Raises UserError when a table cannot be read, or the index was rebuilt."""
+        (*columns, _), place = self._find(number)
+        return row_of({name: c[place].as_py() for name, c in zip(_ROW_COLUMNS, columns, strict=True)})
+
+    def damaged(self, number: int) -> list[int | None]:
+        """Damaged frames of each medium of row `number`; None where they were not counted."""
+        (*_, damaged), place = self._find(number)
+        return damaged[place].as_py()
+
+    def _find(self, number: int) -> tuple[list[pa.Array], int]:
+        """The columns of the table of row `number`, and its place in them."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         file = bisect.bisect_right(self._begins, number) - 1
-        place = number - self._begins[file]
-        columns = self._tables.get(file) or self._map(file)
-        return row_of({name: c[place].as_py() for name, c in zip(_ROW_COLUMNS, columns, strict=True)})
+        return self._tables.get(file) or self._map(file), number - self._begins[file]
 
     def _map(self, file: int) -> list[pa.Array]:
         if self.index.was_rebuilt():
             raise UserError(f"{self.index.folder}: was rebuilt while it was read; start again")
-        table = _map_of_index(os.path.join(self.index.folder, self.index.files[file]), _ROW_COLUMNS)
+        names = (*_ROW_COLUMNS, "damaged")
+        table = _map_of_index(os.path.join(self.index.folder, self.index.files[file]), names)
         # Two threads may both map it; the tables are equal.
-        self._tables[file] = [table.column(name) for name in _ROW_COLUMNS]
+        self._tables[file] = [table.column(name) for name in names]
         return self._tables[file]
 
     def __getstate__(self) -> Index:

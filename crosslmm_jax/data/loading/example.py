@@ -1,6 +1,7 @@
 """Turns a row number into an `Example`: media decoded, text tokenised. Replaces rows that cannot be used."""
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Hashable
 
@@ -112,7 +113,7 @@ class ExampleLoader:
         """The example of row `number`, or why it cannot be used."""
         row = self.rows[number]
         try:
-            sequence, clips = self._read_row(row, min(bucket.text, self.config.most_text_tokens))
+            sequence, clips = self._read_row(row, number, min(bucket.text, self.config.most_text_tokens))
         except UserError as error:
             fault = error.fault if isinstance(error, DataError) else Fault(row.where, "other", str(error))
             return dataclasses.replace(row.fault(fault), row=number)
@@ -123,12 +124,12 @@ class ExampleLoader:
             return dataclasses.replace(row.fault(fault), row=number)
         return example
 
-    def _read_row(self, row: Row, limit: int) -> tuple[TokenSequence, tuple[Clip, ...]]:
-        """Tokens of a row, with at most `limit` text tokens, and the clips of its media."""
+    def _read_row(self, row: Row, number: int, limit: int) -> tuple[TokenSequence, tuple[Clip, ...]]:
+        """Tokens of row `number`, with at most `limit` text tokens, and the clips of its media."""
         config = self.config
         check_placeholders(row.turns, len(row.media), where=row.where)
         timed = config.time_instruction != "none"
-        clips = self._read_clips(row, len(row.media)) if timed else ()
+        clips = self._read_clips(row, number, len(row.media)) if timed else ()
         sequence = tokenise(
             row.turns, self.tokenizer, where=row.where, style=config.style, label_mode=config.label_mode,
             system_prompt=config.system_prompt, time_instruction=config.time_instruction,
@@ -136,27 +137,28 @@ class ExampleLoader:
             max_text_tokens=limit,
         )  # fmt: skip
         if not timed:
-            clips = self._read_clips(row, sequence.num_media)
+            clips = self._read_clips(row, number, sequence.num_media)
         return sequence, clips[: sequence.num_media]
 
-    def _read_clips(self, row: Row, count: int) -> tuple[Clip, ...]:
-        return tuple(self._read_clip(row, reference) for reference in row.media[:count])
+    def _read_clips(self, row: Row, number: int, count: int) -> tuple[Clip, ...]:
+        damaged = self.rows.damaged(number)[:count]
+        return tuple(map(functools.partial(self._read_clip, row), row.media[:count], damaged))
 
-    def _read_clip(self, row: Row, reference: str) -> Clip:
+    def _read_clip(self, row: Row, reference: str, damaged: int | None) -> Clip:
         key = (row.root, reference, row.bounds, row.media_options)
         clip = self.cache.get(key)
         if clip is None:
-            clip = self._decode(row, reference)
+            clip = self._decode(row, reference, damaged)
             clip.frames.flags.writeable = False
             clip.times.flags.writeable = False
             self.cache.put(key, clip)
         return clip
 
-    def _decode(self, row: Row, reference: str) -> Clip:
+    def _decode(self, row: Row, reference: str, damaged: int | None) -> Clip:
         config = self.config
         with only_data_errors(row.root, reference):
             medium = open_media(row.root, reference, row.media_options, allow_outside=config.allow_outside)
             return read_frames(
-                medium, config.sampling, size=self.image_size, bounds=row.bounds,
+                medium._replace(damaged=damaged), config.sampling, size=self.image_size, bounds=row.bounds,
                 resampling=config.resampling, deadline_s=config.deadline_s, max_damaged=config.max_damaged,
             )  # fmt: skip

@@ -34,7 +34,7 @@ class Clip:
         frames: uint8[F, R, R, 3], RGB; no frames if their pixels were not kept.
         times: float32[F], seconds since the first frame of the video.
         duration: seconds of the video, or of the part within the bounds; 0 for an image.
-        damaged: number of damaged frames of the whole file. They are counted if damage was met.
+        damaged: damaged frames of the whole file, counted or estimated (a long video) if damage was met.
     """
 
     frames: np.ndarray

@@ -59,6 +59,7 @@ class Media(NamedTuple):
         data: the content, when the file does not hold it verbatim.
         pictures: the frames of a video that is stored as pictures. `path` and `name` are then for messages.
         options: how it is read.
+        damaged: number of damaged frames of a video as counted earlier, e.g. by an index; None: not counted.
     """
 
     path: str
@@ -68,6 +69,7 @@ class Media(NamedTuple):
     data: bytes | None = None
     pictures: tuple["Media", ...] = ()
     options: MediaOptions = MediaOptions()
+    damaged: int | None = None
 
     def __str__(self) -> str:
         return f"{self.path}::{self.name}" if self.name else self.path

@@ -3,7 +3,7 @@
 1. All frame times are listed without decoding: from the tables of an mp4, or from all packets (packet_index).
 2. The sampling rule chooses frames by these times (frame_sampling).
 3. Only the GOPs that hold chosen frames are read, each up to its last chosen frame (decode, wanted_frames). A
-   file that turns out to be damaged is decoded whole, and refused if too much of it is damaged (damage).
+   file that turns out to be damaged is refused if too much of it is (damage). A short one is decoded whole.
 4. Only the chosen frames are converted to RGB and resized.
 
 Folders of pictures and still images are read by the same functions.
@@ -14,8 +14,8 @@ import dataclasses
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Container, Iterator
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -33,11 +33,15 @@ from crosslmm_jax.data.media.decoding import (
     PlainDecode,
     Put,
     SeekError,
+    check_share,
     count_damaged,
+    estimate_damaged,
+    is_above,
     is_worth_threads,
-    shows_damage,
+    known_damage,
     take_around,
     take_exactly,
+    take_from_whole_gops,
     take_in_threads,
     take_shown,
 )
@@ -48,6 +52,7 @@ from crosslmm_jax.data.media.image import Clip, Resampling, holds_image, open_im
 from crosslmm_jax.data.media.locate import (
     DEADLINE_S,
     Deadline,
+    Media,
     PathOrMedia,
     folder_rate,
     kind_of,
@@ -62,6 +67,7 @@ from crosslmm_jax.errors import DataError
 if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
+Effort = Literal["exactly", "around", "plainly"]
 DECODE_UP_TO = 1000  # frames of a video that a probe decodes whole, by default: a second of work at most
 
 
@@ -102,13 +108,15 @@ def probe(
 ) -> VideoInfo:  # fmt: skip
     """Length, frame rate and size of a video, from its tables or packets.
 
-    Short videos are decoded to count damaged frames. Of long ones at most one frame is decoded, unless their
-    packets already show damage. Of still pictures only the headers are read, also in a folder.
+    Short videos are decoded to count damaged frames. Of long ones a few hundred frames are decoded, all over
+    the file, and the others only if too many of these are damaged. Of still pictures only the headers are
+    read, also in a folder.
 
     Args:
         path: a video, a folder of its frames, or a still image: a path, or a result of `open_media`.
         deadline_s: fail after this many seconds without a packet or picture; None for no limit.
-        decode_up_to: most frames of a video that is decoded; None: all videos are.
+        decode_up_to: most frames of a video that is decoded whole; None: all videos are; 0: none, not
+            even in parts.
         max_damaged: as of `read_frames`.
 
     Raises:
@@ -148,22 +156,25 @@ def probe(
             keyframe_spacing=duration / (int(index.gops.max()) + 1),
             rotation=orientation.rotation,
             mirrored=orientation.is_mirror_image,
-            damaged=_count(stream, index, path, deadline, decode_up_to, max_damaged),
+            damaged=_count(_Indexed(stream, index, path, deadline), decode_up_to, max_damaged),
         )
 
 
-def _count(
-    stream: "VideoStream", index: PacketIndex, path: PathOrMedia, deadline: Deadline,
-    decode_up_to: int | None, max_damaged: float,
-) -> int | None:  # fmt: skip
-    """Number of damaged frames, or None where they are not counted."""
-    if decode_up_to is not None and len(index.times) > decode_up_to and not shows_damage(index):
-        return None
-    with open_video(path, deadline) if index.packets is None else contextlib.nullcontext(stream) as start:
-        decode = PlainDecode(start, index, deadline)
+def _count(video: "_Indexed", decode_up_to: int | None, max_damaged: float) -> int | None:
+    """Number of damaged frames, or None where not all are counted. Raises DataError if there are too many."""
+    index, known = video.index, known_damage(video.index)
+    if decode_up_to is not None and len(index.times) > decode_up_to:
+        check_share(known, index, video.path, most=max_damaged)
+        estimate = known
+        if decode_up_to:
+            with contextlib.suppress(LostFrameError, SeekError):
+                estimate = _estimate(video)
+        if not is_above(estimate, index, most=max_damaged):
+            return None
+    with video.plain_decode() as decode:
         for _ in decode.frames():
             pass
-        return count_damaged(decode, index, path, most=max_damaged)
+        return count_damaged(decode, index, video.path, most=max_damaged)
 
 
 def _check_no_stream(path: PathOrMedia) -> None:
@@ -270,15 +281,15 @@ def read_frames(
     if holds_image(path):
         return _read_picture(path, choose, only, into, resampling=resampling, deadline=deadline)
     at_most = num_threads or os.cpu_count() or 1  # threads
-    damaged = False
+    damaged, use_tables = False, True
     for effort in ("exactly", "around", "plainly"):
         if damaged and effort == "around":
             continue
         threads = 1 if effort == "plainly" else num_threads  # several would report damage late
-        with open_indexed(path, deadline, threads, use_tables=effort == "exactly") as (stream, index):
+        with open_indexed(path, deadline, threads, use_tables=use_tables) as (stream, index):
+            _check_known(index, path, max_damaged=max_damaged)
             # A few damaged packets of a long video, as broadcasts often have, matter where they are met.
-            is_long = len(index.times) > DECODE_UP_TO
-            damaged |= shows_damage(index, above=max_damaged if is_long else 0.0)
+            damaged |= not _is_long(index) and known_damage(index) > 0
             if damaged and effort != "plainly":
                 continue
             shown = np.flatnonzero(index.shown)
@@ -298,14 +309,12 @@ def read_frames(
                         )  # fmt: skip
                     else:
                         with to_square.into(store) as put:
-                            count = _take(
-                                stream, index, wanted, put, effort=effort, path=path, deadline=deadline,
-                                max_damaged=max_damaged,
-                            )  # fmt: skip
+                            video = _Indexed(stream, index, path, deadline)
+                            count = _take(video, wanted, put, effort=effort, max_damaged=max_damaged)
             except DamagedFrameError:
-                damaged = True
+                damaged, use_tables = True, _is_long(index)
             except (LostFrameError, SeekError, LateFrameError):
-                pass
+                use_tables = False
             else:
                 return chosen.clip(store.images, damaged=count)
     raise DataError(path, "truncated", DAMAGED)
@@ -352,21 +361,70 @@ def _open_decoder(
         yield GopDecoder(stream, index, shortcuts=True, wanted=set(wanted.tolist()), deadline=deadline)
 
 
-def _take(
-    stream: "VideoStream", index: PacketIndex, wanted: np.ndarray, put: Put, *, path: PathOrMedia,
-    effort: Literal["exactly", "around", "plainly"], deadline: Deadline, max_damaged: float,
-) -> int:  # fmt: skip
+class _Indexed(NamedTuple):
+    """An open video file."""
+
+    stream: "VideoStream"
+    index: PacketIndex
+    path: PathOrMedia
+    deadline: Deadline
+
+    @contextlib.contextmanager
+    def decoder(self, wanted: Container[int] | None, *, shortcuts: bool) -> Iterator[GopDecoder]:
+        """A decoder of the packets; `wanted` and `shortcuts` are as of `GopDecoder`."""
+        index, deadline = self.index, self.deadline
+        with at_beginning(self.stream, index, self.path, deadline, unless_sought=shortcuts) as stream:
+            yield GopDecoder(stream, index, shortcuts=shortcuts, wanted=wanted, deadline=deadline)
+
+    @contextlib.contextmanager
+    def plain_decode(self) -> Iterator[PlainDecode]:
+        """A decode of all packets."""
+        index, deadline = self.index, self.deadline
+        with at_beginning(self.stream, index, self.path, deadline, unless_sought=False) as stream:
+            yield PlainDecode(stream, index, deadline)
+
+
+def _take(video: _Indexed, wanted: np.ndarray, put: Put, *, effort: Effort, max_damaged: float) -> int:
     """Puts the frames at the times of the `wanted` packets. Returns the number of damaged frames."""
-    exactly = effort == "exactly"
-    with at_beginning(stream, index, path, deadline, unless_sought=exactly) as stream:
-        if effort == "plainly":
-            decode = PlainDecode(stream, index, deadline)
-            everything = Part(0, len(index.times), wanted, 0)
-            take_shown(decode.frames(), index, everything, put, from_beginning=True)
-            return count_damaged(decode, index, path, most=max_damaged)
-        decoder = GopDecoder(stream, index, shortcuts=exactly, wanted=set(wanted.tolist()), deadline=deadline)
-        (take_exactly if exactly else take_around)(decoder, index, wanted, put)
+    index, exactly = video.index, effort == "exactly"
+    if effort != "plainly":
+        with video.decoder(set(wanted.tolist()), shortcuts=exactly) as decoder:
+            (take_exactly if exactly else take_around)(decoder, index, wanted, put)
         return 0
+    if _is_long(index):
+        # Whoever decodes too little there, or cannot tell how much is damaged, decodes all of the file.
+        with contextlib.suppress(LostFrameError, SeekError):
+            counted = _counted(video.path)
+            damaged = _estimate(video) if counted is None else counted
+            if not is_above(damaged, index, most=max_damaged):
+                with video.decoder(None, shortcuts=True) as decoder:
+                    take_from_whole_gops(decoder, index, wanted, put)
+                return damaged
+    with video.plain_decode() as decode:
+        everything = Part(0, len(index.times), wanted, 0)
+        take_shown(decode.frames(), index, everything, put, from_beginning=True)
+        return count_damaged(decode, index, video.path, most=max_damaged)
+
+
+def _estimate(video: _Indexed) -> int:
+    """Estimates the number of damaged frames. Raises as `estimate_damaged`."""
+    with video.decoder(None, shortcuts=True) as decoder:
+        return estimate_damaged(decoder, video.index)
+
+
+def _is_long(index: PacketIndex) -> bool:
+    return len(index.times) > DECODE_UP_TO
+
+
+def _counted(path: PathOrMedia) -> int | None:
+    """Damaged frames as counted earlier; None if they were not."""
+    return path.damaged if isinstance(path, Media) else None
+
+
+def _check_known(index: PacketIndex, path: PathOrMedia, *, max_damaged: float) -> None:
+    """Raises DataError when too much is known to be damaged before anything is decoded."""
+    known = known_damage(index) if _is_long(index) else 0  # a short one is counted
+    check_share(max(known, _counted(path) or 0), index, path, most=max_damaged)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,7 +135,7 @@ def test_batches_show_the_rows_they_name(config: DataConfig) -> None:
         real = batch.tokens[index][batch.loss_mask[index] > 0]
         assert dataset.tokenizer.decode(real) == row.turns[1].text
         assert row.turns[0].text.removeprefix("<image>\n") in dataset.tokenizer.decode(batch.tokens[index])
-        clip = dataset.loader._read_clip(row, row.media[0])
+        clip = dataset.loader._read_clip(row, row.media[0], None)
         np.testing.assert_array_equal(batch.frames[index], clip.frames)
         np.testing.assert_array_equal(batch.frame_times[index], clip.times)
 

@@ -1,6 +1,7 @@
 """One damaged packet costs one frame; a file is refused by its share of damage, whatever is read of it."""
 
 import itertools
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import av.error
 import numpy as np
 import pytest
 from plain_decode import plain_decode
-from video_files import packet_spans, spoil_packets, transport_packets
+from video_files import packet_spans, spoil_packets, transport_packets, write_video
 from zoo import FRAMES, SIDE, STRUCTURES, write
 
 from crosslmm_jax.config import ConfigError, DataConfig, SamplingConfig
 from crosslmm_jax.data.media import demux, packet_index, video
-from crosslmm_jax.data.media.decoding import nal_units
+from crosslmm_jax.data.media.decoding import decode, nal_units
+from crosslmm_jax.data.media.locate import Media
 from crosslmm_jax.data.media.video import probe, read_frames
 from crosslmm_jax.errors import DataError
 
@@ -83,6 +85,9 @@ def test_the_share_of_the_file_decides(tmp_path: Path, limit: float) -> None:
 
 def test_long_videos_are_counted_on_request(one_bad: Path) -> None:
     assert probe(one_bad, decode_up_to=10).damaged is None
+    with pytest.raises(DataError, match="1 of its 40 frames are lost, above max_damaged, 0"):
+        probe(one_bad, decode_up_to=10, max_damaged=0.0)
+    assert probe(one_bad, decode_up_to=0, max_damaged=0.0).damaged is None
     assert probe(one_bad, decode_up_to=FRAMES).damaged == 1
     assert probe(one_bad, decode_up_to=None).damaged == 1
 
@@ -163,5 +168,62 @@ def test_a_long_broadcast_with_few_damaged_packets_is_not_decoded_whole(
     monkeypatch.setattr(video, "PlainDecode", None)
     clip = read_frames(broadcast, SamplingConfig(frames=2), size=SIDE)
     np.testing.assert_array_equal(clip.frames, plain.images[plain.at(clip.times)])
-    with pytest.raises(TypeError):  # more damage than the limit: only a plain decode tells how much
+    with pytest.raises(DataError, match="1 of its 40 frames are lost, above max_damaged, 0"):
         read_frames(broadcast, SamplingConfig(frames=2), size=SIDE, max_damaged=0.0)
+
+
+def test_a_count_of_the_index_decides_whatever_is_read(
+    one_bad: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a long video, where nothing is estimated then."""
+    with pytest.raises(DataError, match="5 of its 40 frames are lost, above max_damaged, 0.1"):
+        read_frames(Media(str(one_bad), damaged=5), SamplingConfig(frames=2), size=SIDE, bounds=(0, 0.2))
+    monkeypatch.setattr(video, "DECODE_UP_TO", 10)
+    plain = plain_decode(one_bad, SIDE)
+    for known, estimate in ((None, video.estimate_damaged), (1, None)):
+        monkeypatch.setattr(video, "estimate_damaged", estimate)
+        clip = read_frames(Media(str(one_bad), damaged=known), SamplingConfig(frames=FRAMES), size=SIDE)
+        np.testing.assert_array_equal(clip.frames, plain.images[plain.at(clip.times)])
+        assert 1 <= clip.damaged <= 2
+
+
+@pytest.mark.slow
+def test_a_long_damaged_video_is_not_decoded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read is what a plain decode shows, from a GOP before; only too much damage is counted."""
+    monkeypatch.setattr(packet_index, "KEEP_BYTES", 0)
+    frames, rng = 2000, random.Random(0)
+    options = {"preset": "ultrafast", "g": "20", "bf": "2", "x264-params": "scenecut=0"}
+    path = write_video(tmp_path / "a.mp4", frames, width=32, height=32, options=options)
+    whole, spoiled = path.read_bytes(), sorted(rng.sample(range(frames), frames // 50))
+    spoil_packets(path, spoiled)
+    plain = plain_decode(path, SIDE)
+    decoded: list[int] = []
+    original = decode.decode_packet
+
+    def noted(*arguments: Any) -> Any:
+        decoded.append(arguments[-1])
+        return original(*arguments)
+
+    monkeypatch.setattr(decode, "decode_packet", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(video, "PlainDecode", None)
+        assert probe(path).damaged is None and len(decoded) <= 256 + 32 + 40
+        met = 0
+        for number in [spoiled[5], spoiled[20] + 1, *rng.sample(range(frames), 12)]:
+            decoded.clear()
+            bounds = (number / 25 - 0.01, number / 25 + 0.01)
+            clip = read_frames(
+                Media(str(path), damaged=40), SamplingConfig(frames=1), size=SIDE, bounds=bounds
+            )
+            np.testing.assert_array_equal(clip.frames, plain.images[plain.at(clip.times)])
+            assert len(decoded) < 300
+            met += clip.damaged == 40
+        assert met >= 2
+        estimated = read_frames(path, SamplingConfig(frames=64), size=SIDE).damaged
+        assert 5 <= estimated <= 120
+    path.write_bytes(whole)
+    spoil_packets(path, list(range(0, frames, 3)))
+    for read in (lambda: probe(path), lambda: read_frames(path, SamplingConfig(frames=8), size=SIDE)):
+        with pytest.raises(DataError, match="of its 2000 frames are lost, above max_damaged, 0.1") as caught:
+            read()
+        assert caught.value.fault.reason == "corrupt"

@@ -11,10 +11,10 @@ from plain_decode import Plain, plain_decode
 from zoo import FRAMES, SIDE, Animal, damaged_animals, good_animals
 
 from crosslmm_jax.config import DataConfig, SamplingConfig
-from crosslmm_jax.data.media import packet_index
-from crosslmm_jax.data.media.locate import Deadline
+from crosslmm_jax.data.media import packet_index, video
+from crosslmm_jax.data.media.locate import Deadline, Media
 from crosslmm_jax.data.media.packet_index import open_indexed
-from crosslmm_jax.data.media.video import probe, read_frames
+from crosslmm_jax.data.media.video import DECODE_UP_TO, probe, read_frames
 from crosslmm_jax.errors import DataError
 
 KEPT, NOT_KEPT = 2**26, 0  # of packets, as for small and for large files
@@ -117,16 +117,24 @@ def _is_cut(animal: Animal) -> bool:
 
 
 def _differences(animal: Animal, plain: Plain, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Reads all frames, some, and one, with packets kept and not, and compares with the plain decode."""
+    """Reads all frames, some, and one, with packets kept and not, and compares with the plain decode.
+
+    One is also read as of a long video, which is not decoded whole where it is damaged.
+    """
     rng, found = random.Random(animal.path.name), []
     middle = float(plain.times[rng.randrange(len(plain.times))])
     one = (max(0.0, middle - 1e-3), middle + 1e-3)
     uncertain = None
-    for keep, frames, bounds in (
-        (KEPT, len(plain.images), None), (KEPT, 1, one), (NOT_KEPT, 3, None), (NOT_KEPT, 1, one),
+    for keep, frames, bounds, is_long in (
+        (KEPT, len(plain.images), None, False), (KEPT, 1, one, animal.damaged), (NOT_KEPT, 3, None, False),
+        (NOT_KEPT, 1, one, False),
     ):  # fmt: skip
         monkeypatch.setattr(packet_index, "KEEP_BYTES", keep)
-        clip = read_frames(animal.path, SamplingConfig(frames=frames), size=SIDE, bounds=bounds)
+        monkeypatch.setattr(video, "DECODE_UP_TO", 0 if is_long else DECODE_UP_TO)
+        clip = read_frames(
+            Media(str(animal.path), damaged=0 if is_long else None), SamplingConfig(frames=frames), size=SIDE,
+            bounds=bounds, max_damaged=1.0 if is_long else MOST_DAMAGED,
+        )  # fmt: skip
         numbers = plain.at(clip.times)
         same = (plain.images[numbers] == clip.frames).all((1, 2, 3))
         if animal.damaged and not same.all():

@@ -13,6 +13,7 @@ from crosslmm_jax.config import DataConfig, SamplingConfig
 from crosslmm_jax.data.index import build_index, open_index
 from crosslmm_jax.data.index.table import map_table
 from crosslmm_jax.data.loading.dataset import Dataset
+from crosslmm_jax.data.media import video
 from crosslmm_jax.errors import Fault
 
 TALK = {"conversations": [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A bar."}]}
@@ -52,7 +53,10 @@ def test_other_settings_count_again(rows: Path, tmp_path: Path, tokenizer_folder
     """What an earlier pass found is used only where a pass with the new settings would find it too."""
     options: dict[str, Any] = {"tokenizer": str(tokenizer_folder), "quiet": True}
     index = tmp_path / "index"
-    build_index(str(rows), index, decode_up_to=FRAMES - 1, **options)
+    assert build_index(str(rows), index, decode_up_to=FRAMES - 1, **options).bad == {"corrupt": 1}
+    assert counts(index) == [[None]] * 2
+    assert "15 of its" in (index / "bad.jsonl").read_text()
+    build_index(str(rows), index, decode_up_to=0, **options)
     assert counts(index) == [[None]] * 3
     assert build_index(str(rows), index, max_damaged=0.5, **options).reused == 0
     assert counts(index) == [[0], [1], [15]]
@@ -80,6 +84,22 @@ def test_commands(
     assert counts(Path(index)) == [[0], [1], [15]]
     assert main(["data", "index", str(rows), *words, "--max-damaged", "2"]) == 2
     assert "--max-damaged: 2 is not within 0..1" in capsys.readouterr().err
+
+
+def test_training_reads_a_long_video_by_the_count_of_the_index(
+    rows: Path, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = tmp_path / "index"
+    build_index(str(rows), index, tokenizer=str(tokenizer_folder), decode_up_to=None, quiet=True)
+    config = DataConfig(
+        index=str(index), tokenizer=str(tokenizer_folder), batch_size=1,
+        sampling=SamplingConfig(frames=FRAMES), max_bad_fraction=1.0,
+    )  # fmt: skip
+    dataset = Dataset(config, tokens_per_frame=1, image_size=16)
+    for name, value in (("DECODE_UP_TO", 10), ("estimate_damaged", None), ("PlainDecode", None)):
+        monkeypatch.setattr(video, name, value)
+    found = dataset.loader.load(1, dataset.buckets[dataset.bucket_numbers([1])[0]])
+    assert not isinstance(found, Fault) and found.clips[0].damaged == 1
 
 
 def test_training_refuses_what_the_setting_says(rows: Path, tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -8,7 +8,14 @@ frame_store    keeps their pixels, or hands them to a consumer and drops them
 damage         how much of a video is damaged, and when it is refused
 """
 
-from crosslmm_jax.data.media.decoding.damage import MAX_DAMAGED, count_damaged, shows_damage
+from crosslmm_jax.data.media.decoding.damage import (
+    MAX_DAMAGED,
+    check_share,
+    count_damaged,
+    estimate_damaged,
+    is_above,
+    known_damage,
+)
 from crosslmm_jax.data.media.decoding.decode import (
     DamagedFrameError,
     GopDecoder,
@@ -29,6 +36,7 @@ from crosslmm_jax.data.media.decoding.wanted_frames import (
     is_worth_threads,
     take_around,
     take_exactly,
+    take_from_whole_gops,
     take_in_threads,
     take_shown,
 )
@@ -36,6 +44,7 @@ from crosslmm_jax.data.media.decoding.wanted_frames import (
 __all__ = [
     "MAX_DAMAGED", "DamagedFrameError", "FrameConsumer", "FrameStore", "GopDecoder", "LateFrameError",
     "LostFrameError", "Part", "PlainDecode", "Put", "SeekError", "StoppedError", "Timeline", "Timestamps",
-    "count_damaged", "is_worth_threads", "lay_out", "longest_gap", "rising", "shows_damage", "take_around",
-    "take_exactly", "take_in_threads", "take_shown",
+    "check_share", "count_damaged", "estimate_damaged", "is_above", "is_worth_threads", "known_damage",
+    "lay_out", "longest_gap", "rising", "take_around", "take_exactly", "take_from_whole_gops",
+    "take_in_threads", "take_shown",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crosslmm_jax.data.media.decoding.nal_units import is_unreferenced, knows_references
+from crosslmm_jax.data.media.decoding.nal_units import has_idr_picture, is_unreferenced, knows_references
 from crosslmm_jax.data.media.demux import container_of, packets_of
 from crosslmm_jax.data.media.locate import Deadline
 
@@ -49,7 +49,7 @@ class GopDecoder:
     """Decodes parts of a video, in any order of the parts if its packets are kept or can be sought."""
 
     def __init__(
-        self, stream: "VideoStream", index: "PacketIndex", *, shortcuts: bool, wanted: Container[int],
+        self, stream: "VideoStream", index: "PacketIndex", *, shortcuts: bool, wanted: Container[int] | None,
         deadline: Deadline,
     ) -> None:  # fmt: skip
         """Prepares the decoder of `stream`.
@@ -59,16 +59,22 @@ class GopDecoder:
                 must then be at its beginning.
             index: packets of the same stream.
             shortcuts: seek, and skip frames that no other frame references.
-            wanted: numbers of the packets whose frames are not skipped.
+            wanted: numbers of the packets whose frames are not skipped; None for a file with damage, of which
+                none is skipped, and packets need not be the keyframes that the tables list.
             deadline: checked before every packet.
         """
         self._index = index
-        self._reader = _PacketReader(stream, index, seek=shortcuts, deadline=deadline)
+        self._reader = _PacketReader(
+            stream, index, seek=shortcuts, deadline=deadline, checks_keyframes=wanted is not None
+        )
         self._context = stream.codec_context
-        self._wanted = wanted
-        # Frames without times are counted, so none may be skipped.
-        self._may_skip = shortcuts and not index.counted and knows_references(self._context)
+        self._wanted = () if wanted is None else wanted
+        # Damage, and frames without times, are counted, so none may be skipped.
+        counts = wanted is None or index.counted
+        self._may_skip = shortcuts and not counts and knows_references(self._context)
         self._skips = False
+        self._notes_idr = wanted is None and self._context.name == "h264"
+        self._idr: set[int] = set()  # keyframes from which H.264 needs nothing that was decoded before
         self._expected: set[int] = set()  # packets that must still give a frame
         self._every_frame_is_whole = self._context.codec.intra_only
         self._context.skip_frame = "DEFAULT"
@@ -116,6 +122,61 @@ class GopDecoder:
         elif any(self._index.times[number] > self._index.times[key] for number in self._expected):
             raise LostFrameError
 
+    def frames_after_whole_gop(self, start: int, stop: int) -> Decoded:
+        """The frames that a plain decode gives of the packets from `start` to before `stop`.
+
+        Damaged ones are among them.
+
+        A GOP without damage leaves the decoder as a plain decode does: what follows is decoded alike. `start`
+        is 0, or the GOP there must be whole. That of H.264 must begin with an IDR picture: after another
+        keyframe, damage is concealed by what was decoded before. The decoder may skip no frame.
+
+        Raises:
+            SeekError: as of `frames`.
+            DamagedFrameError: the first GOP is damaged; begin earlier.
+        """
+        frames = self._frames_after_whole_gop(start, stop)
+        return (
+            _count_frames(frames, self._index, from_beginning=start == 0) if self._index.counted else frames
+        )
+
+    def _frames_after_whole_gop(self, start: int, stop: int) -> Decoded:
+        self._context.flush_buffers()
+        self._send_setup(start)
+        key, until = (0, 0) if start == 0 else (None, stop)  # until: the first packet of the next GOP
+        refused: list[int] = []
+        for number, frame in self._decode(start, stop):
+            if frame is None:
+                refused.append(number)
+            elif key is None and self._is_start(frame):
+                key = number
+                if self._context.name == "h264" and key not in self._idr:
+                    raise DamagedFrameError
+                until = int(np.searchsorted(self._index.gops, self._index.gops[key], side="right"))
+            if key is None:
+                continue
+            if any(key < one < until for one in refused) or (frame and frame.is_corrupt and number < until):
+                raise DamagedFrameError
+            if frame is not None:
+                yield number, frame
+        if key is None:
+            raise DamagedFrameError
+
+    def count_damaged(self, start: int, stop: int) -> tuple[int, int]:
+        """Damaged frames, and all frames, of the packets from `start` to before `stop`.
+
+        Refused packets count, and frames from the first complete one on. The decoder may skip no frame.
+        """
+        self._context.flush_buffers()
+        self._send_setup(start)
+        damaged, total, begun = 0, 0, start == 0
+        for _, frame in self._decode(start, stop):
+            begun = begun or (frame is not None and self._is_start(frame))
+            if frame is None or begun:
+                damaged += frame is None or frame.is_corrupt
+                total += 1
+        return damaged, total
+
     def _is_start(self, frame: "VideoFrame") -> bool:
         """Whether this frame and those displayed after it need nothing that was decoded before."""
         if frame.is_corrupt:
@@ -125,6 +186,8 @@ class GopDecoder:
     def _decode(self, start: int, stop: int) -> "Iterator[tuple[int, VideoFrame | None]]":
         """Frames with the numbers of their packets; None for an error of the decoder."""
         for number, packet in self._reader.read(start, stop):
+            if self._notes_idr and self._index.keyframes[number] and has_idr_picture(packet, self._context):
+                self._idr.add(number)
             if self._may_skip:
                 skips = number not in self._wanted and is_unreferenced(packet, self._context.name)
                 if not skips and self._index.shown[number]:
@@ -221,11 +284,13 @@ class _PacketReader:
     """Reads packets of an index: those that it kept, or from the stream."""
 
     def __init__(
-        self, stream: "VideoStream", index: "PacketIndex", *, seek: bool, deadline: Deadline
-    ) -> None:
+        self, stream: "VideoStream", index: "PacketIndex", *, seek: bool, deadline: Deadline,
+        checks_keyframes: bool = True,
+    ) -> None:  # fmt: skip
         self._stream = stream
         self._index = index
         self._deadline = deadline
+        self._checks_keyframes = checks_keyframes
         self._seeks = seek and index.packets is None and index.seekable
         self._packets = packets_of(stream)
         self._next = 0  # number of the next packet
@@ -297,6 +362,6 @@ class _PacketReader:
         if (
             packet is None
             or packet.pts != self._index.stamps[number]
-            or (starts_gop and not packet.is_keyframe)
+            or (starts_gop and self._checks_keyframes and not packet.is_keyframe)
         ):
             raise SeekError(f"packet {number} is not as expected")

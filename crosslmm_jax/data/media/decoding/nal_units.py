@@ -1,4 +1,4 @@
-"""Which packets of H.264 and HEVC no other packet needs, by their NAL units.
+"""What the NAL units of H.264 and HEVC say: which packets no other needs, and which need no other.
 
 ffmpeg can leave out frames that no other frame references. In a damaged file that could hide damage, so a
 packet is only left out if it is well formed, and every other packet must give a frame.
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from av.video.codeccontext import VideoCodecContext
 
 _H264_SLICES = range(1, 6)
+_H264_IDR = 5
 _HEVC_SLICES = range(32)
 _HEVC_UNREFERENCED = (0, 2, 4, 6, 8, 10, 12, 14)  # sub-layer non-reference pictures
 
@@ -48,6 +49,16 @@ def is_unreferenced(packet: "Packet", codec: str) -> bool:
             return False
         slices += is_slice
     return slices > 0
+
+
+def has_idr_picture(packet: "Packet", context: "VideoCodecContext") -> bool:
+    """Whether a packet of H.264 holds an IDR picture. False for one that is not well formed."""
+    content, header = bytes(packet), context.extradata or b""
+    if len(header) > 6 and header[0] == 1:
+        heads = list(_heads(content)) if header[4] & 3 == 3 else [None]
+    else:  # NAL units after start codes, as in MPEG-TS and AVI
+        heads = [part[0] for part in content.split(b"\0\0\1")[1:] if part]
+    return None not in heads and any(head is not None and head & 31 == _H264_IDR for head in heads)
 
 
 def _heads(content: bytes) -> Iterator[int | None]:

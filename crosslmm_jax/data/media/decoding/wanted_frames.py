@@ -2,7 +2,8 @@
 
 1. Exactly: each wanted frame alone, from the keyframe before it. This is enough for good files.
 2. With their surroundings: some packets have no frame of their own, so the frame before is shown.
-3. From a plain decode of the whole file, which also counts the damage: for damaged files.
+3. As a plain decode shows them: for damaged files. Short ones are decoded whole, which also counts the
+   damage, long ones from a GOP without damage on.
 """
 
 import bisect
@@ -17,7 +18,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crosslmm_jax.data.media.decoding.decode import Decoded, GopDecoder, LostFrameError, SeekError
+from crosslmm_jax.data.media.decoding.decode import (
+    DamagedFrameError,
+    Decoded,
+    GopDecoder,
+    LostFrameError,
+    SeekError,
+)
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
     from crosslmm_jax.data.media.packet_index import PacketIndex
 
 THREADS_FROM = 500  # packets to decode from which on several threads open the file
+_MOST_HELD_BACK = 32  # packets after which any decoder has given a frame, twice those of H.264 and HEVC
 _SEEK_PACKETS = 8  # packets that take as long as a seek and a keyframe
 
 # (frame, first, end): the frame becomes images `first` to `end`.
@@ -124,10 +132,7 @@ def take_around(decoder: GopDecoder, index: "PacketIndex", wanted: np.ndarray, p
         LostFrameError: nothing can be decoded.
         SeekError, DamagedFrameError: as of `GopDecoder.frames`.
     """
-    order = np.argsort(index.times, kind="stable")
-    last = np.maximum.accumulate(order)  # last packet of all that are displayed up to each time
-    places = np.searchsorted(index.times[order], index.times[wanted], side="right") - 1
-    for part in _parts(decoder, index, wanted, stops=last[places] + 1):
+    for part in _parts(decoder, index, wanted, stops=_stops_of_shown(index, wanted)):
         # Frames that are displayed before a keyframe are complete only from the keyframe before that one.
         start = _last_start(decoder.starts, part.start - 1) if part.start else 0
         for frames, from_beginning in _earlier_and_earlier(decoder, start, part.stop):
@@ -135,6 +140,41 @@ def take_around(decoder: GopDecoder, index: "PacketIndex", wanted: np.ndarray, p
                 break
         else:
             raise LostFrameError
+
+
+def take_from_whole_gops(decoder: GopDecoder, index: "PacketIndex", wanted: np.ndarray, put: Put) -> None:
+    """As `take_around`, of a damaged file, with the damaged frames that a plain decode shows.
+
+    Raises:
+        LostFrameError: nothing can be decoded.
+        SeekError: as of `GopDecoder.frames`.
+    """
+    # The frames after it push the wanted one out of the decoder, as in a plain decode.
+    stops = np.minimum(_stops_of_shown(index, wanted) + _MOST_HELD_BACK, len(index.times))
+    for part in _parts(decoder, index, wanted, stops=stops):
+        start, step = part.start, 1
+        while True:
+            for _ in range(step):
+                start = _last_start(decoder.starts, start - 1) if start else 0
+            step *= 2
+            try:
+                frames = decoder.frames_after_whole_gop(start, part.stop)
+                if take_shown(frames, index, part, put, from_beginning=start == 0):
+                    break
+            except DamagedFrameError:
+                pass
+            if start == 0:
+                raise LostFrameError
+            if not decoder.goes_back:
+                raise SeekError("decoding has to begin earlier")
+
+
+def _stops_of_shown(index: "PacketIndex", wanted: np.ndarray) -> np.ndarray:
+    """int64[w], after the last packet of all that are displayed up to the time of each wanted one."""
+    order = np.argsort(index.times, kind="stable")
+    last = np.maximum.accumulate(order)
+    places = np.searchsorted(index.times[order], index.times[wanted], side="right") - 1
+    return last[places] + 1
 
 
 @dataclasses.dataclass(frozen=True)
