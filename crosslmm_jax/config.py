@@ -497,6 +497,9 @@ class WatchdogConfig:
         _require_not_negative(self, *(each.name for each in dataclasses.fields(self)))
 
 
+_STEPS = "FIRST:LAST, two numbers of steps such as 10:13, or None"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Weights to start from, and where and how often results are written."""
@@ -508,6 +511,9 @@ class RunConfig:
     save_every: Host[int] = 500  # steps between checkpoints
     keep_checkpoints: Host[int] = 2  # newest checkpoints that are kept
     tensorboard: Host[bool] = True  # also write metrics for TensorBoard
+    wandb: Host[str | None] = None  # also write metrics to this project of Weights & Biases
+    # FIRST:LAST, both included: a profiler's trace of these steps is written, for XProf and Perfetto.
+    profile_steps: Host[str | None] = None
     accept_changes: Host[bool] = False  # resume although fields of role "recipe" have changed
     stop_deadline_s: Host[float] = 300.0  # from SIGTERM or Ctrl-C to the end; then it ends unsaved
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
@@ -515,8 +521,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "log_every", "save_every", "keep_checkpoints", "stop_deadline_s")
         _require(self, "out", bool(self.out), "the name of a folder")
+        _require(self, "wandb", self.wandb != "", "the name of a project, or None")
+        _require(self, "profile_steps", self.profile_steps is None or self.profiled is not None, _STEPS)
         _require_mounted(self, "out", "init_from")
         _require_seed(self, "seed")
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """First and last step of `profile_steps`; None if it has no such form."""
+        found = re.fullmatch(r"(\d+):(\d+)", self.profile_steps or "")
+        steps = (int(found[1]), int(found[2])) if found else (0, 0)
+        return steps if 1 <= steps[0] <= steps[1] else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,11 @@ MAY_IMPORT_AT_TOP = {"data": {"av", "grain"}, "cli": set()}
 # A single file of PyTorch that `crosslmm convert to-hf --torch-reference` copies into exports. Nothing here
 # imports it, which a test below sees to, so it may import at its top what the package must do without.
 STANDS_ALONE = PACKAGE / "convert" / "torch_reference.py"
-OPTIONAL = {"torch", "pillow_heif"}  # needed by some commands or files only; a message says what to install
+OPTIONAL = {
+    "torch",
+    "pillow_heif",
+    "wandb",
+}  # needed by some commands or files only; a message says what to install
 # Arrays in, arrays out: these work where nothing that reads files is installed.
 ARRAY_MODULES = ("model", "parallel", "train.step", "profiling.params", "profiling.tasks.prefill")
 

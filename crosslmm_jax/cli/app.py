@@ -21,6 +21,7 @@ from crosslmm_jax.cli.options import OneLineParser, drop_output
 from crosslmm_jax.cli.params import add_params
 from crosslmm_jax.cli.profile import add_profile
 from crosslmm_jax.cli.train import add_train
+from crosslmm_jax.cli.watch import add_watch
 from crosslmm_jax.errors import (
     INTERRUPTED,
     STALLED,
@@ -33,7 +34,7 @@ from crosslmm_jax.errors import (
 from crosslmm_jax.parallel import compilation_cache, processes, xla_flags
 
 # Commands that compile nothing worth keeping; and `train`, for the reason in `compilation_cache`.
-WITHOUT_COMPILATION_CACHE = ("data", "export", "params", "train")
+WITHOUT_COMPILATION_CACHE = ("data", "export", "params", "train", "watch")
 NOT_READ = 141  # exit code, 128 + SIGPIPE
 
 
@@ -50,6 +51,7 @@ def build_parser() -> OneLineParser:
     add_profile(commands)
     add_train(commands)
     add_export(commands)
+    add_watch(commands)
     add_ask_and_chat(commands)
     return parser
 

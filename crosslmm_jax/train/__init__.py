@@ -25,16 +25,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from crosslmm_jax.train.export_run import export
     from crosslmm_jax.train.loop import train
+    from crosslmm_jax.train.reporting.watch import watch
     from crosslmm_jax.train.state import abstract_state, random_state
     from crosslmm_jax.train.step import compile_train_step, with_step_visibility
 
 __all__ = [
-    "abstract_state", "compile_train_step", "export", "random_state", "train", "with_step_visibility",
+    "abstract_state", "compile_train_step", "export", "random_state", "train", "watch",
+    "with_step_visibility",
 ]  # fmt: skip
 
 _HOMES = {
     "abstract_state": "state", "compile_train_step": "step", "export": "export_run", "random_state": "state",
-    "train": "loop", "with_step_visibility": "step",
+    "train": "loop", "watch": "reporting.watch", "with_step_visibility": "step",
 }  # fmt: skip
 
 

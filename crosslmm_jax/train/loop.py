@@ -5,6 +5,7 @@
     runs/x/metrics.jsonl          one line every `run.log_every` steps
     runs/x/log.jsonl              hosts, compiled programs, bad rows, with their times
     runs/x/tensorboard/           the same
+    runs/x/traces/                of the steps `run.profile_steps`
     runs/x/model/                 MODEL folder, written at the end
     runs/x/owner.json             the process that trains there, while it does
     runs/x/stacks/                what the threads of a run did that the watchdog has ended
@@ -48,6 +49,7 @@ from crosslmm_jax.train.owner import RunOwner
 from crosslmm_jax.train.reporting.metrics_log import MetricsLine, read_metrics
 from crosslmm_jax.train.reporting.metrics_window import NonFiniteStep
 from crosslmm_jax.train.reporting.run_report import RunReport, Validated
+from crosslmm_jax.train.reporting.wandb_log import check_wandb
 from crosslmm_jax.train.settings import check_same_settings, settings_of
 from crosslmm_jax.train.state import TrainState, abstract_state, random_state, state_of_params
 from crosslmm_jax.train.step import compile_train_step, with_step_visibility
@@ -168,6 +170,7 @@ def _check_before_start(config: ExperimentConfig, mesh: Mesh, abstract: TrainSta
     """Raises a UserError for what would fail later, before anything is compiled or written."""
     check_batch_size(config.data.batch_size, mesh, microbatches=config.stage.microbatches)
     check_replaceable(out / "model")
+    together(lambda: check_wandb(config.run.wandb) if is_first_process() else None)
     saves = -(-config.stage.steps // config.run.save_every)
     present = len(list((out / "checkpoints").glob("[0-9]*")))
     # One more than is kept: the oldest is deleted only after the newest is complete.

@@ -48,6 +48,8 @@ NOT_RUN = {
     r"(\w+=\S+ )*(sbatch )?launch/.*|kubectl .*": "needs a cluster; see tests/launch",
     r"sbatch --array=\S+ --wrap 'crosslmm data index .*|crosslmm data merge .*": "see test_shards.py",
     r"python -m perf .*": "tests/perf runs them",
+    r"crosslmm (watch|export) runs/mine.*": "tests/train/test_watch.py and test_validation.py run them",
+    r"tensorboard .*": "not installed with this package",
     r"\.ci/\w+": "the script that runs these tests",
 }
 # Appended to a command so that it takes seconds.

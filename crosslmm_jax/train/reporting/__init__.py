@@ -8,6 +8,9 @@ work              tokens, frames and FLOPs of a batch
 metrics_log       metrics.jsonl and TensorBoard
 run_log           log.jsonl
 json_lines        files of one JSON object per line
+traces            a profiler's trace of some steps
+wandb_log         metrics for Weights & Biases
+watch             the curves of a run in a terminal
 side_channel      output that may fail or hang without stopping the run
 """
 

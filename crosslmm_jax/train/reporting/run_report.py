@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from crosslmm_jax.batch import Batch, needed
 from crosslmm_jax.config import ExperimentConfig
+from crosslmm_jax.config_io import to_dict
 from crosslmm_jax.data.loading import BatchIterator
 from crosslmm_jax.model import ChosenBackend, attention_backends, flops
 from crosslmm_jax.parallel import is_first_process, row_shard
@@ -24,6 +25,8 @@ from crosslmm_jax.train.reporting.metrics_log import MAX_WAIT_S, MetricsLog
 from crosslmm_jax.train.reporting.metrics_window import MetricsWindow, Phase
 from crosslmm_jax.train.reporting.run_log import LOG_FILE, RunLog
 from crosslmm_jax.train.reporting.side_channel import SideChannel
+from crosslmm_jax.train.reporting.traces import StepTraces
+from crosslmm_jax.train.reporting.wandb_log import WandbLog
 from crosslmm_jax.train.reporting.work import WorkCounter
 from crosslmm_jax.train.state import TrainState
 from crosslmm_jax.train.step import Metrics
@@ -82,6 +85,11 @@ class RunReport:
             MetricsLog(folder, resumed_step=resumed_step, tensorboard=run.tensorboard) if writes else None
         )
         self._log = RunLog(folder) if writes else None
+        self._traces = StepTraces(run)
+        self._wandb: SideChannel[WandbLog] | None = None
+        if writes and (project := run.wandb) is not None:
+            self._wandb = SideChannel("Weights & Biases", lambda: WandbLog(folder, project, to_dict(config)))
+            self._wandb.call(lambda _: None)  # begins now, not at the first report
 
     def start(self, state: TrainState, *, num_rows: int, num_shapes: int) -> None:
         """Says what runs where, before the first step.
@@ -136,6 +144,8 @@ class RunReport:
           batch: of this process.
           is_step: whether the time is the step's own.
         """
+        if is_step:
+            self._traces.before(step)
         frames, text = _shape(batch)
         key = (name, type(batch.visible_frames), frames, text)
         if key in self._compiled:
@@ -167,6 +177,8 @@ class RunReport:
           batch: of this process.
         """
         self.window.add(step, metrics, position=position, work=self._work.count(batch), shape=_shape(batch))
+        if self._traces.after(step, metrics):
+            self._say_trace(step)
         self._progress.call(lambda bar: bar.update(step))
 
     def validated(self, step: int, found: Validated, *, is_best: bool) -> None:
@@ -207,8 +219,14 @@ class RunReport:
                     self.say(f"process {process} on {names[process]}: {what}")
         if self._metrics is not None:
             self._metrics.write(line)
+        if self._wandb is not None:
+            self._wandb.call(lambda run: run.write(line))
         note = note_of(line)
         self._progress.call(lambda bar: bar.report(step, note))
+
+    def _say_trace(self, step: int) -> None:
+        self.event("trace", step, steps=self._config.run.profile_steps, folder=str(self._traces.folder))
+        self.say(f"a trace of steps {self._config.run.profile_steps} is in {self._traces.folder}")
 
     def say(self, text: str) -> None:
         """Shows a line on the terminal of process 0."""
@@ -229,10 +247,14 @@ class RunReport:
 
     def close(self) -> None:
         """Closes the outputs."""
+        if self._traces.close():
+            self._say_trace(self._resumed_step)
         self._hosts.close()
         self._progress.close(MAX_WAIT_S)
         if self._metrics is not None:
             self._metrics.close()
+        if self._wandb is not None:
+            self._wandb.close(MAX_WAIT_S)
         if self._log is not None:
             self._log.close(MAX_WAIT_S)
 
