@@ -314,8 +314,8 @@ def test_a_users_mistake_is_not_started_again(cluster: Cluster, record_property)
     job = cluster.submit("mistake", "--mesh.data", "3")
     record_property("mistake_to_end_s", job.wait_for_end(START_S, state="FAILED"))
     assert job.field("ExitCode") == "2:0" and job.field("Restarts") == "0"
-    assert "crosslmm: error: MeshConfig data=3" in job.log and "not queued again" in job.log
-    assert "crosslmm: error: MeshConfig data=3" in job.task_log(1)
+    assert "MeshConfig data=3" in job.log and "not queued again" in job.log
+    assert "MeshConfig data=3" in job.task_log(1)
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, pause, record_property) -> None:
