@@ -29,7 +29,7 @@ from crosslmm_jax.data.media import DECODE_UP_TO, MAX_DAMAGED, MediaOptions
 from crosslmm_jax.data.text import Turn
 from crosslmm_jax.errors import UserError
 
-VERSION = 6  # rises too when the same annotations give other rows, or a probe finds more
+VERSION = 7  # rises too when the same annotations give other rows, or a probe finds more
 META = "meta.json"
 BAD = "bad.jsonl"
 
