@@ -150,7 +150,9 @@ class Checkpoints:
     def raise_if_failed(self) -> None:
         """Raises like `save` if a checkpoint that is written in the background has failed."""
         with self._disk_errors():
-            self._manager.check_for_errors()
+            # Not by `check_for_errors`: the manager's own thread has taken the error by then.
+            if not self._manager.is_saving_in_progress():
+                self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:

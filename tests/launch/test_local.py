@@ -1,8 +1,10 @@
 """launch/local_multiproc.sh runs two processes; every script of launch/ can be called."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -56,6 +58,61 @@ def test_two_processes_train_stop_and_resume(config: Path, environment) -> None:
     assert result.returncode == 0, result.stderr
     assert steps_in(out) == list(range(1, 151))
     assert (out / "model" / "config.json").exists()
+
+
+def num_gpus() -> int:
+    """Without jax, which must not take the memory of the GPUs here."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
+
+
+def process_of_rank(launcher: int, rank: int) -> int:
+    """Process ID of a rank that the launcher has started."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # of processes that end just now
+            if f"PPid:\t{launcher}\n" in (process / "status").read_text():
+                if f"PROCESS_ID={rank}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                    return int(process.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+ON_GPUS = pytest.param(
+    {"JAX_PLATFORMS": "cuda", "XLA_FLAGS": ""}, id="gpu",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(num_gpus() < 2, reason="needs a GPU")],
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+@pytest.mark.parametrize("variables", [pytest.param({}, id="cpu"), ON_GPUS])
+def test_kill_9_ends_the_launcher_and_the_run_resumes(
+    config: Path, environment, variables: dict[str, str], tmp_path: Path
+) -> None:
+    """On two GPUs: pytest -m gpu tests/launch/test_local.py."""
+    out = tmp_path / "run"
+    command = [LOCAL, "2", config, "--run.out", out, "--run.save-every", "10"]
+    log = (tmp_path / "log").open("w+")
+    with subprocess.Popen(command, env=environment() | variables, stdout=log, stderr=log) as launcher:
+        deadline = time.monotonic() + 240
+        while not steps_in(out) or steps_in(out)[-1] < 15:
+            assert launcher.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()
+            time.sleep(0.05)
+        os.kill(process_of_rank(launcher.pid, 1), signal.SIGKILL)
+        begin = time.monotonic()
+        assert launcher.wait(60) == 128 + signal.SIGKILL
+        seconds = time.monotonic() - begin
+    output = Path(log.name).read_text()
+    assert seconds < 15, output
+    assert re.search(r"crosslmm: error: process 1 on host \S+: gone: it was killed", output), output
+
+    result = subprocess.run(
+        command, env=environment() | variables, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr
+    assert steps_in(out) == list(range(1, 151)) and "resumes after step" in result.stderr
+    for noise in ("Traceback", "crosslmm: error", "refused", "WatchTasks", "heartbeat"):
+        assert noise not in result.stderr, result.stderr
 
 
 @pytest.mark.multihost

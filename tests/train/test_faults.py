@@ -1,0 +1,283 @@
+"""Two processes of one run, and a fault from outside: all end in time, with one right line and code.
+
+With CROSSLMM_FAULTS_TABLE=docs/results/faults_two_processes.md and -m "slow or nightly" this file writes the
+table of what was measured.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import crosslmm_jax
+from crosslmm_jax.config import WatchdogConfig
+from crosslmm_jax.train.reporting.metrics_log import read_metrics
+
+pytestmark = [pytest.mark.multihost]
+PACKAGE = Path(crosslmm_jax.__file__).parent
+HOST = os.uname().nodename
+LINE = re.compile(r"^crosslmm: .*$", re.MULTILINE)
+LIMIT_S = 30.0
+SILENCE_S = 6.0
+MEASURED: list[tuple[str, list[float], list[int], str]] = []
+
+
+class Run:
+    """Two processes that train in one folder, until something happens to them."""
+
+    def __init__(self, config: str, out: Path, environment: dict[str, str]) -> None:
+        self.config, self.out, self.environment = config, out, environment
+        self.processes: list[subprocess.Popen] = []
+
+    def start(self, *words: str, index: int | None = None, **variables: str) -> None:
+        for each in (0, 1) if index is None else (index,):
+            command = [sys.executable, "-m", "crosslmm_jax.cli", "train", self.config, *words]
+            with self._log(each).open("w") as log:
+                self.processes.append(
+                    subprocess.Popen(
+                        command, env=self.environment | {"PROCESS_ID": str(each)} | variables,
+                        stdout=log, stderr=subprocess.STDOUT, cwd=self.out.parent,
+                    )
+                )  # fmt: skip
+
+    def _log(self, index: int) -> Path:
+        return self.out.with_name(f"{self.out.name}.{index}.log")
+
+    def output(self, index: int) -> str:
+        return self._log(index).read_text()
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        limit = time.monotonic() + 240
+        while not condition():
+            alive = all(process.poll() is None for process in self.processes)
+            assert alive and time.monotonic() < limit, self.output(0) + self.output(1)
+            time.sleep(0.01)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_until(lambda: any(line["step"] >= step for line in read_metrics(self.out)))
+
+    def signal(self, index: int, number: int) -> None:
+        os.kill(self.processes[index].pid, number)
+
+    def ends(self, name: str, codes: list[int], line: str, *, within: float = LIMIT_S) -> None:
+        """Checks how the processes end after the fault `name`, which has just happened; notes it down.
+
+        Args:
+          name: of the fault.
+          codes: exit code of each process that was started.
+          line: pattern of the one line of every process that was not killed.
+          within: seconds.
+        """
+        begin, seconds = time.monotonic(), [0.0] * len(self.processes)
+        while any(process.poll() is None for process in self.processes):
+            assert time.monotonic() - begin < within, f"{name}: {self.output(0)}{self.output(1)}"
+            time.sleep(0.02)
+            for index, process in enumerate(self.processes):
+                if process.poll() is None:
+                    seconds[index] = time.monotonic() - begin
+        found = [process.returncode for process in self.processes]
+        outputs = [self.output(index) for index in range(len(codes))]
+        assert found == codes, outputs
+        said = ""
+        for code, output in zip(codes, outputs, strict=True):
+            if code >= 0:
+                (said,) = LINE.findall(output)
+                assert re.search(line, said), output
+        MEASURED.append((name, seconds, found, said.replace(str(self.out), "RUN")))
+        self.processes.clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    yield
+    if path := os.environ.get("CROSSLMM_FAULTS_TABLE"):
+        present = Path(path).read_text().splitlines() if Path(path).exists() else []
+        Path(path).write_text(table_of_measured(present))
+
+
+def table_of_measured(present: list[str]) -> str:
+    """The table `present` with the faults that were measured now added or replaced."""
+    rows = {line.split(" | ")[0][2:]: line for line in present if re.match(r"\| .* \| .*\d \| ", line)}
+    for name, seconds, codes, said in MEASURED:
+        times = ", ".join(f"{each:.1f}" for each in seconds)
+        rows[name] = f"| {name} | {times} | {', '.join(map(str, codes))} | {said} |"
+    return "\n".join(
+        [
+            "# Faults in one of two processes", "",
+            "Measured by `tests/train/test_faults.py` on 2 CPU cores: seconds from the fault until each of"
+            " the processes had ended, exit codes (negative: killed by that signal), and the line they print."
+            f" `run.watchdog.silence_s` was {SILENCE_S:g}; other bounds are in the lines.", "",
+            "| fault | seconds | codes | line |", "|---|---|---|---|", *rows.values(), "",
+        ]
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """Compiled programs, which all runs here share."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture
+def make_run(experiment, config_file, one_device_flags, shared, free_port, tmp_path) -> Iterator[Callable]:
+    """`make_run(out, **fields)`: a run of two processes that only a fault ends; fields of RunConfig."""
+    runs: list[Run] = []
+
+    def make(out: Path | None = None, *, limits: dict[str, float] | None = None, **fields) -> Run:
+        watchdog = WatchdogConfig(**({"silence_s": SILENCE_S} | (limits or {})))
+        out = out or tmp_path / "run"
+        config = experiment(
+            out, stage={"steps": 100_000}, log_every=1,
+            **({"save_every": 1_000_000, "watchdog": watchdog} | fields),
+        )  # fmt: skip
+        environment = os.environ | {
+            "XLA_FLAGS": one_device_flags, "JAX_COMPILATION_CACHE_DIR": str(shared),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", "PYTHONPATH": str(PACKAGE.parent),
+            "COORDINATOR_ADDRESS": f"localhost:{free_port()}", "NUM_PROCESSES": "2",
+        }  # fmt: skip
+        runs.append(Run(config_file(config), out, environment))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        for process in run.processes:
+            process.kill()
+            process.wait()
+
+
+def gone(process: int) -> str:
+    return f"error: process {process} on host {HOST}: gone: it was killed"
+
+
+# ---- a process that is lost ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_kill_9(make_run, victim: int) -> None:
+    run = make_run()
+    run.start()
+    run.wait_for_step(2)
+    run.signal(victim, signal.SIGKILL)
+    run.ends(f"kill -9 of process {victim}", [-9 if i == victim else 75 for i in (0, 1)], gone(victim))
+
+
+@pytest.mark.slow
+def test_a_stopped_process(make_run) -> None:
+    run = make_run()
+    run.start()
+    run.wait_for_step(2)
+    run.signal(1, signal.SIGSTOP)
+    process = run.processes[0]
+    begin = time.monotonic()
+    process.wait(SILENCE_S + LIMIT_S)
+    assert SILENCE_S / 2 < time.monotonic() - begin
+    run.signal(1, signal.SIGCONT)
+    run.ends(
+        "SIGSTOP of process 1, until process 0 has ended", [75, 75], "process 1 .* no sign of life for 6 s"
+    )
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_come_in_time(make_run) -> None:
+    run = make_run(limits={"start_s": 5})
+    run.start(index=0)
+    run.ends("process 1 is not started", [75], "process 0 .*: process 1 of 2 did not start within 5 s")
+    run.start(index=1)
+    run.processes.insert(0, run.processes[0])  # it has the second log
+    run.processes[0].wait(60)
+    (said,) = LINE.findall(run.output(1))
+    assert run.processes[0].returncode == 75
+    assert re.search(r"process 1 .*: process 0 at localhost:\d+ did not start within 5 s", said)
+
+
+# ---- an error of one process ----
+
+
+@pytest.mark.slow
+def test_different_code_on_one(make_run, tmp_path) -> None:
+    other = tmp_path / "other" / PACKAGE.name
+    shutil.copytree(PACKAGE, other, ignore=shutil.ignore_patterns("__pycache__"))
+    with (other / "train" / "step.py").open("a") as file:
+        file.write("# changed\n")
+    run = make_run()
+    run.start(index=0)
+    run.start(index=1, PYTHONPATH=str(other.parent))
+    run.ends(
+        "another file of the package on process 1 (from the start)", [2, 2],
+        f"process 1 on host {HOST}: its code is not that of process 0: crosslmm_jax/train/step.py",
+        within=60,
+    )  # fmt: skip
+    assert not run.out.exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk(make_run, mount_disk, fill) -> None:
+    disk = mount_disk(kilobytes=16_000)
+    run = make_run(disk / "run", save_every=3)
+    run.start()
+    run.wait_for_step(4)
+    fill(disk)
+    run.ends("the disk of the checkpoints is full", [2, 2], "a checkpoint was not written .No space left")
+
+
+# ---- alive, but stuck ----
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """The processes that decode for `process`."""
+    threads = Path(f"/proc/{process.pid}/task").glob("*/children")
+    children = [pid for path in threads for pid in path.read_text().split()]
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.nightly
+def test_a_process_that_waits_for_ever(make_run) -> None:
+    run = make_run(limits={"input_wait_s": 4, "step_s": 60})
+    run.start("--data.num-workers", "1", "--data.prefetch", "1", "--data.frame-cache-mb", "0")
+    run.wait_for_step(2)
+    workers = workers_of(run.processes[1])
+    assert workers
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        run.ends(
+            "the decoding process of process 1 is stopped", [75, 75],
+            r"process 1 .*: input_wait of step \d+ has taken over 4 s .run.watchdog.input_wait_s",
+        )  # fmt: skip
+    finally:
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    for index in (0, 1):
+        stacks = (run.out / "stacks" / f"process_{index}.txt").read_text()
+        assert "Thread 0x" in stacks and "loop.py" in stacks
+
+
+# ---- SIGTERM ----
+
+
+@pytest.mark.slow
+def test_sigterm_during_compilation(make_run) -> None:
+    run = make_run()
+    run.start()
+    run.wait_until(lambda: "compiling the training step" in run.output(0))
+    run.signal(1, signal.SIGTERM)
+    run.ends("SIGTERM to process 1 during compilation", [130, 130], "stopped before the first step")
+
+
+@pytest.mark.nightly
+def test_sigterm_during_a_save(make_run) -> None:
+    run = make_run(save_every=5)
+    run.start()
+    run.wait_until(lambda: any(run.out.glob("checkpoints/*orbax-checkpoint-tmp*")))
+    run.signal(1, signal.SIGTERM)
+    run.ends("SIGTERM to process 1 during a save", [130, 130], r"stopped after step \d+, which is saved")
