@@ -74,7 +74,7 @@ class Hosts:
         step, times = window.longest_own
         share = HostShare(
             input_wait=window.phases.get("input_wait", 0.0),
-            own=window.phases.get("input_wait", 0.0) + window.phases.get("dispatch", 0.0),
+            own=window.phases.get("input_wait", 0.0),
             paused=self._pauses.take(),
             longest=(step, times.own, times.phases.get("input_wait", 0.0)),
             flops=window.work.flops,

@@ -56,8 +56,11 @@ class StepTimes:
 
     @property
     def own(self) -> float:
-        """Seconds in which the devices, and with them all processes, may wait for this process."""
-        return self.phases.get("input_wait", 0.0) + self.phases.get("dispatch", 0.0)
+        """Seconds in which the devices, and with them all processes, may wait for this process.
+
+        Not those of dispatch: on a CPU, and when a device's queue is full, it waits for the other processes.
+        """
+        return self.phases.get("input_wait", 0.0)
 
 
 class Window(NamedTuple):
