@@ -71,6 +71,10 @@ class _NewestAndBest:
         ]
 
 
+# What writing in the background has met; Orbax's thread only logs it in time.
+_background_errors: list[Exception] = []
+
+
 class Checkpoints:
     """The checkpoints of one run. Every process of the run calls every method. A context manager.
 
@@ -150,7 +154,10 @@ class Checkpoints:
     def raise_if_failed(self) -> None:
         """Raises like `save` if a checkpoint that is written in the background has failed."""
         with self._disk_errors():
-            # Not by `check_for_errors`: the manager's own thread has taken the error by then.
+            # Not by `check_for_errors`: the manager's own thread has taken the error by then. With several
+            # processes that thread waits for the others, which wait for this one.
+            if _background_errors:
+                raise _background_errors.pop()
             if not self._manager.is_saving_in_progress():
                 self._manager.wait_until_finished()
 
@@ -288,6 +295,8 @@ def _hide_tracebacks_of_orbax() -> None:
 
 def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    if isinstance(error, Exception) and record.threadName == "async_save" and jax.process_count() > 1:
+        _background_errors.append(error)
     return error is None or not ("orbax" in record.pathname or "orbax-checkpoint-tmp" in str(error))
 
 

@@ -7,6 +7,7 @@ table of what was measured.
 import contextlib
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -227,6 +228,21 @@ def test_a_full_disk(make_run, mount_disk, fill) -> None:
     run.wait_for_step(4)
     fill(disk)
     run.ends("the disk of the checkpoints is full", [2, 2], "a checkpoint was not written .No space left")
+
+
+@pytest.mark.nightly
+def test_a_checkpoint_that_fails_on_one(make_run) -> None:
+    """Its limit of the size of files is lowered, so that writing in the background fails."""
+    run = make_run(save_every=10)
+    run.start("--mesh.data", "1", "--mesh.fsdp", "2")  # so that each writes a part
+    run.wait_for_step(2)
+    limit = 8192  # bytes; more than its log takes
+    resource.prlimit(run.processes[1].pid, resource.RLIMIT_FSIZE, (limit, limit))
+    run.wait_for_step(10)
+    run.ends(
+        "process 1 cannot write its part of a checkpoint, in the background", [2, 2],
+        f"process 1 on host {HOST}: {run.out}/checkpoints: a checkpoint was not written .File too large",
+    )  # fmt: skip
 
 
 # ---- alive, but stuck ----
