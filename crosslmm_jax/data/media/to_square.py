@@ -48,9 +48,13 @@ class ToSquare:
                 waiting.popleft().result()
 
         with ThreadPoolExecutor(self._threads) as pool:
-            yield put
-            while waiting:
-                waiting.popleft().result()
+            try:
+                yield put
+                while waiting:
+                    waiting.popleft().result()
+            except BaseException:
+                store.stop()  # what comes after a frame that failed would wait for it, and the pool for that
+                raise
 
     def here(self, store: FrameStore) -> Put:
         """A function that fills `store` in the thread of the caller, of which there may be several."""

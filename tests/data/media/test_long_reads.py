@@ -1,5 +1,8 @@
 """Long files: GOPs side by side in threads, and keyframes nearest to the wanted times."""
 
+import signal
+import threading
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import pytest
 from video_files import SIZE, Collected, write_video
 
 from crosslmm_jax.config import SamplingConfig
-from crosslmm_jax.data.media import read_frames, video
+from crosslmm_jax.data.media import read_frames, to_square, video
 from crosslmm_jax.data.media.decoding import decode, frame_store, wanted_frames
 from crosslmm_jax.errors import DataError
 
@@ -111,6 +114,51 @@ def test_an_error_of_the_consumer_ends_all_threads(path, in_threads, monkeypatch
         with pytest.raises(OSError, match="the consumer fails"):
             read_frames(path, ALL, size=SIZE, num_threads=threads, consumer=consumer, keep=False)
         assert consumer.sizes == [3, 3]
+
+
+def test_a_frame_that_cannot_be_resized_ends_those_that_wait_for_it(tmp_path, monkeypatch):
+    """Each frame is given many times, so that the ones after it are too far ahead."""
+    path, calls = write_video(tmp_path / "a.mp4", 12), []
+    monkeypatch.setattr(frame_store, "MOST_WAITING", 16)
+
+    def failing(self, frame):
+        calls.append(frame)
+        if len(calls) == 2:
+            raise DataError(self.path, "corrupt", "has a frame that is too large")
+        return np.zeros((SIZE, SIZE, 3), np.uint8)
+
+    monkeypatch.setattr(to_square.ToSquare, "__call__", failing)
+
+    def read() -> None:
+        with pytest.raises(DataError, match="a frame that is too large"):
+            sampling = SamplingConfig(frames=240)
+            read_frames(path, sampling, size=SIZE, num_threads=4, consumer=Collected(8), keep=False)
+
+    reading = threading.Thread(target=read, daemon=True)
+    reading.start()
+    reading.join(20)
+    assert not reading.is_alive()
+
+
+def test_ctrl_c_while_the_consumer_works_on_the_last_frames():
+    """It gets no more of them."""
+
+    class Slow(Collected):
+        def add(self, frames: np.ndarray) -> None:
+            while not store._complete:  # then the main thread waits for this one
+                time.sleep(0.01)
+            super().add(frames)
+            if len(self.sizes) == 2:
+                time.sleep(0.1)
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                time.sleep(0.1)
+
+    consumer = Slow(4)
+    store = frame_store.FrameStore(np.arange(40), SIZE, consumer, keep=False)
+    with pytest.raises(KeyboardInterrupt), store:
+        store.put(0, 40, np.zeros((SIZE, SIZE, 3), np.uint8))
+    time.sleep(0.2)
+    assert consumer.sizes == [4, 4]
 
 
 def test_damage_in_one_thread_is_as_without_threads(path, tmp_path, in_threads, monkeypatch):

@@ -76,7 +76,7 @@ class FrameStore:
         self._begun = 0  # frames that the consumer has been given, or is being given
         self._taken = 0  # those that it has let go of
         self._needed = 0  # frames that somebody waits to store, or has stored
-        self._complete = self._stopped = False
+        self._complete = self._stopped = self._ended = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._feed, daemon=True)
@@ -90,6 +90,8 @@ class FrameStore:
         """
         first, end = int(self._places[first]), int(self._places[end])
         if self._consumer is None:
+            if self._stopped:
+                raise StoppedError
             self.images[first:end] = pixels
             return
         while first < end:
@@ -138,9 +140,18 @@ class FrameStore:
         with self._changed:
             self._complete, self._stopped = kind is None, self._stopped or kind is not None
             self._changed.notify_all()
-        self._thread.join()
+        try:
+            self._wait_for_consumer()
+        except BaseException:  # Ctrl-C: it gets no more
+            self.stop()
+            self._wait_for_consumer()
+            raise
         if self._error is not None:
             raise self._error
+
+    def _wait_for_consumer(self) -> None:
+        with self._changed:  # Thread.join cannot be called again once it was interrupted
+            self._changed.wait_for(lambda: self._ended)
 
     def _feed(self) -> None:
         """Gives the consumer its frames; runs in a thread of its own."""
@@ -158,6 +169,10 @@ class FrameStore:
         except BaseException as error:
             self._error = error
             self.stop()
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
 
     def _next(self) -> np.ndarray | None:
         """The next chunk once it is complete; None when there will be none."""
