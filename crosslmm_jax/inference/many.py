@@ -158,6 +158,7 @@ def _one_by_one(
             yield from ((number, error) for number, _ in group)
             continue
         yield from _answer_all(model, video.prefix, [group], memory, len(video.frame_times))
+        del video  # its caches, before those of the next one are made
 
 
 def _grouped(items: Iterable[Item]) -> Iterator[list[tuple[int, Item]]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import threading
+import weakref
 from collections import Counter
 
 import jax
@@ -148,14 +149,19 @@ def test_long_videos_are_watched_one_by_one_without_their_pixels(model, clips, m
         model.processor, make_mesh(MeshConfig(), device),
     )  # fmt: skip
     watched, watch = [], one.watch
-    monkeypatch.setattr(
-        one, "watch", lambda *args, **named: watched.append(watch(*args, **named)) or watched[-1]
-    )
+
+    def noted(*args, **named):
+        assert not any(video() for video in watched), "the caches of two long videos exist at once"
+        video = watch(*args, **named)
+        watched.append(weakref.ref(video))
+        return video
+
+    monkeypatch.setattr(one, "watch", noted)
     short = AnswerOptions(max_new_tokens=3)
     items = [Item(clips[0], "What?", short), Item(clips[0], "And?", short), Item("missing.mp4", "What?")]
     first, second, third = answer_many(one, items)
-    assert isinstance(third, UserError)
-    (video,) = watched
+    assert isinstance(third, UserError) and len(watched) == 1
+    video = watch(clips[0])
     assert isinstance(video.clips[0], watching.UnkeptClip)
     assert [first.text, second.text] == [video.ask(text, max_new_tokens=3) for text in ("What?", "And?")]
 
