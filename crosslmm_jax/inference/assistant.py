@@ -149,9 +149,14 @@ class VideoModel:
         # must run the same programs, and one of them may fail to decode the rest.
         at_once = len(media_of(media)) == 1 and jax.process_count() == 1
         encoding = Encoding(self.compiled, self.params, on_progress) if at_once else None
-        clips = read_everywhere(lambda: self.read(media, frames, consumer=encoding, keyframes=keyframes))
-        seconds = {"decode": time.perf_counter() - begun} if timed else None
-        return self.watch_clips(clips, encoding=encoding, seconds=seconds)
+        try:
+            clips = read_everywhere(lambda: self.read(media, frames, consumer=encoding, keyframes=keyframes))
+            seconds = {"decode": time.perf_counter() - begun} if timed else None
+            return self.watch_clips(clips, encoding=encoding, seconds=seconds)
+        except BaseException:
+            if encoding is not None:
+                encoding.drop()  # whoever keeps the error would keep what was encoded
+            raise
 
     def warm_up(self, most_frames: int = FRAME_SIZES[-1]) -> None:
         """Compiles, or reads from disk, all programs for videos of up to `most_frames` frames.
