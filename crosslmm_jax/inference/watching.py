@@ -11,7 +11,15 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from crosslmm_jax.config import ModelConfig, SamplingConfig
-from crosslmm_jax.data.media import Clip, FrameConsumer, Media, from_bytes, kind_of, read_frames
+from crosslmm_jax.data.media import (
+    Clip,
+    FrameConsumer,
+    Media,
+    from_bytes,
+    kind_of,
+    read_frames,
+    stamp_of,
+)
 from crosslmm_jax.data.text import ClipMeta, time_text
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference.compiled import Compiled
@@ -119,9 +127,11 @@ class UnkeptClip(Clip):
 
     Attributes:
         read: reads the file again: (numbers of frames, or None for all; consumer, or None to keep pixels).
+        is_same: whether the file is still the one that was watched, as far as can be told without reading it.
     """
 
     read: Callable[[np.ndarray | None, FrameConsumer | None], Clip] = dataclasses.field(kw_only=True)
+    is_same: Callable[[], bool] = dataclasses.field(kw_only=True)
 
     def again(self, numbers: np.ndarray | None, consumer: FrameConsumer | None = None) -> Clip:
         """These frames, or all, from the file.
@@ -133,9 +143,8 @@ class UnkeptClip(Clip):
             clip = self.read(numbers, consumer)
         except IndexError:  # it has fewer frames now
             clip = None
-        if clip is None or not np.array_equal(
-            clip.times, self.times if numbers is None else self.times[numbers]
-        ):
+        times = self.times if numbers is None else self.times[numbers]
+        if clip is None or not np.array_equal(clip.times, times) or not self.is_same():
             raise UserError("the file of this video has changed since it was watched; watch it again")
         return clip
 
@@ -179,12 +188,18 @@ def read_media(
     (read_it,) = read
     if keeps_pixels(sampling.most_frames):
         return (read_it(None, consumer, True),)
+    source = several[0].source
+    stamp = None if isinstance(source, bytes) else stamp_of(source)  # before it is read
     clip = read_it(None, consumer, False)
 
     def again(numbers: np.ndarray | None, consumer: FrameConsumer | None) -> Clip:
         return read_it(numbers, consumer, consumer is None)
 
-    return (UnkeptClip(clip.frames, clip.times, clip.duration, clip.damaged, read=again),)
+    def is_same() -> bool:
+        return isinstance(source, bytes) or stamp_of(source) == stamp
+
+    clip = UnkeptClip(clip.frames, clip.times, clip.duration, clip.damaged, read=again, is_same=is_same)
+    return (clip,)
 
 
 def _reader(

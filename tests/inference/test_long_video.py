@@ -12,7 +12,7 @@ from crosslmm_jax.data.media import read_frames
 from crosslmm_jax.demo.synthetic import write_dataset
 from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.inference import VideoModel, compiled, load, watching
+from crosslmm_jax.inference import VideoModel, assistant, compiled, load, watching
 from crosslmm_jax.model import init_params
 from crosslmm_jax.model_folder import save_model_folder
 
@@ -81,8 +81,9 @@ def test_pixels_are_dropped_and_read_again(model, clips, tmp_path, long_from_33)
     for numbers in ([], [40], [-1], [3, 2]):
         with pytest.raises(UserError, match="give ascending numbers from 0 to 39"):
             video.frames_at(numbers)
-    shutil.copy(clips[1], path)
-    assert len(video.frames_at([0])) == 1  # of the same times, which is all that is known
+    shutil.copy(clips[1], path)  # of the same times
+    with pytest.raises(UserError, match="has changed since it was watched; watch it again"):
+        video.frames_at([0])
     path.write_bytes(b"")
     with pytest.raises(UserError, match="a.mp4"):
         video.frames_at([0])
@@ -104,6 +105,35 @@ def test_further_media_in_a_conversation_about_a_long_video(model, clips, long_f
     assert len(second.frames) == 4
 
 
+def test_a_file_in_place_of_the_one_that_was_watched(model, clips, tmp_path):
+    """Its times are the same."""
+    path = shutil.copy(clips[0], tmp_path / "a.mp4")
+    (clip,) = model.read(path, 600, consumer=Ignoring())
+    assert len(clip.again(np.array([0, 599])).frames) == 2
+    shutil.copy(clips[1], path)
+    with pytest.raises(UserError, match="has changed since it was watched; watch it again"):
+        clip.again(np.array([0, 599]))
+    (clip,) = model.read((data := path.read_bytes()), 600, consumer=Ignoring())
+    assert data and len(clip.again(np.array([0])).frames) == 1
+
+
+@pytest.mark.slow
+def test_an_error_holds_no_tokens(model, clips, monkeypatch, long_from_33):
+    """Who answers many questions keeps the errors, and with each the frames of its traceback."""
+    made = []
+
+    class Failing(watching.Encoding):
+        def add(self, frames: np.ndarray) -> None:
+            super().add(frames)
+            made.append(self)
+            raise UserError("no more")
+
+    monkeypatch.setattr(assistant, "Encoding", Failing)
+    with pytest.raises(UserError, match="no more"):
+        model.watch(clips[0], FRAMES)
+    assert made[0]._kept is None and not made[0]._parts
+
+
 def test_a_file_with_other_times_is_not_taken_for_the_one_that_was_watched(model, clips, tmp_path):
     path = shutil.copy(clips[0], tmp_path / "a.mp4")
     consumer = Ignoring()
@@ -111,7 +141,9 @@ def test_a_file_with_other_times_is_not_taken_for_the_one_that_was_watched(model
     assert isinstance(clip, watching.UnkeptClip) and len(clip.times) == 600
     part = watching.Medium(path, end=0.5)
     (shorter,) = model.read(part, 600, consumer=consumer)
-    changed = watching.UnkeptClip(clip.frames, clip.times, clip.duration, read=shorter.read)
+    changed = watching.UnkeptClip(
+        clip.frames, clip.times, clip.duration, read=shorter.read, is_same=lambda: True
+    )
     for numbers in (None, np.array([599])):
         with pytest.raises(UserError, match="has changed since it was watched; watch it again"):
             changed.again(numbers, consumer)

@@ -55,6 +55,7 @@ from crosslmm_jax.data.media.locate import (
     resolve_path,
     size_of,
     split_reference,
+    stamp_of,
 )
 from crosslmm_jax.data.media.video import DECODE_UP_TO, VideoInfo, import_readers, probe, read_frames
 
@@ -64,6 +65,6 @@ __all__ = [
     "count_frames", "direct_reference", "follow", "from_bytes", "import_readers", "is_image", "is_parquet",
     "is_record_file", "kind_of", "list_pictures", "mean_cell_size", "mean_record_size", "open_file",
     "open_media", "parse_example", "probe", "read_frames", "read_member", "read_record", "resolve_path",
-    "size_of", "split_reference", "stack_clips", "suffix_by_content", "tar_member", "value_member",
-    "walk_tar",
+    "size_of", "split_reference", "stack_clips", "stamp_of", "suffix_by_content", "tar_member",
+    "value_member", "walk_tar",
 ]  # fmt: skip

@@ -234,6 +234,22 @@ def size_of(source: PathOrMedia) -> int:
     return os.path.getsize(source)
 
 
+def stamp_of(source: PathOrMedia) -> tuple[int, int] | None:
+    """Bytes and time of change (ns) of a file or folder, which another one in its place has not.
+
+    None of a medium in memory, and of what is not there.
+    """
+    if isinstance(source, Media):
+        if source.data is not None or source.pictures:
+            return None
+        source = source.path
+    try:
+        found = os.stat(source)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
 class Deadline:
     """Limits the time until the next packet or picture of a file. Each one read restarts the clock."""
 
