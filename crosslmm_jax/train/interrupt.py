@@ -33,7 +33,11 @@ class StopRequest:
         self._several = processes.several()
         self._in_main_thread = threading.current_thread() is threading.main_thread()
         self._previous_handlers: dict[int, object] = {}
-        self._ended = threading.Event()
+        self._noticed, self._ended = threading.Event(), threading.Event()
+
+    def heard(self) -> bool:
+        """Whether this process knows of a request to stop; others may not know of it yet."""
+        return self._signal_name is not None or self._noticed.is_set()
 
     def requested(self, step: int) -> bool:
         """Whether to save and stop after `step`. All processes call this after every step, and agree."""
@@ -90,6 +94,7 @@ class StopRequest:
     def _wait_for_notice(self) -> None:
         while not self._ended.is_set():
             if processes.wait_for_preemption_notice(seconds=3600):
+                self._noticed.set()
                 self._start_deadline(signal.SIGTERM)
                 return
 

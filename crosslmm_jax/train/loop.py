@@ -277,7 +277,7 @@ class _Run:
             return None, False
         report.window.raise_if_not_finite()
         with report.phase(step, "validation"):
-            found = validation.run(step, state.params, report, stopped=lambda: self.stop.requested(step))
+            found = validation.run(step, state.params, report, stopped=self.stop.heard)
         if found is None:
             return None, False
         validated, candidate = found

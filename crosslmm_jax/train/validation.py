@@ -12,11 +12,13 @@ from jax.sharding import Mesh
 from crosslmm_jax.config import ExperimentConfig
 from crosslmm_jax.data.loading import Dataset, HeldOutRows, open_held_out
 from crosslmm_jax.model import Params, Scores
-from crosslmm_jax.parallel import row_shard, to_global
+from crosslmm_jax.parallel import gather, row_shard, to_global
 from crosslmm_jax.train.checkpoint import Best
 from crosslmm_jax.train.reporting.metrics_window import MAX_QUEUED_STEPS
 from crosslmm_jax.train.reporting.run_report import RunReport, Validated
 from crosslmm_jax.train.step import compile_scores, with_step_visibility
+
+_ROOM = len("false")
 
 
 class Validation:
@@ -32,7 +34,7 @@ class Validation:
         return step == self._config.stage.steps or step % self._config.data.validation.every == 0
 
     def run(
-        self, step: int, params: Params, report: RunReport, *, stopped: Callable[[], object]
+        self, step: int, params: Params, report: RunReport, *, stopped: Callable[[], bool]
     ) -> tuple[Validated, Best] | None:
         """Validates after a step, whose metrics are fetched already.
 
@@ -40,7 +42,7 @@ class Validation:
           step: number of the step.
           params: after it.
           report: says what is found.
-          stopped: whether to give up, asked after each batch where this process is the only one.
+          stopped: whether this process was asked to stop; one is enough for all to give up.
 
         Returns:
           What was found, and the same as a candidate for the best. None if it gave up, or without a target.
@@ -48,8 +50,8 @@ class Validation:
         begin = time.perf_counter()
         index, count = row_shard(self._mesh)
         found: list[Scores] = []
-        for batch in self._rows.batches(shard_index=index, shard_count=count):
-            if jax.process_count() == 1 and stopped():
+        for number, batch in enumerate(self._rows.batches(shard_index=index, shard_count=count)):
+            if number % MAX_QUEUED_STEPS == 0 and any(gather(stopped(), room=_ROOM)):
                 return None
             batch = with_step_visibility(batch)
             with report.program(step, "validation", batch, is_step=False):

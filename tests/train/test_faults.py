@@ -291,6 +291,15 @@ def test_sigterm_during_compilation(make_run) -> None:
 
 
 @pytest.mark.nightly
+def test_sigterm_during_validation(make_run) -> None:
+    run = make_run()
+    run.start("--data.validation.share", "0.5", "--data.validation.every", "1")  # most of the time
+    run.wait_until(lambda: any("validation" in line for line in read_metrics(run.out)))
+    run.signal(1, signal.SIGTERM)
+    run.ends("SIGTERM to process 1 during validation", [130, 130], r"stopped after step \d+, which is saved")
+
+
+@pytest.mark.nightly
 def test_sigterm_during_a_save(make_run) -> None:
     run = make_run(save_every=5)
     run.start()

@@ -7,7 +7,6 @@
 | `validated` | loss and accuracy of held-out rows, and whether the loss is the smallest so far |
 | `bad_row` | a row that is replaced, its reason, and the process that met it |
 | `trace` | where a profiler's trace was written |
-| `end` | the step after which the command ended, and why |
 
 Every line has the `time` (UTC) and the `step`.
 """
