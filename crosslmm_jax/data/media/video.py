@@ -67,7 +67,7 @@ from crosslmm_jax.errors import DataError
 if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
-Effort = Literal["exactly", "around", "plainly"]
+Effort = Literal["exactly", "around", "from_whole_gops", "plainly"]
 DECODE_UP_TO = 1000  # frames of a video that a probe decodes whole, by default: a second of work at most
 
 
@@ -282,15 +282,18 @@ def read_frames(
         return _read_picture(path, choose, only, into, resampling=resampling, deadline=deadline)
     at_most = num_threads or os.cpu_count() or 1  # threads
     damaged, use_tables = False, True
-    for effort in ("exactly", "around", "plainly"):
+    for effort in ("exactly", "around", "from_whole_gops", "plainly"):
         if damaged and effort == "around":
             continue
-        threads = 1 if effort == "plainly" else num_threads  # several would report damage late
+        # Several would report damage late.
+        threads = 1 if effort in ("from_whole_gops", "plainly") else num_threads
         with open_indexed(path, deadline, threads, use_tables=use_tables) as (stream, index):
             _check_known(index, path, max_damaged=max_damaged)
             # A few damaged packets of a long video, as broadcasts often have, matter where they are met.
             damaged |= not _is_long(index) and known_damage(index) > 0
-            if damaged and effort != "plainly":
+            if effort == "from_whole_gops" and not _is_long(index):
+                continue
+            if damaged and effort in ("exactly", "around"):
                 continue
             shown = np.flatnonzero(index.shown)
             chosen = choose(index.times[shown], end=index.end, tick=index.tick)
@@ -387,19 +390,18 @@ class _Indexed(NamedTuple):
 def _take(video: _Indexed, wanted: np.ndarray, put: Put, *, effort: Effort, max_damaged: float) -> int:
     """Puts the frames at the times of the `wanted` packets. Returns the number of damaged frames."""
     index, exactly = video.index, effort == "exactly"
-    if effort != "plainly":
+    if effort in ("exactly", "around"):
         with video.decoder(set(wanted.tolist()), shortcuts=exactly) as decoder:
             (take_exactly if exactly else take_around)(decoder, index, wanted, put)
         return 0
-    if _is_long(index):
-        # Whoever decodes too little there, or cannot tell how much is damaged, decodes all of the file.
-        with contextlib.suppress(LostFrameError, SeekError):
-            counted = _counted(video.path)
-            damaged = _estimate(video) if counted is None else counted
-            if not is_above(damaged, index, most=max_damaged):
-                with video.decoder(None, shortcuts=True) as decoder:
-                    take_from_whole_gops(decoder, index, wanted, put)
-                return damaged
+    if effort == "from_whole_gops":
+        counted = _counted(video.path)
+        damaged = _estimate(video) if counted is None else counted
+        if is_above(damaged, index, most=max_damaged):
+            raise LostFrameError  # all of the file tells how many they are
+        with video.decoder(None, shortcuts=True) as decoder:
+            take_from_whole_gops(decoder, index, wanted, put)
+        return damaged
     with video.plain_decode() as decode:
         everything = Part(0, len(index.times), wanted, 0)
         take_shown(decode.frames(), index, everything, put, from_beginning=True)

@@ -11,12 +11,12 @@ import av.error
 import numpy as np
 import pytest
 from plain_decode import plain_decode
-from video_files import packet_spans, spoil_packets, transport_packets, write_video
+from video_files import Collected, packet_spans, spoil_packets, transport_packets, write_video
 from zoo import FRAMES, SIDE, STRUCTURES, write
 
 from crosslmm_jax.config import ConfigError, DataConfig, SamplingConfig
 from crosslmm_jax.data.media import demux, packet_index, video
-from crosslmm_jax.data.media.decoding import decode, nal_units
+from crosslmm_jax.data.media.decoding import SeekError, decode, frame_store, nal_units
 from crosslmm_jax.data.media.locate import Media
 from crosslmm_jax.data.media.video import probe, read_frames
 from crosslmm_jax.errors import DataError
@@ -185,6 +185,25 @@ def test_a_count_of_the_index_decides_whatever_is_read(
         clip = read_frames(Media(str(one_bad), damaged=known), SamplingConfig(frames=FRAMES), size=SIDE)
         np.testing.assert_array_equal(clip.frames, plain.images[plain.at(clip.times)])
         assert 1 <= clip.damaged <= 2
+
+
+def test_a_consumer_begins_anew_when_a_long_video_is_decoded_whole_after_all(
+    one_bad: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has frames of the attempt before, which may not be replaced."""
+
+    def fails_at_the_end(*arguments: Any) -> None:
+        from_whole_gops(*arguments)
+        raise SeekError
+
+    from_whole_gops = video.take_from_whole_gops
+    monkeypatch.setattr(video, "take_from_whole_gops", fails_at_the_end)
+    monkeypatch.setattr(video, "DECODE_UP_TO", 10)
+    monkeypatch.setattr(frame_store, "MOST_WAITING", 8)
+    consumer, plain = Collected(4), plain_decode(one_bad, SIDE)
+    clip = read_frames(one_bad, SamplingConfig(frames=FRAMES), size=SIDE, consumer=consumer, keep=False)
+    np.testing.assert_array_equal(consumer.frames, plain.images[plain.at(clip.times)])
+    assert clip.damaged == 1
 
 
 @pytest.mark.slow
