@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from crosslmm_jax.config import ExperimentConfig, leaf_fields
+from crosslmm_jax.config import ExperimentConfig, is_remote, leaf_fields
 from crosslmm_jax.errors import ConfigError, UserError
 
 Config = TypeVar("Config")
@@ -142,6 +142,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     Raises:
       UserError: the file is missing or fails, or an override names no field or has another type.
     """
+    if is_remote(path):
+        raise UserError(f"{path}: object stores are not supported yet; name a file of a mounted disk")
     config = _run_config_file(Path(path))
     return apply_overrides(config, overrides, source=path) if overrides else config
 

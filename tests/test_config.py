@@ -507,3 +507,5 @@ def test_a_broken_config_file_is_named(tmp_path: Path, text: str, message: str) 
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nope.py: no such config file"):
         load_experiment(tmp_path / "nope.py")
+    with pytest.raises(UserError, match="gs://bucket/a.py: object stores are not supported"):
+        load_experiment("gs://bucket/a.py")
