@@ -31,7 +31,9 @@ from crosslmm_jax.errors import STALLED, USER_MISTAKE, UserError
 TICK_S = 1.0  # between two signs of life
 LEAVE_S = 6.0  # that the hub waits for the others to leave, and others for the hub's answer
 _RETRY_S = 0.2  # between two attempts to connect
+_CONNECT_S = 10.0  # for one address of a host, which may have several
 _HELLO_S = 5.0  # for the first message of a connection
+_FREE_S = 10.0  # for an earlier run to leave the port
 _LONG_S = 1e6  # the longest that sockets wait
 _PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
 
@@ -70,27 +72,35 @@ class Link:
         self.place = Place()
         self.heard = time.monotonic()
         self.at_end = self.knows_cause = False
-        self._received = b""
+        self._received = self._unsent = b""
         self._messages: list[Message] = []
 
     def send(self, **message: object) -> None:
-        """Sends a message. What a process that does not read would make us wait for is dropped."""
+        """Sends a message, or its beginning: the rest goes with the next one. Never waits.
+
+        A place is dropped while a process does not read: the next one is newer.
+        """
+        if not (self._unsent and "place" in message):
+            self._unsent += json.dumps(message).encode() + b"\n"
         try:
-            self.connection.send(json.dumps(message).encode() + b"\n")
+            self._unsent = self._unsent[self.connection.send(self._unsent) :]
         except OSError:
             pass  # whoever reads from this connection finds out
 
     def first(self, seconds: float) -> Message | None:
-        """Waits for one message; None if there is none, or nothing of ours."""
+        """Waits for one message; None if the other side has closed, or sends nothing of ours."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             self.connection.settimeout(left)
             try:
-                self._messages = self.receive() or []
-            except ValueError:
+                messages = self.receive()
+            except (ValueError, RecursionError):  # of json
                 return None
-            if self._messages:
-                return self._messages.pop(0)
+            if messages is None:
+                return None
+            if messages:
+                message, *self._messages = messages
+                return message if isinstance(message, dict) else None
         return None
 
     def receive(self) -> list[Message] | None:
@@ -348,6 +358,13 @@ def _hello(process: int, count: int) -> Message:
     return {"process": process, "host": socket.gethostname(), "count": count, "software": software()}
 
 
+def _is_hello(message: Message) -> bool:
+    count = message.get("count")
+    return message.keys() == {"process", "host", "count", "software"} and (
+        isinstance(count, int) and message["process"] in range(1, count)
+    )
+
+
 def _receive_all(port: int, count: int, seconds: float) -> dict[int, Link]:
     links: dict[int, Link] = {}
     ours, refusal = _hello(0, count), None
@@ -365,7 +382,7 @@ def _receive_all(port: int, count: int, seconds: float) -> dict[int, Link]:
                     " (run.watchdog.start_s)"
                 ) from None
             hello = link.first(_HELLO_S)
-            if hello is None or hello.get("process") not in range(1, count) or hello["process"] in links:
+            if hello is None or not _is_hello(hello) or hello["process"] in links:
                 link.connection.close()  # nothing of this run
                 continue
             link.process, link.host = hello["process"], hello["host"]
@@ -382,7 +399,18 @@ def _receive_all(port: int, count: int, seconds: float) -> dict[int, Link]:
 
 
 def _listen(port: int) -> socket.socket:
-    """A socket on `port` of all addresses. It shares the port: jax's service takes it next."""
+    """A socket on `port` of all addresses. It shares the port: jax's service takes it next.
+
+    The service of another run would share it, too, and get processes of this one. So nobody may listen yet.
+    """
+    deadline = time.monotonic() + _FREE_S
+    while _is_listened_to(port):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"COORDINATOR_ADDRESS: port {port} is in use on this host; choose another one, or end the run"
+                " that uses it"
+            )
+        time.sleep(_RETRY_S)
     dual = socket.has_dualstack_ipv6()
     server = socket.socket(socket.AF_INET6 if dual else socket.AF_INET)
     try:
@@ -398,11 +426,19 @@ def _listen(port: int) -> socket.socket:
     return server
 
 
+def _is_listened_to(port: int) -> bool:
+    try:
+        socket.create_connection(("localhost", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
 def _connect(host: str, port: int, count: int, process: int, seconds: float) -> Link:
     hello, deadline = _hello(process, count), time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         try:
-            connection = socket.create_connection((host, port), timeout=min(left, _LONG_S))
+            connection = socket.create_connection((host, port), timeout=min(left, _CONNECT_S))
         except OSError:
             time.sleep(_RETRY_S)
             continue

@@ -24,8 +24,8 @@ def find_rank() -> Rank | None:
     none of them is set: JAX knows the hosts of all slices.
 
     Raises:
-      ConfigError: some of the three are set but not all, the counts are not numbers, or there is no TPU where
-        GKE says that there are several hosts with TPUs.
+      ConfigError: some of the three are set but not all, the address has no port, the counts are not numbers,
+        or there is no TPU where GKE says that there are several hosts with TPUs.
     """
     present = [name for name in _VARIABLES if os.environ.get(name)]
     if not present:
@@ -39,7 +39,13 @@ def find_rank() -> Rank | None:
     count, index = _whole_number("NUM_PROCESSES"), _whole_number("PROCESS_ID")
     if index >= max(count, 1):
         raise ConfigError(f"environment variable PROCESS_ID is {index}; must be below NUM_PROCESSES={count}")
-    return Rank(os.environ["COORDINATOR_ADDRESS"], count, index) if count > 1 else None
+    address = os.environ["COORDINATOR_ADDRESS"]
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(
+            f"environment variable COORDINATOR_ADDRESS is {address!r}; it must be host:port, e.g. node1:8482"
+        )
+    return Rank(address, count, index) if count > 1 else None
 
 
 def _whole_number(name: str) -> int:
