@@ -1,5 +1,6 @@
 """Two processes of one run, and a fault from outside: all end in time, with one right line and code.
 
+Each case takes 10 to 110 s on two busy cores. Three are `slow`, the others `nightly`.
 With CROSSLMM_FAULTS_TABLE=docs/results/faults_two_processes.md and -m "slow or nightly" this file writes the
 table of what was measured.
 """
@@ -161,8 +162,9 @@ def gone(process: int) -> str:
 # ---- a process that is lost ----
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    "victim", [pytest.param(0, marks=pytest.mark.nightly), pytest.param(1, marks=pytest.mark.slow)]
+)
 def test_kill_9(make_run, victim: int) -> None:
     run = make_run()
     run.start()
@@ -171,7 +173,7 @@ def test_kill_9(make_run, victim: int) -> None:
     run.ends(f"kill -9 of process {victim}", [-9 if i == victim else 75 for i in (0, 1)], gone(victim))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_stopped_process(make_run) -> None:
     run = make_run()
     run.start()
@@ -187,7 +189,7 @@ def test_a_stopped_process(make_run) -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_rank_that_does_not_come_in_time(make_run) -> None:
     run = make_run(limits={"start_s": 5})
     run.start(index=0)
@@ -220,7 +222,7 @@ def test_different_code_on_one(make_run, tmp_path) -> None:
     assert not run.out.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_full_disk(make_run, mount_disk, fill) -> None:
     disk = mount_disk(kilobytes=16_000)
     run = make_run(disk / "run", save_every=3)
