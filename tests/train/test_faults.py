@@ -39,9 +39,20 @@ class Run:
         self.config, self.out, self.environment = config, out, environment
         self.processes: list[subprocess.Popen] = []
 
-    def start(self, *words: str, index: int | None = None, **variables: str) -> None:
+    def start(
+        self, *words: str, index: int | None = None, before: list[str] | None = None, **variables: str
+    ) -> None:
+        """`before`: a command that runs the process, in its place."""
         for each in (0, 1) if index is None else (index,):
-            command = [sys.executable, "-m", "crosslmm_jax.cli", "train", self.config, *words]
+            command = [
+                *(before or []),
+                sys.executable,
+                "-m",
+                "crosslmm_jax.cli",
+                "train",
+                self.config,
+                *words,
+            ]
             with self._log(each).open("w") as log:
                 self.processes.append(
                     subprocess.Popen(
@@ -245,6 +256,40 @@ def test_a_checkpoint_that_fails_on_one(make_run) -> None:
         "process 1 cannot write its part of a checkpoint, in the background", [2, 2],
         f"process 1 on host {HOST}: {run.out}/checkpoints: a checkpoint was not written .File too large",
     )  # fmt: skip
+
+
+def with_mount(words: str) -> list[str]:
+    """What runs a command that alone sees what `mount WORDS` mounts."""
+    mount = ["unshare", "--mount", "sh", "-c", f'mount {words} && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("only root may mount a disk")
+    return mount
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("name", "mount", "line"),
+    [
+        (
+            "process 1 finds no media (from the start)", "-t tmpfs -o size=64k none {}",
+            r"train.json: row \d+ .*{}/train_0000\d.mp4: no such file; .* are the media where the index says",
+        ),
+        (
+            "process 1 cannot read one of four videos (from the start)",
+            "--bind /dev/null {}/train_00001.mp4",
+            r"\d+ of 200 rows could not be read .\d+ not_a_file.*max_bad_fraction 0.05;"
+            r" .*row \d+ .*{}/train_00001.mp4",
+        ),
+    ],
+)  # fmt: skip
+def test_media_that_one_cannot_read(make_run, files, name: str, mount: str, line: str) -> None:
+    """It replaces damaged rows by others, up to `max_bad_fraction`."""
+    videos = files / "data" / "videos"
+    run = make_run()
+    run.start(index=0)
+    run.start(index=1, before=with_mount(mount.format(videos)))
+    pattern = f"process 1 on host {HOST}: .*{line.replace('{}', str(videos))}"
+    run.ends(name, [2, 2], pattern, within=240)
 
 
 # ---- alive, but stuck ----
