@@ -112,11 +112,16 @@ def _open(config: ExperimentConfig, watchdog: Watchdog, stop: StopRequest, *, qu
 
 @contextlib.contextmanager
 def _owned(out: Path) -> Iterator[RunOwner]:
-    """Makes process 0 the owner of the run folder; all processes fail if another run owns it."""
+    """Makes process 0 the owner of the run folder.
+
+    All processes fail if another run owns it, or if it is another folder on one of their hosts.
+    """
     owner = RunOwner(out)
     undo = processes.on_early_end(lambda code: owner.release())
     try:
         together(lambda: owner.claim() if is_first_process() else None)
+        claimed_by = gather({"claim": owner.claimed_by})[0]["claim"]
+        together(lambda: owner.check_shared(claimed_by))
         yield owner
     finally:
         undo()

@@ -30,6 +30,7 @@ from crosslmm_jax.errors import UserError
 OWNER_FILE = "owner.json"
 HEARTBEAT_S = 5.0
 STALE_S = 30.0
+SHARED_S = 60.0  # after which a network file system shows a new file on all hosts
 _LOOK_S = 0.5  # between two looks at a heartbeat
 
 logger = logging.getLogger(__name__)
@@ -99,12 +100,16 @@ class _Seen(NamedTuple):
 
 
 class RunOwner:
-    """Makes this process the owner of a run folder, from `claim` to `release`."""
+    """Makes this process the owner of a run folder, from `claim` to `release`.
+
+    Attributes:
+      claimed_by: names this claim.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Touches nothing yet."""
         self._folder, self._path = folder, folder / OWNER_FILE
-        self._token = uuid.uuid4().hex
+        self._token = self.claimed_by = uuid.uuid4().hex
         self._mine = folder / f".{OWNER_FILE}.{self._token}"  # before it is linked
         self._released = threading.Event()
         self._heartbeats: threading.Thread | None = None
@@ -123,6 +128,21 @@ class RunOwner:
             raise UserError(f"run.out {self._folder}: {reason}; {fix}") from error
         self._heartbeats = threading.Thread(target=self._beat, name="run-owner", daemon=True)
         self._heartbeats.start()
+
+    def check_shared(self, claimed_by: str) -> None:
+        """Raises a UserError where the claim of process 0 is not seen: the folder is another one there."""
+        deadline = time.monotonic() + SHARED_S
+        while True:
+            with contextlib.suppress(OSError):
+                seen = _look(self._path)
+                if seen is not None and seen.token == claimed_by:
+                    return
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"run.out {self._folder}: this host does not see what process 0 writes there; name a"
+                    " folder that all hosts share"
+                )
+            time.sleep(_LOOK_S)
 
     def check(self) -> None:
         """Raises a UserError when another process has taken the folder over."""

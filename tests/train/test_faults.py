@@ -104,7 +104,8 @@ class Run:
             if code >= 0:
                 (said,) = LINE.findall(output)
                 assert re.search(line, said), output
-        MEASURED.append((name, seconds, found, said.replace(str(self.out), "RUN")))
+        said = re.sub(r"/\S*/files\d+/data/", "DATA/", said.replace(str(self.out), "RUN"))
+        MEASURED.append((name, seconds, found, said))
         self.processes.clear()
 
 
@@ -290,6 +291,20 @@ def test_media_that_one_cannot_read(make_run, files, name: str, mount: str, line
     run.start(index=1, before=with_mount(mount.format(videos)))
     pattern = f"process 1 on host {HOST}: .*{line.replace('{}', str(videos))}"
     run.ends(name, [2, 2], pattern, within=240)
+
+
+@pytest.mark.nightly
+def test_a_run_folder_that_is_not_shared(make_run, tmp_path) -> None:
+    folder = tmp_path / "local"
+    folder.mkdir()
+    run = make_run(folder / "run")
+    run.start(index=0)
+    run.start(index=1, before=with_mount(f"-t tmpfs -o size=16m none {folder}"))
+    run.ends(
+        "run.out of process 1 is another folder (from the start; it looks for 60 s)", [2, 2],
+        f"process 1 on host {HOST}: run.out {run.out}: this host does not see what process 0 writes there",
+        within=150,
+    )  # fmt: skip
 
 
 # ---- alive, but stuck ----

@@ -207,3 +207,15 @@ def test_a_full_disk(mount_disk, fill) -> None:
     fill(disk)
     with pytest.raises(UserError, match=rf"run\.out {disk}: No space left on device; free space there"):
         RunOwner(disk).claim()
+
+
+def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "SHARED_S", 0.1)
+    first, other = RunOwner(tmp_path), RunOwner(tmp_path)
+    first.claim()
+    other.check_shared(first.claimed_by)
+    with pytest.raises(
+        UserError, match="does not see what process 0 writes there; name a folder that all hosts"
+    ):
+        RunOwner(tmp_path / "elsewhere").check_shared(first.claimed_by)
+    first.release()
