@@ -111,6 +111,15 @@ def test_segments_from_presentation_times_alone() -> None:
     assert line([0, 40, 40, 40, 80]) == [0, 40, 80, 120, 160]
 
 
+def test_a_single_damaged_time_begins_no_segment() -> None:
+    first = [40 * number for number in range(40)]
+    assert line([*first[:25], 200, *first[26:]]) == first
+    lost = [*first[:25], 200, *[time + 4000 for time in first[26:]]]  # with many of its neighbours
+    assert line(lost) == [*lost[:25], 1000, *lost[26:]]
+    jumps = [*first[:25], *first[3:20]]
+    assert line(jumps) == [40 * number for number in range(len(jumps))]
+
+
 def test_segments_from_decoding_times() -> None:
     times, decoding = [80, 240, 160, 80, 240, 160], [0, 40, 80, 0, 40, 80]
     assert line(times, decoding=decoding) == [80, 240, 160, 280, 440, 360]

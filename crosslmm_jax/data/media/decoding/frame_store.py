@@ -79,7 +79,6 @@ class FrameStore:
         self._complete = self._stopped = self._ended = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._feed, daemon=True)
 
     def put(self, first: int, end: int, pixels: np.ndarray) -> None:
         """Stores uint8[R, R, 3] as the frames `first` to before `end` of those that are read.
@@ -131,7 +130,8 @@ class FrameStore:
 
     def __enter__(self) -> "FrameStore":
         if self._consumer is not None:
-            self._thread.start()
+            # Not kept here: a circle of store and thread would keep the pixels until garbage is collected.
+            threading.Thread(target=self._feed, daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -2,7 +2,8 @@
 
 Timestamps are not trusted blindly. In joined files they start again, and a recorder may let them jump back or
 stand still. Where they do not rise, a new segment begins, and segments are laid one after another, as players
-do. A file without presentation times, such as H.264 with B-frames in AVI, counts its frames instead.
+do. A single timestamp that lies before those around it is damaged, and begins no segment. A file without
+presentation times, such as H.264 with B-frames in AVI, counts its frames instead.
 """
 
 import bisect
@@ -12,6 +13,7 @@ import numpy as np
 
 # Most frames that a decoder holds back to bring frames into the order of display (H.264 and HEVC: 16).
 _MOST_HELD_BACK = 16
+_MOST_DAMAGED = 100  # timestamps of a file that are looked at one by one
 _LONGEST_GAP_S = 10.0  # between two frames of a broadcast; a longer one is a join
 
 
@@ -54,6 +56,8 @@ def lay_out(stamps: Timestamps, *, reorders: bool, longest_gap: int | None, gap:
         longest_gap: a step forward by more ticks also begins a segment; None: any step is a pause.
         gap: ticks from frame to frame where no segment has two frames.
     """
+    if stamps.decoding is None:
+        stamps = stamps._replace(presentation=_mended(stamps.presentation, reorders=reorders))
     breaks = _breaks(stamps, reorders=reorders, longest_gap=longest_gap)
     segments = np.concatenate([np.zeros(1, np.int64), breaks])
     parts = [part for part in np.split(np.arange(len(stamps.shown)), breaks) if stamps.shown[part].any()]
@@ -95,9 +99,38 @@ def _breaks(stamps: Timestamps, *, reorders: bool, longest_gap: int | None) -> n
         if longest_gap is not None:
             broken |= steps > longest_gap
         return np.flatnonzero(broken) + 1
-    if not reorders:
-        return np.flatnonzero(np.diff(stamps.presentation) <= 0) + 1
-    return _breaks_of_reordered(stamps.presentation)
+    return _breaks_of_presentation(stamps.presentation, reorders=reorders)
+
+
+def _breaks_of_presentation(stamps: np.ndarray, *, reorders: bool) -> np.ndarray:
+    return _breaks_of_reordered(stamps) if reorders else np.flatnonzero(np.diff(stamps) <= 0) + 1
+
+
+def _mended(stamps: np.ndarray, *, reorders: bool) -> np.ndarray:
+    """Presentation times in which a single damaged one follows on those before it.
+
+    It is single if the times before and after it rise without it: after a join they do not. A time that only
+    stands still is left as it is.
+    """
+    breaks = _breaks_of_presentation(stamps, reorders=reorders)
+    if len(breaks) > _MOST_DAMAGED:  # a file of many parts, as of a recorder that starts again
+        return stamps
+    mended = stamps.copy()
+    for number in breaks.tolist():
+        before, after = mended[:number], mended[number + 1 :]
+        rest, reached = np.concatenate([before, after]), int(before.max())
+        later = after[after > reached]
+        if not len(later) or later.min() - reached < 2:
+            continue
+        stands_still = mended[number] >= np.sort(before)[-2:][0]
+        goes_on_earlier = after[:_MOST_HELD_BACK].min() < before[-_MOST_HELD_BACK:].min()
+        if stands_still or goes_on_earlier:
+            continue
+        if (_breaks_of_presentation(rest, reorders=reorders) < len(before)).all():
+            gaps = np.diff(np.sort(before))
+            gap = int(gaps[gaps > 0].min(initial=int(later.min()) - reached))
+            mended[number] = reached + min(gap, (int(later.min()) - reached) // 2)
+    return mended
 
 
 def _breaks_of_reordered(stamps: np.ndarray) -> np.ndarray:
