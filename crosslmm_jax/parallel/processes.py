@@ -7,6 +7,7 @@ an early end    `leave`: all end within seconds, with one line and one exit code
 """
 
 import atexit
+import contextlib
 import ctypes
 import os
 import signal
@@ -14,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NoReturn
 
@@ -25,6 +26,7 @@ from crosslmm_jax.parallel.rank import Rank, find_rank
 
 SYMPTOM_S = 3.0  # an error may only follow from another process's end, which is known by then
 _LAST_WORDS_S = 3.0
+_LATE_WARNING_S = 0.3  # in which XLA's threads write their last warnings
 # jax's own limits, after which it ends a process by SIGABRT. The channel knows of a lost process before.
 _JAX_HEARTBEAT_S, _JAX_SHUTDOWN_S = 100, 60
 _PREEMPTION_KEY = (
@@ -145,6 +147,20 @@ def leave(code: int, text: str, *, phase: str = "", follows: bool = False) -> No
     os._exit(code)
 
 
+@contextlib.contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Drops what is written to stderr, also by C++; errors that are raised are not touched."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _end() -> None:
     """The usual end: all wait for each other."""
     global _channel
@@ -156,7 +172,9 @@ def _end() -> None:
     if not _channel.wait_for_all(_limits.end_s or None):
         text = f"the processes did not all come to the end within {_limits.end_s:.0f} s (run.watchdog.end_s)"
         leave(STALLED, text, phase="end")
-    jax.distributed.shutdown()
+    with _no_stderr():  # XLA warns of each process that it stops to watch (WatchTasksAsync ... CANCELLED)
+        jax.distributed.shutdown()
+        time.sleep(_LATE_WARNING_S)
     _channel.close()
     _channel = None
 
