@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import resource
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -102,6 +104,24 @@ def test_a_full_stream_lets_go_of_frames_and_keeps_its_memory(model, when_full, 
     again = model.watch_frames(FRAMES[chosen], TIMES[chosen], 48.0)
     assert_same(stream.watched(), again, len(chosen))
     assert len(set(sizes[1:])) == 1
+
+
+@pytest.mark.nightly
+def test_an_hour_of_appending_keeps_memory_flat(model, record_property):
+    """One frame per second, each appended by itself, and a question every minute."""
+    stream = Stream(model, most_frames=64)
+    arrays, process, generator = [], [], np.random.default_rng(0)
+    for second in range(3600):
+        frame = generator.integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+        stream.append(frame, np.array([float(second)]))
+        if second % 60 == 59:
+            stream.watched().ask(QUESTION, max_new_tokens=4)
+            arrays.append(sum(array.nbytes for array in jax.live_arrays()))
+            process.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+    record_property("arrays_mb", [round(arrays[minute] / 1e6, 2) for minute in (1, 29, 59)])
+    record_property("process_mb", [round(process[minute] / 1e6) for minute in (1, 29, 59)])
+    assert stream.num_received == 3600 and len(set(arrays[1:])) == 1
+    assert process[-1] < 1.05 * process[9]
 
 
 @pytest.mark.slow
