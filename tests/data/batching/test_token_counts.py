@@ -113,12 +113,19 @@ def columns_of(row: Row, media: tuple[Film, ...], tokenizer: Tokenizer) -> Colum
     )  # fmt: skip
 
 
+class OneRow(list):
+    """The row of a store, of whose media no damaged frames were counted."""
+
+    def damaged(self, number: int) -> list[int | None]:
+        return [None] * len(self[number].media)
+
+
 class FilmLoader(ExampleLoader):
     """Decodes films."""
 
     media: tuple[Film, ...] = ()
 
-    def _read_clip(self, row: Row, reference: str) -> Clip:
+    def _read_clip(self, row: Row, reference: str, damaged: int | None) -> Clip:
         clip = read(self.media[int(reference)], row.bounds, self.config.sampling)
         assert clip is not None
         return clip
@@ -143,7 +150,7 @@ def test_what_the_loader_returns_fits_the_planned_bucket(
     wording = wording_tokens(any_tokenizer)
     index = Index("x", (), (), (), (), "", wording, "")
     columns = columns_of(row, media, any_tokenizer)
-    loader = FilmLoader([row], config, tokenizer=any_tokenizer, image_size=1)  # type: ignore[arg-type]
+    loader = FilmLoader(OneRow([row]), config, tokenizer=any_tokenizer, image_size=1)  # type: ignore[arg-type]
     loader.media = media
     try:
         bucketed = bucket_rows(config, index, lambda: [columns], num_rows=1, tokens_per_frame=9)
@@ -182,7 +189,7 @@ def test_training_and_inference_read_the_same_words_about_a_video(
         (Turn("user", f"<video>\n{question}"), Turn("assistant", "A bar.")),
     )  # fmt: skip
     config = DataConfig(index="x", tokenizer="x", batch_size=1, sampling=sampling, time_instruction=kind)
-    loader = FilmLoader([row], config, tokenizer=any_tokenizer, image_size=1)  # type: ignore[arg-type]
+    loader = FilmLoader(OneRow([row]), config, tokenizer=any_tokenizer, image_size=1)  # type: ignore[arg-type]
     loader.media = (film,)
     bucketed = bucket_rows(
         config, Index("x", (), (), (), (), "", wording_tokens(any_tokenizer), ""),
@@ -203,7 +210,7 @@ def test_a_row_whose_placeholders_do_not_fit_is_rejected_by_name(tokenizer: Toke
     row = Row("file: row 7", "set", 7, "video", ("0",), "/root", None, turns)
     for time in ("none", "short"):
         config = DataConfig(index="x", tokenizer="x", batch_size=1, time_instruction=time)
-        loader = FilmLoader([row], config, tokenizer=tokenizer, image_size=1)  # type: ignore[arg-type]
+        loader = FilmLoader(OneRow([row]), config, tokenizer=tokenizer, image_size=1)  # type: ignore[arg-type]
         loader.media = (film,)
         bucketed = bucket_rows(
             config, Index("x", (), (), (), (), "", wording_tokens(tokenizer), ""),
