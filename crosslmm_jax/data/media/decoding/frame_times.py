@@ -57,7 +57,7 @@ def lay_out(stamps: Timestamps, *, reorders: bool, longest_gap: int | None, gap:
         gap: ticks from frame to frame where no segment has two frames.
     """
     if stamps.decoding is None:
-        stamps = stamps._replace(presentation=_mended(stamps.presentation, reorders=reorders))
+        stamps = stamps._replace(presentation=_replace_damaged(stamps.presentation, reorders=reorders))
     breaks = _breaks(stamps, reorders=reorders, longest_gap=longest_gap)
     segments = np.concatenate([np.zeros(1, np.int64), breaks])
     parts = [part for part in np.split(np.arange(len(stamps.shown)), breaks) if stamps.shown[part].any()]
@@ -106,31 +106,31 @@ def _breaks_of_presentation(stamps: np.ndarray, *, reorders: bool) -> np.ndarray
     return _breaks_of_reordered(stamps) if reorders else np.flatnonzero(np.diff(stamps) <= 0) + 1
 
 
-def _mended(stamps: np.ndarray, *, reorders: bool) -> np.ndarray:
-    """Presentation times in which a single damaged one follows on those before it.
+def _replace_damaged(stamps: np.ndarray, *, reorders: bool) -> np.ndarray:
+    """Presentation times int64[n] in which a single damaged one is replaced by one after those before it.
 
     It is single if the times before and after it rise without it: after a join they do not. A time that only
-    stands still is left as it is.
+    stands still stays as it is.
     """
     breaks = _breaks_of_presentation(stamps, reorders=reorders)
     if len(breaks) > _MOST_DAMAGED:  # a file of many parts, as of a recorder that starts again
         return stamps
-    mended = stamps.copy()
+    times = stamps.copy()
     for number in breaks.tolist():
-        before, after = mended[:number], mended[number + 1 :]
-        rest, reached = np.concatenate([before, after]), int(before.max())
-        later = after[after > reached]
-        if not len(later) or later.min() - reached < 2:
+        before, after = times[:number], times[number + 1 :]
+        reached = int(before.max())
+        room = int(after[after > reached].min(initial=np.iinfo(np.int64).max)) - reached
+        if not (after > reached).any() or room < 2:
             continue
-        stands_still = mended[number] >= np.sort(before)[-2:][0]
+        stands_still = times[number] >= np.sort(before)[-2:][0]
         goes_on_earlier = after[:_MOST_HELD_BACK].min() < before[-_MOST_HELD_BACK:].min()
         if stands_still or goes_on_earlier:
             continue
-        if (_breaks_of_presentation(rest, reorders=reorders) < len(before)).all():
+        others = _breaks_of_presentation(np.concatenate([before, after]), reorders=reorders)
+        if (others < number).all():
             gaps = np.diff(np.sort(before))
-            gap = int(gaps[gaps > 0].min(initial=int(later.min()) - reached))
-            mended[number] = reached + min(gap, (int(later.min()) - reached) // 2)
-    return mended
+            times[number] = reached + min(int(gaps[gaps > 0].min(initial=room)), room // 2)
+    return times
 
 
 def _breaks_of_reordered(stamps: np.ndarray) -> np.ndarray:
