@@ -15,38 +15,23 @@ from prompts import whole_prompt
 
 from crosslmm_jax.batch import Batch
 from crosslmm_jax.cli import main
-from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.media.video import read_frames
 from crosslmm_jax.data.text.chat import question_suffix
 from crosslmm_jax.data.text.layout import lay_out
 from crosslmm_jax.data.text.time_instruction import ClipMeta, time_text
 from crosslmm_jax.demo.synthetic import write_dataset
-from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference import Medium, Sampling, VideoModel, commands, load
 from crosslmm_jax.inference.assistant import Chat
 from crosslmm_jax.inference.commands import ask
 from crosslmm_jax.inference.figure import draw_attention
-from crosslmm_jax.model import CrossLMM, init_params
-from crosslmm_jax.model_folder import save_model_folder
+from crosslmm_jax.model import CrossLMM
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    from crosslmm_jax import presets
-
-    folder = tmp_path_factory.mktemp("inference")
-    write_default_tokenizer(folder / "tokenizer")
-    config = presets.tiny()
-    save_model_folder(
-        folder / "run" / "model",
-        config=config,
-        params=init_params(config, jax.random.key(0)),
-        tokenizer_folder=folder / "tokenizer",
-        sampling=SamplingConfig(frames=4),
-        system_prompt="You are a helpful assistant.",
-    )
-    return folder / "run"
+def model_folder(tmp_path_factory, write_model):
+    folder = tmp_path_factory.mktemp("inference") / "run"
+    return write_model(folder, system_prompt="You are a helpful assistant.").parent
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,8 @@ import pytest
 
 from crosslmm_jax import presets
 from crosslmm_jax.batch import AllOrNone, Batch, RowOrNone
-from crosslmm_jax.config import MeshConfig, SamplingConfig
+from crosslmm_jax.config import MeshConfig
 from crosslmm_jax.data.text import Tokenizer
-from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference import VideoModel, compiled, devices, load, watching
 from crosslmm_jax.inference.compiled import parts_of
@@ -20,7 +19,6 @@ from crosslmm_jax.inference.load import prepare_programs
 from crosslmm_jax.inference.prepare import prepare_params
 from crosslmm_jax.inference.shapes import FRAME_SIZES, QUESTION_TOKENS, padded_frames, prompt_shape
 from crosslmm_jax.model import CrossLMM, init_params, logical_axes
-from crosslmm_jax.model_folder import save_model_folder
 from crosslmm_jax.parallel import make_mesh, param_shardings
 
 
@@ -39,18 +37,13 @@ def compilations() -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory, write_model):
     from crosslmm_jax import presets
 
     folder, config = tmp_path_factory.mktemp("compiled"), presets.tiny()
     small = dataclasses.replace(config.vision, image_size=16)  # 4 patches: time goes into programs, not keys
     config = dataclasses.replace(config, vision=small)
-    write_default_tokenizer(folder / "tokenizer")
-    save_model_folder(
-        folder / "model", config=config, params=init_params(config, jax.random.key(0)),
-        tokenizer_folder=folder / "tokenizer", sampling=SamplingConfig(frames=4), system_prompt="Be brief.",
-    )  # fmt: skip
-    loaded = load(folder / "model")
+    loaded = load(write_model(folder, config))
     device = jax.devices()[:1]
     params = jax.device_put(jax.device_get(loaded.params), device[0])
     mesh = make_mesh(MeshConfig(), device)

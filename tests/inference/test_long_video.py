@@ -6,29 +6,19 @@ import jax
 import numpy as np
 import pytest
 
-from crosslmm_jax import presets
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.media import read_frames
 from crosslmm_jax.demo.synthetic import write_dataset
-from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference import VideoModel, assistant, compiled, load, watching
-from crosslmm_jax.model import init_params
-from crosslmm_jax.model_folder import save_model_folder
 
 QUESTION = "What shape is the red object?"
 FRAMES = 40
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> VideoModel:
-    folder, config = tmp_path_factory.mktemp("long"), presets.tiny()
-    write_default_tokenizer(folder / "tokenizer")
-    save_model_folder(
-        folder / "model", config=config, params=init_params(config, jax.random.key(0)),
-        tokenizer_folder=folder / "tokenizer", sampling=SamplingConfig(frames=4), system_prompt="Be brief.",
-    )  # fmt: skip
-    return load(folder / "model")
+def model(tmp_path_factory, write_model) -> VideoModel:
+    return load(write_model(tmp_path_factory.mktemp("long")))
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 from crosslmm_jax.cli import main
-from crosslmm_jax.config import MeshConfig, SamplingConfig
+from crosslmm_jax.config import MeshConfig
 from crosslmm_jax.data.media import from_bytes
 from crosslmm_jax.data.text import question_suffix
 from crosslmm_jax.demo.synthetic import write_dataset
-from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference import (
     Answer,
@@ -33,8 +32,6 @@ from crosslmm_jax.inference import (
 from crosslmm_jax.inference import many as many_module
 from crosslmm_jax.inference.compiled import Compiled
 from crosslmm_jax.inference.replies import AnswerOptions
-from crosslmm_jax.model import init_params
-from crosslmm_jax.model_folder import save_model_folder
 from crosslmm_jax.parallel import make_mesh
 
 QUESTIONS = (
@@ -45,16 +42,8 @@ QUESTIONS = (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    from crosslmm_jax import presets
-
-    folder, config = tmp_path_factory.mktemp("many"), presets.tiny()
-    write_default_tokenizer(folder / "tokenizer")
-    save_model_folder(
-        folder / "model", config=config, params=init_params(config, jax.random.key(1)),
-        tokenizer_folder=folder / "tokenizer", sampling=SamplingConfig(frames=4), system_prompt="Be brief.",
-    )  # fmt: skip
-    return folder / "model"
+def folder(tmp_path_factory, write_model):
+    return write_model(tmp_path_factory.mktemp("many"), seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,10 @@ import numpy as np
 import pytest
 
 from crosslmm_jax import presets
-from crosslmm_jax.config import MeshConfig, SamplingConfig
+from crosslmm_jax.config import MeshConfig
 from crosslmm_jax.demo.synthetic import write_dataset
-from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.inference import Item, Sampling, VideoModel, answer_many, load, score_options
 from crosslmm_jax.inference.replies import AnswerOptions
-from crosslmm_jax.model import init_params
-from crosslmm_jax.model_folder import save_model_folder
 from crosslmm_jax.parallel import make_mesh
 
 pytestmark = [pytest.mark.slow, pytest.mark.multihost]
@@ -47,17 +44,13 @@ def answers(model, clips: list[str], missing: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> SimpleNamespace:
+def made(tmp_path_factory, write_model) -> SimpleNamespace:
     """A MODEL folder, clips, and what one process with one device says."""
     folder, config = tmp_path_factory.mktemp("processes"), presets.tiny()
     small = dataclasses.replace(config.vision, image_size=16)
     decoder = dataclasses.replace(config.decoder, num_layers=2)  # time goes into programs, as many as layers
     config = dataclasses.replace(config, vision=small, decoder=decoder)
-    write_default_tokenizer(folder / "tokenizer")
-    save_model_folder(
-        folder / "model", config=config, params=init_params(config, jax.random.key(5)),
-        tokenizer_folder=folder / "tokenizer", sampling=SamplingConfig(frames=4), system_prompt="Be brief.",
-    )  # fmt: skip
+    write_model(folder, config, seed=5)
     clips = write_dataset(folder / "clips", num_train=4, num_heldout=4, seed=0).heldout_videos[:3]
     loaded, device = load(folder / "model"), jax.devices()[:1]
     model = VideoModel(

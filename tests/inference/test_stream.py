@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from crosslmm_jax import presets
-from crosslmm_jax.config import MeshConfig, SamplingConfig
+from crosslmm_jax.config import MeshConfig
 from crosslmm_jax.data.media import Clip
-from crosslmm_jax.demo.tokenizer import write_default_tokenizer
 from crosslmm_jax.errors import UserError
 from crosslmm_jax.inference import (
     Answer,
@@ -26,8 +25,7 @@ from crosslmm_jax.inference import (
     watching,
 )
 from crosslmm_jax.inference.shapes import prompt_shape
-from crosslmm_jax.model import init_params
-from crosslmm_jax.model_folder import Processor, save_model_folder
+from crosslmm_jax.model_folder import Processor
 from crosslmm_jax.parallel import make_mesh
 
 QUESTION = "What shape is the red object?"
@@ -37,17 +35,12 @@ TIMES = np.arange(48, dtype=np.float32)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> VideoModel:
+def model(tmp_path_factory, write_model) -> VideoModel:
     """Each compact token reads its own frame, so that what is appended later changes nothing before it."""
     folder, config = tmp_path_factory.mktemp("stream"), presets.tiny()
-    write_default_tokenizer(folder / "tokenizer")
     cross = dataclasses.replace(config.cross_attention, v2v_scope="frame")
-    save_model_folder(
-        folder / "model", config=(config := dataclasses.replace(config, cross_attention=cross)),
-        params=init_params(config, jax.random.key(0)), tokenizer_folder=folder / "tokenizer",
-        sampling=SamplingConfig(frames=4), system_prompt="You are a helpful assistant.",
-    )  # fmt: skip
-    return load(folder / "model")
+    config = dataclasses.replace(config, cross_attention=cross)
+    return load(write_model(folder, config, system_prompt="You are a helpful assistant."))
 
 
 def with_processor(model: VideoModel, processor: Processor) -> VideoModel:

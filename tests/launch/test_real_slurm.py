@@ -269,13 +269,19 @@ def test_a_stopped_job_resumes_until_it_is_stopped_for_good(
     assert cluster.weights("stopped") == expected
 
 
+def job_after_a_save(cluster: Cluster, out: str) -> tuple[Job, int]:
+    """A job that has saved step 5 and goes on, and the ID of its process on node n2."""
+    job = cluster.submit(out, "--run.save-every", "5")
+    job.wait_for_steps(7)
+    (process,) = job.processes("n2")
+    return job, process
+
+
 def test_a_killed_task_ends_the_job_and_the_same_command_resumes(
     cluster: Cluster, expected: bytes, pause, record_property
 ) -> None:
     pause(0.5)
-    job = cluster.submit("killed", "--run.save-every", "5")
-    job.wait_for_steps(7)
-    (process,) = job.processes("n2")
+    job, process = job_after_a_save(cluster, "killed")
     os.kill(process, signal.SIGKILL)
     record_property("killed_task_to_end_s", job.wait_for_end(120, state="FAILED"))
     assert job.field("Restarts") == "0" and "the job is not queued again" in job.log
@@ -290,9 +296,7 @@ def test_a_lost_node_moves_the_job_to_others(
     cluster: Cluster, expected: bytes, pause, record_property
 ) -> None:
     pause(0.5)
-    job = cluster.submit("lost_node", "--run.save-every", "5")
-    job.wait_for_steps(7)
-    (process,) = job.processes("n2")
+    job, process = job_after_a_save(cluster, "lost_node")
     stepd = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
     daemon = int((cluster.folder / "slurmd-n2.pid").read_text())
     assert b"slurmstepd" in Path(f"/proc/{stepd}/cmdline").read_bytes()
