@@ -298,7 +298,7 @@ def read_frames(
             shown = np.flatnonzero(index.shown)
             chosen = choose(index.times[shown], end=index.end, tick=index.tick)
             if keyframes:
-                chosen = _nearest_keyframes(chosen, index, shown)
+                chosen = _nearest_keyframes(chosen, index, shown, bounds)
             chosen = chosen.only(only)
             # The other efforts may replace an image, so one thread makes them.
             in_order, wanted, count = effort == "exactly", shown[chosen.frames], 0
@@ -463,14 +463,18 @@ _Choose = Callable[..., _ChosenFrames]  # (times; end, tick), as of `_choose`
 _Into = Callable[..., FrameStore]  # (repeats; may_replace)
 
 
-def _nearest_keyframes(chosen: _ChosenFrames, index: PacketIndex, shown: np.ndarray) -> _ChosenFrames:
-    """The keyframes nearest to the chosen times; `shown` are the packets that are displayed."""
+def _nearest_keyframes(
+    chosen: _ChosenFrames, index: PacketIndex, shown: np.ndarray, bounds: tuple[float, float] | None
+) -> _ChosenFrames:
+    """The keyframes nearest to the chosen times, within the bounds if it can be; `shown` are displayed."""
     first = int(index.times[shown].min())
     places = np.flatnonzero(index.keyframes[shown])
     if not len(places):
         return chosen
     places = places[np.argsort(index.times[shown[places]], kind="stable")]
     seconds = (index.times[shown[places]] - first) * index.tick
+    if bounds is not None and (inside := (seconds >= bounds[0]) & (seconds < bounds[1])).any():
+        places, seconds = places[inside], seconds[inside]
     after = np.minimum(np.searchsorted(seconds, chosen.seconds), len(places) - 1)
     before = np.maximum(after - 1, 0)
     nearer = chosen.seconds - seconds[before] <= seconds[after] - chosen.seconds

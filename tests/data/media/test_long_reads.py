@@ -207,5 +207,8 @@ def test_keyframes_are_the_nearest_ones(path, threads, in_threads):
     wanted = read_frames(path, SamplingConfig(frames=4), size=SIZE).times
     nearest = np.abs(clip.times[:, None] - wanted).min(axis=0)
     np.testing.assert_allclose(np.abs(few.times - wanted), nearest, atol=1e-6)
-    part = read_frames(path, SamplingConfig(frames=1), size=SIZE, bounds=(2.0, 3.0), keyframes=True)
-    assert abs(part.times[0] - 2.0) == np.abs(clip.times - 2.0).min()
+    first = float(clip.times[5])  # a part that begins right after it, and one without any keyframe
+    for bounds, there in (((first + 0.06, 4.0), clip.times[6:]), ((first + 0.06, first + 0.1), clip.times)):
+        part = read_frames(path, SamplingConfig(frames=1), size=SIZE, bounds=bounds, keyframes=True)
+        wanted = read_frames(path, SamplingConfig(frames=1), size=SIZE, bounds=bounds).times[0]
+        assert abs(part.times[0] - wanted) == pytest.approx(np.abs(there - wanted).min(), abs=1e-6)
