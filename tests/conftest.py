@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -338,3 +339,11 @@ def random_batch(
         frame_times=np.tile(np.arange(frames, dtype=np.float32), (batch, 1)),
         row_index=np.arange(batch, dtype=np.int32),
     )  # fmt: skip
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where a shell started the tests in the background, without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

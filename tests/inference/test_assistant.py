@@ -357,14 +357,6 @@ def test_a_question_that_is_too_long_is_refused_and_the_chat_goes_on(chat, model
     assert "half of a character" in errors[1] and "is not UTF-8" in errors[2]
 
 
-@pytest.fixture
-def ctrl_c():
-    """SIGINT raises KeyboardInterrupt, also where a shell started the tests in the background, without it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("late", [False, True])
 def test_ctrl_c_stops_an_answer_and_leaves_at_the_next_prompt(chat, monkeypatch, late):

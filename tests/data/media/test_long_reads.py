@@ -140,6 +140,7 @@ def test_a_frame_that_cannot_be_resized_ends_those_that_wait_for_it(tmp_path, mo
     assert not reading.is_alive()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_the_consumer_works_on_the_last_frames():
     """It gets no more of them."""
 
