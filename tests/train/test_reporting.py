@@ -16,7 +16,7 @@ import pytest
 from crosslmm_jax import presets
 from crosslmm_jax.errors import REASONS
 from crosslmm_jax.model import flops
-from crosslmm_jax.train.reporting.hosts import ROOM, HostShare
+from crosslmm_jax.train.reporting.hosts import ROOM, HostShare, shorten
 from crosslmm_jax.train.reporting.json_lines import JsonLines, read_lines
 from crosslmm_jax.train.reporting.metrics_line import metrics_line, note_of
 from crosslmm_jax.train.reporting.metrics_window import StepTimes, Window
@@ -140,7 +140,16 @@ def test_a_share_has_room_for_every_reason(line_of) -> None:
         device_memory_gb=123.456, host_memory_gb=123.456, faults=dict.fromkeys(REASONS, 10**6),
         truncated={"rows": 10**6, "turns": 10**6},
     )  # fmt: skip
-    assert len(json.dumps(share)) < ROOM / 2
+    longest = shorten("\N{CLAPPER BOARD}" * 1000, 400)
+    assert len(json.dumps(share)) + len(json.dumps(longest)) < ROOM - 200
+
+
+def test_a_long_reason_keeps_the_file_and_the_fault() -> None:
+    where = "/a" * 200 + "/train.json: row 7: "
+    reason = where + "/b" * 80 + "/train_00001.mp4: no such file"
+    short = shorten(reason, 400)
+    assert len(short) == 400 and short.startswith("/a/a") and short.endswith("/train_00001.mp4: no such file")
+    assert shorten("short", 400) == "short"
 
 
 def test_lines_after_a_kill_in_the_middle_of_one(tmp_path: Path) -> None:

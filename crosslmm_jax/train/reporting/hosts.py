@@ -15,8 +15,8 @@ from crosslmm_jax.errors import Fault
 from crosslmm_jax.parallel import gather
 from crosslmm_jax.train.reporting.metrics_window import Window
 
-ROOM = 4096  # bytes of one process's share
-_DETAIL = 200  # characters of the reason why a row is bad
+ROOM = 8192  # bytes of one process's share; the longest reason, in JSON, takes 4,800
+_DETAIL = 400  # characters of the reason why a row is bad
 _TICK_S = 0.1
 _PAUSE_S = 0.5  # a shorter delay of a tick is the scheduler's
 
@@ -69,7 +69,8 @@ class Hosts:
     ) -> list[HostShare]:
         """The shares of all processes. Bad rows that have no room wait for the next report."""
         self._waiting += [
-            BadRow(row=fault.row, reason=fault.reason, detail=str(fault)[:_DETAIL]) for fault in bad_rows
+            BadRow(row=fault.row, reason=fault.reason, detail=shorten(str(fault), _DETAIL))
+            for fault in bad_rows
         ]
         step, times = window.longest_own
         share = HostShare(
@@ -119,6 +120,15 @@ def added(counts: list[dict[str, int]]) -> dict[str, int]:
     for count in counts:
         total.update(count)
     return dict(sorted(total.items()))
+
+
+def shorten(text: str, length: int) -> str:
+    """`text`, or its first quarter and its end in `length` characters: a file and what is wrong come last."""
+    if len(text) <= length:
+        return text
+    cut = " ... "
+    head = length // 4
+    return text[:head] + cut + text[len(text) - (length - head - len(cut)) :]
 
 
 class PauseMeter:
