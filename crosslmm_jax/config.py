@@ -426,15 +426,27 @@ class DataConfig:
         return self.text_buckets[-1] if self.text_buckets else self.max_text_tokens
 
 
+_PATTERNS = f"some of {', '.join(PARTS)}, or patterns of parameter names such as decoder.layers.w*"
+
+
+def _may_match(pattern: str) -> bool:
+    """Whether a pattern of parameter names begins with a part, or with a wildcard."""
+    first = pattern.split(".")[0]
+    return first in PARTS or any(wildcard in first for wildcard in "*?[")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One stage of training: what learns, how fast, for how long (paper sec. 4.1, table 3)."""
 
     name: Recipe[str]  # shown in logs and reports
-    trainable: Recipe[tuple[Part, ...]]  # parts that learn; the others stay bit-identical
+    # What learns: parts, or patterns of parameter names (`crosslmm_jax.train.stages`). The rest stays
+    # bit-identical.
+    trainable: Recipe[tuple[str, ...]]
     directions: Recipe[tuple[Direction, ...]]  # cross-attention in the graph
     steps: Recipe[int]  # optimiser steps
     learning_rate: Recipe[float]  # peak rate of every part without a scale below
+    frozen: Recipe[tuple[str, ...]] = ()  # parts or patterns that do not learn although trainable names them
     vision_lr_scale: Recipe[float] = 1.0  # encoder's rate over learning_rate
     cross_attn_lr_scale: Recipe[float] = 1.0  # cross-attention's rate over learning_rate
     gate_lr_scale: Recipe[float] = 1.0  # gates' rate over that of cross-attention
@@ -451,11 +463,14 @@ class StageConfig:
         _require_not_negative(self, "weight_decay", "vision_lr_scale", "cross_attn_lr_scale", "gate_lr_scale")
         for name in ("b1", "b2"):
             _require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        known = bool(self.trainable) and set(self.trainable) <= set(PARTS)
-        _require(self, "trainable", known, f"some of {', '.join(PARTS)}")
+        _require(self, "trainable", bool(self.trainable), _PATTERNS)
+        for name in ("trainable", "frozen"):
+            _require(self, name, all(map(_may_match, getattr(self, name))), _PATTERNS)
         _require(self, "directions", set(self.directions) <= {"v2v", "t2v"}, 'made of "v2v" and "t2v"')
-        for part in {"v2v", "t2v"} & set(self.trainable):
-            _require(self, "directions", part in self.directions, f"with {part!r}, since trainable names it")
+        for part in ("v2v", "t2v"):
+            named = any(pattern.split(".")[0] == part for pattern in self.trainable)
+            fits = not named or part in self.directions
+            _require(self, "directions", fits, f"with {part!r}, since trainable names it")
         _require(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1)")
 
 

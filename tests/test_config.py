@@ -87,6 +87,13 @@ WRONG_ELSEWHERE = [
     ("data", {"batch_size": 0}, "DataConfig.batch_size is 0"),
     ("data", {"num_workers": -1}, "DataConfig.num_workers is -1; it must be 0 or more"),
     ("stage", {"trainable": ()}, "StageConfig.trainable is (); it must be some of encoder, projector"),
+    (
+        "stage",
+        {"trainable": ("decodr.layers",)},
+        "StageConfig.trainable is ('decodr.layers',); it must be some",
+    ),
+    ("stage", {"frozen": ("projectr",)}, "StageConfig.frozen is ('projectr',); it must be some of encoder"),
+    ("stage", {"trainable": ("t2v.w*",)}, "StageConfig.directions is ('v2v',); it must be with 't2v'"),
     ("stage", {"trainable": ("t2v",)}, "StageConfig.directions is ('v2v',); it must be with 't2v'"),
     ("stage", {"warmup_ratio": 1.0}, "StageConfig.warmup_ratio is 1.0; it must be in [0, 1)"),
     ("data", {"deadline_s": math.inf}, "DataConfig.deadline_s is inf; it must be a finite number"),

@@ -10,7 +10,7 @@ What counts as model FLOPs:
 `cost_analysis` of the reference backend counts the same.
 """
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from crosslmm_jax.config import PARTS, ModelConfig
@@ -35,6 +35,9 @@ PEAK_TFLOPS = {
     "TPU v6 lite": 918.0,
     "TPU v6e": 918.0,
 }
+
+
+ALL_LEARN: Mapping[str, float] = dict.fromkeys(PARTS, 1.0)  # part -> share of its weights that learn
 
 
 class Workload(NamedTuple):
@@ -184,37 +187,47 @@ def train(
     work: Workload,
     *,
     targets: int,
-    trainable: Collection[str] = PARTS,
+    learns: Mapping[str, float] = ALL_LEARN,
     dense: bool = False,
 ) -> Costs:
     """Forward and backward pass of one row, without recomputation.
 
     The backward pass of a product with weights costs the forward once for the gradient of its input and once
     for that of the weights; that of a product of activations costs it twice. No gradient is computed below
-    the first trainable part, nor for frozen weights.
+    the first part that learns, nor for frozen weights.
+
+    Args:
+      config: the model configuration, with the directions of the stage.
+      work: the row.
+      targets: positions whose logits are computed.
+      learns: part -> share of its weights that learn, for those of which some do.
+      dense: count masked pairs too.
     """
-    learns = {
+    part_of = {
         "encoder": "encoder", "pool": "", "projector": "projector", "v2v_kv": "v2v", "v2v": "v2v",
         "t2v_kv": "t2v", "t2v": "t2v", "self_attention": "decoder", "mlp": "decoder", "head": "decoder",
     }  # fmt: skip
     forward = prefill(config, work, dense=dense, logits=targets)
-    below = {"encoder": False, "pool": "encoder" in trainable, "projector": "encoder" in trainable}
-    visual_learns = bool({"encoder", "projector"} & set(trainable))
+    below = {"encoder": False, "pool": "encoder" in learns, "projector": "encoder" in learns}
+    visual_learns = bool({"encoder", "projector"} & learns.keys())
     costs = {}
     for part, cost in forward.items():
         passes_on = below.get(part, visual_learns if part.endswith("_kv") else True)
-        weights = 1 + (learns[part] in trainable) + passes_on
-        products = 1 + 2 * (passes_on or learns[part] in trainable)
+        weights = 1 + learns.get(part_of[part], 0) + passes_on
+        products = 1 + 2 * (passes_on or part_of[part] in learns)
         costs[part] = Cost(weights * cost.weights, products * cost.products)
-    if "projector" in trainable and "encoder" not in trainable:  # its first matrix passes no gradient on
+    if "projector" in learns and "encoder" not in learns:  # its first matrix passes no gradient on
         second = config.decoder.width / (config.vision.width + config.decoder.width)
-        costs["projector"] = Cost((2 + second) * forward["projector"].weights)
-    costs["pool"] = Cost(products=forward["pool"].products * (1 + ("encoder" in trainable)))
-    if "encoder" in trainable:  # gradients of the layers' inputs, but not of the pixels
+        costs["projector"] = Cost((1 + learns["projector"] + second) * forward["projector"].weights)
+    costs["pool"] = Cost(products=forward["pool"].products * (1 + ("encoder" in learns)))
+    if "encoder" in learns:  # gradients of the layers' inputs, but not of the pixels
         pixels = 2 * work.frames * config.vision.num_patches * 3 * config.vision.patch_size**2
         below_layers = pixels * config.vision.width
         layers = forward["encoder"].weights - below_layers
-        costs["encoder"] = Cost(2 * below_layers + 3 * layers, 3 * forward["encoder"].products)
+        share = learns["encoder"]
+        costs["encoder"] = Cost(
+            (1 + share) * below_layers + (2 + share) * layers, 3 * forward["encoder"].products
+        )
     return costs
 
 

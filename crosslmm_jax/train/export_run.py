@@ -134,7 +134,7 @@ def _read_params(checkpoint: Path, config: ExperimentConfig) -> Params:
         shapes,
         shardings,
     )
-    trainable, frozen = split(wanted, config.stage.trainable)
+    trainable, frozen = split(wanted, config.stage)
     item = {"trainable": trainable, "frozen": frozen}
     found = _read(
         checkpoint,

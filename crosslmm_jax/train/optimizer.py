@@ -14,8 +14,9 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from crosslmm_jax.config import StageConfig
+from crosslmm_jax.config import ModelConfig, StageConfig
 from crosslmm_jax.model import is_decayed
+from crosslmm_jax.train.stages import trained_of_model
 
 Path = tuple[str, ...]
 
@@ -28,16 +29,13 @@ def group_of(path: Path) -> str:
 
 
 def group_scales(stage: StageConfig) -> dict[str, float]:
-    """Trainable group -> its learning rate as a multiple of `stage.learning_rate`."""
-    scales: dict[str, float] = {}
-    if {"projector", "decoder"} & set(stage.trainable):
-        scales["base"] = 1.0
-    if "encoder" in stage.trainable:
-        scales["encoder"] = stage.vision_lr_scale
-    if {"v2v", "t2v"} & set(stage.trainable):
-        scales["cross_attention"] = stage.cross_attn_lr_scale
-        scales["gate"] = stage.cross_attn_lr_scale * stage.gate_lr_scale
-    return scales
+    """Group -> its learning rate as a multiple of `stage.learning_rate`."""
+    return {
+        "base": 1.0,
+        "encoder": stage.vision_lr_scale,
+        "cross_attention": stage.cross_attn_lr_scale,
+        "gate": stage.cross_attn_lr_scale * stage.gate_lr_scale,
+    }
 
 
 def warmup_steps(stage: StageConfig) -> int:
@@ -64,10 +62,11 @@ def learning_rate_schedule(stage: StageConfig) -> optax.Schedule:
     return learning_rate
 
 
-def learning_rates(stage: StageConfig, count: int) -> dict[str, float]:
-    """Group -> learning rate of the update that follows `count` updates, for reports."""
+def learning_rates(model: ModelConfig, stage: StageConfig, count: int) -> dict[str, float]:
+    """Group that learns -> learning rate of the update that follows `count` updates, for reports."""
     learning_rate = np.asarray(learning_rate_schedule(stage)(count)).item()
-    return {group: learning_rate * scale for group, scale in group_scales(stage).items()}
+    groups = {group_of(tuple(name.split("."))) for name in trained_of_model(model, stage)}
+    return {group: learning_rate * scale for group, scale in group_scales(stage).items() if group in groups}
 
 
 def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:

@@ -34,6 +34,7 @@ _FIXED = dict.fromkeys(
     names_with_role(ExperimentConfig, "architecture", "identity"), "decide what weights and data mean"
 ) | {
     "stage.trainable": "decide what the optimiser's state holds",
+    "stage.frozen": "decide what the optimiser's state holds",
     "run.init_from": "decide the weights before the first step",
     "run.seed": "decide the weights before the first step",
 }

@@ -1,40 +1,132 @@
-"""What a stage trains: parameters split by part, and the model's graph (paper sec. 4.1)."""
+"""What a stage trains: parameters split by name, and the model's graph (paper sec. 4.1).
 
+`StageConfig.trainable` and `frozen` are patterns of parameter names, as a MODEL folder has them:
+
+    decoder                 a part, and everything in it
+    decoder.layers.w*       the matrices of all decoder layers (`*` matches anything, dots included)
+    *.gate                  the gates of V2V and T2V
+    decoder.layers.*_norm   its norms; `?` and `[abc]` match one character
+
+A pattern names what it matches, and what lies below. What `trainable` names and `frozen` does not, learns.
+The layers of a stack are one parameter: they learn or stay together.
+"""
+
+import collections
 import dataclasses
-from collections.abc import Collection, Mapping
+import difflib
+import fnmatch
+import functools
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 from jaxtyping import PyTree
 
 from crosslmm_jax.config import PARTS, ModelConfig, StageConfig
+from crosslmm_jax.errors import ConfigError
 from crosslmm_jax.model import Params
+from crosslmm_jax.model_folder import flatten, parameter_shapes, unflatten
 
 
-def split(params: Mapping[str, PyTree], trainable: Collection[str]) -> tuple[Params, Params]:
-    """Splits `params` by part into (trainable, frozen).
+def trained_names(names: Collection[str], stage: StageConfig) -> set[str]:
+    """Those of the parameter `names`, such as "decoder.layers.wq", that a stage trains.
 
     Raises:
-      ValueError: a part is missing or unknown in `params`, or unknown in `trainable`.
+      ConfigError: a pattern matches nothing, nothing is left to train, or a direction of cross-attention
+        would learn that is not in the graph.
     """
-    if set(params) != set(PARTS) or not set(trainable) <= set(PARTS):
-        raise ValueError(
-            f"parameters have parts {sorted(params)} and {sorted(trainable)} are to be trained;"
-            f" parts are {sorted(PARTS)}"
+    named = matching(stage.trainable, names, field="trainable", what="parameter of the model")
+    frozen = matching(stage.frozen, named, field="frozen", what="parameter that StageConfig.trainable names")
+    found = named - frozen
+    if not found:
+        raise ConfigError(
+            f"StageConfig.frozen is {stage.frozen!r}; it must leave some of what trainable names to learn"
         )
-    learning: Params = {part: params[part] for part in PARTS if part in trainable}
-    frozen: Params = {part: params[part] for part in PARTS if part not in trainable}
-    return learning, frozen
+    for part in {name.split(".")[0] for name in found} & ({"v2v", "t2v"} - set(stage.directions)):
+        raise ConfigError(
+            f"StageConfig.trainable is {stage.trainable!r}, which names parameters of {part}; directions is"
+            f" {stage.directions!r}, so that they would not learn: add {part!r} to directions or to frozen"
+        )
+    return found
+
+
+def matching(patterns: Sequence[str], names: Collection[str], *, field: str, what: str) -> set[str]:
+    """Those of the parameter `names` that one of the patterns matches.
+
+    Args:
+      patterns: as at the top of this file.
+      names: of parameters.
+      field: of `StageConfig` that holds the patterns, for the message.
+      what: what `names` are, for the message.
+
+    Raises:
+      ConfigError: a pattern matches none of them; the message has the nearest names.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = {
+            name for name in names if any(fnmatch.fnmatchcase(n, pattern) for n in _with_parents(name))
+        }
+        if not matched:
+            nodes = sorted({node for name in names for node in _with_parents(name)})
+            near = difflib.get_close_matches(pattern, nodes, n=3, cutoff=0.5) or nodes[:3]
+            raise ConfigError(
+                f"StageConfig.{field}: {pattern!r} matches no {what}; near it are {', '.join(near)}"
+            )
+        found |= matched
+    return found
+
+
+def _with_parents(name: str) -> list[str]:
+    """ "a.b.c" -> ["a", "a.b", "a.b.c"]."""
+    keys = name.split(".")
+    return [".".join(keys[: count + 1]) for count in range(len(keys))]
+
+
+def split(params: Mapping[str, PyTree], stage: StageConfig) -> tuple[Params, Params]:
+    """Splits `params` by name into (trainable, frozen), both nested like `params`.
+
+    Raises:
+      ValueError: `params` have other parts than a model.
+      ConfigError: as `trained_names`.
+    """
+    if set(params) != set(PARTS):
+        raise ValueError(f"parameters have parts {sorted(params)}; parts are {sorted(PARTS)}")
+    flat = flatten(params)
+    learning = trained_names(flat, stage)
+    trainable = {name: value for name, value in flat.items() if name in learning}
+    frozen = {name: value for name, value in flat.items() if name not in learning}
+    return unflatten(trainable), unflatten(frozen)
 
 
 def merge(trainable: Mapping[str, PyTree], frozen: Mapping[str, PyTree]) -> Params:
     """The inverse of `split`.
 
     Raises:
-      ValueError: a part is missing, unknown, or in both.
+      ValueError: a parameter is in both, or a part is missing or unknown.
     """
-    parts = {**trainable, **frozen}
-    if len(parts) != len(trainable) + len(frozen) or set(parts) != set(PARTS):
+    learning, rest = flatten(trainable), flatten(frozen)
+    params = unflatten({**learning, **rest})
+    if learning.keys() & rest.keys() or set(params) != set(PARTS):
         raise ValueError(f"parts {sorted(trainable)} and {sorted(frozen)} do not make up {sorted(PARTS)}")
-    return {part: parts[part] for part in PARTS}
+    return params
+
+
+@functools.lru_cache(maxsize=8)
+def trained_of_model(model: ModelConfig, stage: StageConfig) -> frozenset[str]:
+    """Names of the parameters of `model` that a stage trains; raises like `trained_names`."""
+    return frozenset(trained_names(parameter_shapes(model), stage))
+
+
+def trained_shares(model: ModelConfig, stage: StageConfig) -> dict[str, float]:
+    """Part -> share of its parameters that a stage trains, for parts of which it trains some."""
+    learning = trained_of_model(model, stage)
+    sizes: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+    for name, shape in parameter_shapes(model).items():
+        size = math.prod(shape)
+        of_part = sizes[name.split(".")[0]]
+        of_part[0] += size * (name in learning)
+        of_part[1] += size
+    return {part: trained / total for part, (trained, total) in sizes.items() if trained}
 
 
 def model_of_stage(model: ModelConfig, stage: StageConfig) -> ModelConfig:

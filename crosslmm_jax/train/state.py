@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
 
 def initial_state(params: Params, stage: StageConfig) -> TrainState:
     """The state before the first step."""
-    trainable, frozen = split(params, stage.trainable)
+    trainable, frozen = split(params, stage)
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, make_optimizer(stage).init(trainable))
 
 
@@ -41,7 +41,7 @@ def abstract_state(config: ModelConfig, stage: StageConfig, mesh: Mesh) -> Train
     Nothing is allocated. Moments are sharded like their parameters.
     """
     shapes = jax.eval_shape(lambda key: initial_state(init_params(config, key), stage), jax.random.key(0))
-    trainable, frozen = split(param_shardings(logical_axes(config), shapes.params, mesh), stage.trainable)
+    trainable, frozen = split(param_shardings(logical_axes(config), shapes.params, mesh), stage)
     moments = optax.tree_utils.tree_map_params(
         make_optimizer(stage),
         lambda _, sharding: sharding,

@@ -104,7 +104,8 @@ def test_train_is_what_the_compiler_counts(unrolled: None, trainable: tuple[str,
     count = counted(gradient, learning, shapes, shapes_of(random_prompt(config, WORK)))
     # The loss makes the logits of all positions at once when a chunk holds a target.
     targets = WORK.length(config) - 1
-    expected = flops.total(flops.train(config, WORK, targets=targets, trainable=trainable, dense=True))
+    learns = dict.fromkeys(trainable, 1.0)
+    expected = flops.total(flops.train(config, WORK, targets=targets, learns=learns, dense=True))
     assert count == pytest.approx(expected, rel=0.01)
 
 

@@ -39,16 +39,17 @@ def test_schedule(make_stage, steps: int, ratio: float) -> None:
         ), count
 
 
-def test_groups(make_stage) -> None:
+def test_groups(make_stage, micro_config) -> None:
     stage = make_stage()
     assert group_scales(stage) == {"base": 1.0, "encoder": 0.2, "cross_attention": 2.0, "gate": 6.0}
-    assert group_scales(make_stage(trainable=("projector", "v2v"), directions=("v2v",))).keys() == {
-        "base", "cross_attention", "gate",
-    }  # fmt: skip
     assert group_of(("t2v", "gate")) == "gate"
     assert group_of(("t2v", "wq")) == "cross_attention"
     assert group_of(("decoder", "layers", "w_gate")) == "base"
-    rates = learning_rates(stage, 2)
+    some = make_stage(trainable=("projector", "v2v"), frozen=("v2v.w*",), directions=("v2v",))
+    assert learning_rates(micro_config, some, 2).keys() == {"base", "cross_attention", "gate"}
+    gates = make_stage(trainable=("*.gate",))
+    assert learning_rates(micro_config, gates, 2) == {"gate": pytest.approx(6e-2)}
+    rates = learning_rates(micro_config, stage, 2)
     assert rates["encoder"] == pytest.approx(0.2 * rates["base"])
     assert rates["base"] == pytest.approx(1e-2)
 
@@ -111,7 +112,7 @@ def test_adamw_equals_torch(make_stage) -> None:
 def test_frozen_parts_have_no_moments(make_stage, micro_config) -> None:
     stage = make_stage(trainable=("projector", "v2v"), directions=("v2v",))
     shapes = jax.eval_shape(lambda key: init_params(micro_config, key), jax.random.key(0))
-    trainable, _ = split(shapes, stage.trainable)
+    trainable, _ = split(shapes, stage)
     state = jax.eval_shape(make_optimizer(stage).init, trainable)
     sizes = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
     gates = trainable["v2v"]["gate"].size

@@ -118,7 +118,7 @@ def test_flops_are_those_of_the_rows_without_their_padding(make_batch, make_stag
         flops.total(
             flops.train(
                 of_stage, flops.Workload(frames=frames, text=text, before=3),
-                targets=int(batch.loss_mask[row].sum()), trainable=stage.trainable,
+                targets=int(batch.loss_mask[row].sum()), learns=dict.fromkeys(stage.trainable, 1.0),
             )
         )
         for row, (frames, text) in enumerate([(4, 10), (2, 7)])

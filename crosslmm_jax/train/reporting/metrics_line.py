@@ -65,7 +65,7 @@ def metrics_line(
         line |= _by_host(shares, names, steps)
     line["faults"] = added([share["faults"] for share in shares])
     line["truncated"] = added([share["truncated"] for share in shares])
-    line["learning_rate"] = learning_rates(config.stage, step - 1)
+    line["learning_rate"] = learning_rates(config.model, config.stage, step - 1)
     line["gate"] = {
         direction: {
             str(layer): float(gate)
