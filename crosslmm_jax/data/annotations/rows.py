@@ -5,7 +5,6 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import Literal, NamedTuple, TypeGuard
 
 from crosslmm_jax.data.media import MediaOptions
@@ -194,13 +193,13 @@ class Origin:
         if writable(name) != name:
             raise self.error("malformed", f"media path {name!r} is no valid text; rename the file", name)
         file, mark, member = name.partition("::")
-        root = os.path.abspath(self.spec.root)
-        if os.path.isabs(file) and not self.allow_outside:
+        if not self.allow_outside and os.path.isabs(file):
             # LLaVA's os.path.join lets absolute paths win, so some annotations write them out.
-            relative = os.path.relpath(os.path.normpath(file), root)
+            relative = os.path.relpath(os.path.normpath(file), os.path.abspath(self.spec.root))
             file = relative if relative != "." else ""
-        path = PurePosixPath(file.replace("\\", "/"))
-        if not path.parts or (not self.allow_outside and (".." in path.parts or _ELSEWHERE.match(file))):
+        parts = file.replace("\\", "/").split("/")
+        nowhere = all(part in ("", ".") for part in parts) and not file.startswith(("/", "\\"))
+        if nowhere or (not self.allow_outside and (".." in parts or _ELSEWHERE.match(file))):
             fault, fix = "is not below data_root", "write it relative to data_root, or move the media there"
             if "://" in name:
                 fault, fix = "is an address", "download the file and write its path relative to data_root"

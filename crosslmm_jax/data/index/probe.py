@@ -37,7 +37,7 @@ from crosslmm_jax.data.media import (
     probe,
     split_reference,
 )
-from crosslmm_jax.data.text import Tokenizer, count_tokens, load_tokenizer, plain_sequence, writable
+from crosslmm_jax.data.text import Tokenizer, count_plain_tokens, count_tokens, load_tokenizer, writable
 from crosslmm_jax.errors import DataError, Fault, UserError
 
 _KEPT_PROBES = 50_000  # a video often has many rows, one after another
@@ -224,10 +224,7 @@ class Prober:
         return record, None, earlier is not None
 
     def _count(self, row: Row) -> Record:
-        try:
-            plain = plain_sequence(row.turns, self.tokenizer, where=row.where).num_text_tokens
-        except UserError:
-            plain = 0
+        plain = count_plain_tokens(row.turns, self.tokenizer)
         return count_tokens(row.turns, self.tokenizer) | {"plain_tokens": plain}
 
     def _probe_media(self, row: Row, record: Record) -> Fault | None:

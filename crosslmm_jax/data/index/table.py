@@ -32,6 +32,7 @@ from crosslmm_jax.errors import UserError
 VERSION = 7  # rises too when the same annotations give other rows, or a probe finds more
 META = "meta.json"
 BAD = "bad.jsonl"
+_TURNS = json.JSONEncoder(ensure_ascii=False)  # made once: that takes as long as to encode a short row
 
 Record = dict[str, Any]  # one row of a table, column of SCHEMA -> value; or the content of `meta.json`
 
@@ -367,6 +368,6 @@ def record_of(row: Row) -> Record:
         "root": root, "start": start, "end": end,
         "media": list(row.media),
         **row.media_options._asdict(),
-        "turns": json.dumps([[turn.role, turn.text] for turn in row.turns], ensure_ascii=False),
+        "turns": _TURNS.encode([[turn.role, turn.text] for turn in row.turns]),
         "own_system": bool(row.turns) and row.turns[0].role == "system",
     }  # fmt: skip

@@ -11,6 +11,7 @@ from crosslmm_jax.data.text.chat import (
     MEDIUM,
     TokenSequence,
     check_question,
+    count_plain_tokens,
     count_tokens,
     further_media,
     media_prefix,
@@ -26,7 +27,7 @@ from crosslmm_jax.data.text.turns import Turn, check_placeholders, parse_turns, 
 
 __all__ = [
     "ClipMeta", "DEFAULT_SYSTEM_PROMPT", "Layout", "MEDIUM", "PAD_TOKEN", "TokenSequence", "Tokenizer",
-    "Turn", "check_placeholders", "check_question", "count_tokens", "further_media", "lay_out",
-    "load_tokenizer", "media_prefix", "most_time_tokens", "next_question", "pad_rows", "parse_turns",
-    "plain_sequence", "question_suffix", "time_text", "tokenise", "wording_tokens", "writable",
+    "Turn", "check_placeholders", "check_question", "count_plain_tokens", "count_tokens", "further_media",
+    "lay_out", "load_tokenizer", "media_prefix", "most_time_tokens", "next_question", "pad_rows",
+    "parse_turns", "plain_sequence", "question_suffix", "time_text", "tokenise", "wording_tokens", "writable",
 ]  # fmt: skip

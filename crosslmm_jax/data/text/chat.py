@@ -13,8 +13,8 @@ that a video can be prefilled once for many questions with the ids that training
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from crosslmm_jax.data.text.turns import PLACEHOLDER, Turn, count_placeholders, 
 from crosslmm_jax.errors import DataError, UserError
 
 MEDIUM = -1  # in a token sequence, the place of the frames of one image or video
+_Piece = tuple[str | int, bool]  # text to encode by itself, a special token or MEDIUM; whether it is a target
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 
 
@@ -75,17 +76,16 @@ class _Builder:
         self.ids.extend(ids)
         self.targets.extend([target] * len(ids))
 
-    def add_medium(self, time: str | None, tokenizer: Tokenizer) -> None:
-        self.add([MEDIUM])
-        if time is not None:
-            self.add(tokenizer.encode_plain(f"\n{time}\n"))
+    def add_pieces(self, pieces: Iterable[_Piece], tokenizer: Tokenizer) -> None:
+        for content, target in pieces:
+            self.add(tokenizer.encode_plain(content) if isinstance(content, str) else [content], target)
 
     def add_media(self, times: Sequence[str | None], tokenizer: Tokenizer) -> None:
         """Several media in a row, on a line each."""
         for number, time in enumerate(times):
             if number:
                 self.add(tokenizer.encode_plain("\n"))
-            self.add_medium(time, tokenizer)
+            self.add_pieces(_medium(time), tokenizer)
 
     def finish(self) -> TokenSequence:
         if self.targets:
@@ -167,13 +167,27 @@ def count_tokens(turns: Sequence[Turn], tokenizer: Tokenizer) -> dict[str, int |
         answer_tokens, answer_media: for each answer the text tokens and media up to its end, which is what
             a truncated row can have.
     """
-    sequence, ends = _chat(turns, tokenizer, DEFAULT_SYSTEM_PROMPT, "clean", iter(()))
-    media = np.cumsum(sequence.ids == MEDIUM)[[end - 1 for end in ends.values()]]
-    return {
-        "text_tokens": sequence.num_text_tokens,
-        "answer_tokens": (list(ends.values()) - media).tolist(),
-        "answer_media": media.tolist(),
-    }
+    tokens = media = 0
+    answer_tokens: list[int] = []
+    answer_media: list[int] = []
+    for turn in _with_system(turns, DEFAULT_SYSTEM_PROMPT):
+        for content, _ in _pieces(turn, tokenizer, whole_turn=False, times=iter(())):
+            if isinstance(content, str):
+                tokens += tokenizer.count_plain(content)
+            elif content == MEDIUM:
+                media += 1
+            else:
+                tokens += 1
+        if turn.role == "assistant":
+            answer_tokens.append(tokens)
+            answer_media.append(media)
+    return {"text_tokens": tokens, "answer_tokens": answer_tokens, "answer_media": answer_media}
+
+
+def count_plain_tokens(turns: Sequence[Turn], tokenizer: Tokenizer) -> int:
+    """Text tokens of `plain_sequence`; 0 for a row that does not fit that style."""
+    caption = _caption(turns)
+    return 0 if caption is None else tokenizer.count_plain(caption.text)
 
 
 def _chat(
@@ -189,11 +203,10 @@ def _chat(
     """
     builder = _Builder()
     whole_turn = label_mode == "llava"
-    if turns[0].role != "system":
-        _add_turn(builder, Turn("system", system_prompt), tokenizer, whole_turn=whole_turn, times=times)
+    every = _with_system(turns, system_prompt)
     ends = {}
-    for number, turn in enumerate(turns, start=1):
-        _add_turn(builder, turn, tokenizer, whole_turn=whole_turn, times=times)
+    for number, turn in enumerate(every, start=1 + len(turns) - len(every)):
+        builder.add_pieces(_pieces(turn, tokenizer, whole_turn=whole_turn, times=times), tokenizer)
         if turn.role == "assistant":
             ends[number] = len(builder.ids)
     if whole_turn:
@@ -203,24 +216,31 @@ def _chat(
     return builder.finish(), ends
 
 
-def _add_turn(
-    builder: _Builder, turn: Turn, tokenizer: Tokenizer, *, whole_turn: bool, times: Iterator[str | None]
-) -> None:
-    """Adds one turn. With `whole_turn` the header and last newline of an answer are targets too."""
+def _with_system(turns: Sequence[Turn], system_prompt: str) -> Sequence[Turn]:
+    """`turns`, after one of `system_prompt` where they have no system turn."""
+    return turns if turns[0].role == "system" else [Turn("system", system_prompt), *turns]
+
+
+def _pieces(
+    turn: Turn, tokenizer: Tokenizer, *, whole_turn: bool, times: Iterator[str | None]
+) -> list[_Piece]:
+    """One turn in ChatML. With `whole_turn` the header and last newline of an answer are targets too."""
     answer = turn.role == "assistant"
-    builder.add([tokenizer.im_start], answer and whole_turn)
+    pieces: list[_Piece] = [(tokenizer.im_start, answer and whole_turn)]
     if turn.role == "user":
         first, *others = split_at_media(turn.text)
-        builder.add(tokenizer.encode_plain("user\n" + first))
-        for piece in others:
-            builder.add_medium(next(times, None), tokenizer)
-            builder.add(tokenizer.encode_plain(piece))
+        pieces.append(("user\n" + first, False))
+        for text in others:
+            pieces += [*_medium(next(times, None)), (text, False)]
     else:
         # Header and words are encoded apart, as in inference, where the answer is generated after the header.
-        builder.add(tokenizer.encode_plain(turn.role + "\n"), answer and whole_turn)
-        builder.add(tokenizer.encode_plain(turn.text), answer)
-    builder.add([tokenizer.im_end], answer)
-    builder.add(tokenizer.encode_plain("\n"), answer and whole_turn)
+        pieces += [(turn.role + "\n", answer and whole_turn), (turn.text, answer)]
+    return [*pieces, (tokenizer.im_end, answer), ("\n", answer and whole_turn)]
+
+
+def _medium(time: str | None) -> list[_Piece]:
+    """The place of a medium, and its time instruction."""
+    return [(MEDIUM, False)] if time is None else [(MEDIUM, False), (f"\n{time}\n", False)]
 
 
 def plain_sequence(turns: Sequence[Turn], tokenizer: Tokenizer, *, where: str) -> TokenSequence:
@@ -229,15 +249,30 @@ def plain_sequence(turns: Sequence[Turn], tokenizer: Tokenizer, *, where: str) -
     Raises:
         DataError: unless there is one user turn with a placeholder, and one answer.
     """
-    exchange = [turn for turn in turns if turn.role != "system"]
-    media = len(PLACEHOLDER.findall(exchange[0].text)) if exchange else 0
-    if [turn.role for turn in exchange] != ["user", "assistant"] or not media:
+    caption = _caption(turns)
+    if caption is None:
         detail = 'style "plain" needs one human turn with <image> and one answer; use style "chat"'
         raise DataError(where, "conversation", detail)
     builder = _Builder()
-    builder.add([MEDIUM] * media)
-    builder.add(tokenizer.encode_plain(exchange[1].text.strip() + "\n"), True)
+    builder.add([MEDIUM] * caption.media)
+    builder.add(tokenizer.encode_plain(caption.text), True)
     return builder.finish()
+
+
+class _Caption(NamedTuple):
+    """A row in the plain style: its number of media, and the text after them."""
+
+    media: int
+    text: str
+
+
+def _caption(turns: Sequence[Turn]) -> _Caption | None:
+    """The row in the plain style; None unless it is one question with media and one answer."""
+    exchange = [turn for turn in turns if turn.role != "system"]
+    if [turn.role for turn in exchange] != ["user", "assistant"]:
+        return None
+    media = len(PLACEHOLDER.findall(exchange[0].text))
+    return _Caption(media, exchange[1].text.strip() + "\n") if media else None
 
 
 def check_question(question: str) -> str:
@@ -260,7 +295,8 @@ def media_prefix(
         system_prompt: as in training.
     """
     builder = _Builder()
-    _add_turn(builder, Turn("system", system_prompt), tokenizer, whole_turn=False, times=iter(()))
+    system = Turn("system", system_prompt)
+    builder.add_pieces(_pieces(system, tokenizer, whole_turn=False, times=iter(())), tokenizer)
     builder.add([tokenizer.im_start, *tokenizer.encode_plain("user\n")])
     builder.add_media(times, tokenizer)
     return builder.finish()

@@ -8,7 +8,8 @@ times as long as all of this.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,24 @@ if TYPE_CHECKING:
 
 PAD_TOKEN = "<|endoftext|>"
 _FILES = ("tokenizer.json", "tokenizer_config.json")
-_SHORT = 100  # characters; the ids of texts up to this length are cached
-_MOST_CACHED = 10_000  # texts
+_SHORT = 100  # characters; the ids of pieces of text up to this length are cached
+_MOST_CACHED = 50_000  # pieces
+_BEFORE_WORD = re.compile(r"(?<=[!-~])(?= [!-~])")  # one space between two visible characters of ASCII
+_GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_QWEN_SPLIT = {
+    "type": "Split",
+    "pattern": {
+        "Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    },
+    "behavior": "Isolated",
+    "invert": False,
+}
+_OTHER_SPLITS = (
+    _GPT2_SPLIT | {"use_regex": False},
+    {"type": "Digits", "individual_digits": True},
+    {"type": "Digits", "individual_digits": False},
+)
 
 
 class Tokenizer:
@@ -53,6 +70,7 @@ class Tokenizer:
         self._special_id("<|image_pad|>")  # Qwen2.5 has it; a tokenizer without it is another family's
         self.video_pad = self._special_id("<|video_pad|>")
         self.vocab_size = 1 + max(_highest_id(self._plain), *self._added.values())
+        self._splits_at_words = _splits_at_words(self._plain)
         self._cached: dict[str, list[int]] = {}
 
     def _special_id(self, text: str) -> int:
@@ -81,13 +99,25 @@ class Tokenizer:
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of `text` without special tokens: a literal `<|im_end|>` becomes several tokens."""
-        ids = self._cached.get(text)
-        if ids is None:
-            ids = self._plain.encode(text, add_special_tokens=False).ids
-            # Headers, system prompts and the questions of a benchmark repeat. Captions do not.
-            if len(text) <= _SHORT and len(self._cached) < _MOST_CACHED:
-                self._cached[text] = ids
-        return list(ids)
+        return [token for piece in self._pieces(text) for token in piece]
+
+    def count_plain(self, text: str) -> int:
+        """Number of ids of `encode_plain`."""
+        return sum(map(len, self._pieces(text)))
+
+    def _pieces(self, text: str) -> Iterator[list[int]]:
+        """The ids of `text` piece by piece: most words have been seen before, and most texts have not."""
+        pieces = _BEFORE_WORD.split(text) if self._splits_at_words else [text]
+        for piece in pieces:
+            ids = self._cached.get(piece)
+            yield self._encode(piece) if ids is None else ids
+
+    def _encode(self, piece: str) -> list[int]:
+        # The fast call leaves out the place of each token in the text, which nothing here needs.
+        ids = self._plain.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+        if len(piece) <= _SHORT and len(self._cached) < _MOST_CACHED:
+            self._cached[piece] = ids
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, with added tokens such as `<tool_call>` but without special ones."""
@@ -102,6 +132,23 @@ def _without_added_tokens(backend: "BackendTokenizer") -> "BackendTokenizer":
     plain.normalizer = backend.normalizer
     plain.pre_tokenizer = backend.pre_tokenizer
     return plain
+
+
+def _splits_at_words(plain: "BackendTokenizer") -> bool:
+    """Whether the ids of a text are those of its pieces, where it is split at `_BEFORE_WORD`.
+
+    They are where the tokenizer itself splits there before it merges bytes. The patterns of GPT-2 and of
+    Qwen2.5 do: none of their alternatives takes a space after a visible character.
+    """
+    from tokenizers import models
+
+    if not isinstance(plain.model, models.BPE) or plain.model.dropout:
+        return False
+    parts = [json.loads(part.__getstate__()) for part in (plain.normalizer, plain.pre_tokenizer) if part]
+    steps = [step for part in parts for step in part.get("pretokenizers", part.get("normalizers", [part]))]
+    steps = [step for step in steps if step != {"type": "NFC"}]
+    known = (_GPT2_SPLIT, _QWEN_SPLIT)
+    return any(step in known for step in steps) and all(step in (*known, *_OTHER_SPLITS) for step in steps)
 
 
 def _highest_id(backend: "BackendTokenizer") -> int:

@@ -57,7 +57,7 @@ def parse_turns(conversations: object, *, where: str) -> list[Turn]:
 
 def writable(text: str) -> str:
     """`text` with "?" for unpaired surrogates, which JSON and tars may hold and UTF-8 files cannot."""
-    return text.encode("utf-8", "replace").decode()
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _role_and_text(entry: object) -> tuple[object, object]:

@@ -74,7 +74,8 @@ def test_decode_leaves_special_tokens_out(tokenizer: Tokenizer) -> None:
 PIECES = [
     "a", "Z", "the", " the", "Ünï", "ß", "漢字", "かな", "한국", "🎬", "👩\u200d👧", "\u200b", "\ufeff",
     "e\u0301", "\u0301", "\x00", " ", "  ", "      ", "\n", "\r\n", "\n\n\n", "\t", "\u00a0", "\u3000", "7",
-    "1234567", "3.14", "'s", "'LL", "...", "?!", "<", "|", ">", "<image>", *SPECIAL_TOKENS, *EXTRA_TOKENS,
+    "1234567", "3.14", "'s", "'LL", "...", "?!", "<", "|", ">", "<image>", " a", " 's", " 7", " (", ". ",
+    *SPECIAL_TOKENS, *EXTRA_TOKENS,
 ]  # fmt: skip
 
 
@@ -90,7 +91,24 @@ def hf_plain(hf_tokenizer: Any) -> Any:
 @settings(max_examples=400, deadline=None)
 @given(text=st.lists(st.sampled_from(PIECES) | st.characters(exclude_categories=["Cs"])).map("".join))
 def test_ids_are_those_of_transformers(any_tokenizer: Tokenizer, hf_plain: Any, text: str) -> None:
-    assert any_tokenizer.encode_plain(text) == hf_plain.encode(text, add_special_tokens=False).ids
+    ids = hf_plain.encode(text, add_special_tokens=False).ids
+    assert any_tokenizer.encode_plain(text) == ids
+    assert any_tokenizer.count_plain(text) == len(ids)
+
+
+def test_a_tokenizer_with_tokens_over_two_words(tmp_path: Path) -> None:
+    """Words are encoded one by one only where the tokenizer itself splits before each of them."""
+    from tokenizers import Tokenizer as BackendTokenizer
+
+    write_default_tokenizer(tmp_path)
+    made = json.loads((tmp_path / "tokenizer.json").read_text())
+    made["pre_tokenizer"] = made["pre_tokenizer"]["pretokenizers"][-1] | {"use_regex": False}
+    made["model"]["vocab"]["xĠ"] = 600
+    made["model"]["merges"].insert(0, ["x", "Ġ"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    expected = BackendTokenizer.from_str(json.dumps(made)).encode("x x", add_special_tokens=False).ids
+    assert expected[0] == 600
+    assert load_tokenizer(tmp_path).encode_plain("x x") == expected
 
 
 @settings(max_examples=400, deadline=None)
