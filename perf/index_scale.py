@@ -4,8 +4,8 @@ Rows are a JSON list of short questions and answers, four for each video, all di
 names of small clips. They are probed once, and indexing takes the answers from a table; all else is real:
 reading, checking, tokens, stamps of media, tables, merging and reads.
 
-Each stage runs in one process of its own. Its peak memory is that of all pages that it touched, those of
-mapped tables and of libraries included.
+Each stage runs in one process of its own, each shard too. Its peak memory is that of all pages that it
+touched, those of mapped tables and of libraries included.
 """
 
 import json
@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,27 @@ def measure(stage: Callable[..., Measured], *words: object) -> Measured:
     """What a stage returns, with its seconds and peak memory, from a process of its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_measured, stage, *words).result()
+
+
+def measure_index(folder: Path, name: str, at_once: int) -> Measured:
+    """Makes an index; with `at_once` above 1 as that many shards at the same time, which are then merged.
+
+    Returns:
+        seconds of all; CPU seconds of all processes; the peak memory of the one with the largest.
+    """
+    if at_once == 1:
+        return measure(index, folder, name, None)
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(at_once) as threads:
+        calls = [threads.submit(measure, index, folder, name, (one, at_once)) for one in range(at_once)]
+        parts = [call.result() for call in calls]
+    parts.append(measure(merge, folder, name))
+    return {
+        "seconds": time.perf_counter() - begin, "at_once": at_once,
+        "cpu_seconds": sum(part["cpu_seconds"] for part in parts),
+        "peak_mb": max(part["peak_mb"] for part in parts), "rows": parts[-1]["rows"],
+        "unchanged": 0, "bad": sum(part["bad"] for part in parts[:-1]),
+    }  # fmt: skip
 
 
 def nothing() -> Measured:
@@ -167,12 +188,12 @@ def same_files(one: Path, other: Path) -> bool:
     )
 
 
-def measure_size(folder: Path, rows: int, *, shards: bool) -> Measured:
+def measure_size(folder: Path, rows: int, *, shards: bool, at_once: int) -> Measured:
     """All stages for one number of rows."""
     write_rows(folder / "rows.json", rows)
     shutil.rmtree(folder / "index", ignore_errors=True)
     result: Measured = {"rows": rows, "json_mb": (folder / "rows.json").stat().st_size / 1e6}
-    result["index"] = measure(index, folder, "index", None)
+    result["index"] = measure_index(folder, "index", at_once)
     result["again"] = measure(index, folder, "index", None)
     result["index_mb"] = sum(path.stat().st_size for path in (folder / "index").iterdir()) / 1e6
     result |= measure_reads(folder)
@@ -208,7 +229,12 @@ def _made(cell: Callable[[Measured], str], stage: str = "index") -> Callable[[Me
 
 COLUMNS: dict[str, Callable[[Measured], str]] = {
     "rows": lambda one: f"{one['rows']:,}" + (f" ({one['copies']} copies)" if "copies" in one else ""),
-    "index, s": _made(lambda one: f"{one['index']['seconds']:.1f}"),
+    "index, s": _made(
+        lambda one: (
+            f"{one['index']['seconds']:.1f}"
+            + (f" ({one['index']['at_once']} shards at once)" if "at_once" in one["index"] else "")
+        )
+    ),
     "CPU us per row": _made(lambda one: f"{1e6 * one['index']['cpu_seconds'] / one['rows']:.0f}"),
     "peak MB": _made(lambda one: f"{one['index']['peak_mb']:.0f}"),
     "again, s": _made(lambda one: f"{one['again']['seconds']:.1f}"),
@@ -247,12 +273,15 @@ def main(argv: Sequence[str]) -> None:
     parser = parser_of("index_scale", __doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), metavar="ROWS")
     parser.add_argument("--shards-up-to", type=int, default=100_000, metavar="ROWS")
+    parser.add_argument(
+        "--at-once", type=int, default=1, metavar="N", help="make the last index as N shards at the same time"
+    )
     parser.add_argument("--copies", type=int, metavar="N", help="reads of the last index under N names, too")
     parser.add_argument("--folder", type=Path, help="on a disk with 2 KB per row; default: a temporary one")
     parser.add_argument("--out", metavar="PATH.json", help="the table goes to PATH.md")
     args = parser.parse_args(argv)
-    if min(args.sizes) < 1:
-        raise UserError("--sizes must be above 0")
+    if min(args.at_once, *args.sizes) < 1:
+        raise UserError("--sizes and --at-once must be above 0")
     result: Measured = {
         "command": command_line(), "cpus": os.cpu_count(), "load_before": os.getloadavg()[0], "sizes": [],
     }  # fmt: skip
@@ -272,7 +301,8 @@ def main(argv: Sequence[str]) -> None:
         write_rows(folder / "rows.json", VIDEOS * ROWS_PER_VIDEO)
         result["process"], result["probe"] = measure(nothing), measure(probe, folder)
         for rows in args.sizes:
-            add(measure_size(folder, rows, shards=rows <= args.shards_up_to))
+            at_once = args.at_once if rows == args.sizes[-1] else 1
+            add(measure_size(folder, rows, shards=rows <= args.shards_up_to, at_once=at_once))
         if args.copies:
             add(measure_copies(folder, args.copies))
     print(page(result))

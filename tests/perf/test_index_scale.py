@@ -19,18 +19,22 @@ def test_every_stage_of_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for module in (blocks, build):
         monkeypatch.setattr(module, "BLOCK", 64)
     out = tmp_path / "scale.json"
-    words = ["--sizes", "300", "--copies", "2", "--folder", str(tmp_path), "--out", str(out)]
+    words = ["--sizes", "100", "300", "--at-once", "2", "--copies", "2"]
+    words += ["--folder", str(tmp_path), "--out", str(out)]
     index_scale.main(words)
     result = json.loads(out.read_text())
-    made, copied = result["sizes"]
+    small, made, copied = result["sizes"]
+    assert small["index"]["rows"] == 100 and "at_once" not in small["index"]
     assert result["probe"]["files"] == 4
-    assert made["index"] | {"rows": 300, "unchanged": 0, "bad": 0} == made["index"]
+    assert made["index"] | {"rows": 300, "unchanged": 0, "bad": 0, "at_once": 2} == made["index"]
     assert made["again"]["unchanged"] == 300
     assert [part["rows"] for part in made["shards"]] == [128, 108, 64] and made["merge"]["rows"] == 300
     assert made["merged_is_equal"] and made["start"]["rows"] == 300
     assert copied["rows"] == copied["start"]["rows"] == 600
     table = [line for line in out.with_suffix(".md").read_text().splitlines() if line.startswith("|")]
-    assert [line.split(" | ")[0] for line in table] == ["| rows", "| ---", "| 300", "| 600 (2 copies)"]
-    assert "NO" not in table[2] and [path.name for path in tmp_path.iterdir()] == ["scale.json", "scale.md"]
-    with pytest.raises(UserError, match="--sizes must be above 0"):
+    starts = [line.split(" | ")[0] for line in table]
+    assert starts == ["| rows", "| ---", "| 100", "| 300", "| 600 (2 copies)"]
+    assert "2 shards at once" in table[3] and not any("NO" in line for line in table)
+    assert [path.name for path in tmp_path.iterdir()] == ["scale.json", "scale.md"]
+    with pytest.raises(UserError, match="--sizes and --at-once must be above 0"):
         index_scale.main(["--sizes", "0"])

@@ -16,7 +16,6 @@ from crosslmm_jax.data.text.chat import (
     further_media,
     media_prefix,
     next_question,
-    plain_sequence,
     question_suffix,
     tokenise,
 )
@@ -29,5 +28,5 @@ __all__ = [
     "ClipMeta", "DEFAULT_SYSTEM_PROMPT", "Layout", "MEDIUM", "PAD_TOKEN", "TokenSequence", "Tokenizer",
     "Turn", "check_placeholders", "check_question", "count_plain_tokens", "count_tokens", "further_media",
     "lay_out", "load_tokenizer", "media_prefix", "most_time_tokens", "next_question", "pad_rows",
-    "parse_turns", "plain_sequence", "question_suffix", "time_text", "tokenise", "wording_tokens", "writable",
+    "parse_turns", "question_suffix", "time_text", "tokenise", "wording_tokens", "writable",
 ]  # fmt: skip
