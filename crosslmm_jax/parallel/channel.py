@@ -9,33 +9,23 @@ a main thread that waits for a device or a disk stops nobody from leaving.
 | it is killed | its system closes the connection |
 | it is stopped, or its host is lost | it is silent for `silence_s` seconds |
 
-Before jax starts, they meet on the port that jax's own service will use.
+`meeting.py` makes the connections.
 """
 
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import queue
 import selectors
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from crosslmm_jax.errors import STALLED, USER_MISTAKE, UserError
+from crosslmm_jax.errors import STALLED
 
 TICK_S = 1.0  # between two signs of life
 LEAVE_S = 6.0  # that the hub waits for the others to leave, and others for the hub's answer
-_RETRY_S = 0.2  # between two attempts to connect
-_CONNECT_S = 10.0  # for one address of a host, which may have several
-_HELLO_S = 5.0  # for the first message of a connection
-_FREE_S = 10.0  # for an earlier run to leave the port
-_LONG_S = 1e6  # the longest that sockets wait
-_PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
 
 Message = dict[str, Any]  # as JSON holds it
 
@@ -64,14 +54,18 @@ class Place(NamedTuple):
 
 
 class Link:
-    """A connection to another process."""
+    """A connection to another process.
+
+    Attributes:
+      is_strange: whether the other side has sent what no process of ours sends.
+    """
 
     def __init__(self, process: int, host: str, connection: socket.socket) -> None:
         """`connection` is open."""
         self.process, self.host, self.connection = process, host, connection
         self.place = Place()
         self.heard = time.monotonic()
-        self.at_end = self.knows_cause = False
+        self.at_end = self.knows_cause = self.is_strange = False
         self._received = self._unsent = b""
         self._messages: list[Message] = []
 
@@ -95,13 +89,26 @@ class Link:
             try:
                 messages = self.receive()
             except (ValueError, RecursionError):  # of json
+                self.is_strange = True
                 return None
             if messages is None:
+                self.is_strange = self._received != b""
                 return None
             if messages:
                 message, *self._messages = messages
-                return message if isinstance(message, dict) else None
+                self.is_strange = not isinstance(message, dict)
+                return None if self.is_strange else message
         return None
+
+    def is_open(self) -> bool:
+        """Whether the other side has not closed the connection. Reads nothing."""
+        self.connection.setblocking(False)
+        try:
+            return self.connection.recv(1, socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
 
     def receive(self) -> list[Message] | None:
         """The messages that have come since; None if the other side has closed."""
@@ -290,173 +297,3 @@ class Channel:
                 if messages is None:
                     break
                 link.knows_cause |= any("cause" in message for message in messages)
-
-
-# ---- the start: all meet, with the same software ----
-
-
-def meet(address: str, count: int, process: int, *, start_s: float) -> dict[int, Link]:
-    """The connections of this process, once all processes are there.
-
-    Args:
-      address: host:port of process 0, which nothing uses yet.
-      count: number of processes.
-      process: index of this one.
-      start_s: time for all to come; 0: no limit.
-
-    Raises:
-      Refused: a process has other software, or another number of processes; raised on all.
-      TimeoutError: not all have come; names those that have not.
-      UserError: the port cannot be used.
-    """
-    seconds = start_s or float("inf")
-    host, _, port = address.rpartition(":")
-    if process == 0:
-        return _receive_all(int(port), count, seconds)
-    return {0: _connect(host.strip("[]"), int(port), count, process, seconds)}
-
-
-class Refused(Exception):
-    """A process cannot take part in the run. `args[0]` is the `Cause`."""
-
-
-def software() -> Message:
-    """What must be the same on all hosts: versions, and a digest of each file of this package."""
-    root = Path(__file__).parents[1]
-    files = {
-        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-        for path in sorted(root.rglob("*.py"))
-    }
-    versions = {name: _version(name) for name in _PACKAGES}
-    return {"versions": {"python": platform.python_version(), **versions}, "files": files}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
-def _difference(here: Message, there: Message) -> str | None:
-    """How the `hello` of a process differs from that of process 0, or None."""
-    if here["count"] != there["count"]:
-        return f"its NUM_PROCESSES is {there['count']}, and that of process 0 is {here['count']}"
-    ours, theirs = here["software"], there["software"]
-    for name, version in ours["versions"].items():
-        if theirs["versions"].get(name) != version:
-            return f"it has {name} {theirs['versions'].get(name)}, and process 0 has {version}"
-    names = ours["files"].keys() | theirs["files"].keys()
-    files = sorted(name for name in names if ours["files"].get(name) != theirs["files"].get(name))
-    if not files:
-        return None
-    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-    return f"its code is not that of process 0: crosslmm_jax/{', '.join(files[:3])}{more}"
-
-
-def _hello(process: int, count: int) -> Message:
-    return {"process": process, "host": socket.gethostname(), "count": count, "software": software()}
-
-
-def _is_hello(message: Message) -> bool:
-    count = message.get("count")
-    return message.keys() == {"process", "host", "count", "software"} and (
-        isinstance(count, int) and message["process"] in range(1, count)
-    )
-
-
-def _receive_all(port: int, count: int, seconds: float) -> dict[int, Link]:
-    links: dict[int, Link] = {}
-    ours, refusal = _hello(0, count), None
-    deadline = time.monotonic() + seconds
-    with _listen(port) as server:
-        while len(links) < count - 1:
-            server.settimeout(min(max(deadline - time.monotonic(), 0.001), _LONG_S))
-            try:
-                link = Link(-1, "", server.accept()[0])
-            except TimeoutError:
-                missing = [str(index) for index in range(1, count) if index not in links]
-                more = f" and {len(missing) - 16} more" if len(missing) > 16 else ""
-                raise TimeoutError(
-                    f"process {', '.join(missing[:16])}{more} of {count} did not start within {seconds:.0f} s"
-                    " (run.watchdog.start_s)"
-                ) from None
-            hello = link.first(_HELLO_S)
-            if hello is None or not _is_hello(hello) or hello["process"] in links:
-                link.connection.close()  # nothing of this run
-                continue
-            link.process, link.host = hello["process"], hello["host"]
-            links[link.process] = link
-            if refusal is None and (different := _difference(ours, hello)):
-                text = f"{different}; give all hosts the same"
-                refusal = Cause(link.process, link.host, USER_MISTAKE, text)
-    for link in links.values():
-        link.connection.setblocking(True)
-        link.send(start=ours["host"], cause=refusal)
-    if refusal is not None:
-        raise Refused(refusal)
-    return links
-
-
-def _listen(port: int) -> socket.socket:
-    """A socket on `port` of all addresses. It shares the port: jax's service takes it next.
-
-    The service of another run would share it, too, and get processes of this one. So nobody may listen yet.
-    """
-    deadline = time.monotonic() + _FREE_S
-    while _is_listened_to(port):
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"COORDINATOR_ADDRESS: port {port} is in use on this host; choose another one, or end the run"
-                " that uses it"
-            )
-        time.sleep(_RETRY_S)
-    dual = socket.has_dualstack_ipv6()
-    server = socket.socket(socket.AF_INET6 if dual else socket.AF_INET)
-    try:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if dual:
-            server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        server.bind(("", port))
-        server.listen(4096)
-    except OSError as error:
-        server.close()
-        raise UserError(f"COORDINATOR_ADDRESS: port {port}: {error.strerror}; choose another one") from error
-    return server
-
-
-def _is_listened_to(port: int) -> bool:
-    try:
-        socket.create_connection(("localhost", port), timeout=1).close()
-    except OSError:
-        return False
-    return True
-
-
-def _connect(host: str, port: int, count: int, process: int, seconds: float) -> Link:
-    hello, deadline = _hello(process, count), time.monotonic() + seconds
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            connection = socket.create_connection((host, port), timeout=min(left, _CONNECT_S))
-        except OSError:
-            time.sleep(_RETRY_S)
-            continue
-        link = Link(0, host, connection)
-        try:
-            connection.sendall(json.dumps(hello).encode() + b"\n")
-            answer = link.first(min(max(deadline - time.monotonic(), 0.001), _LONG_S))
-        except OSError:
-            answer = None
-        if answer is None:  # process 0 waits for others still, or has ended
-            connection.close()
-            time.sleep(_RETRY_S)
-            continue
-        if answer["cause"] is not None:
-            raise Refused(Cause(*answer["cause"]))
-        link.host = answer["start"]
-        return link
-    raise TimeoutError(
-        f"process 0 at {host}:{port} did not start within {seconds:.0f} s (run.watchdog.start_s), or not all"
-        " of the others did"
-    )

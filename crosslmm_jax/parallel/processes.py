@@ -1,6 +1,6 @@
 """Start and end of the processes of a run. Importable without jax.
 
-start           `initialize_processes`: they meet (`channel.py`), then jax joins them
+start           `initialize_processes`: they meet (`meeting.py`), then jax joins them
 the usual end   all wait for each other, then jax leaves them: no process finds another one gone
 an early end    `leave`: all end within seconds, with one line and one exit code, without jax's own barrier,
                 in which a process that fails would wait for all others
@@ -21,7 +21,8 @@ from typing import NoReturn
 
 from crosslmm_jax.config import WatchdogConfig
 from crosslmm_jax.errors import INTERRUPTED, STALLED, Stalled, first_line
-from crosslmm_jax.parallel.channel import Cause, Channel, Place, Refused, meet
+from crosslmm_jax.parallel.channel import Cause, Channel, Place
+from crosslmm_jax.parallel.meeting import Refused, meet
 from crosslmm_jax.parallel.rank import Rank, find_rank
 
 SYMPTOM_S = 3.0  # an error may only follow from another process's end, which is known by then
@@ -65,7 +66,7 @@ def _join(rank: Rank, limits: WatchdogConfig) -> None:
         os._exit(refused.args[0].code)
     except TimeoutError as late:
         here = f"process {index} on host {socket.gethostname()}"
-        raise Stalled(f"{here}: {late}; start all of them again") from None
+        raise Stalled(f"{here}: {late} (run.watchdog.start_s); start all of them again") from None
     _channel = Channel(index, links, silence_s=limits.silence_s, on_cause=_say)
     _delay_abort()
     sys.excepthook = _leave_after(sys.excepthook)

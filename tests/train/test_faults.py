@@ -235,6 +235,27 @@ def test_different_code_on_one(make_run, tmp_path) -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("name", "variable", "value", "line"),
+    [
+        (
+            "NUM_PROCESSES is 3 on process 1, and 2 on process 0 (from the start)", "NUM_PROCESSES", "3",
+            "process 1 .* its NUM_PROCESSES is 3, and that of process 0 is 2; give all hosts the same",
+        ),
+        (
+            "both processes have PROCESS_ID 0 (from the start)", "PROCESS_ID", "0",
+            "PROCESS_ID is 0 here, and for another process on host .*; give each of the 2 processes its own",
+        ),
+    ],
+)  # fmt: skip
+def test_places_that_do_not_fit(make_run, name: str, variable: str, value: str, line: str) -> None:
+    run = make_run()
+    run.start(index=0)
+    run.start(index=1, **{variable: value})
+    run.ends(name, [2, 2], line, within=60)
+
+
+@pytest.mark.nightly
 def test_a_full_disk(make_run, mount_disk, fill) -> None:
     disk = mount_disk(kilobytes=16_000)
     run = make_run(disk / "run", save_every=3)
@@ -350,6 +371,15 @@ def test_sigterm_during_compilation(make_run) -> None:
     run.wait_until(lambda: "compiling the training step" in run.output(0))
     run.signal(1, signal.SIGTERM)
     run.ends("SIGTERM to process 1 during compilation", [130, 130], "stopped before the first step")
+
+
+@pytest.mark.nightly
+def test_sigterm_between_steps(make_run) -> None:
+    run = make_run()
+    run.start()
+    run.wait_for_step(3)
+    run.signal(1, signal.SIGTERM)
+    run.ends("SIGTERM to process 1 between steps", [130, 130], r"stopped after step \d+, which is saved")
 
 
 @pytest.mark.nightly
