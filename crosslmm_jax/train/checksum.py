@@ -23,7 +23,7 @@ def array_checksums(tree: PyTree[Array]) -> dict[str, int]:
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     arrays = [leaf for _, leaf in leaves]
-    on_cpu = all(array.is_fully_addressable and array.platform() == "cpu" for array in arrays)
+    on_cpu = all(_is_whole_here(array) and array.platform() == "cpu" for array in arrays)
     # On a CPU numpy reads the arrays in place, which saves compiling.
     sums = (
         [_checksum(np, np.asarray(array)) for array in arrays]
@@ -31,6 +31,10 @@ def array_checksums(tree: PyTree[Array]) -> dict[str, int]:
         else jax.device_get(_on_device(arrays))
     )
     return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
+
+
+def _is_whole_here(array: jax.Array) -> bool:
+    return array.is_fully_addressable or array.is_fully_replicated
 
 
 def check_undamaged(restored: Mapping[str, int], saved: Mapping[str, int]) -> None:
@@ -42,7 +46,7 @@ def check_undamaged(restored: Mapping[str, int], saved: Mapping[str, int]) -> No
 
 @jax.jit
 def _on_device(arrays: list[jax.Array]) -> list[Array | np.ndarray]:
-    return [_checksum(jnp, array) for array in arrays]
+    return [_checksum_of_shape(jnp, array) for array in arrays]
 
 
 def _checksum(xp: ModuleType, array: np.ndarray | jax.Array) -> UInt32[Array | np.ndarray, ""]:
@@ -61,3 +65,7 @@ def _checksum(xp: ModuleType, array: np.ndarray | jax.Array) -> UInt32[Array | n
         index = index + along.reshape((size,) + (1,) * (array.ndim - axis - 1))
     weight = index * np.uint32(_MULTIPLIER) | np.uint32(1)
     return xp.sum(bits.astype(np.uint32) * weight, dtype=np.uint32)
+
+
+# Traced once for all arrays of a shape: a state has hundreds of arrays, of few shapes.
+_checksum_of_shape = jax.jit(_checksum, static_argnums=0)
