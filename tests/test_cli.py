@@ -227,6 +227,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("stuck", ["clean_up", "thread"])
 def test_ctrl_c_twice_ends_at_once_without_a_traceback(stuck: str) -> None:
     words = [sys.executable, "-c", STUCK, "demo", stuck]

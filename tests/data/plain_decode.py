@@ -117,7 +117,7 @@ def _rising(stamps: list[int], gap: int) -> np.ndarray:
 
 
 def _square(frame: av.VideoFrame, size: int) -> np.ndarray:
-    pixels = frame.to_ndarray(format="rgb24")
+    pixels = frame.reformat(format="rgb24", threads=1).to_ndarray()  # starting threads takes longer
     image = Image.fromarray(np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90 % 4)))
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)

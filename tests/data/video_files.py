@@ -100,7 +100,7 @@ def decode_all(path: Path) -> tuple[np.ndarray, np.ndarray]:
     frames, times = [], []
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):
-            pixels = frame.to_ndarray(format="rgb24")
+            pixels = frame.reformat(format="rgb24", threads=1).to_ndarray()  # starting threads takes longer
             image = Image.fromarray(np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90)))
             frames.append(np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
             times.append(frame.time)

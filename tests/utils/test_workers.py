@@ -96,6 +96,7 @@ def test_a_worker_that_dies_is_an_error_after_the_results_before_it() -> None:
         list(results)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_is_left_to_the_parent() -> None:
     results = map_in_order(Work(), [0, 0, 0], workers=1, spare=0, if_one_dies="")
     process = next(results)[0]
