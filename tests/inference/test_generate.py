@@ -67,16 +67,21 @@ def test_the_most_probable_token_is_found_without_ordering_the_vocabulary():
 
 
 def greedy_by_full_forward(model, params, batch, *, steps: int) -> list[int]:
-    """One forward over the whole sequence per token: slow, and without a cache that could be wrong."""
-    made = []
-    for _ in range(steps):
-        logits = model.apply({"params": params}, batch)
-        made.append(int(logits[0, -1].argmax()))
-        seen = batch.visible_frames.counts
-        batch = Batch.create(
-            tokens=np.append(batch.tokens, np.array([[made[-1]]], np.int32), axis=1), frames=batch.frames,
-            visual_slots=batch.visual_slots, visible_frames=np.append(seen, seen[:, -1:], axis=1),
-        )  # fmt: skip
+    """One forward over the whole sequence per token: slow, and without a cache that could be wrong.
+
+    Room for the tokens to come is there from the start, so that one program serves all steps: a token sees
+    none after it.
+    """
+    length, made = batch.tokens.shape[1], []
+    tokens = np.pad(batch.tokens, ((0, 0), (0, steps)))
+    seen = np.pad(batch.visible_frames.counts, ((0, 0), (0, steps)), mode="edge")
+    forward = jax.jit(model.apply)
+    for end in range(length, length + steps):
+        whole = Batch.create(
+            tokens=tokens, frames=batch.frames, visual_slots=batch.visual_slots, visible_frames=seen
+        )
+        made.append(int(forward({"params": params}, whole)[0, end - 1].argmax()))
+        tokens[0, end] = made[-1]
     return made
 
 
@@ -88,7 +93,7 @@ def test_generation_equals_the_full_forward_and_stops(tiny_config, replace_confi
     model = CrossLMM(tiny_config)
     batch = make_batch(tiny_config, batch=1, frames=3, text=8)
     expected = greedy_by_full_forward(model, params, batch, steps=7)
-    visual = model.apply({"params": params}, batch.frames, method="encode")
+    visual = jax.jit(lambda: model.apply({"params": params}, batch.frames, method="encode"))()
     counts = np.array([batch.tokens.shape[1]], np.int32)
     arguments = {"vocab_size": tiny_config.decoder.vocab_size}
 
