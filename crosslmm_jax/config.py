@@ -426,6 +426,23 @@ class DataConfig:
         return self.text_buckets[-1] if self.text_buckets else self.max_text_tokens
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Adapters of low rank that learn beside frozen matrices (LoRA, arXiv:2106.09685). By default none."""
+
+    rank: Recipe[int] = 0  # inner width of an adapter; 0: no LoRA
+    alpha: Recipe[float] = 16.0  # the product of an adapter is multiplied by alpha / rank
+    # Matrices that get one: parts, or patterns of names, of decoder.layers, v2v and t2v.
+    targets: Recipe[tuple[str, ...]] = ("decoder.layers", "v2v", "t2v")
+    lr_scale: Recipe[float] = 1.0  # adapters' rate over learning_rate
+
+    def __post_init__(self) -> None:
+        _require(self, "rank", self.rank >= 0, "0 or more")
+        _require_positive(self, "alpha")
+        _require_not_negative(self, "lr_scale")
+        _require(self, "targets", bool(self.targets) and all(map(_may_match, self.targets)), _PATTERNS)
+
+
 _PATTERNS = f"some of {', '.join(PARTS)}, or patterns of parameter names such as decoder.layers.w*"
 
 
@@ -447,6 +464,10 @@ class StageConfig:
     steps: Recipe[int]  # optimiser steps
     learning_rate: Recipe[float]  # peak rate of every part without a scale below
     frozen: Recipe[tuple[str, ...]] = ()  # parts or patterns that do not learn although trainable names them
+    # Of matrices and biases that do not learn. bfloat16 takes half the memory, and in a model that computes
+    # in bfloat16 changes no step.
+    frozen_dtype: Recipe[Literal["float32", "bfloat16"]] = "float32"
+    lora: LoraConfig = field(default_factory=LoraConfig)
     vision_lr_scale: Recipe[float] = 1.0  # encoder's rate over learning_rate
     cross_attn_lr_scale: Recipe[float] = 1.0  # cross-attention's rate over learning_rate
     gate_lr_scale: Recipe[float] = 1.0  # gates' rate over that of cross-attention
@@ -463,12 +484,12 @@ class StageConfig:
         _require_not_negative(self, "weight_decay", "vision_lr_scale", "cross_attn_lr_scale", "gate_lr_scale")
         for name in ("b1", "b2"):
             _require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        _require(self, "trainable", bool(self.trainable), _PATTERNS)
+        _require(self, "trainable", bool(self.trainable) or self.lora.rank > 0, _PATTERNS)
         for name in ("trainable", "frozen"):
             _require(self, name, all(map(_may_match, getattr(self, name))), _PATTERNS)
         _require(self, "directions", set(self.directions) <= {"v2v", "t2v"}, 'made of "v2v" and "t2v"')
         for part in ("v2v", "t2v"):
-            named = any(pattern.split(".")[0] == part for pattern in self.trainable)
+            named = any(name.split(".")[0] == part for name in self.trainable) and part not in self.frozen
             fits = not named or part in self.directions
             _require(self, "directions", fits, f"with {part!r}, since trainable names it")
         _require(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1)")
@@ -521,7 +542,7 @@ class RunConfig:
 
     out: Host[str]  # run folder: checkpoints/, metrics.jsonl, tensorboard/, model/
     init_from: Recipe[str | None] = None  # MODEL or run folder to start from; None: random weights
-    seed: Recipe[int] = 0  # of random weights
+    seed: Recipe[int] = 0  # of random weights and of adapters
     log_every: Host[int] = 10  # steps between lines of metrics
     save_every: Host[int] = 500  # steps between checkpoints
     keep_checkpoints: Host[int] = 2  # newest checkpoints that are kept

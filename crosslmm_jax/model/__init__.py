@@ -12,7 +12,7 @@
     loss.py, ops.py          loss and head; norms, rotary embedding, products
     flops.py                 FLOPs of each part, counted from the sizes
     attention/               one attention function and its backends
-    params/                  tables of parameters, initial values, logical axes
+    params/                  tables of parameters, initial values, logical axes, LoRA's adapters
     quantisation/            8-bit matrices
 
 Modules are Flax Linen for one reason: parameters are a plain nested dict. Each module declares its own from
@@ -56,21 +56,25 @@ from crosslmm_jax.model.loss import Scores, logits_of
 from crosslmm_jax.model.ops import rms_norm
 from crosslmm_jax.model.params.initialise import (
     COPIED,
+    adapted_matrices,
+    adapter_axes,
     copy_cross_attention,
+    init_adapters,
     init_params,
     logical_axes,
     quantised_axes,
 )
-from crosslmm_jax.model.params.tables import Params, has_own_dtype, is_decayed, separate_layers
+from crosslmm_jax.model.params.low_rank import Adapted, LowRank, merge_adapters, without_adapters
+from crosslmm_jax.model.params.tables import Params, cast, has_own_dtype, is_decayed, separate_layers
 from crosslmm_jax.model.pooler import Pooler
 from crosslmm_jax.model.quantisation.quantise import DTYPES, quantise_params
 from crosslmm_jax.model.qwen2 import mlp, self_attention
 
 __all__ = [
-    "COPIED", "ChosenBackend", "CrossLMM", "DTYPES", "KVCache", "KeysValues", "Params", "Pooler",
-    "Scores", "SiglipEncoder",
-    "VideoCache", "Visual", "apply", "attention", "attention_backends", "copy_cross_attention",
-    "encoder_layer", "flops", "frame_chunk", "has_own_dtype", "init_params", "is_decayed", "kv_width",
-    "logical_axes", "logits_of", "mlp", "patchify", "quantise_params", "quantised_axes", "rms_norm",
-    "self_attention", "separate_layers",
+    "Adapted", "COPIED", "ChosenBackend", "CrossLMM", "DTYPES", "KVCache", "KeysValues", "LowRank", "Params",
+    "Pooler", "Scores", "SiglipEncoder", "VideoCache", "Visual", "adapted_matrices", "adapter_axes", "apply",
+    "attention", "attention_backends", "cast", "copy_cross_attention", "encoder_layer", "flops",
+    "frame_chunk", "has_own_dtype", "init_adapters", "init_params", "is_decayed", "kv_width", "logical_axes",
+    "logits_of", "merge_adapters", "mlp", "patchify", "quantise_params", "quantised_axes", "rms_norm",
+    "self_attention", "separate_layers", "without_adapters",
 ]  # fmt: skip

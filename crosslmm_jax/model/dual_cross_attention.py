@@ -41,6 +41,7 @@ from crosslmm_jax.model.ops import (
     rotate,
     to_heads,
 )
+from crosslmm_jax.model.params.low_rank import scale_inputs
 from crosslmm_jax.model.params.partitioning import AxisRules
 from crosslmm_jax.model.params.tables import Weight, WeightTable, constant, declare, ones, stack
 from crosslmm_jax.model.quantisation.quantise import DTYPES, quantise, quantise_at, scale_for
@@ -218,8 +219,8 @@ def keys_values(
     `first` is the number of the first of these frames in the video.
     """
     batch, frames, patches, _ = tokens.shape
-    scale = weights["kv_norm"].astype(tokens.dtype)[:, None, None]
-    k, v = (to_heads(tokens, scale * weights["w" + name], weights["b" + name]) for name in "kv")
+    scale = weights["kv_norm"].astype(tokens.dtype)
+    k, v = (to_heads(tokens, scale_inputs(weights["w" + name], scale), weights["b" + name]) for name in "kv")
     if config.cross_attention.cross_attn_rope == "time":
         times = first + jnp.repeat(jnp.arange(frames), patches)
         times = jnp.broadcast_to(times, (batch, frames * patches))

@@ -188,6 +188,7 @@ def train(
     *,
     targets: int,
     learns: Mapping[str, float] = ALL_LEARN,
+    adapters: Mapping[str, int] | None = None,
     dense: bool = False,
 ) -> Costs:
     """Forward and backward pass of one row, without recomputation.
@@ -201,6 +202,7 @@ def train(
       work: the row.
       targets: positions whose logits are computed.
       learns: part -> share of its weights that learn, for those of which some do.
+      adapters: matrix, such as "v2v.wk" -> parameters of its adapters in all layers (LoRA).
       dense: count masked pairs too.
     """
     part_of = {
@@ -228,7 +230,21 @@ def train(
         costs["encoder"] = Cost(
             (1 + share) * below_layers + (2 + share) * layers, 3 * forward["encoder"].products
         )
+    if adapters:
+        costs["lora"] = Cost(3 * _adapters(config, work, adapters))
     return costs
+
+
+def _adapters(config: ModelConfig, work: Workload, sizes: Mapping[str, int]) -> float:
+    """FLOPs of adapters in the forward pass: of each, its parameters times the tokens that it reads."""
+    originals, compact = work.frames * config.vision.num_patches, work.frames * config.merge.tokens_per_frame
+    queries = {"decoder": work.length(config), "v2v": compact, "t2v": work.text}
+
+    def tokens(name: str) -> int:
+        part, matrix = name.split(".")[0], name.split(".")[-1]
+        return originals if part != "decoder" and matrix in ("wk", "wv") else queries[part]
+
+    return sum(2.0 * tokens(name) * size for name, size in sizes.items())
 
 
 def peak_tflops(device_kind: str, config: ModelConfig) -> float | None:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from crosslmm_jax.model.params.low_rank import Adapted, Matrix, as_matrix
+
 MIN_ROWS = 8  # of a matrix product on a GPU
 YARN_FAST, YARN_SLOW = 32, 1  # turns within the trained positions, between which YaRN's ramp lies
 
@@ -115,13 +117,18 @@ def pad_tokens(x: Float[Array, "b t ..."], length: int) -> Float[Array, "b u ...
     return jnp.pad(x, [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)]) if more else x
 
 
-def matmul(x: Float[Array, "*a d"], weight: Float[Array, "d e"], *, precise: bool = False) -> Array:
-    """`x @ weight`, with a float32 result where `precise`.
+def matmul(x: Float[Array, "*a d"], weight: Matrix, *, precise: bool = False) -> Array:
+    """`x @ weight`, D inputs by E outputs, with a float32 result where `precise`.
 
     On a GPU, fewer than 8 rows are padded. XLA would compute a product of one row as an elementwise
     multiplication and a sum, and write an array of the size of the matrix, or a float32 copy of it, to
     memory.
     """
+    if isinstance(weight, Adapted):
+        low = weight.low_rank
+        return matmul(x, weight.base, precise=precise) + low.scale * matmul(
+            matmul(x, low.a), low.b, precise=precise
+        )
     rows, dtype = math.prod(x.shape[:-1]), jnp.float32 if precise else None
     if jax.default_backend() != "gpu" or rows >= MIN_ROWS:
         return jnp.matmul(x, weight, preferred_element_type=dtype)
@@ -129,16 +136,16 @@ def matmul(x: Float[Array, "*a d"], weight: Float[Array, "d e"], *, precise: boo
     return jnp.matmul(flat, weight, preferred_element_type=dtype)[:rows].reshape(*x.shape[:-1], -1)
 
 
-def to_heads(x: Float[Array, "*a d"], weight: Float[Array, "d n h"], bias: Float[Array, "n h"]) -> Array:
-    """float[..., N, H]: `x` by `weight`, plus `bias`.
+def to_heads(x: Float[Array, "*a d"], weight: Matrix, bias: Float[Array, "n h"]) -> Array:
+    """float[..., N, H]: `x` by `weight`, float[D, N, H], plus `bias`.
 
     The matrices are two-dimensional: a GPU then adds the bias within the product, and XLA copies no operand
     into another order.
     """
-    y = matmul(x, weight.reshape(weight.shape[0], -1)) + bias.reshape(-1)
+    y = matmul(x, as_matrix(weight, 1)) + bias.reshape(-1)
     return y.reshape(*x.shape[:-1], *weight.shape[1:])
 
 
-def from_heads(x: Float[Array, "*a n h"], weight: Float[Array, "n h d"]) -> Array:
-    """float[..., D]: all heads of `x` by `weight`, as one product of two-dimensional matrices."""
-    return matmul(x.reshape(*x.shape[:-2], -1), weight.reshape(-1, weight.shape[-1]))
+def from_heads(x: Float[Array, "*a n h"], weight: Matrix) -> Array:
+    """float[..., D]: all heads of `x` by `weight`, float[N, H, D], as one product of matrices."""
+    return matmul(x.reshape(*x.shape[:-2], -1), as_matrix(weight, 2))

@@ -6,7 +6,7 @@ from typing import Any
 
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model_folder.contents import check_model_folder
-from crosslmm_jax.model_folder.weights import parameter_shapes, read_weights
+from crosslmm_jax.model_folder.weights import DTypes, parameter_shapes, read_weights
 
 
 def load_weights(
@@ -14,7 +14,7 @@ def load_weights(
     config: ModelConfig,
     *,
     shardings: Mapping[str, Any] | None = None,
-    dtype: str | None = None,
+    dtype: DTypes = None,
 ) -> dict[str, Any]:
     """The parameters of a MODEL folder, each tensor read straight into its shards.
 
@@ -22,7 +22,7 @@ def load_weights(
       folder: a MODEL folder.
       config: says which parameters there must be, and their shapes.
       shardings: a tree like the parameters (`parallel.param_shardings`); None: the default device.
-      dtype: of the result, e.g. "float32"; None keeps that of the files.
+      dtype: of the result, e.g. "float32", or a tree like the parameters; None keeps that of the files.
 
     Raises:
       UserError: files are missing or damaged, or do not hold exactly the parameters of `config`.

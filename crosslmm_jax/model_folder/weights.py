@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.errors import UserError
@@ -29,6 +31,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 HOST_BYTES = 2 * 2**30  # of weights between file and devices; a larger tensor is read alone
 PIECE_BYTES = 16 * 2**20  # what a thread reads at once
+DTypes = DTypeLike | Mapping[str, PyTree] | None  # for all parameters, or nested dicts of one for each
 _Part = tuple[tuple[int, int], ...]  # where a part begins and ends, per axis
 
 
@@ -247,7 +250,7 @@ def read_weights(
     shapes: Mapping[str, Shape],
     *,
     shardings: Mapping[str, Any] | None = None,
-    dtype: str | None = None,
+    dtype: DTypes = None,
 ) -> dict[str, Any]:
     """The parameters in `folder`, each read straight into its shards.
 
@@ -258,12 +261,13 @@ def read_weights(
       folder: holds `model.safetensors`, or shards and their index.
       shapes: parameter path -> shape of all that must be there.
       shardings: tree of shardings like the parameters; None puts everything on the default device.
-      dtype: of the result; None keeps that of the files.
+      dtype: of the result, for all or as a tree like the parameters; None keeps that of the files.
 
     Raises:
       UserError: as `open_weights`; or a file became shorter.
     """
     flat_shardings = {} if shardings is None else flatten(shardings)
+    dtypes = flatten(dtype) if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
     arrays: dict[str, jax.Array] = {}
     reading: collections.deque[_Reading] = collections.deque()
     moving: collections.deque[_Reading] = collections.deque()
@@ -276,7 +280,7 @@ def read_weights(
 
         try:
             for name in sorted(shapes, key=lambda name: (str(readers[name].path), _begin(readers, name))):
-                tensor = _Reading(readers[name], name, flat_shardings.get(name), dtype)
+                tensor = _Reading(readers[name], name, flat_shardings.get(name), dtypes[name])
                 while (reading or moving) and tensor.nbytes + _held(reading, moving) > HOST_BYTES:
                     if moving:
                         jax.block_until_ready(arrays[moving.popleft().name])
@@ -309,7 +313,7 @@ class _Reading:
     """A tensor on the way from its file to the devices: one buffer for each part that this process holds."""
 
     def __init__(
-        self, reader: Reader, name: str, sharding: jax.sharding.Sharding | None, dtype: str | None
+        self, reader: Reader, name: str, sharding: jax.sharding.Sharding | None, dtype: DTypeLike | None
     ) -> None:
         entry = reader.entries[name]
         self.name, self._reader, self._shape, self._sharding = name, reader, entry.shape, sharding

@@ -23,6 +23,7 @@ RULES: Mapping[str, MeshAxes] = {
     "head_dim": None,  # summed over in attention scores: sharded, every score would need an all-reduce
     "vision_head_dim": None,  # the same for the encoder
     "vocab": "tensor",  # the loss sums over it once
+    "lora_rank": "fsdp",  # of adapters that have no axis of width
     "patch": None,  # pixels of a patch, positions of a frame: small
     # Activations.
     "act_batch": ("data", "fsdp"),  # devices along fsdp share weights, and hold different rows

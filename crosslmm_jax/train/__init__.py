@@ -3,7 +3,7 @@
 loop              when to step, report, save and stop: `train`
 step              one pure training step, and the loss alone
 state             everything that a step changes, and how it is sharded
-stages            which parts of the model a stage trains
+stages            which parameters a stage trains, and which have adapters
 optimizer         AdamW, learning-rate schedule and groups
 checkpoint        saves and restores the state; decides whether a checkpoint is damaged
 checksum          checksums of arrays, for that decision
@@ -26,17 +26,18 @@ if TYPE_CHECKING:
     from crosslmm_jax.train.export_run import export
     from crosslmm_jax.train.loop import train
     from crosslmm_jax.train.reporting.watch import watch
-    from crosslmm_jax.train.state import abstract_state, random_state
+    from crosslmm_jax.train.state import abstract_state, random_state, state_bytes_per_device
     from crosslmm_jax.train.step import compile_train_step, with_step_visibility
 
 __all__ = [
-    "abstract_state", "compile_train_step", "export", "random_state", "train", "watch",
-    "with_step_visibility",
+    "abstract_state", "compile_train_step", "export", "random_state", "state_bytes_per_device", "train",
+    "watch", "with_step_visibility",
 ]  # fmt: skip
 
 _HOMES = {
     "abstract_state": "state", "compile_train_step": "step", "export": "export_run", "random_state": "state",
-    "train": "loop", "watch": "reporting.watch", "with_step_visibility": "step",
+    "state_bytes_per_device": "state", "train": "loop", "watch": "reporting.watch",
+    "with_step_visibility": "step",
 }  # fmt: skip
 
 

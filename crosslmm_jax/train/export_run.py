@@ -12,14 +12,14 @@ from crosslmm_jax.config import ExperimentConfig, MeshConfig
 from crosslmm_jax.data.index import fingerprint
 from crosslmm_jax.data.text import load_tokenizer
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.model import Params, init_params, logical_axes
+from crosslmm_jax.model import Params, merge_adapters
 from crosslmm_jax.model_folder import check_replaceable, save_model_folder
-from crosslmm_jax.parallel import make_mesh, param_shardings
+from crosslmm_jax.parallel import make_mesh
 from crosslmm_jax.train.checkpoint import read_items
 from crosslmm_jax.train.checksum import array_checksums, check_undamaged
 from crosslmm_jax.train.settings import Settings, config_of
-from crosslmm_jax.train.stages import model_of_stage, split
-from crosslmm_jax.train.state import TrainState
+from crosslmm_jax.train.stages import model_of_stage
+from crosslmm_jax.train.state import TrainState, abstract_state
 from crosslmm_jax.utils import check_local
 
 
@@ -59,10 +59,11 @@ def export(
 
 
 def write_model(folder: Path, config: ExperimentConfig, params: Params, *, tokenizer: str) -> None:
-    """Writes the MODEL folder of a run. Every process of the run calls this; process 0 writes."""
+    """Writes the MODEL folder of a run, adapters merged. Every process calls this; process 0 writes."""
     data = config.data
     save_model_folder(
-        folder, config=model_of_stage(config.model, config.stage), params=params, tokenizer_folder=tokenizer,
+        folder, config=model_of_stage(config.model, config.stage), params=merge_adapters(params),
+        tokenizer_folder=tokenizer,
         sampling=data.sampling, system_prompt=data.system_prompt, time_instruction=data.time_instruction,
         resampling=data.resampling, started_from=config.run.init_from,
     )  # fmt: skip
@@ -127,15 +128,8 @@ def _check_tokenizer(folder: str, saved: Settings) -> str:
 def _read_params(checkpoint: Path, config: ExperimentConfig) -> Params:
     """The parameters of a checkpoint, without the optimiser's state, checked by their checksums."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.local_devices())
-    shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
-    shardings = param_shardings(logical_axes(config.model), shapes, mesh)
-    wanted = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, "float32", sharding=sharding),
-        shapes,
-        shardings,
-    )
-    trainable, frozen = split(wanted, config.stage)
-    item = {"trainable": trainable, "frozen": frozen}
+    abstract = abstract_state(config.model, config.stage, mesh)
+    item = {"trainable": abstract.trainable, "frozen": abstract.frozen}
     found = _read(
         checkpoint,
         state=ocp.args.PyTreeRestore(

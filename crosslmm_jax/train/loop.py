@@ -27,7 +27,7 @@ from crosslmm_jax.batch import Batch, needed
 from crosslmm_jax.config import ExperimentConfig
 from crosslmm_jax.data.loading import BatchIterator, Dataset
 from crosslmm_jax.errors import ConfigError, Interrupted, UserError
-from crosslmm_jax.model import logical_axes
+from crosslmm_jax.model import without_adapters
 from crosslmm_jax.model_folder import check_replaceable, find_model_folder, is_model_folder, load_weights
 from crosslmm_jax.parallel import (
     check_batch_size,
@@ -35,7 +35,6 @@ from crosslmm_jax.parallel import (
     initialize_processes,
     is_first_process,
     make_mesh,
-    param_shardings,
     processes,
     row_shard,
     to_global,
@@ -51,7 +50,7 @@ from crosslmm_jax.train.reporting.metrics_window import NonFiniteStep
 from crosslmm_jax.train.reporting.run_report import RunReport, Validated
 from crosslmm_jax.train.reporting.wandb_log import check_wandb
 from crosslmm_jax.train.settings import check_same_settings, settings_of
-from crosslmm_jax.train.state import TrainState, abstract_state, random_state, state_of_params
+from crosslmm_jax.train.state import TrainState, abstract_state, random_state, shardings_of, state_of_params
 from crosslmm_jax.train.step import compile_train_step, with_step_visibility
 from crosslmm_jax.train.validation import Validation, open_validation
 from crosslmm_jax.train.watchdog import Watchdog
@@ -181,7 +180,9 @@ def _check_before_start(config: ExperimentConfig, mesh: Mesh, abstract: TrainSta
     # One more than is kept: the oldest is deleted only after the newest is complete.
     kept = config.run.keep_checkpoints + (config.data.validation.enabled and config.data.validation.keep_best)
     new_checkpoints = max(min(saves, kept + 1) - present, 0)
-    check_disk_space(out, new_checkpoints * state_bytes(abstract) + state_bytes(abstract.params))
+    weights = jax.tree.leaves(without_adapters(abstract.params))
+    model_bytes = sum(4 * leaf.size for leaf in weights)  # of the MODEL folder, float32
+    check_disk_space(out, new_checkpoints * state_bytes(abstract) + model_bytes)
 
 
 def _open_dataset(config: ExperimentConfig) -> Dataset:
@@ -214,10 +215,10 @@ def _state_before_first_step(config: ExperimentConfig, mesh: Mesh) -> TrainState
     check_same_model(folder, config.model)
     warn_of_other_inputs(folder, config.data)
     warn_of_other_positions(folder, config.model)
-    shapes = abstract_state(config.model, config.stage, mesh).params
-    shardings = param_shardings(logical_axes(config.model), shapes, mesh)
-    params = load_weights(folder, config.model, shardings=shardings, dtype="float32")
-    return state_of_params(params, config.model, config.stage, mesh)
+    wanted = without_adapters(abstract_state(config.model, config.stage, mesh).params)
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, wanted)
+    params = load_weights(folder, config.model, shardings=shardings_of(wanted), dtype=dtypes)
+    return state_of_params(params, config.model, config.stage, mesh, seed=config.run.seed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,13 +16,15 @@ from jaxtyping import Array, Float, PyTree
 
 from crosslmm_jax.config import ModelConfig, StageConfig
 from crosslmm_jax.model import is_decayed
-from crosslmm_jax.train.stages import trained_of_model
+from crosslmm_jax.train.stages import ADAPTERS, trained_of_model
 
 Path = tuple[str, ...]
 
 
 def group_of(path: Path) -> str:
-    """The learning-rate group of the parameter at `path`: encoder, cross_attention, gate or base."""
+    """The learning-rate group of the parameter at `path`: encoder, cross_attention, gate, lora or base."""
+    if path[0] == ADAPTERS:
+        return "lora"
     if path[0] in ("v2v", "t2v"):
         return "gate" if path[-1] == "gate" else "cross_attention"
     return "encoder" if path[0] == "encoder" else "base"
@@ -35,6 +37,7 @@ def group_scales(stage: StageConfig) -> dict[str, float]:
         "encoder": stage.vision_lr_scale,
         "cross_attention": stage.cross_attn_lr_scale,
         "gate": stage.cross_attn_lr_scale * stage.gate_lr_scale,
+        "lora": stage.lora.lr_scale,
     }
 
 
@@ -70,7 +73,7 @@ def learning_rates(model: ModelConfig, stage: StageConfig, count: int) -> dict[s
 
 
 def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
-    """AdamW for the trainable parameters of `stage`, which are nested dicts with parts as top keys.
+    """AdamW for the trainable parameters of `stage`, which are nested dicts as of `stages.split`.
 
     Moments are float32. As in torch, the learning rate of a group scales its weight decay too.
     """
@@ -94,7 +97,9 @@ def _scale_groups(updates: PyTree[Array], scales: Mapping[str, float]) -> PyTree
 
 
 def map_with_path(function: Callable[[Path, Array], object], tree: PyTree[Array]) -> PyTree:
-    """`jax.tree.map` of `function(path, leaf)` over nested dicts; a path is the tuple of its keys."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: function(tuple(str(entry.key) for entry in path), leaf), tree
-    )
+    """`jax.tree.map` of `function(path, leaf)` over nested dicts and adapters; a path is a tuple of keys."""
+
+    def call(path: jax.tree_util.KeyPath, leaf: Array) -> object:
+        return function(tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path), leaf)
+
+    return jax.tree_util.tree_map_with_path(call, tree)

@@ -35,6 +35,9 @@ _FIXED = dict.fromkeys(
 ) | {
     "stage.trainable": "decide what the optimiser's state holds",
     "stage.frozen": "decide what the optimiser's state holds",
+    "stage.lora.rank": "decide what the optimiser's state holds",
+    "stage.lora.targets": "decide what the optimiser's state holds",
+    "stage.frozen_dtype": "decide what the checkpoints hold",
     "run.init_from": "decide the weights before the first step",
     "run.seed": "decide the weights before the first step",
 }

@@ -9,6 +9,8 @@
 
 A pattern names what it matches, and what lies below. What `trainable` names and `frozen` does not, learns.
 The layers of a stack are one parameter: they learn or stay together.
+
+`StageConfig.lora` adds adapters to matrices that do not learn. They are trainable parameters under "lora".
 """
 
 import collections
@@ -19,12 +21,15 @@ import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from jaxtyping import PyTree
+import jax
+from jaxtyping import Array, PyTree
 
 from crosslmm_jax.config import PARTS, ModelConfig, StageConfig
 from crosslmm_jax.errors import ConfigError
-from crosslmm_jax.model import Params
+from crosslmm_jax.model import Adapted, Params, adapted_matrices, adapter_axes, init_adapters
 from crosslmm_jax.model_folder import flatten, parameter_shapes, unflatten
+
+ADAPTERS = "lora"  # their key among the trainable parameters
 
 
 def trained_names(names: Collection[str], stage: StageConfig) -> set[str]:
@@ -37,16 +42,46 @@ def trained_names(names: Collection[str], stage: StageConfig) -> set[str]:
     named = matching(stage.trainable, names, field="trainable", what="parameter of the model")
     frozen = matching(stage.frozen, named, field="frozen", what="parameter that StageConfig.trainable names")
     found = named - frozen
-    if not found:
+    if not found and not stage.lora.rank:
         raise ConfigError(
             f"StageConfig.frozen is {stage.frozen!r}; it must leave some of what trainable names to learn"
         )
-    for part in {name.split(".")[0] for name in found} & ({"v2v", "t2v"} - set(stage.directions)):
+    for part in _not_in_graph(found, stage):
         raise ConfigError(
             f"StageConfig.trainable is {stage.trainable!r}, which names parameters of {part}; directions is"
             f" {stage.directions!r}, so that they would not learn: add {part!r} to directions or to frozen"
         )
     return found
+
+
+def adapted_names(model: ModelConfig, stage: StageConfig) -> set[str]:
+    """Names of the matrices of `model` that get an adapter in a stage.
+
+    Raises:
+      ConfigError: a pattern matches no such matrix, a matrix would learn itself, or a direction of
+        cross-attention is not in the graph.
+    """
+    if not stage.lora.rank:
+        return set()
+    matrices, targets = adapted_matrices(model), stage.lora.targets
+    found = matching(targets, matrices, field="lora.targets", what="matrix of decoder.layers, v2v or t2v")
+    for part in _not_in_graph(found, stage):
+        raise ConfigError(
+            f"StageConfig.lora.targets is {targets!r}, which names matrices of {part}; directions is"
+            f" {stage.directions!r}, so that their adapters would not learn: add {part!r} to directions, or"
+            " name other targets"
+        )
+    if twice := sorted(found & trained_names(parameter_shapes(model), stage)):
+        raise ConfigError(
+            f"StageConfig.lora.targets names {', '.join(twice[:4])}, which StageConfig.trainable names too;"
+            " an adapter is for a matrix that does not learn: take them out of one of the two"
+        )
+    return found
+
+
+def _not_in_graph(names: Collection[str], stage: StageConfig) -> list[str]:
+    """Directions of cross-attention that have one of `names` and are not in the graph of the stage."""
+    return sorted(_parts(names) & ({"v2v", "t2v"} - set(stage.directions)))
 
 
 def matching(patterns: Sequence[str], names: Collection[str], *, field: str, what: str) -> set[str]:
@@ -77,7 +112,7 @@ def matching(patterns: Sequence[str], names: Collection[str], *, field: str, wha
 
 
 def _with_parents(name: str) -> list[str]:
-    """ "a.b.c" -> ["a", "a.b", "a.b.c"]."""
+    """The name itself after those of all that it lies in: "a", "a.b" and "a.b.c" of "a.b.c"."""
     keys = name.split(".")
     return [".".join(keys[: count + 1]) for count in range(len(keys))]
 
@@ -99,22 +134,49 @@ def split(params: Mapping[str, PyTree], stage: StageConfig) -> tuple[Params, Par
 
 
 def merge(trainable: Mapping[str, PyTree], frozen: Mapping[str, PyTree]) -> Params:
-    """The inverse of `split`.
+    """The inverse of `split`, with an `Adapted` matrix for each that has an adapter.
 
     Raises:
       ValueError: a parameter is in both, or a part is missing or unknown.
     """
-    learning, rest = flatten(trainable), flatten(frozen)
-    params = unflatten({**learning, **rest})
-    if learning.keys() & rest.keys() or set(params) != set(PARTS):
+    adapters = flatten(trainable.get(ADAPTERS, {}))
+    learning = flatten({part: value for part, value in trainable.items() if part != ADAPTERS})
+    params = {**learning, **flatten(frozen)}
+    if len(params) != len(learning) + len(flatten(frozen)) or _parts(params) != set(PARTS):
         raise ValueError(f"parts {sorted(trainable)} and {sorted(frozen)} do not make up {sorted(PARTS)}")
-    return params
+    return unflatten(params | {name: Adapted(params[name], low) for name, low in adapters.items()})
+
+
+def _parts(names: Collection[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def new_adapters(model: ModelConfig, stage: StageConfig, key: Array) -> Params:
+    """What `split` gives as trainable, for the adapters: {} without LoRA."""
+    lora, names = stage.lora, adapted_names(model, stage)
+    if not names:
+        return {}
+    scale = lora.alpha / lora.rank
+    return {ADAPTERS: unflatten(init_adapters(model, names, key, rank=lora.rank, scale=scale))}
+
+
+def axes_of_adapters(model: ModelConfig, stage: StageConfig) -> Params:
+    """The logical axes of every array of `new_adapters`."""
+    lora, names = stage.lora, adapted_names(model, stage)
+    if not names:
+        return {}
+    scale = lora.alpha / lora.rank
+    return {ADAPTERS: unflatten(adapter_axes(model, names, rank=lora.rank, scale=scale))}
 
 
 @functools.lru_cache(maxsize=8)
 def trained_of_model(model: ModelConfig, stage: StageConfig) -> frozenset[str]:
-    """Names of the parameters of `model` that a stage trains; raises like `trained_names`."""
-    return frozenset(trained_names(parameter_shapes(model), stage))
+    """Names of the parameters that a stage trains, those of adapters with "lora." in front.
+
+    Raises like `trained_names` and `adapted_names`.
+    """
+    adapters = {f"{ADAPTERS}.{name}" for name in adapted_names(model, stage)}
+    return frozenset(trained_names(parameter_shapes(model), stage) | adapters)
 
 
 def trained_shares(model: ModelConfig, stage: StageConfig) -> dict[str, float]:
@@ -127,6 +189,13 @@ def trained_shares(model: ModelConfig, stage: StageConfig) -> dict[str, float]:
         of_part[0] += size * (name in learning)
         of_part[1] += size
     return {part: trained / total for part, (trained, total) in sizes.items() if trained}
+
+
+def adapter_sizes(model: ModelConfig, stage: StageConfig) -> dict[str, int]:
+    """Name of each adapted matrix -> parameters of its adapters in all layers."""
+    shapes = jax.eval_shape(lambda key: new_adapters(model, stage, key), jax.random.key(0))
+    adapters = flatten(shapes.get(ADAPTERS, {}))
+    return {name: low.a.size + low.b.size for name, low in adapters.items()}
 
 
 def model_of_stage(model: ModelConfig, stage: StageConfig) -> ModelConfig:

@@ -41,7 +41,8 @@ def test_schedule(make_stage, steps: int, ratio: float) -> None:
 
 def test_groups(make_stage, micro_config) -> None:
     stage = make_stage()
-    assert group_scales(stage) == {"base": 1.0, "encoder": 0.2, "cross_attention": 2.0, "gate": 6.0}
+    scales = {"base": 1.0, "encoder": 0.2, "cross_attention": 2.0, "gate": 6.0, "lora": 1.0}
+    assert group_scales(stage) == scales
     assert group_of(("t2v", "gate")) == "gate"
     assert group_of(("t2v", "wq")) == "cross_attention"
     assert group_of(("decoder", "layers", "w_gate")) == "base"

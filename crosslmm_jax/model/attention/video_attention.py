@@ -26,12 +26,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model.attention.context_parallel import context_parallel_attention
 from crosslmm_jax.model.attention.dispatch import attention
 from crosslmm_jax.model.kv_cache import KeysValues
+from crosslmm_jax.model.params.low_rank import heads_first, with_head
 from crosslmm_jax.model.params.partitioning import AxisRules, num_shards
 
 # Keys and values of one layer and direction on one device: up to this size they are made at once.
@@ -245,13 +246,14 @@ def _by_head(
     """
     batch, frames, patches, _ = tokens.shape
     heads, head_dim = config.decoder.num_kv_heads, q.shape[3]
-    of_head = {"wk": 1, "wv": 1, "bk": 0, "bv": 0}  # the axis of the heads
-    by_head = {name: jnp.moveaxis(weights[name], axis, 0) for name, axis in of_head.items()}
+    by_head = {name: heads_first(weights[name]) for name in ("wk", "wv")}
+    by_head |= {name: weights[name] for name in ("bk", "bv")}
     stop = None if visible_frames is None else visible_frames * patches
 
     def one(head: tuple[Array, dict[str, Array]]) -> Array:
         q, head_weights = head
-        expanded = {name: jnp.expand_dims(head_weights[name], axis) for name, axis in of_head.items()}
+        expanded: PyTree = {name: with_head(head_weights[name]) for name in ("wk", "wv")}
+        expanded |= {name: head_weights[name][None] for name in ("bk", "bv")}
 
         def add(kv: tuple[Array, ...], begin: Array) -> tuple[tuple[Array, ...], None]:
             chunk = jax.lax.dynamic_slice_in_dim(tokens, begin, size, axis=1)

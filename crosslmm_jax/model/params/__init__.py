@@ -2,6 +2,7 @@
 
 - `tables`: a module's parameters as a table of shapes, logical axes and initialisers; `separate_layers`.
 - `partitioning`: logical axes of activations, and of the devices that share an attention.
+- `low_rank`: LoRA: a matrix with an adapter in its place, and merged again.
 - `initialise`: the parameters of a new model (imported by `crosslmm_jax.model`, since it needs the model).
 """
 

@@ -1,6 +1,8 @@
 """Parameters of a new model, and the logical axes of each."""
 
 import dataclasses
+import zlib
+from collections.abc import Collection, Mapping
 from typing import cast
 
 import flax.linen as nn
@@ -10,7 +12,10 @@ from jaxtyping import Array
 
 from crosslmm_jax.config import ModelConfig
 from crosslmm_jax.model.crosslmm import CrossLMM
-from crosslmm_jax.model.params.tables import AxisTree, Params
+from crosslmm_jax.model.dual_cross_attention import cross_attention_weights
+from crosslmm_jax.model.params.low_rank import LowRank, low_rank_weights
+from crosslmm_jax.model.params.tables import AxisTree, Params, Weight, input_dims
+from crosslmm_jax.model.qwen2 import decoder_weights
 
 # Weights that cross-attention can copy: it has the shapes of its layer's self-attention.
 COPIED = ("wq", "bq", "wk", "bk", "wv", "bv", "wo")
@@ -38,6 +43,59 @@ def quantised_axes(config: ModelConfig) -> AxisTree:
     """`logical_axes` of the parameters that `quantise_params` returns for `config.visual_matmul`."""
     boxed = jax.eval_shape(lambda key: _boxed(config, key), jax.random.key(0))
     return jax.tree.map(lambda box: box.names, boxed, is_leaf=_is_boxed)
+
+
+def adapted_matrices(config: ModelConfig) -> tuple[str, ...]:
+    """Names of the matrices that LoRA can adapt: those of decoder layers and of cross-attention."""
+    return tuple(_adaptable(config))
+
+
+def init_adapters(
+    config: ModelConfig, names: Collection[str], key: Array, *, rank: int, scale: float
+) -> dict[str, LowRank]:
+    """A new adapter for each of some matrices, by name.
+
+    Args:
+      config: the model configuration.
+      names: of the matrices, such as "decoder.layers.wq".
+      key: for A; B is 0.
+      rank: of the adapters.
+      scale: of their products.
+    """
+
+    def adapter(name: str, weight: Weight) -> LowRank:
+        a, b = low_rank_weights(weight, inputs=input_dims(name.split(".")[-1]), rank=rank)
+        key_of_a = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        return LowRank(a.init(key_of_a, a.shape), b.init(key_of_a, b.shape), scale)
+
+    return {name: adapter(name, weight) for name, weight in _some(config, names).items()}
+
+
+def adapter_axes(
+    config: ModelConfig, names: Collection[str], *, rank: int, scale: float
+) -> dict[str, LowRank]:
+    """The logical axes of every array of `init_adapters`."""
+
+    def axes(name: str, weight: Weight) -> LowRank:
+        a, b = low_rank_weights(weight, inputs=input_dims(name.split(".")[-1]), rank=rank)
+        return LowRank(a.axes, b.axes, scale)  # type: ignore[arg-type]
+
+    return {name: axes(name, weight) for name, weight in _some(config, names).items()}
+
+
+def _some(config: ModelConfig, names: Collection[str]) -> dict[str, Weight]:
+    return {name: weight for name, weight in _adaptable(config).items() if name in names}
+
+
+def _adaptable(config: ModelConfig) -> dict[str, Weight]:
+    layers, cross = decoder_weights(config.decoder)["layers"], cross_attention_weights(config)
+    tables = {"decoder.layers": layers, "v2v": cross, "t2v": cross}
+    return {
+        f"{stack}.{name}": weight
+        for stack, table in tables.items()
+        for name, weight in cast(Mapping[str, Weight], table).items()
+        if name.startswith("w")
+    }
 
 
 def _as_trained(config: ModelConfig) -> ModelConfig:

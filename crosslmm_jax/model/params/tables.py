@@ -45,12 +45,26 @@ def fan_in(size: int) -> Initializer:
     return normal(1 / math.sqrt(size))
 
 
+def uniform(bound: float) -> Initializer:
+    """Uniform within -bound..bound, float32."""
+
+    def init(key: Array, shape: tuple[int, ...]) -> Array:
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+    return init
+
+
 def constant(value: float) -> Initializer:
     """Every entry equal to `value`, float32."""
     return partial(nn.initializers.constant(value), dtype=jnp.float32)
 
 
 zeros, ones = constant(0.0), constant(1.0)
+
+
+def input_dims(name: str) -> int:
+    """Leading dimensions of a matrix that a product sums over; the others are outputs."""
+    return 2 if name == "wo" else 1  # of attention: heads and their size
 
 
 def stack(length: int, table: Mapping[str, Weight], *, stacked: bool = True) -> WeightTable:
@@ -130,10 +144,9 @@ def _declare(module: nn.Module, name: str, entry: "Weight | WeightTable") -> PyT
 
 def _check_shapes(entry: "Weight | WeightTable", value: PyTree[Array], path: tuple[str, ...]) -> None:
     if isinstance(entry, Weight):
-        if jnp.shape(value) != entry.shape:
-            raise ValueError(
-                f"parameter {'.'.join(path)} has shape {jnp.shape(value)} instead of {entry.shape}"
-            )
+        shape = value.shape  # also of an `Adapted` matrix
+        if shape != entry.shape:
+            raise ValueError(f"parameter {'.'.join(path)} has shape {shape} instead of {entry.shape}")
         return
     for name, child in entry.items():
         if name not in value:
@@ -168,6 +181,7 @@ def cast(weights: Params, dtype: DTypeLike) -> Params:
     """`weights` with matrices and biases in the compute dtype; see `has_own_dtype` for the others."""
 
     def cast_leaf(path: Sequence[Any], value: Array) -> Array:
-        return value if has_own_dtype(path[-1].key, value.dtype) else value.astype(dtype)
+        name = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)][-1]
+        return value if has_own_dtype(name, value.dtype) else value.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast_leaf, weights)

@@ -32,12 +32,12 @@ from jaxtyping import Array, Float
 
 from crosslmm_jax.config import Precision
 from crosslmm_jax.errors import ConfigError
-from crosslmm_jax.model.params.tables import Params, Weight, zeros
+from crosslmm_jax.model.params.tables import Params, Weight, input_dims, zeros
 from crosslmm_jax.model.quantisation.activation_bounds import Bounds, activation_bounds
 
 DTYPES = {"fp8": jnp.float8_e4m3fn, "int8": jnp.int8}
 # The quantised matrices, of encoder and projector, and how many leading dimensions a product sums over.
-INPUT_DIMS = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w1": 1, "w2": 1}
+INPUT_DIMS = {name: input_dims(name) for name in ("wq", "wk", "wv", "wo", "w1", "w2")}
 # A row of smaller numbers counts as zeros: its scale and the inverse must be normal float32 numbers.
 SMALLEST = 1e-30
 

@@ -9,7 +9,7 @@ import numpy as np
 from crosslmm_jax.batch import Batch, needed
 from crosslmm_jax.config import ModelConfig, StageConfig
 from crosslmm_jax.model import flops
-from crosslmm_jax.train.stages import model_of_stage, trained_shares
+from crosslmm_jax.train.stages import adapter_sizes, model_of_stage, trained_shares
 
 
 class Work(NamedTuple):
@@ -32,6 +32,7 @@ class WorkCounter:
     def __init__(self, model: ModelConfig, stage: StageConfig, *, num_shards: int) -> None:
         """`num_shards`: parts of a global batch, of which a process has one."""
         self._config, self._learns = model_of_stage(model, stage), trained_shares(model, stage)
+        self._adapters = adapter_sizes(model, stage)
         self._num_shards = num_shards
         self._flops_of_row = functools.lru_cache(2**16)(self._count_row)
 
@@ -57,4 +58,5 @@ class WorkCounter:
     def _count_row(self, frames: int, end: int, before: int, targets: int) -> float:
         text = max(end - frames * self._config.merge.tokens_per_frame, 0)
         work = flops.Workload(frames=frames, text=text, before=min(before, text))
-        return flops.total(flops.train(self._config, work, targets=targets, learns=self._learns))
+        costs = flops.train(self._config, work, targets=targets, learns=self._learns, adapters=self._adapters)
+        return flops.total(costs)
