@@ -26,6 +26,7 @@ def get_config() -> ExperimentConfig:
             directions=("v2v", "t2v"),  # table 2a and 2c
             steps=1000,  # two epochs: own data are few
             learning_rate=1e-5,  # sec. 4.1
+            gate_lr_scale=250.0,  # T2V's gates start at 0, and have 1000 steps to open
             microbatches=32,  # one row at once
         ),
         run=dataclasses.replace(

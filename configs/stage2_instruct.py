@@ -38,6 +38,9 @@ def get_config() -> ExperimentConfig:
             steps=23_437,  # table 3: one epoch of about 3M samples
             learning_rate=1e-5,  # sec. 4.1
             vision_lr_scale=0.2,  # sec. 4.1: 2e-6 for the encoder
+            # Ours. Adam moves a scalar by about one learning rate per step, and those of the stage sum to
+            # 0.12: T2V's gates, which start at 0, would end below tanh(0.12).
+            gate_lr_scale=50.0,
             warmup_ratio=0.03,  # not in the paper: LLaVA's
             microbatches=16,
         ),

@@ -16,6 +16,7 @@ from crosslmm_jax.config_io import describe, from_dict, load_experiment, option_
 from crosslmm_jax.demo import recipe
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.presets import PRESETS, get_preset, tiny
+from crosslmm_jax.train.stages import trained_shares
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -296,11 +297,59 @@ def test_a_file_that_holds_no_object(whole: object) -> None:
 # Config files and overrides ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.py")), ids=lambda path: path.stem)
 def test_config_files_load(path: Path) -> None:
     config = load_experiment(path)
     assert config.run.out == f"runs/{path.stem}"
-    assert f"crosslmm train configs/{path.name}" in path.read_text()
+    assert f"crosslmm train {path.relative_to(CONFIGS.parent)}" in path.read_text()
+    start = Path(config.run.init_from or "models/")
+    assert start.parts[0] == "models" or any(CONFIGS.rglob(f"{start.parts[1]}.py")), start
+
+
+# Row of a table -> directions of both stages, parts of which nothing learns in both, K.
+ROWS = {
+    "table2a_none": ((), (), {"encoder", "v2v", "t2v", "decoder"}, {"v2v", "t2v"}, 4),
+    "table2a_t2v": ((), ("t2v",), {"encoder", "v2v", "t2v", "decoder"}, {"v2v"}, 4),
+    "table2a_v2v": (("v2v",), ("v2v",), {"encoder", "t2v", "decoder"}, {"t2v"}, 4),
+    "table2": (("v2v",), ("v2v", "t2v"), {"encoder", "t2v", "decoder"}, set(), 4),
+    "table2b_k1": (("v2v",), ("v2v", "t2v"), {"encoder", "t2v", "decoder"}, set(), 1),
+    "table2b_k2": (("v2v",), ("v2v", "t2v"), {"encoder", "t2v", "decoder"}, set(), 2),
+    "table2b_k8": (("v2v",), ("v2v", "t2v"), {"encoder", "t2v", "decoder"}, set(), 8),
+    "table2c_t2v_in_both": (("v2v", "t2v"), ("v2v", "t2v"), {"encoder", "decoder"}, set(), 4),
+    "table4_10m": (("v2v",), ("v2v", "t2v"), {"encoder", "t2v", "decoder"}, set(), 4),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_the_papers_tables(name: str) -> None:
+    second = load_experiment(CONFIGS / "tables" / f"{name}_stage2.py")
+    first = load_experiment(CONFIGS / "tables" / f"{Path(second.run.init_from or '').parts[1]}.py")
+    of_stages, every = ROWS[name][:4], ROWS[name][4]
+    for config, directions, frozen in zip((first, second), of_stages[:2], of_stages[2:], strict=True):
+        assert config.stage.directions == directions
+        learning = trained_shares(config.model, config.stage)
+        assert set(c.PARTS) - learning.keys() == frozen and set(learning.values()) == {1.0}
+        assert config.model.cross_attention.cross_attn_every == every
+        assert config.model.merge.tokens_per_frame == (9 if name == "table4_10m" else 1)
+    samples = 10e6 if name == "table4_10m" else 5e6
+    assert first.stage.steps * first.data.batch_size == pytest.approx(samples, rel=1e-3)
+
+
+def test_the_frozen_row_of_table_5_differs_by_its_encoder() -> None:
+    trained, frozen = (
+        load_experiment(CONFIGS / name) for name in ("stage2_instruct.py", "tables/table5_frozen.py")
+    )
+    assert trained_shares(frozen.model, frozen.stage).keys() == set(c.PARTS) - {"encoder"}
+    assert dataclasses.replace(frozen.stage, frozen=()) == trained.stage and frozen.data == trained.data
+
+
+def test_gates_can_open_in_every_second_stage() -> None:
+    """Adam moves a scalar by about one learning rate per step: those of a gate that starts at 0 sum to 1."""
+    for path in sorted(CONFIGS.rglob("*stage2*.py")):
+        config = load_experiment(path)
+        stage, begin = config.stage, config.model.cross_attention.gate_init
+        reach = stage.steps / 2 * stage.learning_rate * stage.cross_attn_lr_scale * stage.gate_lr_scale
+        assert not stage.directions or begin + reach > 1, path
 
 
 def test_the_tiny_configs_are_the_demos_recipe() -> None:

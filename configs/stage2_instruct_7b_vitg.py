@@ -1,0 +1,24 @@
+"""Stage 2 of CrossLMM-7B with the giant encoder and 16 tokens per frame: as `stage2_instruct_7b.py`.
+
+Run: crosslmm train configs/stage2_instruct_7b_vitg.py
+"""
+
+import dataclasses
+from pathlib import Path
+
+from crosslmm_jax.config import ExperimentConfig
+from crosslmm_jax.config_io import load_experiment
+from crosslmm_jax.presets import crosslmm_7b_vitg
+
+
+def get_config() -> ExperimentConfig:
+    """The same recipe (table 1, last row, names no other values); 512 frames are 8,192 tokens."""
+    base = load_experiment(Path(__file__).with_name("stage2_instruct_7b.py"))
+    return dataclasses.replace(
+        base,
+        model=crosslmm_7b_vitg(),
+        data=dataclasses.replace(base.data, tokenizer="models/crosslmm_7b_vitg"),
+        run=dataclasses.replace(
+            base.run, out="runs/stage2_instruct_7b_vitg", init_from="runs/stage1_align_7b_vitg/model"
+        ),
+    )
