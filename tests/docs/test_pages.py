@@ -44,7 +44,7 @@ NOT_RUN = {
     r"crosslmm convert from-hf --llava .*": "tests/convert reads every layout of LLaVA",
     r"crosslmm convert from-hf .*--preset crosslmm_.*": "needs the real weights",
     r"crosslmm data index .*--tokenizer models/0\.5b": "needs the real weights",
-    r"crosslmm train configs/(stage|small).*": "needs an accelerator and the real weights",
+    r"crosslmm train configs/(stage|small|tables).*": "needs an accelerator and the real weights",
     r"(\w+=\S+ )*(sbatch )?launch/.*|kubectl .*": "needs a cluster; see tests/launch",
     r"sbatch --array=\S+ --wrap 'crosslmm data index .*|crosslmm data merge .*": "see test_shards.py",
     r"python -m perf .*": "tests/perf runs them",
