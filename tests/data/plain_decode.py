@@ -1,5 +1,6 @@
 """A plain decode: all packets in order to one decoder with one thread, a packet that raises is skipped."""
 
+import collections
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,13 +43,14 @@ class Plain(NamedTuple):
         return order[np.maximum(places, 0)]
 
 
-def plain_decode(path: Path, size: int, *, twice: bool = False, threads: int = 1) -> Plain:
+def plain_decode(path: Path, size: int, *, twice: bool = False, held: int = 0, threads: int = 1) -> Plain:
     """Decodes a video. Raises av.error.FFmpegError or IndexError where PyAV finds none.
 
-    With `twice` the decoder has decoded the file before, so it holds other pictures and states. Only a decode
-    with a single thread is a plain one.
+    With `twice` the decoder has decoded the file before, so it holds other pictures and states. It cannot use
+    the memory of the last `held` frames for the next ones. Only a decode with a single thread is a plain one.
     """
     images, presentation, decoding, numbers, errors, corrupt = [], [], [], [], 0, 0
+    kept = collections.deque[av.VideoFrame](maxlen=held)
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         context = stream.codec_context
@@ -82,6 +84,7 @@ def plain_decode(path: Path, size: int, *, twice: bool = False, threads: int = 1
                 if frame.pts == -1:
                     continue
                 corrupt += frame.is_corrupt
+                kept.append(frame)
                 images.append(_square(frame, size))
                 numbers.append(frame.pts)
     known = [stamp for stamp in presentation if stamp is not None]

@@ -3,7 +3,8 @@
 1. All frame times are listed without decoding: from the tables of an mp4, or from all packets (packet_index).
 2. The sampling rule chooses frames by these times (frame_sampling).
 3. Only the GOPs that hold chosen frames are read, each up to its last chosen frame (decode, wanted_frames). A
-   file that turns out to be damaged is refused if too much of it is (damage). A short one is decoded whole.
+   file that turns out to be damaged is refused if too much of it is (damage). Unless it is very long, it is
+   decoded whole.
 4. Only the chosen frames are converted to RGB and resized.
 
 Folders of pictures and still images are read by the same functions.
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
 
 Effort = Literal["exactly", "around", "from_whole_gops", "plainly"]
 DECODE_UP_TO = 1000  # frames of a video that a probe decodes whole, by default: a second of work at most
+WHOLE_UP_TO = 10_000  # frames of a damaged video that is decoded whole: some seconds of work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +111,8 @@ def probe(
     """Length, frame rate and size of a video, from its tables or packets.
 
     Short videos are decoded to count damaged frames. Of long ones a few hundred frames are decoded, all over
-    the file, and the others only if too many of these are damaged. Of still pictures only the headers are
-    read, also in a folder.
+    the file. The others follow if one of these is damaged, or in a video of more than WHOLE_UP_TO frames, if
+    too many are. Of still pictures only the headers are read, also in a folder.
 
     Args:
         path: a video, a folder of its frames, or a still image: a path, or a result of `open_media`.
@@ -162,19 +164,23 @@ def probe(
 
 def _count(video: "_Indexed", decode_up_to: int | None, max_damaged: float) -> int | None:
     """Number of damaged frames, or None where not all are counted. Raises DataError if there are too many."""
-    index, known = video.index, known_damage(video.index)
+    index = video.index
     if decode_up_to is not None and len(index.times) > decode_up_to:
-        check_share(known, index, video.path, most=max_damaged)
-        estimate = known
-        if decode_up_to:
-            with contextlib.suppress(LostFrameError, SeekError):
-                estimate = _estimate(video)
-        if not is_above(estimate, index, most=max_damaged):
+        check_share(known_damage(index), index, video.path, most=max_damaged)
+        if not decode_up_to or not _is_worth_counting(video, max_damaged):
             return None
     with video.plain_decode() as decode:
         for _ in decode.frames():
             pass
         return count_damaged(decode, index, video.path, most=max_damaged)
+
+
+def _is_worth_counting(video: "_Indexed", max_damaged: float) -> bool:
+    """Whether all of a long video is to be decoded, by what is found at places all over it."""
+    estimate = known_damage(video.index)
+    with contextlib.suppress(LostFrameError, SeekError):
+        estimate = _estimate(video)
+    return is_above(estimate, video.index, most=max_damaged if _is_long(video.index) else 0)
 
 
 def _check_no_stream(path: PathOrMedia) -> None:
@@ -290,7 +296,7 @@ def read_frames(
         with open_indexed(path, deadline, threads, use_tables=use_tables) as (stream, index):
             _check_known(index, path, max_damaged=max_damaged)
             # A few damaged packets of a long video, as broadcasts often have, matter where they are met.
-            damaged |= not _is_long(index) and known_damage(index) > 0
+            damaged |= not _is_long(index) and (known_damage(index) or _counted(path) or 0) > 0
             if effort == "from_whole_gops" and not _is_long(index):
                 continue
             if damaged and effort in ("exactly", "around"):
@@ -401,7 +407,7 @@ def _take(video: _Indexed, wanted: np.ndarray, put: Put, *, effort: Effort, max_
             raise LostFrameError  # all of the file tells how many they are
         with video.decoder(None, shortcuts=True) as decoder:
             take_from_whole_gops(decoder, index, wanted, put)
-        return damaged
+        return max(damaged, len(decoder.damage_met))
     with video.plain_decode() as decode:
         everything = Part(0, len(index.times), wanted, 0)
         take_shown(decode.frames(), index, everything, put, from_beginning=True)
@@ -415,7 +421,8 @@ def _estimate(video: _Indexed) -> int:
 
 
 def _is_long(index: PacketIndex) -> bool:
-    return len(index.times) > DECODE_UP_TO
+    """Whether a video is too long to be decoded whole for every read where it is damaged."""
+    return len(index.times) > WHOLE_UP_TO
 
 
 def _counted(path: PathOrMedia) -> int | None:

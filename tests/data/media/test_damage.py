@@ -83,7 +83,21 @@ def test_the_share_of_the_file_decides(tmp_path: Path, limit: float) -> None:
         assert probe(path, max_damaged=limit).damaged == 10
 
 
-def test_long_videos_are_counted_on_request(one_bad: Path) -> None:
+def test_damage_that_is_known_is_not_passed_by(one_bad: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Met somewhere, it is counted, and a file with a count is decoded whole whatever is read of it."""
+    assert probe(one_bad, decode_up_to=10).damaged == 1
+    monkeypatch.setattr(video, "GopDecoder", None)
+    medium = Media(str(one_bad), damaged=1)
+    clip, plain = (
+        read_frames(medium, SamplingConfig(frames=2), size=SIDE, bounds=(0, 0.2)),
+        plain_decode(one_bad, SIDE),
+    )
+    np.testing.assert_array_equal(clip.frames, plain.images[plain.at(clip.times)])
+    assert clip.damaged == 1
+
+
+def test_very_long_videos_are_counted_on_request(one_bad: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "WHOLE_UP_TO", 20)
     assert probe(one_bad, decode_up_to=10).damaged is None
     with pytest.raises(DataError, match="1 of its 40 frames are lost, above max_damaged, 0"):
         probe(one_bad, decode_up_to=10, max_damaged=0.0)
@@ -164,7 +178,7 @@ def test_a_long_broadcast_with_few_damaged_packets_is_not_decoded_whole(
     broadcast: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = plain_decode(broadcast, SIDE)
-    monkeypatch.setattr(video, "DECODE_UP_TO", 10)
+    monkeypatch.setattr(video, "WHOLE_UP_TO", 10)
     monkeypatch.setattr(video, "PlainDecode", None)
     clip = read_frames(broadcast, SamplingConfig(frames=2), size=SIDE)
     np.testing.assert_array_equal(clip.frames, plain.images[plain.at(clip.times)])
@@ -178,7 +192,7 @@ def test_a_count_of_the_index_decides_whatever_is_read(
     """Also of a long video, where nothing is estimated then."""
     with pytest.raises(DataError, match="5 of its 40 frames are lost, above max_damaged, 0.1"):
         read_frames(Media(str(one_bad), damaged=5), SamplingConfig(frames=2), size=SIDE, bounds=(0, 0.2))
-    monkeypatch.setattr(video, "DECODE_UP_TO", 10)
+    monkeypatch.setattr(video, "WHOLE_UP_TO", 10)
     plain = plain_decode(one_bad, SIDE)
     for known, estimate in ((None, video.estimate_damaged), (1, None)):
         monkeypatch.setattr(video, "estimate_damaged", estimate)
@@ -198,7 +212,7 @@ def test_a_consumer_begins_anew_when_a_long_video_is_decoded_whole_after_all(
 
     from_whole_gops = video.take_from_whole_gops
     monkeypatch.setattr(video, "take_from_whole_gops", fails_at_the_end)
-    monkeypatch.setattr(video, "DECODE_UP_TO", 10)
+    monkeypatch.setattr(video, "WHOLE_UP_TO", 10)
     monkeypatch.setattr(frame_store, "MOST_WAITING", 8)
     consumer, plain = Collected(4), plain_decode(one_bad, SIDE)
     clip = read_frames(one_bad, SamplingConfig(frames=FRAMES), size=SIDE, consumer=consumer, keep=False)
@@ -206,10 +220,20 @@ def test_a_consumer_begins_anew_when_a_long_video_is_decoded_whole_after_all(
     assert clip.damaged == 1
 
 
+def test_a_read_reports_the_damage_that_it_meets(one_bad: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a very long video whose damage all of the 32 places miss."""
+    monkeypatch.setattr(video, "WHOLE_UP_TO", 10)
+    monkeypatch.setattr(video, "estimate_damaged", lambda *_: 0)
+    assert read_frames(one_bad, SamplingConfig(frames=FRAMES), size=SIDE).damaged == 1
+
+
 @pytest.mark.slow
-def test_a_long_damaged_video_is_not_decoded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_very_long_damaged_video_is_not_decoded_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is read is what a plain decode shows, from a GOP before; only too much damage is counted."""
     monkeypatch.setattr(packet_index, "KEEP_BYTES", 0)
+    monkeypatch.setattr(video, "WHOLE_UP_TO", 1500)
     frames, rng = 2000, random.Random(0)
     options = {"preset": "ultrafast", "g": "20", "bf": "2", "x264-params": "scenecut=0"}
     path = write_video(tmp_path / "a.mp4", frames, width=32, height=32, options=options)

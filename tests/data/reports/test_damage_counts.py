@@ -54,11 +54,11 @@ def test_other_settings_count_again(rows: Path, tmp_path: Path, tokenizer_folder
     options: dict[str, Any] = {"tokenizer": str(tokenizer_folder), "quiet": True}
     index = tmp_path / "index"
     assert build_index(str(rows), index, decode_up_to=FRAMES - 1, **options).bad == {"corrupt": 1}
-    assert counts(index) == [[None]] * 2
+    assert counts(index) == [[None], [1]]  # damage was met in the second, so all of it was counted
     assert "15 of its" in (index / "bad.jsonl").read_text()
     build_index(str(rows), index, decode_up_to=0, **options)
-    assert counts(index) == [[None]] * 3
-    assert build_index(str(rows), index, max_damaged=0.5, **options).reused == 0
+    assert counts(index) == [[None], [1], [None]]
+    assert build_index(str(rows), index, max_damaged=0.5, **options).reused == 1
     assert counts(index) == [[0], [1], [15]]
     report = build_index(str(rows), index, max_damaged=0.0, **options)
     assert (report.reused, report.bad) == (1, {"corrupt": 2})
@@ -96,7 +96,7 @@ def test_training_reads_a_long_video_by_the_count_of_the_index(
         sampling=SamplingConfig(frames=FRAMES), max_bad_fraction=1.0,
     )  # fmt: skip
     dataset = Dataset(config, tokens_per_frame=1, image_size=16)
-    for name, value in (("DECODE_UP_TO", 10), ("estimate_damaged", None), ("PlainDecode", None)):
+    for name, value in (("WHOLE_UP_TO", 10), ("estimate_damaged", None), ("PlainDecode", None)):
         monkeypatch.setattr(video, name, value)
     found = dataset.loader.load(1, dataset.buckets[dataset.bucket_numbers([1])[0]])
     assert not isinstance(found, Fault) and found.clips[0].damaged == 1

@@ -4,7 +4,8 @@ The share is that of the file, not of the frames that somebody wants: frames tha
 that it refuses, and packets that the file lists and does not hold, over all packets.
 
 Of a short video all frames are counted. That takes too long for a long one, so its share is estimated first
-at places that are spread evenly over it, always the same ones. Only if they show too much, all are counted.
+at places that are spread evenly over it, always the same ones. All are counted if one of these is damaged, or
+in a very long video, if too many are.
 """
 
 import math

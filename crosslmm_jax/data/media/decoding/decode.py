@@ -78,6 +78,7 @@ class GopDecoder:
         self._expected: set[int] = set()  # packets that must still give a frame
         self._every_frame_is_whole = self._context.codec.intra_only
         self._context.skip_frame = "DEFAULT"
+        self.damage_met: set[int] = set()  # packets refused, or of marked frames, in `frames_after_whole_gop`
         self.starts = index.keyframes.copy()  # packets at which decoding may begin, as far as is known
         self.starts[0] = True
 
@@ -155,6 +156,8 @@ class GopDecoder:
                 until = int(np.searchsorted(self._index.gops, self._index.gops[key], side="right"))
             if key is None:
                 continue
+            if frame is None or frame.is_corrupt:
+                self.damage_met.add(number)
             if any(key < one < until for one in refused) or (frame and frame.is_corrupt and number < until):
                 raise DamagedFrameError
             if frame is not None:
