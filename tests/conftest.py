@@ -76,12 +76,17 @@ MAY_SKIP = (
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Nightly tests run only when `-m` names them."""
+    """Nightly tests run only when `-m` names them; files with slow tests come first.
+
+    Of two processes, the one that takes such a file last would work on it alone.
+    """
     if "nightly" not in config.option.markexpr:
         nightly = [item for item in items if "nightly" in item.keywords]
         if nightly:
             config.hook.pytest_deselected(items=nightly)
             items[:] = [item for item in items if "nightly" not in item.keywords]
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 class SkipReasons:
@@ -114,6 +119,7 @@ class SkipReasons:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # pytest-xdist's workers report to the first process
         config.pluginmanager.register(SkipReasons())
+        config.option.loadscopereorder = False  # pytest-xdist would take files of many tests first
         for marker in ("gpu", "nightly"):
             if path := config.getoption(f"--{marker}-report"):
                 config.pluginmanager.register(MarkerReport(marker, Path(path)))
