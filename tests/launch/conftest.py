@@ -1,14 +1,14 @@
-"""A run that launchers start: small, quick to compile, and long enough to be stopped."""
+"""A run that launchers start: small and quick to compile."""
 
 import os
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-STEPS = 150  # they take seconds longer than a stop needs to reach all processes
+STEPS = 30  # what stops a run lets it pause at each
 TINY = """
     import dataclasses
     import time
@@ -61,6 +61,18 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     (folder / "tiny.py").write_text(textwrap.dedent(TINY.format(steps=STEPS)))
     return folder / "tiny.py"
+
+
+@pytest.fixture
+def pause(config: Path) -> Iterator[Callable[[float], None]]:
+    """`pause(seconds)`: each step of each run waits so long for its batch, from the next start on."""
+    file = config.with_name("pause")
+
+    def write(seconds: float) -> None:
+        file.write_text(str(seconds))
+
+    yield write
+    file.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

@@ -38,9 +38,10 @@ def steps_in(folder: Path) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.multihost
-def test_two_processes_train_stop_and_resume(config: Path, environment) -> None:
+def test_two_processes_train_stop_and_resume(config: Path, environment, pause) -> None:
     """SIGTERM to the launcher stops both at one saved step; the same command resumes after it."""
     command, out = [LOCAL, "2", config], config.parent / "run"
+    pause(0.5)  # the signal arrives long before the last step
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -54,9 +55,10 @@ def test_two_processes_train_stop_and_resume(config: Path, environment) -> None:
     assert len(stops) == 2 and len(set(stops)) == 1, output
     assert 3 <= int(stops[0])
 
+    pause(0)
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
-    assert steps_in(out) == list(range(1, 151))
+    assert steps_in(out) == list(range(1, 31))
     assert (out / "model" / "config.json").exists()
 
 
@@ -87,12 +89,13 @@ ON_GPUS = pytest.param(
 @pytest.mark.multihost
 @pytest.mark.parametrize("variables", [pytest.param({}, id="cpu"), ON_GPUS])
 def test_kill_9_ends_the_launcher_and_the_run_resumes(
-    config: Path, environment, variables: dict[str, str], tmp_path: Path
+    config: Path, environment, pause, variables: dict[str, str], tmp_path: Path
 ) -> None:
     """On two GPUs: pytest -m gpu tests/launch/test_local.py."""
     out = tmp_path / "run"
     command = [LOCAL, "2", config, "--run.out", out, "--run.save-every", "10"]
     log = (tmp_path / "log").open("w+")
+    pause(0.3)
     with subprocess.Popen(command, env=environment() | variables, stdout=log, stderr=log) as launcher:
         deadline = time.monotonic() + 240
         while not steps_in(out) or steps_in(out)[-1] < 15:
@@ -106,11 +109,12 @@ def test_kill_9_ends_the_launcher_and_the_run_resumes(
     assert seconds < 15, output
     assert re.search(r"crosslmm: error: process 1 on host \S+: gone: it was killed", output), output
 
+    pause(0)
     result = subprocess.run(
         command, env=environment() | variables, capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 0, result.stderr
-    assert steps_in(out) == list(range(1, 151)) and "resumes after step" in result.stderr
+    assert steps_in(out) == list(range(1, 31)) and "resumes after step" in result.stderr
     for noise in ("Traceback", "crosslmm: error", "refused", "WatchTasks", "heartbeat"):
         assert noise not in result.stderr, result.stderr
 

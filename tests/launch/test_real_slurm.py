@@ -212,18 +212,6 @@ def cluster(
         hosts.write_text(before)
 
 
-@pytest.fixture
-def pause(config: Path) -> Iterator[Callable[[float], None]]:
-    """`pause(seconds)`: each step of each run waits so long for its batch, from the next start on."""
-    file = config.with_name("pause")
-
-    def write(seconds: float) -> None:
-        file.write_text(str(seconds))
-
-    yield write
-    file.unlink(missing_ok=True)
-
-
 @pytest.fixture(scope="module")
 def expected(cluster: Cluster) -> bytes:
     """The weights of a run that nothing happened to."""

@@ -96,9 +96,10 @@ def last_step(run: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.multihost
-def test_two_hosts_train_stop_and_resume(hosts: list[Path], tpu_vm, config: Path) -> None:
+def test_two_hosts_train_stop_and_resume(hosts: list[Path], tpu_vm, config: Path, pause) -> None:
     run = config.parent / "tpu_vm"
     words = (str(config), "--run.out", str(run))
+    pause(1)
     first = tpu_vm(*words)
     deadline = time.monotonic() + 240
     while last_step(run) < 3 and first.poll() is None and time.monotonic() < deadline:
@@ -112,6 +113,7 @@ def test_two_hosts_train_stop_and_resume(hosts: list[Path], tpu_vm, config: Path
     assert first.returncode == 130, output
     assert "which is saved" in output
 
+    pause(0)
     resumed = tpu_vm(*words)
     output = resumed.communicate(timeout=240)[0]
     assert resumed.returncode == 0, output
