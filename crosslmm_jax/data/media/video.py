@@ -1,7 +1,7 @@
 """Reads the sampled frames of a video as square uint8 pixels with their times, and probes videos.
 
 1. All frame times are listed without decoding: from the tables of an mp4, or from all packets (packet_index).
-2. The sampling rule chooses frames by these times (frame_sampling).
+2. The sampling rule chooses frames by these times (chosen_frames, frame_sampling).
 3. Only the GOPs that hold chosen frames are read, each up to its last chosen frame (decode, wanted_frames). A
    file that turns out to be damaged is refused if too much of it is (damage). Unless it is very long, it is
    decoded whole.
@@ -22,6 +22,7 @@ import numpy as np
 
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.media.animation import TICK, frame_times, is_animated, read_animation
+from crosslmm_jax.data.media.chosen_frames import ChosenFrames, choose_within, nearest_keyframes
 from crosslmm_jax.data.media.decoding import (
     MAX_DAMAGED,
     DamagedFrameError,
@@ -47,7 +48,6 @@ from crosslmm_jax.data.media.decoding import (
     take_shown,
 )
 from crosslmm_jax.data.media.demux import DAMAGED, SEEKABLE, format_of, open_video
-from crosslmm_jax.data.media.frame_sampling import choose_frames
 from crosslmm_jax.data.media.frames_folder import list_pictures, read_pictures
 from crosslmm_jax.data.media.image import Clip, Resampling, holds_image, open_image, still_clip
 from crosslmm_jax.data.media.locate import (
@@ -68,6 +68,8 @@ from crosslmm_jax.errors import DataError
 if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
+_Choose = Callable[..., ChosenFrames]  # (times; end, tick), as of `choose_within`
+_Into = Callable[..., FrameStore]  # (repeats; may_replace)
 Effort = Literal["exactly", "around", "from_whole_gops", "plainly"]
 DECODE_UP_TO = 1000  # frames of a video that a probe decodes whole, by default: a second of work at most
 WHOLE_UP_TO = 10_000  # frames of a damaged video that is decoded whole: some seconds of work
@@ -281,7 +283,7 @@ def read_frames(
     """
     deadline = Deadline(path, deadline_s)
     into = functools.partial(FrameStore, size=size, consumer=consumer, keep=keep)
-    choose = functools.partial(_choose, sampling=sampling, bounds=bounds, path=path)
+    choose = functools.partial(choose_within, sampling=sampling, bounds=bounds, path=path)
     if kind_of(path) == "folder":
         return _read_folder(path, choose, only, into, resampling=resampling, deadline=deadline)
     if holds_image(path):
@@ -304,7 +306,7 @@ def read_frames(
             shown = np.flatnonzero(index.shown)
             chosen = choose(index.times[shown], end=index.end, tick=index.tick)
             if keyframes:
-                chosen = _nearest_keyframes(chosen, index, shown, bounds)
+                chosen = nearest_keyframes(chosen, index, shown, bounds)
             chosen = chosen.only(only)
             # The other efforts may replace an image, so one thread makes them.
             in_order, wanted, count = effort == "exactly", shown[chosen.frames], 0
@@ -330,7 +332,7 @@ def read_frames(
 
 
 def _read_folder(
-    path: PathOrMedia, choose: "_Choose", only: np.ndarray | None, into: "_Into", *, resampling: Resampling,
+    path: PathOrMedia, choose: _Choose, only: np.ndarray | None, into: _Into, *, resampling: Resampling,
     deadline: Deadline,
 ) -> Clip:  # fmt: skip
     _check_no_stream(path)
@@ -343,7 +345,7 @@ def _read_folder(
 
 
 def _read_picture(
-    path: PathOrMedia, choose: "_Choose", only: np.ndarray | None, into: "_Into", *, resampling: Resampling,
+    path: PathOrMedia, choose: _Choose, only: np.ndarray | None, into: _Into, *, resampling: Resampling,
     deadline: Deadline,
 ) -> Clip:  # fmt: skip
     """A still picture, or an animated one."""
@@ -434,88 +436,3 @@ def _check_known(index: PacketIndex, path: PathOrMedia, *, max_damaged: float) -
     """Raises DataError when too much is known to be damaged before anything is decoded."""
     known = known_damage(index) if _is_long(index) else 0  # a short one is counted
     check_share(max(known, _counted(path) or 0), index, path, most=max_damaged)
-
-
-@dataclasses.dataclass(frozen=True)
-class _ChosenFrames:
-    """The frames to read.
-
-    Attributes:
-        frames: int64[n], positions in the video without repeats, ascending in time.
-        repeats: int64[F], for each frame of the clip its position in `frames`; ascending.
-        seconds: float32[F], times of the clip's frames since the first frame of the video.
-        duration: seconds of the video, or of the part within the bounds.
-    """
-
-    frames: np.ndarray
-    repeats: np.ndarray
-    seconds: np.ndarray
-    duration: float
-
-    def only(self, numbers: np.ndarray | None) -> "_ChosenFrames":
-        """These frames of the clip alone; None: all."""
-        if numbers is None:
-            return self
-        wanted, repeats = np.unique(self.repeats[numbers], return_inverse=True)
-        return dataclasses.replace(
-            self, frames=self.frames[wanted], repeats=repeats, seconds=self.seconds[numbers]
-        )
-
-    def clip(self, images: np.ndarray, *, damaged: int = 0) -> Clip:
-        """The clip with these pixels, uint8[F, R, R, 3]."""
-        return Clip(images, self.seconds, self.duration, damaged)
-
-
-_Choose = Callable[..., _ChosenFrames]  # (times; end, tick), as of `_choose`
-_Into = Callable[..., FrameStore]  # (repeats; may_replace)
-
-
-def _nearest_keyframes(
-    chosen: _ChosenFrames, index: PacketIndex, shown: np.ndarray, bounds: tuple[float, float] | None
-) -> _ChosenFrames:
-    """The keyframes nearest to the chosen times, within the bounds if it can be; `shown` are displayed."""
-    first = int(index.times[shown].min())
-    places = np.flatnonzero(index.keyframes[shown])
-    if not len(places):
-        return chosen
-    places = places[np.argsort(index.times[shown[places]], kind="stable")]
-    seconds = (index.times[shown[places]] - first) * index.tick
-    if bounds is not None and (inside := (seconds >= bounds[0]) & (seconds < bounds[1])).any():
-        places, seconds = places[inside], seconds[inside]
-    after = np.minimum(np.searchsorted(seconds, chosen.seconds), len(places) - 1)
-    before = np.maximum(after - 1, 0)
-    nearer = chosen.seconds - seconds[before] <= seconds[after] - chosen.seconds
-    taken = np.unique(np.where(nearer, before, after))
-    return dataclasses.replace(
-        chosen, frames=places[taken], repeats=np.arange(len(taken)), seconds=seconds[taken].astype(np.float32)
-    )
-
-
-def _choose(
-    times: np.ndarray, sampling: SamplingConfig, *, end: float, tick: float,
-    bounds: tuple[float, float] | None, path: PathOrMedia,
-) -> _ChosenFrames:  # fmt: skip
-    """Applies bounds and sampling to the times (ticks, in any order) of the frames of a video."""
-    order = np.argsort(times, kind="stable")
-    times = times[order]
-    first = int(times[0])
-    if bounds is not None:
-        seconds = (times - first) * tick
-        inside = (seconds >= bounds[0]) & (seconds < bounds[1])
-        if inside.any():
-            order, times = order[inside], times[inside]
-        elif bounds[0] < (end - first) * tick:  # between two frames: the frame on display
-            number = np.searchsorted(seconds, bounds[0], side="right") - 1
-            order, times = order[number : number + 1], np.array([first + bounds[0] / tick])
-        else:
-            detail = f"no frames between {bounds[0]} and {bounds[1]} seconds; correct start and end"
-            raise DataError(path, "clip_times", detail)
-        end = min(end, first + bounds[1] / tick)
-    chosen = choose_frames(times, sampling, end=end, ticks_per_second=1 / tick)
-    numbers, repeats = np.unique(chosen, return_inverse=True)
-    return _ChosenFrames(
-        frames=order[numbers],
-        repeats=repeats,
-        seconds=((times[chosen] - first) * tick).astype(np.float32),
-        duration=float(end - times[0]) * tick,
-    )
