@@ -33,10 +33,10 @@ print(report.bytes, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 
 @pytest.mark.slow
 def test_peak_memory_is_a_few_tensors(sources, tmp_path) -> None:
-    """A source of 0.7 GB, whose largest tensor has 17 MB and whose largest stacked parameter 0.2 GB."""
+    """A source of 0.4 GB, whose largest tensor has 17 MB and whose largest stacked parameter 0.1 GB."""
     tiny = presets.tiny()
     decoder = dataclasses.replace(
-        tiny.decoder, width=2048, num_layers=12, num_heads=16, head_dim=128, mlp_width=4096,
+        tiny.decoder, width=2048, num_layers=6, num_heads=16, head_dim=128, mlp_width=4096,
         tie_embeddings=False,
     )  # fmt: skip
     config = dataclasses.replace(tiny, decoder=decoder)
@@ -55,5 +55,5 @@ def test_peak_memory_is_a_few_tensors(sources, tmp_path) -> None:
     result = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert result.returncode == 0, result.stderr
     written, peak = map(int, result.stdout.split()[-2:])
-    assert written > 7e8
+    assert written > 3.5e8
     assert peak < 2.5e8, f"{peak:,} bytes over the start for {written:,} bytes of weights"
