@@ -39,7 +39,10 @@ def model(tmp_path_factory, write_model) -> VideoModel:
     """Each compact token reads its own frame, so that what is appended later changes nothing before it."""
     folder, config = tmp_path_factory.mktemp("stream"), presets.tiny()
     cross = dataclasses.replace(config.cross_attention, v2v_scope="frame")
-    config = dataclasses.replace(config, cross_attention=cross)
+    # As few layers as have all parts: programs grow with them.
+    vision = dataclasses.replace(config.vision, num_layers=2)
+    decoder = dataclasses.replace(config.decoder, num_layers=2)
+    config = dataclasses.replace(config, cross_attention=cross, vision=vision, decoder=decoder)
     return load(write_model(folder, config, system_prompt="You are a helpful assistant."))
 
 
