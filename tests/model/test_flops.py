@@ -11,14 +11,17 @@ from crosslmm_jax import presets
 from crosslmm_jax.config import (
     CrossAttentionConfig,
     DecoderConfig,
+    LoraConfig,
     MergeConfig,
     ModelConfig,
+    StageConfig,
     VisionConfig,
 )
 from crosslmm_jax.model import CrossLMM, flops
 from crosslmm_jax.model.flops import Workload
 from crosslmm_jax.model.loss import logits_of
 from crosslmm_jax.profiling.inputs import param_shapes, random_prompt, shapes_of
+from crosslmm_jax.train.stages import adapter_sizes, merge, new_adapters, split, trained_shares
 
 WORK = Workload(frames=4, text=40, before=8)
 
@@ -107,6 +110,37 @@ def test_train_is_what_the_compiler_counts(unrolled: None, trainable: tuple[str,
     learns = dict.fromkeys(trainable, 1.0)
     expected = flops.total(flops.train(config, WORK, targets=targets, learns=learns, dense=True))
     assert count == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.slow
+def test_training_with_adapters_is_what_the_compiler_counts(unrolled: None) -> None:
+    """With a frozen base: no gradient of its weights, none below the adapters of the first layer."""
+    config, lora = model_of(), LoraConfig(rank=256)
+    stage = StageConfig(
+        name="lora",
+        trainable=("projector",),
+        directions=("v2v", "t2v"),
+        steps=1,
+        learning_rate=1e-4,
+        lora=lora,
+    )
+    model, shapes = CrossLMM(config), param_shapes(config, stacked=True)
+    trainable, frozen = split(shapes, stage)
+    trainable |= jax.eval_shape(lambda: new_adapters(config, stage, jax.random.key(0)))
+
+    def gradient(trainable: Any, frozen: Any, batch: Any) -> Any:
+        def loss(trainable: Any) -> Any:
+            return model.apply({"params": merge(trainable, frozen)}, batch, method="loss")[0]
+
+        return jax.grad(loss)(trainable)
+
+    count = counted(gradient, trainable, frozen, shapes_of(random_prompt(config, WORK)))
+    sizes, learns = adapter_sizes(config, stage), trained_shares(config, stage)
+    costs = flops.train(
+        config, WORK, targets=WORK.length(config) - 1, learns=learns, adapters=sizes, dense=True
+    )
+    assert costs["lora"].total > 0.05 * flops.total(costs)
+    assert count == pytest.approx(flops.total(costs), rel=0.01)
 
 
 def test_decode_is_what_the_compiler_counts(unrolled: None) -> None:
