@@ -42,8 +42,9 @@ def get_config() -> ExperimentConfig:
             steps=39_062,  # table 3: one epoch of 20M samples
             learning_rate=1e-4,  # sec. 4.1 (table 3 says 1e-3)
             warmup_ratio=0.03,  # not in the paper: LLaVA's
-            microbatches=8,
+            microbatches=None,  # as few as fit the memory
         ),
         run=RunConfig(out="runs/stage1_align", init_from="models/crosslmm_2b"),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        # data over nodes, fsdp inside; where devices outnumber rows, the rest to frames and heads
+        mesh=MeshConfig(data=-1, fsdp=-1, context=-1, tensor=-1),
     )

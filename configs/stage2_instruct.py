@@ -42,8 +42,9 @@ def get_config() -> ExperimentConfig:
             # 0.12: T2V's gates, which start at 0, would end below tanh(0.12).
             gate_lr_scale=50.0,
             warmup_ratio=0.03,  # not in the paper: LLaVA's
-            microbatches=16,
+            microbatches=None,  # as few as fit the memory
         ),
         run=RunConfig(out="runs/stage2_instruct", init_from="runs/stage1_align/model"),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        # data over nodes, fsdp inside; where devices outnumber rows, the rest to frames and heads
+        mesh=MeshConfig(data=-1, fsdp=-1, context=-1, tensor=-1),
     )

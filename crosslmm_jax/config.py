@@ -477,10 +477,13 @@ class StageConfig:
     b2: Recipe[float] = 0.999  # Adam's decay of the second moment
     eps: Recipe[float] = 1e-8  # Adam's epsilon
     clip_norm: Recipe[float] = 1.0  # largest global gradient norm
-    microbatches: Performance[int] = 1  # gradient accumulation: microbatches per global batch
+    # Gradient accumulation: microbatches per global batch; None: as few as fit the memory of the devices.
+    microbatches: Performance[int | None] = 1
 
     def __post_init__(self) -> None:
-        _require_positive(self, "steps", "learning_rate", "eps", "clip_norm", "microbatches")
+        _require_positive(self, "steps", "learning_rate", "eps", "clip_norm")
+        counted = self.microbatches is None or self.microbatches > 0
+        _require(self, "microbatches", counted, "1 or more, or None")
         _require_not_negative(self, "weight_decay", "vision_lr_scale", "cross_attn_lr_scale", "gate_lr_scale")
         for name in ("b1", "b2"):
             _require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
@@ -497,7 +500,11 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis. One axis may be -1: all remaining devices."""
+    """Devices along each mesh axis; -1: all remaining devices.
+
+    Several axes of -1 are chosen together, from the devices and the rows of a batch: see
+    `crosslmm_jax.parallel.mesh_sizes`.
+    """
 
     data: Performance[int] = -1  # rows of a batch over devices; weights replicated
     fsdp: Performance[int] = 1  # rows of a batch over devices; weights sharded
@@ -505,10 +512,8 @@ class MeshConfig:
     context: Performance[int] = 1  # frames of one video over devices
 
     def __post_init__(self) -> None:
-        sizes = dataclasses.astuple(self)
         for name in ("data", "fsdp", "tensor", "context"):
             _require(self, name, getattr(self, name) > 0 or getattr(self, name) == -1, "1 or more, or -1")
-        _require(self, "data", sizes.count(-1) <= 1, "1 or more when another axis is -1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -586,7 +591,7 @@ class ExperimentConfig:
                 f"ModelConfig.visual_matmul is {self.model.visual_matmul!r}; it must be 'compute' to train,"
                 " since rounding to 8 bits has no gradient"
             )
-        if self.data.batch_size % self.stage.microbatches:
+        if self.data.batch_size % (self.stage.microbatches or 1):
             raise ConfigError(
                 f"StageConfig.microbatches is {self.stage.microbatches}; it must divide"
                 f" DataConfig.batch_size {self.data.batch_size}"

@@ -23,6 +23,7 @@ COMMANDS = {
     "index_scale": "an index over the number of rows: making it, making it again, starting, reading",
     "hour": "an hour of video: time and memory from the file to an answer, over the number of frames",
     "needle": "one frame among up to 4,096: from how many on a model no longer finds it",
+    "plans": "what `crosslmm plan` says of several configs and numbers of devices",
     "report": "a report of `crosslmm profile` with the project's bars and goals and the paper's numbers",
 }
 HELP = "\n".join(

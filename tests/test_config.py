@@ -122,7 +122,7 @@ WRONG_ELSEWHERE = [
     ("run", {"save_every": 0}, "RunConfig.save_every is 0"),
     ("model", {"visual_matmul": "fp8"}, "ModelConfig.visual_matmul is 'fp8'; it must be 'compute' to train"),
     ("mesh", {"fsdp": 0}, "MeshConfig.fsdp is 0; it must be 1 or more, or -1"),
-    ("mesh", {"fsdp": -1}, "MeshConfig.data is -1; it must be 1 or more when another axis is -1"),
+    ("stage", {"microbatches": 0}, "StageConfig.microbatches is 0; it must be 1 or more, or None"),
 ]
 
 

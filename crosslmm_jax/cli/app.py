@@ -19,6 +19,7 @@ from crosslmm_jax.cli.demo import add_demo
 from crosslmm_jax.cli.export import add_export
 from crosslmm_jax.cli.options import OneLineParser, drop_output
 from crosslmm_jax.cli.params import add_params
+from crosslmm_jax.cli.plan import add_plan
 from crosslmm_jax.cli.profile import add_profile
 from crosslmm_jax.cli.train import add_train
 from crosslmm_jax.cli.watch import add_watch
@@ -34,7 +35,7 @@ from crosslmm_jax.errors import (
 from crosslmm_jax.parallel import compilation_cache, processes, xla_flags
 
 # Commands that compile nothing worth keeping; and `train`, for the reason in `compilation_cache`.
-WITHOUT_COMPILATION_CACHE = ("data", "export", "params", "train", "watch")
+WITHOUT_COMPILATION_CACHE = ("data", "export", "params", "plan", "train", "watch")
 NOT_READ = 141  # exit code, 128 + SIGPIPE
 
 
@@ -46,6 +47,7 @@ def build_parser() -> OneLineParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     add_demo(commands)
     add_params(commands)
+    add_plan(commands)
     add_data(commands)
     add_convert(commands)
     add_profile(commands)

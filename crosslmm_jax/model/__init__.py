@@ -49,10 +49,10 @@ from crosslmm_jax.model import flops
 from crosslmm_jax.model.attention.dispatch import ChosenBackend, attention, attention_backends
 from crosslmm_jax.model.crosslmm import CrossLMM, apply
 from crosslmm_jax.model.dual_cross_attention import kv_width
-from crosslmm_jax.model.encode_frames import Visual, frame_chunk
+from crosslmm_jax.model.encode_frames import Visual, encoder_frame_bytes, frame_chunk
 from crosslmm_jax.model.encoder import SiglipEncoder, encoder_layer, patchify
 from crosslmm_jax.model.kv_cache import KeysValues, KVCache, VideoCache
-from crosslmm_jax.model.loss import Scores, logits_of
+from crosslmm_jax.model.loss import LOGITS_AT_ONCE, Scores, logits_of
 from crosslmm_jax.model.ops import rms_norm
 from crosslmm_jax.model.params.initialise import (
     COPIED,
@@ -71,10 +71,11 @@ from crosslmm_jax.model.quantisation.quantise import DTYPES, quantise_params
 from crosslmm_jax.model.qwen2 import mlp, self_attention
 
 __all__ = [
-    "Adapted", "COPIED", "ChosenBackend", "CrossLMM", "DTYPES", "KVCache", "KeysValues", "LowRank", "Params",
-    "Pooler", "Scores", "SiglipEncoder", "VideoCache", "Visual", "adapted_matrices", "adapter_axes", "apply",
-    "attention", "attention_backends", "cast", "copy_cross_attention", "encoder_layer", "flops",
-    "frame_chunk", "has_own_dtype", "init_adapters", "init_params", "is_decayed", "kv_width", "logical_axes",
-    "logits_of", "merge_adapters", "mlp", "patchify", "quantise_params", "quantised_axes", "rms_norm",
-    "self_attention", "separate_layers", "without_adapters",
+    "Adapted", "COPIED", "ChosenBackend", "CrossLMM", "DTYPES", "KVCache", "KeysValues", "LOGITS_AT_ONCE",
+    "LowRank", "Params", "Pooler", "Scores", "SiglipEncoder", "VideoCache", "Visual", "adapted_matrices",
+    "adapter_axes", "apply", "attention", "attention_backends", "cast", "copy_cross_attention",
+    "encoder_frame_bytes", "encoder_layer", "flops", "frame_chunk", "has_own_dtype", "init_adapters",
+    "init_params", "is_decayed", "kv_width", "logical_axes", "logits_of", "merge_adapters", "mlp",
+    "patchify", "quantise_params", "quantised_axes", "rms_norm", "self_attention", "separate_layers",
+    "without_adapters",
 ]  # fmt: skip

@@ -45,18 +45,22 @@ class Appended(NamedTuple):
     first: Int[Array, ""]  # number of frames in the cache
 
 
-def frame_chunk(config: ModelConfig) -> int:
+def frame_chunk(config: ModelConfig, memory: int | None = None) -> int:
     """Frames that a device encodes at once: the configured number, or one that fits its memory.
 
     It depends on sizes and on the memory that the process may use in all, not on what is free now. So all
     processes of a run with equal devices choose the same number at any time.
+
+    Args:
+      config: the model configuration.
+      memory: bytes of a device; None: those that this process may use of its first one.
     """
     if config.vision.frame_chunk is not None:
         return config.vision.frame_chunk
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None:
+    memory = memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if memory is None:
         return CPU_CHUNK
-    frames = CHUNK_SHARE * (limit - _weight_bytes(config)) / _frame_bytes(config)
+    frames = CHUNK_SHARE * (memory - _weight_bytes(config)) / encoder_frame_bytes(config)
     return next((size for size in CHUNKS if size <= frames), 1)
 
 
@@ -71,7 +75,7 @@ def _weight_bytes(config: ModelConfig) -> int:
     return (encoder + decoder + cross + embeddings) * jnp.dtype(config.compute_dtype).itemsize
 
 
-def _frame_bytes(config: ModelConfig) -> int:
+def encoder_frame_bytes(config: ModelConfig) -> int:
     """Bytes of the activations of one frame in a layer: input, residual, norm, Q, K, V and hidden units."""
     v = config.vision
     return v.num_patches * (6 * v.width + 2 * v.mlp_width) * jnp.dtype(config.compute_dtype).itemsize

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from crosslmm_jax.parallel.axis_rules import activation_rules, partition_spec
     from crosslmm_jax.parallel.compiler_options import matmul_options, program
-    from crosslmm_jax.parallel.mesh import make_mesh
+    from crosslmm_jax.parallel.mesh import abstract_mesh, make_mesh, mesh_sizes
     from crosslmm_jax.parallel.processes import initialize_processes
     from crosslmm_jax.parallel.sharding import (
         batch_shardings,
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "FailedSomewhere", "activation_rules", "batch_shardings", "check_batch_size", "compilation_cache",
-    "gather", "initialize_processes", "is_first_process", "make_mesh", "matmul_options", "param_shardings",
-    "partition_spec", "processes", "program", "replicated", "row_shard", "succeed_on_all", "to_global",
-    "together", "xla_flags",
+    "FailedSomewhere", "abstract_mesh", "activation_rules", "batch_shardings", "check_batch_size",
+    "compilation_cache", "gather", "initialize_processes", "is_first_process", "make_mesh", "matmul_options",
+    "mesh_sizes", "param_shardings", "partition_spec", "processes", "program", "replicated", "row_shard",
+    "succeed_on_all", "to_global", "together", "xla_flags",
 ]  # fmt: skip
 
 

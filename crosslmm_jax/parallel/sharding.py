@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from crosslmm_jax.batch import Batch, batch_axes
@@ -12,13 +12,13 @@ from crosslmm_jax.errors import ConfigError
 from crosslmm_jax.parallel.axis_rules import RULES, MeshAxes, partition_spec
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def param_shardings(
-    axes: PyTree, shapes: PyTree, mesh: Mesh, *, rules: Mapping[str, MeshAxes] = RULES
+    axes: PyTree, shapes: PyTree, mesh: Mesh | AbstractMesh, *, rules: Mapping[str, MeshAxes] = RULES
 ) -> PyTree:
     """One `NamedSharding` per parameter.
 
@@ -78,7 +78,7 @@ def row_shard(mesh: Mesh) -> tuple[int, int]:
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, *, microbatches: int = 1) -> None:
+def check_batch_size(batch_size: int, mesh: Mesh | AbstractMesh, *, microbatches: int = 1) -> None:
     """Raises a `ConfigError` unless each microbatch can be sharded evenly over `data` and `fsdp`."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (devices * microbatches):

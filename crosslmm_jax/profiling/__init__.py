@@ -3,6 +3,7 @@
 | file | holds |
 |---|---|
 | `params.py` | parameters by part and by stage |
+| `plan.py` | memory, traffic and time of a training step on devices that are not here |
 | `tasks/` | one module for each task, whose `run(record)` measures |
 | `inputs.py` | random weights and prompts at real size |
 | `cases.py` | compiles a list of programs and measures one after the other |
@@ -15,7 +16,7 @@ To measure something else, write a module with `run(record)` and give its dotted
 `Request.task`; options of its own are fields of a subclass of `Request`. `perf/` does so.
 """
 
-from crosslmm_jax.profiling import figure, inputs, memory, params, report, timing
+from crosslmm_jax.profiling import figure, inputs, memory, params, plan, report, timing
 from crosslmm_jax.profiling.cases import Case, run_cases
 from crosslmm_jax.profiling.record import Record, Request, Row, check_counts
 from crosslmm_jax.profiling.report import Report
@@ -25,6 +26,6 @@ from crosslmm_jax.profiling.tasks.ask import AskRequest
 
 __all__ = [
     "AskRequest", "Case", "Outputs", "Presentation", "Record", "Report", "Request", "Row", "ask",
-    "check_counts", "figure", "inputs", "memory", "params", "profile", "report", "requests_for",
+    "check_counts", "figure", "inputs", "memory", "params", "plan", "profile", "report", "requests_for",
     "run_cases", "timing", "write_report",
 ]  # fmt: skip

@@ -42,9 +42,9 @@ from crosslmm_jax.parallel import (
 )
 from crosslmm_jax.train.checkpoint import Checkpoints, check_disk_space, state_bytes
 from crosslmm_jax.train.export_run import write_model
+from crosslmm_jax.train.guards import RunOwner, StopRequest, Watchdog
 from crosslmm_jax.train.initial import check_same_model, warn_of_other_inputs, warn_of_other_positions
-from crosslmm_jax.train.interrupt import StopRequest
-from crosslmm_jax.train.owner import RunOwner
+from crosslmm_jax.train.memory import Shape, fewest_microbatches
 from crosslmm_jax.train.reporting.metrics_log import MetricsLine, read_metrics
 from crosslmm_jax.train.reporting.metrics_window import NonFiniteStep
 from crosslmm_jax.train.reporting.run_report import RunReport, Validated
@@ -53,7 +53,6 @@ from crosslmm_jax.train.settings import check_same_settings, settings_of
 from crosslmm_jax.train.state import TrainState, abstract_state, random_state, shardings_of, state_of_params
 from crosslmm_jax.train.step import compile_train_step, with_step_visibility
 from crosslmm_jax.train.validation import Validation, open_validation
-from crosslmm_jax.train.watchdog import Watchdog
 
 _POSITION = "global_next_index"
 
@@ -93,7 +92,7 @@ def train(config: ExperimentConfig, *, quiet: bool = False) -> TrainResult:
 
 
 def _open(config: ExperimentConfig, watchdog: Watchdog, stop: StopRequest, *, quiet: bool) -> TrainResult:
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, rows=config.data.batch_size)
     abstract = abstract_state(config.model, config.stage, mesh)
     out = Path(config.run.out)
     _check_before_start(config, mesh, abstract, out)
@@ -143,6 +142,7 @@ def _train(
         _say_changes(checkpoints, "this run is finished, so that these settings change nothing")
         return TrainResult(out / "model", last, read_metrics(out), {})
     dataset = _open_dataset(config)
+    config = _with_microbatches(config, mesh, abstract, dataset)
     restored = checkpoints.restore(abstract)
     _say_changes(checkpoints, "this run resumes with other settings")
     state, position = restored or (_state_before_first_step(config, mesh), 0)
@@ -172,7 +172,7 @@ def _say_changes(checkpoints: Checkpoints, what: str) -> None:
 
 def _check_before_start(config: ExperimentConfig, mesh: Mesh, abstract: TrainState, out: Path) -> None:
     """Raises a UserError for what would fail later, before anything is compiled or written."""
-    check_batch_size(config.data.batch_size, mesh, microbatches=config.stage.microbatches)
+    check_batch_size(config.data.batch_size, mesh, microbatches=config.stage.microbatches or 1)
     check_replaceable(out / "model")
     together(lambda: check_wandb(config.run.wandb) if is_first_process() else None)
     saves = -(-config.stage.steps // config.run.save_every)
@@ -205,6 +205,22 @@ def _open_dataset(config: ExperimentConfig) -> Dataset:
             " or the frames"
         )
     return dataset
+
+
+def _with_microbatches(
+    config: ExperimentConfig, mesh: Mesh, abstract: TrainState, dataset: Dataset
+) -> ExperimentConfig:
+    """`config` with a number of microbatches, the same on all processes, if it leaves the choice."""
+    if config.stage.microbatches is not None:
+        return config
+    memory = gather((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"))
+    known = [each for each in memory if each is not None]
+    count = fewest_microbatches(
+        config.model, config.stage, abstract, dict(mesh.shape),
+        [Shape(bucket.frames, bucket.text) for bucket in dataset.buckets],
+        batch_size=config.data.batch_size, memory=min(known) if known else None,
+    )  # fmt: skip
+    return dataclasses.replace(config, stage=dataclasses.replace(config.stage, microbatches=count))
 
 
 def _state_before_first_step(config: ExperimentConfig, mesh: Mesh) -> TrainState:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int, PyTree
 
 from crosslmm_jax.config import ModelConfig, StageConfig
@@ -41,7 +41,7 @@ def initial_state(params: Params, config: ModelConfig, stage: StageConfig, key: 
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, make_optimizer(stage).init(trainable))
 
 
-def abstract_state(config: ModelConfig, stage: StageConfig, mesh: Mesh) -> TrainState:
+def abstract_state(config: ModelConfig, stage: StageConfig, mesh: Mesh | AbstractMesh) -> TrainState:
     """Shape, dtype and sharding of every array of the state, as `jax.ShapeDtypeStruct`.
 
     Nothing is allocated. Moments are sharded like their parameters.

@@ -47,14 +47,14 @@ def make_train_step(config: ModelConfig, stage: StageConfig) -> TrainStep:
         finite      whether loss and grad_norm are finite
         gate        direction -> float32[layers], tanh of the gates after the update
     """
-    config = model_of_stage(config, stage)
+    config, microbatches = model_of_stage(config, stage), _number_of_microbatches(stage)
     model, optimizer = CrossLMM(config, rules=activation_rules()), make_optimizer(stage)
 
     def train_step(state: TrainState, batch: Batch[Array]) -> tuple[TrainState, Metrics]:
         def objective(trainable: PyTree, batch: Batch[Array]) -> tuple[Array, Array]:
             return apply(model, merge(trainable, state.frozen), CrossLMM.loss, batch)
 
-        loss_sum, weight, grads = _accumulate(objective, state.trainable, batch, stage.microbatches)
+        loss_sum, weight, grads = _accumulate(objective, state.trainable, batch, microbatches)
         count = jnp.maximum(weight, 1)  # a batch without a target changes nothing
         grads = jax.tree.map(lambda grad: grad / count, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
@@ -71,6 +71,12 @@ def make_train_step(config: ModelConfig, stage: StageConfig) -> TrainStep:
         return new, metrics
 
     return train_step
+
+
+def _number_of_microbatches(stage: StageConfig) -> int:
+    if stage.microbatches is None:
+        raise ValueError("StageConfig.microbatches is None; `fewest_microbatches` gives a number")
+    return stage.microbatches
 
 
 def _accumulate(
@@ -105,16 +111,17 @@ def compile_scores(config: ModelConfig, stage: StageConfig, mesh: Mesh) -> Score
     Call it within `jax.set_mesh(mesh)`. It takes as many microbatches as a step.
     """
     model = CrossLMM(model_of_stage(config, stage), rules=activation_rules())
+    microbatches = _number_of_microbatches(stage)
 
     def scores(params: Params, batch: Batch[Array]) -> Scores:
-        if stage.microbatches == 1:
+        if microbatches == 1:
             return apply(model, params, CrossLMM.scores, batch)
 
         def add(sums: Scores, microbatch: Batch[Array]) -> tuple[Scores, None]:
             return jax.tree.map(jnp.add, sums, apply(model, params, CrossLMM.scores, microbatch)), None
 
         zero = jnp.zeros((), jnp.float32)
-        return jax.lax.scan(add, Scores(zero, zero, zero), _interleaved(batch, stage.microbatches))[0]
+        return jax.lax.scan(add, Scores(zero, zero, zero), _interleaved(batch, microbatches))[0]
 
     return jax.jit(scores, out_shardings=replicated(mesh), compiler_options=matmul_options())
 

@@ -49,6 +49,7 @@ NOT_RUN = {
     r"sbatch --array=\S+ --wrap 'crosslmm data index .*|crosslmm data merge .*": "see test_shards.py",
     r"python -m perf .*": "tests/perf runs them",
     r"crosslmm (watch|export) runs/mine.*": "tests/train/test_watch.py and test_validation.py run them",
+    r"crosslmm plan configs/stage2_instruct(_7b)?\.py .*": "tests/profiling/test_plan.py runs it",
     r"tensorboard .*": "not installed with this package",
     r"\.ci/\w+": "the script that runs these tests",
 }
@@ -120,7 +121,7 @@ def test_every_command_is_shown_in_readme() -> None:
     shown = {
         command.crosslmm[0] for command in COMMANDS if command.page.name == "README.md" and command.crosslmm
     }
-    assert shown == {"demo", "params", "data", "train", "ask", "chat", "convert", "profile"}
+    assert shown == {"demo", "params", "data", "train", "ask", "chat", "convert", "plan", "profile"}
 
 
 def test_commands_parse() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from crosslmm_jax.config import MeshConfig
 from crosslmm_jax.errors import ConfigError
-from crosslmm_jax.parallel import initialize_processes, make_mesh
+from crosslmm_jax.parallel import initialize_processes, make_mesh, mesh_sizes
 from crosslmm_jax.parallel.mesh import MESH_AXES, _over_slices
 
 
@@ -39,6 +39,35 @@ def test_some_devices() -> None:
 def test_sizes_that_do_not_fit(config: MeshConfig) -> None:
     with pytest.raises(ConfigError, match=r"MeshConfig data=.*8 device"):
         make_mesh(config)
+
+
+CHOSEN = MeshConfig(data=-1, fsdp=-1, tensor=-1, context=-1)
+
+
+@pytest.mark.parametrize(
+    ("devices", "rows", "sizes"),
+    [
+        (8, 128, (1, 8, 1, 1)),
+        (64, 128, (8, 8, 1, 1)),
+        (256, 128, (32, 4, 1, 2)),
+        (1024, 128, (16, 8, 1, 8)),
+        (1024, 512, (128, 4, 1, 2)),
+        (16, 1, (1, 1, 2, 8)),
+        (1, 128, (1, 1, 1, 1)),
+    ],
+)
+def test_data_over_nodes_fsdp_inside_and_the_rest_to_frames(devices: int, rows: int, sizes: tuple) -> None:
+    assert tuple(mesh_sizes(CHOSEN, devices, rows=rows, node=8).values()) == sizes
+
+
+def test_chosen_axes_beside_given_ones() -> None:
+    config = MeshConfig(data=-1, fsdp=-1, tensor=2)
+    assert tuple(mesh_sizes(config, 32, rows=64, node=8).values()) == (4, 4, 2, 1)
+    assert make_mesh(MeshConfig(data=-1, fsdp=-1, context=-1), rows=4).shape["context"] == 2
+    with pytest.raises(
+        ConfigError, match=r"16 of 32 devices would share 8 rows, .* divide over 8; set context"
+    ):
+        mesh_sizes(config, 32, rows=8, node=8)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,7 +104,7 @@ def test_the_commands_that_are_written_down_are_understood(
         suite, "_measure",
         lambda request, _: asked.append(request) or {"request": {}, "facts": {}, "rows": [], "errors": []},
     )  # fmt: skip
-    measured_here = {"decode_speed": [], "index_scale": [], "input_throughput": [], "needle": []}
+    measured_here = {"decode_speed": [], "index_scale": [], "input_throughput": [], "needle": [], "plans": []}
     monkeypatch.setattr(hour, "write_hour", lambda *_, **__: None)
     for name, words_seen in measured_here.items():
         module = importlib.import_module(f"perf.{name}")

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from crosslmm_jax.errors import UserError
-from crosslmm_jax.train import owner as module
-from crosslmm_jax.train.owner import OWNER_FILE, RunOwner, this_process
+from crosslmm_jax.train.guards import owner as module
+from crosslmm_jax.train.guards.owner import OWNER_FILE, RunOwner, this_process
 
 # Owns a folder until it is killed. Not by the package, which imports jax.
 OWNS = """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from crosslmm_jax.train import interrupt
+from crosslmm_jax.train.guards import interrupt
 from crosslmm_jax.train.reporting import metrics_log
 from crosslmm_jax.train.reporting.metrics_log import METRICS_FILE, MetricsLog, read_metrics
 from crosslmm_jax.train.reporting.side_channel import MAX_WAITING_CALLS, SideChannel

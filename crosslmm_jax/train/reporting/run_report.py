@@ -19,6 +19,7 @@ from crosslmm_jax.config_io import to_dict
 from crosslmm_jax.data.loading import BatchIterator
 from crosslmm_jax.model import ChosenBackend, attention_backends, flops
 from crosslmm_jax.parallel import is_first_process, row_shard
+from crosslmm_jax.train.guards import Watchdog
 from crosslmm_jax.train.reporting.hosts import Hosts, idle_gpus
 from crosslmm_jax.train.reporting.metrics_line import metrics_line, note_of
 from crosslmm_jax.train.reporting.metrics_log import MAX_WAIT_S, MetricsLog
@@ -30,7 +31,6 @@ from crosslmm_jax.train.reporting.wandb_log import WandbLog
 from crosslmm_jax.train.reporting.work import WorkCounter
 from crosslmm_jax.train.state import TrainState
 from crosslmm_jax.train.step import Metrics
-from crosslmm_jax.train.watchdog import Watchdog
 from crosslmm_jax.utils import Progress
 
 _NAMES = {"encoder": "encoder", "self_attention": "self-attention", "v2v": "V2V", "t2v": "T2V"}
@@ -103,12 +103,13 @@ class RunReport:
         trainable, frozen = (_num_params(tree) for tree in (state.trainable, state.frozen))
         axes = {name: int(size) for name, size in mesh.shape.items()}
         kind, out = mesh.devices.flat[0].device_kind, config.run.out
+        microbatches = config.stage.microbatches
         self.event(
             "start", self._resumed_step,
             stage=config.stage.name, steps=config.stage.steps, resumed_step=self._resumed_step,
             hosts=hosts.names, devices=hosts.devices, gpus=hosts.gpus, device_kind=kind, mesh=axes,
             parameters={"total": trainable + frozen, "trainable": trainable},
-            batch_size=config.data.batch_size, rows=num_rows, shapes=num_shapes,
+            batch_size=config.data.batch_size, microbatches=microbatches, rows=num_rows, shapes=num_shapes,
             attention=config.model.attention, peak_tflops=self._peak_tflops, out=str(Path(out).resolve()),
             jax_version=jax.__version__,
         )  # fmt: skip
@@ -119,6 +120,7 @@ class RunReport:
         self.say(
             f"{trainable + frozen:,} parameters, {trainable:,} of them trainable; {config.data.batch_size}"
             f" rows per step out of {num_rows:,}, in {num_shapes} shape{'s' * (num_shapes != 1)}"
+            + (f" and {microbatches} microbatches" if microbatches and microbatches > 1 else "")
         )
         begin = f"resumes after step {self._resumed_step}" if self._resumed_step else "starts at step 1"
         every = f"checkpoints/ every {config.run.save_every} steps"
