@@ -161,10 +161,10 @@ def test_choice_on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def head_size_72(config: ModelConfig) -> ModelConfig:
-    """The tiny model with heads of 72 in its encoder."""
-    return dataclasses.replace(
-        config, vision=dataclasses.replace(config.vision, width=144, num_heads=2), compute_dtype="float32"
-    )
+    """The tiny model with heads of 72 in its encoder, and few layers: interpreting takes long."""
+    vision = dataclasses.replace(config.vision, width=144, num_heads=2, num_layers=2)
+    decoder = dataclasses.replace(config.decoder, num_layers=2)
+    return dataclasses.replace(config, vision=vision, decoder=decoder, compute_dtype="float32")
 
 
 def with_backend(config: ModelConfig, name: Any) -> ModelConfig:
