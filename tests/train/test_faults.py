@@ -289,6 +289,22 @@ def with_mount(words: str) -> list[str]:
 
 
 @pytest.mark.nightly
+def test_a_disk_that_is_full_on_one(make_run, tmp_path) -> None:
+    """What it writes of a checkpoint goes to a disk of its own, which is too small."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    run = make_run(save_every=10)
+    words = ("--mesh.data", "1", "--mesh.fsdp", "2")  # so that each writes a part
+    run.start(*words, index=0)
+    run.start(*words, index=1, before=with_mount(f"-t tmpfs -o size=16k none {folder}"))
+    run.wait_for_step(10)
+    run.ends(
+        "the disk of process 1 is full", [2, 2],
+        f"process 1 on host {HOST}: {folder}: a checkpoint was not written .No space left on device",
+    )  # fmt: skip
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "mount", "line"),
     [
@@ -336,6 +352,21 @@ def workers_of(process: subprocess.Popen) -> list[int]:
     threads = Path(f"/proc/{process.pid}/task").glob("*/children")
     children = [pid for path in threads for pid in path.read_text().split()]
     return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.nightly
+def test_kill_9_of_a_process_with_workers(make_run) -> None:
+    run = make_run()
+    run.start("--data.num-workers", "1", "--data.frame-cache-mb", "0")
+    run.wait_for_step(2)
+    workers = workers_of(run.processes[1])
+    assert workers
+    run.signal(1, signal.SIGKILL)
+    run.ends("kill -9 of process 1, which has a decoding process", [75, -9], gone(1))
+    limit = time.monotonic() + LIMIT_S
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < limit, "orphans"
+        time.sleep(0.1)
 
 
 @pytest.mark.nightly
