@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from crosslmm_jax.cli.app import main
 from crosslmm_jax.config import RunConfig
 from crosslmm_jax.errors import ConfigError, UserError
 from crosslmm_jax.train import loop
-from crosslmm_jax.train.reporting import read_log
+from crosslmm_jax.train.reporting import SideChannel, read_log, wandb_log
 from crosslmm_jax.train.reporting.wandb_log import WandbLog, check_wandb
 
 START = {
@@ -94,40 +97,112 @@ def test_watching_needs_no_jax(run) -> None:
 
 
 FAKE_WANDB = """
-    import json, pathlib
+    import json, os, pathlib, time
+    class Settings:
+        def __init__(self, **given):
+            pass
     class Run:
         def __init__(self, **given):
             self.path = pathlib.Path(given["dir"]) / "said.jsonl"
+            if os.environ["FAULT"] == "init":
+                raise OSError("no service")
             self.say({name: given[name] for name in ("project", "name", "id", "resume")})
         def say(self, what):
+            print("for people")
             with self.path.open("a") as file:
-                file.write(json.dumps(what) + "\\\\n")
+                file.write(json.dumps(what) + chr(10))
         def log(self, scalars, step):
+            if os.environ["FAULT"] == "crash":
+                os._exit(3)
             self.say({"step": step, **scalars})
         def finish(self):
+            time.sleep(600 * (os.environ["FAULT"] == "hang"))
             self.say("finish")
-    init = Run
+    def init(settings, **given):
+        return Run(**given)
 """
 
 
-def test_weights_and_biases_get_the_same_run_after_a_resume(tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def wandb_run(tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """`wandb_run(fault)`: the folder of a run with a fake wandb that may have a fault."""
     packages, out = tmp_path / "packages", tmp_path / "run"
     packages.mkdir()
     out.mkdir()
     with pytest.raises(UserError, match=r"run\.wandb is 'p', but the package wandb is not installed: pip"):
         check_wandb("p")
-    (packages / "wandb.py").write_text(textwrap.dedent(FAKE_WANDB).replace("\\\\n", "\\n"))
+    (packages / "wandb.py").write_text(textwrap.dedent(FAKE_WANDB))
     monkeypatch.syspath_prepend(packages)
+    monkeypatch.setenv("PYTHONPATH", str(packages))
     check_wandb("p")
+
+    def with_fault(fault: str) -> Path:
+        monkeypatch.setenv("FAULT", fault)
+        return out
+
+    return with_fault
+
+
+def test_weights_and_biases_get_the_same_run_after_a_resume(wandb_run) -> None:
+    out = wandb_run("none")
     for step in (10, 20):
         log = WandbLog(out, "p", {})
         hosts = {"slowest_host": {"host": "a", "process": 1}, "hosts": {"x": [1]}}
         log.write({"step": step, "loss": 1.5, **hosts})
         log.close()
-    monkeypatch.delitem(sys.modules, "wandb")
     said = [json.loads(each) for each in (out / "said.jsonl").read_text().splitlines()]
     assert said[0] == said[3] and said[0]["project"] == "p" and said[0]["resume"] == "allow"
     assert said[1] == {"step": 10, "loss": 1.5, "slowest_host/process": 1.0} and said[5] == "finish"
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        ("init", r"OSError\('no service'\)"),
+        ("crash", "its process has ended with code 3"),
+        ("hang", "not all is sent yet; its process goes on for up to 1 s"),
+    ],
+)
+def test_wandb_that_fails_is_warned_of_once_and_stops_nothing(
+    fault: str, problem: str, wandb_run, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr(wandb_log, "CLOSE_S", 0.5)
+    monkeypatch.setattr(wandb_log, "END_S", 1.0)
+    out = wandb_run(fault)
+    channel = SideChannel("Weights & Biases", lambda: WandbLog(out, "p", {}))
+    for step in (1, 2, 3):
+        channel.call(lambda log, step=step: log.write({"step": step, "loss": 1.5}))
+    channel.close(60)
+    (warning,) = caplog.messages
+    assert re.match(rf"Weights & Biases cannot be written \({problem}\); training goes on", warning)
+
+
+START_AND_DIE = """
+    import json, os, subprocess, sys
+    program, out = sys.argv[1:]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-P", program], **pipes)
+    init = {"project": "p", "name": "n", "id": "i", "resume": "allow", "dir": out}
+    start = {"init": init, "argv": [], "parent": os.getpid(), "end_s": 0.5}
+    process.stdin.write(json.dumps(start) + chr(10))
+    process.stdin.flush()
+    assert process.stdout.readline().strip() == "null"
+    print(process.pid, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_wandb_that_hangs_ends_after_a_run_that_was_killed(wandb_run) -> None:
+    out, program = wandb_run("hang"), Path(wandb_log.__file__).with_name("wandb_process.py")
+    killed = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(START_AND_DIE), str(program), str(out)],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert killed.returncode == -9
+    limit = time.monotonic() + 60
+    while Path(f"/proc/{int(killed.stdout)}").exists():
+        assert time.monotonic() < limit, "it stays"
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("steps", ["10", "0:3", "5:4", "a:b", ""])

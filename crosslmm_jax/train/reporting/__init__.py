@@ -10,6 +10,7 @@ run_log           log.jsonl
 json_lines        files of one JSON object per line
 traces            a profiler's trace of some steps
 wandb_log         metrics for Weights & Biases
+wandb_process     the program that hands them over
 watch             the curves of a run in a terminal
 side_channel      output that may fail or hang without stopping the run
 """

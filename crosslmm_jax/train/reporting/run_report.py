@@ -89,7 +89,7 @@ class RunReport:
         self._wandb: SideChannel[WandbLog] | None = None
         if writes and (project := run.wandb) is not None:
             self._wandb = SideChannel("Weights & Biases", lambda: WandbLog(folder, project, to_dict(config)))
-            self._wandb.call(lambda _: None)  # begins now, not at the first report
+            self._wandb.call(lambda log: log.begin())  # now, not at the first report
 
     def start(self, state: TrainState, *, num_rows: int, num_shapes: int) -> None:
         """Says what runs where, before the first step.
@@ -222,7 +222,7 @@ class RunReport:
         if self._metrics is not None:
             self._metrics.write(line)
         if self._wandb is not None:
-            self._wandb.call(lambda run: run.write(line))
+            self._wandb.call(lambda log: log.write(line))
         note = note_of(line)
         self._progress.call(lambda bar: bar.report(step, note))
 
