@@ -30,7 +30,6 @@ def get_config() -> ExperimentConfig:
             learning_rate=2e-5,
             gate_lr_scale=25.0,  # 5e-4, as in the full stage 2
             frozen_dtype="bfloat16",
-            microbatches=128,  # one row at once on one GPU
         ),
         run=dataclasses.replace(base.run, out="runs/stage2_lora_7b"),
     )

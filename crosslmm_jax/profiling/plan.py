@@ -22,6 +22,7 @@ from crosslmm_jax.train import (
     Shape,
     StepBytes,
     abstract_state,
+    adapter_sizes,
     fewest_microbatches,
     model_of_stage,
     step_bytes,
@@ -186,8 +187,8 @@ def _flops(config: ExperimentConfig, shape: Shape) -> tuple[float, float]:
     """FLOPs of one row: those of the model, and with what is computed again."""
     model, stage = model_of_stage(config.model, config.stage), config.stage
     work = flops.Workload(shape.frames, shape.text)
-    learns = trained_shares(model, stage)
-    useful = flops.total(flops.train(model, work, targets=shape.text, learns=learns))
+    learns, adapters = trained_shares(model, stage), adapter_sizes(model, stage)
+    useful = flops.total(flops.train(model, work, targets=shape.text, learns=learns, adapters=adapters))
     forward = flops.prefill(model, work, logits=shape.text)
     again = 0.0
     if "encoder" in learns and model.vision.remat in ("layer", "chunk"):

@@ -26,19 +26,20 @@ if TYPE_CHECKING:
     from crosslmm_jax.train.loop import train
     from crosslmm_jax.train.memory import Shape, StepBytes, fewest_microbatches, step_bytes
     from crosslmm_jax.train.reporting.watch import watch
-    from crosslmm_jax.train.stages import model_of_stage, trained_shares
+    from crosslmm_jax.train.stages import adapter_sizes, model_of_stage, trained_shares
     from crosslmm_jax.train.state import abstract_state, random_state, state_bytes_per_device
     from crosslmm_jax.train.step import compile_train_step, with_step_visibility
 
 __all__ = [
-    "Shape", "StepBytes", "abstract_state", "compile_train_step", "export", "fewest_microbatches",
-    "model_of_stage", "random_state", "state_bytes_per_device", "step_bytes", "train", "trained_shares",
-    "watch", "with_step_visibility",
+    "Shape", "StepBytes", "abstract_state", "adapter_sizes", "compile_train_step", "export",
+    "fewest_microbatches", "model_of_stage", "random_state", "state_bytes_per_device", "step_bytes", "train",
+    "trained_shares", "watch", "with_step_visibility",
 ]  # fmt: skip
 
 _HOMES = {
-    "Shape": "memory", "StepBytes": "memory", "abstract_state": "state", "compile_train_step": "step",
-    "export": "export_run", "fewest_microbatches": "memory", "model_of_stage": "stages",
+    "Shape": "memory", "StepBytes": "memory", "abstract_state": "state", "adapter_sizes": "stages",
+    "compile_train_step": "step", "export": "export_run",
+    "fewest_microbatches": "memory", "model_of_stage": "stages",
     "random_state": "state", "state_bytes_per_device": "state", "step_bytes": "memory", "train": "loop",
     "trained_shares": "stages", "watch": "reporting.watch",
     "with_step_visibility": "step",
