@@ -2,7 +2,6 @@
 
 video           `read_frames` and `probe`: the way in
 frame_sampling  the rules that choose frames by their times
-chosen_frames   which frames of a video are read: by a rule, within bounds, the nearest keyframes
 locate          references of annotations to files, folders and parts of files; deadlines
 archives        files that hold many media: tar, ArrayRecord, Parquet
 content         what a file holds, by its first bytes

@@ -1,7 +1,7 @@
 """Reads the sampled frames of a video as square uint8 pixels with their times, and probes videos.
 
 1. All frame times are listed without decoding: from the tables of an mp4, or from all packets (packet_index).
-2. The sampling rule chooses frames by these times (chosen_frames, frame_sampling).
+2. The sampling rule chooses frames by these times (frame_sampling, decoding.chosen_frames).
 3. Only the GOPs that hold chosen frames are read, each up to its last chosen frame (decode, wanted_frames). A
    file that turns out to be damaged is refused if too much of it is (damage). Unless it is very long, it is
    decoded whole.
@@ -22,7 +22,6 @@ import numpy as np
 
 from crosslmm_jax.config import SamplingConfig
 from crosslmm_jax.data.media.animation import TICK, frame_times, is_animated, read_animation
-from crosslmm_jax.data.media.chosen_frames import ChosenFrames, choose_within, nearest_keyframes
 from crosslmm_jax.data.media.decoding import (
     MAX_DAMAGED,
     DamagedFrameError,
@@ -47,6 +46,7 @@ from crosslmm_jax.data.media.decoding import (
     take_in_threads,
     take_shown,
 )
+from crosslmm_jax.data.media.decoding.chosen_frames import ChosenFrames, choose_within, nearest_keyframes
 from crosslmm_jax.data.media.demux import DAMAGED, SEEKABLE, format_of, open_video
 from crosslmm_jax.data.media.frames_folder import list_pictures, read_pictures
 from crosslmm_jax.data.media.image import Clip, Resampling, holds_image, open_image, still_clip

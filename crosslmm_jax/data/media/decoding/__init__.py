@@ -1,5 +1,6 @@
 """From the packets of a video to the frames that are wanted, each as a plain decode shows it.
 
+chosen_frames  which frames are read: by a rule, within bounds, the nearest keyframes
 frame_times    times that rise, from the timestamps of a file
 decode         decoding parts of a video, or all of it
 nal_units      which packets of H.264 and HEVC no other packet needs
