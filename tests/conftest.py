@@ -290,6 +290,22 @@ def tiny_config() -> ModelConfig:
     return presets.tiny()
 
 
+@pytest.fixture(scope="session")
+def micro_config() -> ModelConfig:
+    """Two layers of width 16; cross-attention in the first."""
+    tiny = presets.tiny()
+    return dataclasses.replace(
+        tiny,
+        vision=dataclasses.replace(
+            tiny.vision, image_size=16, width=16, num_layers=2, num_heads=2, mlp_width=16
+        ),
+        decoder=dataclasses.replace(
+            tiny.decoder, vocab_size=32, width=16, num_layers=2, head_dim=4, mlp_width=32
+        ),
+        attention="reference",
+    )
+
+
 @pytest.fixture
 def replace_config():
     """`replace_config(config, merge={"grid": 2})`: a copy with fields of its parts replaced."""
@@ -344,6 +360,42 @@ def random_batch(
         tokens=tokens, visual_slots=visual_slots, visible_frames=visible, frames=pixels, loss_mask=loss_mask,
         frame_times=np.tile(np.arange(frames, dtype=np.float32), (batch, 1)),
         row_index=np.arange(batch, dtype=np.int32),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def interleaved_batch():
+    """A factory of batches whose rows alternate text and videos."""
+    return batch_of_parts
+
+
+def batch_of_parts(
+    config: ModelConfig, rows: list[list[int | tuple[int]]], *, frames: int, text: int
+) -> Batch[np.ndarray]:
+    """Rows of text lengths (int) and videos (a tuple with the number of frames), padded to static sizes."""
+    rng = np.random.default_rng(1)
+    compact, total = config.merge.tokens_per_frame, text + frames * config.merge.tokens_per_frame
+    size = config.vision.image_size
+    pixels = rng.integers(0, 256, (len(rows), frames, size, size, 3), dtype=np.uint8)
+    tokens = rng.integers(0, config.decoder.vocab_size, (len(rows), total)).astype(np.int32)
+    visible, loss_mask = np.zeros((len(rows), total), np.int32), np.zeros((len(rows), total), np.float32)
+    visual_slots = []
+    for b, row in enumerate(rows):
+        visual, at, seen = [], 0, 0
+        for part in row:
+            seen += part[0] if isinstance(part, tuple) else 0
+            length = part[0] * compact if isinstance(part, tuple) else part
+            visible[b, at : at + length] = seen
+            if isinstance(part, tuple):
+                visual += range(at, at + length)
+            else:
+                loss_mask[b, at + 1 : at + length] = 1
+            at += length
+        visual += range(at, at + (frames - seen) * compact)
+        visual_slots.append(visual)
+    return Batch.create(
+        tokens=tokens, visual_slots=np.array(visual_slots, np.int32), visible_frames=visible, frames=pixels,
+        loss_mask=loss_mask,
     )  # fmt: skip
 
 

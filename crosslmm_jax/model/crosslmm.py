@@ -68,13 +68,13 @@ class CrossLMM(nn.Module):
         """Sum of the cross-entropies of the targets in nats, and the number of targets."""
         hidden = self.hidden(self.encode(needed(batch.frames, "frames")), batch)
         mask = needed(batch.loss_mask, "loss_mask")
-        return next_token_loss(hidden, self.decoder.head(), batch.tokens, mask)
+        return next_token_loss(hidden, self.decoder.head(), batch.tokens, mask, self.rules)
 
     def scores(self, batch: Batch[Array]) -> Scores:
         """`loss`, and how many targets are the most probable token (teacher forcing)."""
         hidden = self.hidden(self.encode(needed(batch.frames, "frames")), batch)
         mask = needed(batch.loss_mask, "loss_mask")
-        return next_token_scores(hidden, self.decoder.head(), batch.tokens, mask)
+        return next_token_scores(hidden, self.decoder.head(), batch.tokens, mask, self.rules)
 
     def encode(self, frames: UInt8[Array, "b f r r 3"]) -> Visual:
         """The compact tokens that the decoder reads and the original tokens that cross-attention reads."""

@@ -49,10 +49,9 @@ class Decoder(nn.Module):
         self.weights = declare(self, decoder_weights(self.config.decoder, stacked=self.stacked))
 
     def head(self) -> Float[Array, "d v"]:
-        """The matrix from hidden states to logits."""
+        """The parameter from hidden states to logits, in the dtype that it has."""
         weights = self.weights
-        head = weights["embedding"].T if self.config.decoder.tie_embeddings else weights["lm_head"]
-        return head.astype(self.config.compute_dtype)
+        return weights["embedding"].T if self.config.decoder.tie_embeddings else weights["lm_head"]
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """float32 logits of hidden states after the final norm."""

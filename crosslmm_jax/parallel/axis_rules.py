@@ -34,6 +34,7 @@ RULES: Mapping[str, MeshAxes] = {
     "act_heads": "tensor",  # follows the weights
     "act_mlp": "tensor",  # follows the weights
     "act_vocab": "tensor",  # follows the weights
+    "act_head_width": "fsdp",  # "embed" of the head, which the loss gathers once
 }
 
 

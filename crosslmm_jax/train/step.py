@@ -55,10 +55,14 @@ def make_train_step(config: ModelConfig, stage: StageConfig) -> TrainStep:
             return apply(model, merge(trainable, state.frozen), CrossLMM.loss, batch)
 
         loss_sum, weight, grads = _accumulate(objective, state.trainable, batch, microbatches)
-        count = jnp.maximum(weight, 1)  # a batch without a target changes nothing
+        count = jnp.maximum(weight, 1)
         grads = jax.tree.map(lambda grad: grad / count, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        updated = optax.apply_updates(state.trainable, updates), opt_state
+        # Without a target nothing changes: moments and weight decay would move parameters even so.
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(weight > 0, new, old), updated, (state.trainable, state.opt_state)
+        )
         new = TrainState(state.step + 1, trainable, state.frozen, opt_state)
         loss, grad_norm = loss_sum / count, optax.tree.norm(grads)
         metrics = {

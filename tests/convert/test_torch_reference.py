@@ -86,34 +86,6 @@ def export(folder: Path, params, config) -> Path:
     return folder
 
 
-def interleaved_batch(config, rows, *, frames: int, text: int) -> Batch[np.ndarray]:
-    """Rows of text lengths (int) and videos (a tuple with the number of frames), padded to static sizes."""
-    rng = np.random.default_rng(1)
-    compact, total = config.merge.tokens_per_frame, text + frames * config.merge.tokens_per_frame
-    size = config.vision.image_size
-    pixels = rng.integers(0, 256, (len(rows), frames, size, size, 3), dtype=np.uint8)
-    tokens = rng.integers(0, config.decoder.vocab_size, (len(rows), total)).astype(np.int32)
-    visible, loss_mask = np.zeros((len(rows), total), np.int32), np.zeros((len(rows), total), np.float32)
-    visual_slots = []
-    for b, row in enumerate(rows):
-        visual, at, seen = [], 0, 0
-        for part in row:
-            seen += part[0] if isinstance(part, tuple) else 0
-            length = part[0] * compact if isinstance(part, tuple) else part
-            visible[b, at : at + length] = seen
-            if isinstance(part, tuple):
-                visual += range(at, at + length)
-            else:
-                loss_mask[b, at + 1 : at + length] = 1
-            at += length
-        visual += range(at, at + (frames - seen) * compact)
-        visual_slots.append(visual)
-    return Batch.create(
-        tokens=tokens, visual_slots=np.array(visual_slots, np.int32), visible_frames=visible, frames=pixels,
-        loss_mask=loss_mask,
-    )  # fmt: skip
-
-
 def as_tensors(batch):
     return {name: torch.from_numpy(np.asarray(value)) for name, value in batch.arrays().items()}
 
@@ -123,7 +95,7 @@ ROWS = [[3, (2,), 4, (2,), 5], [(3,), 6], [7]]  # two videos; one from the start
 
 @pytest.mark.slow
 @pytest.mark.parametrize("alternative", ALTERNATIVES)
-def test_logits_and_gradients_equal(tiny_config, replace_config, tmp_path, alternative):
+def test_logits_and_gradients_equal(tiny_config, replace_config, interleaved_batch, tmp_path, alternative):
     config = replace_config(tiny_config, **ALTERNATIVES[alternative])
     params = noisy_params(config)
     batch = interleaved_batch(config, ROWS, frames=5, text=13)
@@ -155,7 +127,7 @@ def test_logits_and_gradients_equal(tiny_config, replace_config, tmp_path, alter
 
 
 @pytest.mark.slow
-def test_padding_frames_and_later_videos_are_not_seen(tiny_config, tmp_path):
+def test_padding_frames_and_later_videos_are_not_seen(tiny_config, interleaved_batch, tmp_path):
     model = torch_reference.CrossLMM.from_folder(
         export(tmp_path / "out", noisy_params(tiny_config), tiny_config)
     )
@@ -231,7 +203,7 @@ def test_parts_that_are_not_run_may_be_stored(tiny_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_export_runs_where_this_package_is_not(sources, tmp_path):
+def test_an_export_runs_where_this_package_is_not(sources, interleaved_batch, tmp_path):
     """The whole way: `from-hf`, `to-hf --torch-reference`, and a process without jax and this package."""
     request = Request(
         vision=str(sources.vision), llm=str(sources.untied),

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-from crosslmm_jax import presets
 from crosslmm_jax.config import (
     PARTS,
     DataConfig,
@@ -37,22 +36,6 @@ def get_config():
     path = Path(__file__).with_suffix(".json")
     return from_dict(ExperimentConfig, json.loads(path.read_text()), source=path)
 """
-
-
-@pytest.fixture(scope="session")
-def micro_config() -> ModelConfig:
-    """Two layers of width 16; cross-attention in the first."""
-    tiny = presets.tiny()
-    return dataclasses.replace(
-        tiny,
-        vision=dataclasses.replace(
-            tiny.vision, image_size=16, width=16, num_layers=2, num_heads=2, mlp_width=16
-        ),
-        decoder=dataclasses.replace(
-            tiny.decoder, vocab_size=32, width=16, num_layers=2, head_dim=4, mlp_width=32
-        ),
-        attention="reference",
-    )
 
 
 @pytest.fixture(scope="session")

@@ -120,6 +120,8 @@ def test_gates_are_reported(reference) -> None:
     ids=str,
 )
 def test_any_mesh_gives_the_same(mesh, run, reference, random_batches, stage) -> None:
+    """With one row per device and microbatch."""
+    stage = dataclasses.replace(stage, microbatches=8 // (mesh.data * mesh.fsdp))
     state, reports = run(stage, make_mesh(mesh), random_batches)
     assert_close(reports, reference[1], atol=1e-5)
     assert_close(state.params, reference[0].params, atol=2e-6)
@@ -159,6 +161,18 @@ def test_microbatches_equal_the_whole_batch(run, reference, random_batches, stag
     state, reports = run(stage, one_device, random_batches)
     assert_close(reports, reference[1], atol=1e-5)
     assert_close(state.params, reference[0].params, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_a_batch_without_a_target_changes_nothing(run, stage, one_device, random_batches) -> None:
+    """Nor do moments and weight decay, which would move parameters without a gradient."""
+    nothing = random_batches[1]._replace(loss_mask=np.zeros_like(random_batches[1].loss_mask))
+    before, after = (
+        run(stage, one_device, batches)[0] for batches in (random_batches[:1], [random_batches[0], nothing])
+    )
+    assert (before.step, after.step) == (1, 2)
+    pairs = zip(*(jax.tree.leaves((s.trainable, s.opt_state)) for s in (before, after)), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.slow

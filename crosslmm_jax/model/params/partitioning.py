@@ -73,6 +73,10 @@ def num_shards(rules: AxisRules | None, axis: str) -> int:
     """Devices over which a logical axis is sharded, in the mesh in use; 1 without rules."""
     if rules is None:
         return 1
-    names = rules[axis]
     shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+    return math.prod(shape[name] for name in as_tuple(rules[axis]))
+
+
+def as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    """Mesh axes as a tuple, which is empty for None."""
+    return (axes,) if isinstance(axes, str) else axes or ()
