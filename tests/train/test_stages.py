@@ -45,7 +45,11 @@ PATTERNS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("trainable", "frozen", "expected"), PATTERNS, ids=str)
+@pytest.mark.parametrize(
+    ("trainable", "frozen", "expected"),
+    PATTERNS,
+    ids=lambda value: None if isinstance(value, set) else str(value),
+)
 def test_patterns(make_stage, trainable, frozen, expected) -> None:
     assert trained_names(NAMES, make_stage(trainable=trainable, frozen=frozen)) == expected
 
