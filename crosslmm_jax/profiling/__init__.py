@@ -8,6 +8,7 @@
 | `inputs.py` | random weights and prompts at real size |
 | `cases.py` | compiles a list of programs and measures one after the other |
 | `timing.py`, `memory.py` | clocks, rates of the device, peak memory |
+| `collectives.py` | what a compiled program moves between devices, read off its text |
 | `record.py`, `worker.py` | what one measuring process is asked and finds, and that process |
 | `suite.py` | `profile`: one process per system, and their rows as one report |
 | `report.py`, `figure.py` | the report as JSON, page and figure |
